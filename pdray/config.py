@@ -1,0 +1,94 @@
+"""The one configuration of pdray: validated, frozen, with vLLM's names where the meaning is the same.
+
+It is what `serve deploy` reads as the application's args, what `pdray.LLM(**kwargs)` takes and what
+the command line's options set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Config(BaseModel):
+    """Everything that a deployment can be told. Fields are documented where they stand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # model
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="Hugging Face id, folder, .gguf file, or config.json for dummy weights")
+    tokenizer: str | None = Field(None, description="Hugging Face id or folder; default: the model's own")
+    served_model_name: str | None = Field(None, description="name in the API; default: the model as given")
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU, the model's on CUDA")
+    seed: int = Field(0, ge=0, description="seed of dummy weights")
+    skip_tokenizer_init: bool = Field(False, description="serve token ids only; for models that have no tokenizer")
+
+    # engine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: Positive | None = Field(None, description="tokens, prompt and output; default: the model's limit")
+    block_size: Literal[16, 32] = 16
+    num_kv_blocks: Positive | None = Field(None, description="overrides the measured pool size")
+    kv_cache_memory_bytes: Positive | None = Field(None, description="size of each worker's KV pool; default: measured")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a whole GPU that all its workers may use")
+    cpu_memory_utilization: float = Field(0.1, gt=0, le=1, description="share of free host memory for each CPU worker's KV pool")
+    max_num_seqs: Positive = Field(64, description="sequences in one decode batch")
+    max_num_batched_tokens: Positive = Field(2048, description="token budget of one forward pass")
+    enable_prefix_caching: bool = True
+    num_threads: Positive = Field(1, description="torch threads of each CPU worker")
+
+    # cluster
+    mode: Literal["disaggregated", "colocated"] = "disaggregated"
+    num_prefill_workers: Positive = 1
+    num_decode_workers: Positive = 1
+    prefill_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each prefill worker (CUDA)")
+    decode_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each decode worker (CUDA)")
+    worker_num_cpus: float = Field(0.25, ge=0, description="Ray CPUs that each worker reserves")
+    channel: Literal["auto", "object_store"] = "auto"
+    transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
+    host: str = Field("", description="address workers listen on; default: the node's address as Ray knows it")
+
+    # admission
+    max_queue_size: NonNegative = Field(256, description="requests that may wait at one router; more get 429")
+    max_queue_wait_s: Seconds = Field(60.0, description="a request that waits longer gets 429")
+    decode_headroom_tokens: NonNegative = Field(64, description="output tokens whose blocks a lease holds from the start")
+    lease_timeout_s: Seconds = Field(10.0, description="a lease not renewed for so long ends")
+    worker_timeout_s: Seconds = Field(5.0, description="a worker silent for so long counts as dead to its peers")
+    start_timeout_s: Seconds = Field(600.0, description="workers not ready after so long are an error")
+    local_prefill_max_tokens: NonNegative = Field(0, description="prompts with at most so many uncached tokens are prefilled by the decode worker")
+
+    # API
+    max_request_bytes: Positive = Field(4 * 1024 * 1024, description="larger HTTP bodies get 413")
+    log_prompts: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
+                f"({self.max_num_seqs}): one decode step would not fit; raise it or lower max_num_seqs"
+            )
+        if self.load_format == "dummy" and self.tokenizer is None and not self.skip_tokenizer_init and self.model.endswith(".json"):
+            raise ValueError("load_format=dummy with a bare config.json has no tokenizer: set tokenizer, or skip_tokenizer_init=true")
+        for name in ("prefill_num_gpus", "decode_num_gpus"):
+            share = getattr(self, name)
+            if share > 1:
+                raise ValueError(f"{name} is {share}; tensor parallelism is not there yet: it must be at most 1")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or self.model
+
+    def fingerprint(self) -> str:
+        """16 hex digits that two processes share only if they hold the same configuration."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]

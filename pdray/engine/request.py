@@ -1,0 +1,109 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pdray.outputs import SampledToken
+from pdray.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One prompt to complete, ``len(indices)`` times.
+
+    Attributes:
+        key: unique among the engine's live requests.
+        params: with a seed, unless greedy. Completion i draws with seed + i.
+        indices: which of the request's completions to run here.
+        output_token_ids: tokens that the single completion has already produced elsewhere;
+            positions of new tokens go on from there.
+        prefill_only: stop after the first token of each index and keep the blocks until release().
+    """
+
+    key: Hashable
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    indices: tuple[int, ...] = (0,)
+    output_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    prefill_only: bool = False
+
+
+class Reservation(NamedTuple):
+    """Blocks held for a request that is not being computed yet.
+
+    Attributes:
+        block_ids: the blocks that hold prompt and earlier outputs, in order.
+        num_cached_tokens: leading tokens whose KV those blocks already hold (whole blocks).
+    """
+
+    block_ids: list[int]
+    num_cached_tokens: int
+
+
+class LayerGroupReady(NamedTuple):
+    """KV of some layers that is final and may be copied out.
+
+    Attributes:
+        key: the prefill_only request.
+        layers: half-open range of layers.
+        first_block: index, in the request's block list, of block_ids[0].
+        block_ids: source blocks; the last one is partial only at the prompt's end.
+    """
+
+    key: Hashable
+    layers: range
+    first_block: int
+    block_ids: list[int]
+
+
+@dataclass(slots=True)
+class RequestUpdate:
+    """One request's news from one step. A duration is set once, on the update that first knows it.
+
+    Attributes:
+        finished: no completion of this request runs any more.
+        num_cached_tokens: tokens found in this engine's prefix cache when it was first scheduled.
+        prefill_queue: from add()/start_prefill() until first scheduled, s.
+        prefill: from first scheduled until the first token was sampled, s.
+        join_wait: from start_decode() until the first step that contains it began, s.
+        first_decode_step: that step's duration, s.
+    """
+
+    key: Hashable
+    tokens: list[SampledToken] = field(default_factory=list)
+    finished: bool = False
+    num_cached_tokens: int | None = None
+    prefill_queue: float | None = None
+    prefill: float | None = None
+    join_wait: float | None = None
+    first_decode_step: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine's state between two steps, and its counters since the start.
+
+    Attributes:
+        free_blocks: allocatable now (free, or cached and unreferenced).
+        reserved: requests that hold a Reservation and have not started.
+        queued_tokens: prompt tokens waiting to be computed.
+        free_places: sequences that could still be admitted (max_num_seqs less all live ones).
+    """
+
+    num_blocks: int
+    free_blocks: int
+    free_places: int
+    running: int
+    waiting: int
+    reserved: int
+    queued_tokens: int
+    num_steps: int
+    num_preemptions: int
+    prefix_cache_queries: int  # tokens looked up
+    prefix_cache_hits: int  # tokens found
+    num_prompt_tokens: int  # computed
+    num_output_tokens: int  # sampled

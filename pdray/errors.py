@@ -1,0 +1,57 @@
+"""Errors that pdray raises. Each text names the value, the limit and the setting to change."""
+
+
+class PdrayError(Exception):
+    """Base of every error that pdray raises on purpose."""
+
+
+class ConfigError(PdrayError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class InvalidRequestError(PdrayError, ValueError):
+    """A request that can never be served as it stands (HTTP 400).
+
+    Attributes:
+        param: name of the offending request field, if one can be named.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelLoadError(PdrayError):
+    """The model's files are missing, of an unknown kind, or inconsistent."""
+
+
+class OutOfMemoryError(PdrayError):
+    """The device cannot hold what the configuration asks for."""
+
+
+class QueueFullError(PdrayError):
+    """The router's bounded queue is full, or the request waited too long (HTTP 429).
+
+    Attributes:
+        retry_after_s: seconds after which a place is expected, from the measured drain rate.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoWorkerError(PdrayError):
+    """No connected worker can serve the request now (HTTP 503)."""
+
+
+class WorkerDiedError(PdrayError):
+    """A worker died or stopped answering while it held the request."""
+
+
+class TransferError(PdrayError):
+    """A channel failed, was closed, or passed its deadline."""
+
+
+class HandshakeError(PdrayError):
+    """Two peers disagree on weights, dtype, block size, KV layout, protocol or secret."""
