@@ -1,0 +1,183 @@
+"""What prefill and decode workers share: an engine on its thread, and sessions on the event loop.
+
+A worker is a plain class: the Coordinator makes it a Ray actor, tests make it an object. Threads:
+the event loop's (everything public here), and the engine's (steps only). Updates cross from the
+engine's thread to the loop by call_soon_threadsafe, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import sys
+import time
+from typing import Any, Literal
+
+import torch
+
+from pdray.cluster.effects import Send
+from pdray.cluster.messages import AnyMessage, WorkerInfo
+from pdray.cluster.session import PeerName, Session, SessionServer
+from pdray.config import Config
+from pdray.engine.engine import Engine
+from pdray.engine.loop import EngineLoop
+from pdray.engine.request import LayerGroupReady, RequestUpdate
+from pdray.models import load_model
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 100e-6  # Python's default of 5 ms would be added to every step
+
+
+def select_device(config: Config) -> torch.device:
+    """The device that the configuration names, or CUDA where there is one."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+class Worker:
+    """Base of PrefillWorker and DecodeWorker.
+
+    Lifecycle: start() loads the model, warms the engine up and listens; stop() ends it. join() waits
+    for stop(), so that a caller's pending join() is also its notice of this process's death.
+    """
+
+    role: Literal["prefill", "decode", "both"]
+
+    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes, node_id: str, host: str) -> None:
+        self.config = config
+        self.worker_id = worker_id
+        self.incarnation = incarnation
+        self.secret = secret
+        self.node_id = node_id
+        self.host = host
+        self.sessions: dict[str, Session] = {}
+        self._stopped = asyncio.Event()
+        self._fatal: BaseException | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.worker_id})"
+
+    async def start(self) -> WorkerInfo:
+        """Load, warm up, listen. Returns what peers need to know; raises what loading raises."""
+        self._loop = asyncio.get_running_loop()
+        self.device = select_device(self.config)
+        self.engine = await asyncio.to_thread(self._build_engine)
+        self.engine.on_layer_group = self._layer_group_from_engine
+        self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
+        self._engine_loop.start()
+        self._server = SessionServer(
+            PeerName(self.worker_id, self.incarnation), self.secret, self, timeout_s=self.config.worker_timeout_s
+        )
+        port = await self._server.start(self.host)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.collect()
+        gc.freeze()
+        self.info = WorkerInfo(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            role=self.role,
+            host=self.host,
+            port=port,
+            pid=os.getpid(),
+            node_id=self.node_id,
+            device=str(self.device),
+            fingerprint=f"{self.engine.model.fingerprint}-{self.engine.block_size}-{tuple(self.engine.kv.shape[2:])}",
+            num_blocks=self.engine.num_blocks,
+            block_size=self.engine.block_size,
+            max_model_len=self.engine.max_model_len,
+        )
+        return self.info
+
+    def _build_engine(self) -> Engine:
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.config.num_threads)
+        return Engine(self.config, load_model(self.config, self.device), self.device)
+
+    async def stop(self) -> None:
+        """End the sessions and the engine's thread. Idempotent."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            await self._server.stop()
+            await asyncio.to_thread(self._engine_loop.stop)
+
+    async def join(self) -> None:
+        """Returns when the worker was stopped; raises what made its engine fail."""
+        await self._stopped.wait()
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def heartbeat(self) -> float:
+        """Seconds since the engine's thread last came round; answers only if the event loop lives."""
+        return self._engine_loop.seconds_since_progress()
+
+    async def check_integrity(self) -> list[str]:
+        """What is wrong with the block accounting; empty if nothing is."""
+        return self.engine.check_integrity()
+
+    async def describe(self) -> dict[str, Any]:
+        """State for `pdray status`."""
+        stats = self.engine.stats()
+        return {
+            "worker_id": self.worker_id,
+            "role": self.role,
+            "device": self.info.device,
+            "pid": self.info.pid,
+            "address": f"{self.info.host}:{self.info.port}",
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "queued_tokens": stats.queued_tokens,
+            "free_blocks": stats.free_blocks,
+            "num_blocks": stats.num_blocks,
+            "preemptions": stats.num_preemptions,
+            "routers": sorted(peer for peer in self.sessions if peer.startswith("router")),
+        }
+
+    # engine's thread
+
+    def _updates_from_engine(self, updates: list[RequestUpdate]) -> None:
+        self._loop.call_soon_threadsafe(self._on_updates, updates)
+
+    def _layer_group_from_engine(self, ready: LayerGroupReady) -> None:
+        self._loop.call_soon_threadsafe(self._on_layer_group, ready)
+
+    def _engine_failed(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._fail, error)
+
+    # event loop's thread
+
+    def _fail(self, error: BaseException) -> None:
+        """The engine cannot go on: whoever waits in join() learns why, and the process is replaced."""
+        logger.error("%s: the engine failed", self.worker_id, exc_info=error)
+        self._fatal = error
+        self._stopped.set()
+
+    def _on_updates(self, updates: list[RequestUpdate]) -> None:
+        raise NotImplementedError
+
+    def _on_layer_group(self, ready: LayerGroupReady) -> None:
+        raise NotImplementedError
+
+    def on_open(self, session: Session) -> None:
+        self.sessions[session.peer.id] = session
+
+    def on_message(self, session: Session, message: AnyMessage) -> None:
+        raise NotImplementedError
+
+    def on_closed(self, session: Session, reason: str) -> None:
+        if self.sessions.get(session.peer.id) is session:
+            del self.sessions[session.peer.id]
+
+    def _send(self, sends: list[Send]) -> None:
+        """Perform effects. A peer without a session is gone: its leases and legs end by their rules."""
+        for send in sends:
+            session = self.sessions.get(send.to)
+            if session is not None:
+                session.send(send.message)
+
+    @staticmethod
+    def _now() -> float:
+        return time.monotonic()

@@ -1,0 +1,154 @@
+"""The whole of pdray on this machine: one actor prefills, another decodes, an openai client asks.
+
+Starts a Ray cluster of its own on free ports, serves the default model, asks, prints the answers and where each
+request's time went, and ends everything that it started. Exits 1 if the model does not know the capital of France or
+a process is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import psutil
+import ray
+from openai import OpenAI
+from ray import serve
+
+from pdray.bench.timings import breakdown_table
+from pdray.cli import wait_until_ready
+from pdray.config import Config
+from pdray.interrupts import interrupts_held, interrupts_ignored
+from pdray.serve import build
+
+PARIS = "What is the capital of France?"
+TOGETHER = [
+    "What is 2 + 2?",
+    "Name the largest planet of the solar system.",
+    "Which ocean lies between Europe and America?",
+    "What color do you get when you mix blue and yellow?",
+]
+EXIT_TIMEOUT_S = 30.0
+
+
+class Answer(NamedTuple):
+    """timings: seconds by part, as the server measured them."""
+
+    text: str
+    timings: dict[str, float | None]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ask(client: OpenAI, model: str, question: str) -> Answer:
+    """One chat request, answered whole."""
+    answer = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], max_tokens=40, temperature=0
+    )
+    return Answer((answer.choices[0].message.content or "").strip(), answer.to_dict()["timings"])
+
+
+def ask_streaming(client: OpenAI, model: str, question: str) -> Answer:
+    """One chat request, printed as it comes."""
+    text, timings = "", None
+    for chunk in client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=40,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
+        if chunk.choices and (piece := chunk.choices[0].delta.content):
+            text += piece
+            print(piece, end="", flush=True)
+        timings = chunk.to_dict().get("timings") or timings
+    print()
+    if timings is None:
+        raise RuntimeError("the stream ended without its timings")
+    return Answer(text.strip(), timings)
+
+
+def ask_everything(url: str, timeout_s: float) -> bool:
+    """Send the demo's requests. Returns whether the model knows the capital of France."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=timeout_s)
+    model = client.models.list().data[0].id
+
+    print(f"\n> {PARIS}")
+    whole = ask(client, model, PARIS)
+    print(whole.text)
+    print(f"\n> {PARIS} (streamed)")
+    streamed = ask_streaming(client, model, PARIS)
+    print("\nFour at once:")
+    with ThreadPoolExecutor(len(TOGETHER)) as pool:
+        together = list(pool.map(lambda question: ask(client, model, question), TOGETHER))
+    for question, answer in zip(TOGETHER, together, strict=True):
+        print(f"> {question}\n{answer.text}")
+
+    columns = {"first": whole.timings, "streamed": streamed.timings}
+    columns |= {f"4x #{index}": answer.timings for index, answer in enumerate(together, 1)}
+    print("\nWhere the time went")
+    print(breakdown_table(columns))
+    return "Paris" in whole.text and "Paris" in streamed.text
+
+
+def processes_left(started: list[psutil.Process]) -> list[str]:
+    """What of `started` still runs after a grace period."""
+    _, alive = psutil.wait_procs(started, timeout=EXIT_TIMEOUT_S)
+    return [f"{process.pid} {process.name()}" for process in alive]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", choices=["disaggregated", "colocated"], default="disaggregated")
+    parser.add_argument("--model", default=Config().model)
+    args = parser.parse_args()
+    config = Config(model=args.model, mode=args.mode, device="cpu")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+    began = time.monotonic()
+    started: list[psutil.Process] = []
+    knows_paris = deployed = False
+    try:
+        print("Starting Ray ...", flush=True)
+        with interrupts_held():
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        url = f"http://127.0.0.1:{free_port()}"
+        serve.start(http_options={"host": "127.0.0.1", "port": int(url.rsplit(":", 1)[1])})
+        print(f"Loading {config.model}, {config.mode}, on CPU ...", flush=True)
+        deployed = True
+        serve.run(build(config), name="demo", route_prefix="/")
+        wait_until_ready(url, config.start_timeout_s)
+        print(f"Ready after {time.monotonic() - began:.0f} s at {url}/v1")
+        knows_paris = ask_everything(url, config.start_timeout_s)
+    except KeyboardInterrupt:
+        print("\nInterrupted", file=sys.stderr)
+    finally:
+        started = psutil.Process().children(recursive=True)
+        with interrupts_ignored():
+            try:
+                if deployed:
+                    serve.delete("demo")
+            finally:
+                ray.shutdown()
+    left = processes_left(started)
+    for process in left:
+        print(f"still running: {process}", file=sys.stderr)
+    print(f"\nDone in {time.monotonic() - began:.0f} s; no process left." if not left else "\nProcesses were left.")
+    return 0 if knows_paris and not left else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Load generator for an OpenAI-compatible server, and offline throughput."""

@@ -1,0 +1,274 @@
+"""`pdray bench offline`: generation speed of the engine alone, of pdray.LLM, and of transformers.generate.
+
+All rows of one run use the same weights, the same random prompts and the same number of threads, greedy decoding and
+answers of exactly --output-len tokens. Every repetition has new prompts, so that no prefix cache helps; the median
+repetition is reported, and the first one of each row is warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pdray.config import Config
+from pdray.errors import ConfigError
+from pdray.options import add_config_arguments, config_from_args
+from pdray.sampling_params import SamplingParams
+
+
+class Generation(NamedTuple):
+    """One timed batch.
+
+    Attributes:
+        seconds: start until the last token. first_token_s: start until every prompt has its first token.
+        token_ids: the answers, to compare the rows with each other.
+    """
+
+    seconds: float
+    first_token_s: float
+    token_ids: list[list[int]]
+
+
+Generate = Callable[[list[list[int]], int], Generation]
+
+
+class Row(NamedTuple):
+    """The median repetition of one way to generate at one batch size. Rates in tokens/s, times in ms."""
+
+    name: str
+    batch_size: int
+    input_len: int
+    output_len: int
+    seconds: float
+    output_tokens_per_s: float
+    decode_tokens_per_s: float
+    first_token_ms: float
+    same_tokens_as_engine: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `pdray bench offline`."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="as for `pdray serve`")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="prompts at once (default: 1 8)")
+    parser.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: 128)")
+    parser.add_argument("--output-len", type=int, default=64, help="output tokens (default: 64)")
+    parser.add_argument("--repeat", type=int, default=3, help="timed repetitions of each row (default: 3)")
+    parser.add_argument("--prompt-seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument(
+        "--engine", action=argparse.BooleanOptionalAction, default=True, help="the engine in this process"
+    )
+    parser.add_argument("--transformers", action="store_true", help="transformers.generate in this process")
+    parser.add_argument("--llm", action="store_true", help="pdray.LLM: Ray actors, router, detokenizer")
+    parser.add_argument("--save-result", type=Path, metavar="FILE", help="write the rows as JSON")
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure every row that was asked for, print a table, save it."""
+    config = config_from_args(args)
+    if min(*args.batch_size, args.input_len, args.repeat) < 1 or args.output_len < 2:
+        raise ConfigError("--batch-size, --input-len and --repeat must be at least 1, and --output-len at least 2")
+    rows = run(config, args)
+    print(format_rows(rows))
+    if args.save_result:
+        result = {"config": config.model_dump(), "rows": [row._asdict() for row in rows]} | machine()
+        args.save_result.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def run(config: Config, args: argparse.Namespace) -> list[Row]:
+    """Rows in the order engine, transformers, llm. One model is in memory at a time."""
+    import torch
+
+    from pdray.models import load_model_config
+
+    torch.set_num_threads(config.num_threads)
+    vocab_size = load_model_config(config).vocab_size
+    makers: dict[str, Callable[[Config], tuple[Generate, Callable[[], None]]]] = {}
+    if args.engine:
+        makers["engine"] = make_engine
+    if args.transformers:
+        makers["transformers"] = make_transformers
+    if args.llm:
+        makers["llm"] = make_llm
+    rows: list[Row] = []
+    answers: dict[int, list[list[int]]] = {}
+    for name, make in makers.items():
+        generate, close = make(config)
+        try:
+            for batch_size in args.batch_size:
+                rows.append(measure(name, generate, batch_size, vocab_size, args, answers))
+        finally:
+            close()
+    return rows
+
+
+def measure(
+    name: str,
+    generate: Generate,
+    batch_size: int,
+    vocab_size: int,
+    args: argparse.Namespace,
+    answers: dict[int, list[list[int]]],
+) -> Row:
+    """Warm up once, time `repeat` batches, and compare the last answers with the engine's (`answers` by batch size)."""
+    timed = []
+    for repetition in range(args.repeat + 1):
+        rng = np.random.default_rng((args.prompt_seed, batch_size, repetition))
+        prompts = rng.integers(min(1000, vocab_size // 2), vocab_size, size=(batch_size, args.input_len)).tolist()
+        generation = generate(prompts, args.output_len)
+        assert [len(tokens) for tokens in generation.token_ids] == [args.output_len] * batch_size, name
+        if repetition:
+            timed.append(generation)
+    expected = answers.setdefault(batch_size, generation.token_ids)
+    same = sum(a == b for a, b in zip(expected, generation.token_ids, strict=True))
+    seconds = statistics.median(g.seconds for g in timed)
+    first = statistics.median(g.first_token_s for g in timed)
+    decode_s = statistics.median(g.seconds - g.first_token_s for g in timed)
+    return Row(
+        name=name,
+        batch_size=batch_size,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        seconds=seconds,
+        output_tokens_per_s=batch_size * args.output_len / seconds,
+        decode_tokens_per_s=batch_size * (args.output_len - 1) / decode_s,
+        first_token_ms=1000 * first,
+        same_tokens_as_engine=f"{same}/{batch_size}",
+    )
+
+
+def greedy(output_len: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+
+
+def make_engine(config: Config) -> tuple[Generate, Callable[[], None]]:
+    """The engine, stepped by this thread: no Ray, no HTTP."""
+    from pdray.actors.worker import select_device
+    from pdray.engine.engine import Engine
+    from pdray.engine.request import EngineRequest
+    from pdray.models import load_model
+
+    device = select_device(config)
+    engine = Engine(config, load_model(config, device), device)
+
+    def generate(prompts: list[list[int]], output_len: int) -> Generation:
+        answers: list[list[int]] = [[] for _ in prompts]
+        num_finished, first_token_s = 0, None
+        started = time.perf_counter()
+        for key, prompt in enumerate(prompts):
+            engine.add(EngineRequest(key=key, prompt_token_ids=prompt, params=greedy(output_len)))
+        while num_finished < len(prompts):
+            for update in engine.step():
+                assert isinstance(update.key, int)
+                answers[update.key] += [token.token_id for token in update.tokens]
+                num_finished += update.finished
+            if first_token_s is None and all(answers):
+                first_token_s = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        for key in range(len(prompts)):
+            engine.release(key)
+        assert first_token_s is not None
+        return Generation(seconds, first_token_s, answers)
+
+    return generate, lambda: None
+
+
+def make_transformers(config: Config) -> tuple[Generate, Callable[[], None]]:
+    """transformers.generate with its dynamic cache, on the same weights and dtype."""
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    from pdray.bench.transformers_model import load_transformers_model
+
+    model = load_transformers_model(config)
+
+    class FirstToken(BaseStreamer):
+        """Notes when the second put comes: the first is the prompt, the second the first token."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def generate(prompts: list[list[int]], output_len: int) -> Generation:
+        streamer = FirstToken()
+        inputs = torch.tensor(prompts, device=model.device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=output_len,
+                min_new_tokens=output_len,
+                do_sample=False,
+                pad_token_id=0,
+                streamer=streamer,
+            )
+        seconds = time.perf_counter() - started
+        return Generation(seconds, streamer.times[1] - started, output[:, inputs.shape[1] :].tolist())
+
+    return generate, lambda: None
+
+
+def make_llm(config: Config) -> tuple[Generate, Callable[[], None]]:
+    """pdray.LLM in the configured mode, on a Ray cluster that it joins or starts."""
+    from pdray.llm import LLM
+
+    llm = LLM(**config.model_dump(exclude_unset=True))
+
+    def generate(prompts: list[list[int]], output_len: int) -> Generation:
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, greedy(output_len), use_tqdm=False)
+        seconds = time.perf_counter() - started
+        first_token_s = max(output.timings.ttft or 0.0 for output in outputs)
+        return Generation(seconds, first_token_s, [output.outputs[0].token_ids for output in outputs])
+
+    return generate, llm.shutdown
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    import platform
+
+    import torch
+    import transformers
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def format_rows(rows: list[Row]) -> str:
+    """One line per row."""
+    titles = ("", "batch", "in", "out", "seconds", "output tok/s", "decode tok/s", "first token ms", "same tokens")
+    lines = [f"{titles[0]:<14}" + "".join(f"{title:>{max(8, len(title) + 2)}}" for title in titles[1:])]
+    for row in rows:
+        cells = [
+            str(row.batch_size),
+            str(row.input_len),
+            str(row.output_len),
+            f"{row.seconds:.2f}",
+            f"{row.output_tokens_per_s:.1f}",
+            f"{row.decode_tokens_per_s:.1f}",
+            f"{row.first_token_ms:.1f}",
+            row.same_tokens_as_engine,
+        ]
+        widths = [max(8, len(title) + 2) for title in titles[1:]]
+        lines.append(f"{row.name:<14}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+"""The `pdray` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+import pdray
+from pdray.errors import ConfigError, PdrayError
+from pdray.options import add_config_arguments, add_sampling_arguments, config_from_args, sampling_from_args
+
+POLL_INTERVAL_S = 0.5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ConfigError as error:
+        print(f"pdray {args.command}: {error}", file=sys.stderr)
+        return 2
+    except PdrayError as error:
+        print(f"pdray {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options. Nothing heavy is imported until a command runs."""
+    parser = argparse.ArgumentParser(prog="pdray", description="Prefill/decode-disaggregated LLM serving on Ray.")
+    parser.add_argument("--version", action="version", version=f"pdray {pdray.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible API, until Ctrl-C")
+    serve.add_argument("model", nargs="?", metavar="MODEL", help="Hugging Face id, folder, .gguf file, or config.json")
+    serve.add_argument("--host", default="127.0.0.1", help="address of the HTTP server (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="port of the HTTP server (default: 8000)")
+    serve.add_argument("--name", default="pdray", help="of the Serve application (default: pdray)")
+    _add_address(serve, "Ray cluster to join; `local` starts one; default: a running one, else start one")
+    add_config_arguments(serve)
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser("generate", help="complete prompts and print the answers")
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT")
+    generate.add_argument("--model", help="Hugging Face id, folder, .gguf file, or config.json")
+    generate.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
+    generate.add_argument("--timings", action="store_true", help="print where each request's time went")
+    _add_address(generate, "Ray cluster to join; default: a running one, else start one")
+    add_sampling_arguments(generate)
+    add_config_arguments(generate)
+    generate.set_defaults(run=_generate)
+
+    status = commands.add_parser("status", help="show applications, workers, queues, blocks and leases")
+    _add_address(status, "Ray cluster to look at; default: the running one")
+    status.add_argument("--json", action="store_true", help="everything, for programs")
+    status.set_defaults(run=_status)
+
+    stop = commands.add_parser("stop", help="delete pdray's applications and stop their workers; Ray keeps running")
+    _add_address(stop, "Ray cluster to act on; default: the running one")
+    stop.add_argument("--name", help="only this application")
+    stop.add_argument("--timeout", type=float, default=60.0, help="seconds until giving up (default: 60)")
+    stop.set_defaults(run=_stop)
+
+    wait = commands.add_parser("wait", help="return when a server is ready to answer")
+    wait.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: http://127.0.0.1:8000)")
+    wait.add_argument("--timeout", type=float, default=600.0, help="seconds until giving up (default: 600)")
+    wait.set_defaults(run=_wait)
+
+    _add_bench(commands.add_parser("bench", help="measure"))
+    return parser
+
+
+def _add_address(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--address", help=text)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from pdray.bench import offline, serve
+
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    online_parser = kinds.add_parser("serve", help="load a running OpenAI-compatible server")
+    serve.add_arguments(online_parser)
+    online_parser.set_defaults(run=serve.main)
+    offline_parser = kinds.add_parser("offline", help="generation speed without a server")
+    offline.add_arguments(offline_parser)
+    offline_parser.set_defaults(run=offline.main)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from pdray.cluster_commands import serve
+
+    return serve(config_from_args(args), name=args.name, host=args.host, port=args.port, address=args.address)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from pdray.cluster_commands import status
+
+    return status(args.address, as_json=args.json)
+
+
+def _stop(args: argparse.Namespace) -> int:
+    from pdray.cluster_commands import stop
+
+    return stop(args.address, name=args.name, timeout_s=args.timeout)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    params = sampling_from_args(args, max_tokens=128)
+    config = config_from_args(args).model_dump(exclude_unset=True)
+    from pdray.llm import LLM
+
+    with LLM(ray_address=args.address, **config) as llm:
+        if args.chat:
+            outputs = llm.chat([[{"role": "user", "content": prompt}] for prompt in args.prompts], params)
+        else:
+            outputs = llm.generate(args.prompts, params)
+    for prompt, output in zip(args.prompts, outputs, strict=True):
+        for completion in output.outputs:
+            print(f"Prompt: {prompt!r}\nAnswer: {completion.text!r} ({completion.finish_reason})")
+    if args.timings:
+        from dataclasses import asdict
+
+        from pdray.bench.timings import breakdown_table
+
+        print(breakdown_table({f"prompt {index}": asdict(output.timings) for index, output in enumerate(outputs)}))
+    return 0
+
+
+def _wait(args: argparse.Namespace) -> int:
+    wait_until_ready(args.url, args.timeout)
+    print(f"{args.url} is ready")
+    return 0
+
+
+def wait_until_ready(url: str, timeout_s: float) -> None:
+    """Poll `url`/health until it answers 200.
+
+    Raises:
+        PdrayError: not within timeout_s; the text holds the last answer.
+        ConfigError: url is not an http address.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"url is {url!r}; it must begin with http:// or https://")
+    health = url.rstrip("/") + "/health"
+    deadline = time.monotonic() + timeout_s
+    while True:
+        remaining = deadline - time.monotonic()
+        try:
+            with urllib.request.urlopen(health, timeout=max(0.1, min(5.0, remaining))):
+                return
+        except urllib.error.HTTPError as error:
+            last = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+        except (urllib.error.URLError, OSError) as error:
+            last = str(getattr(error, "reason", error))
+        if deadline - time.monotonic() < POLL_INTERVAL_S:
+            raise PdrayError(f"{health} was not ready after {timeout_s:g} s (raise --timeout?); last answer: {last}")
+        time.sleep(POLL_INTERVAL_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What one engine can take at all: requests beyond it are refused at once, with what would have to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdray.engine.request import EngineRequest
+from pdray.errors import InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Fixed when the engine starts.
+
+    Attributes:
+        num_blocks: allocatable blocks, without the dummy block.
+        max_model_len: tokens, prompt and output.
+        headroom_tokens: output tokens whose blocks a reservation holds from the start.
+    """
+
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    headroom_tokens: int
+    vocab_size: int
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def max_total_tokens(self, request: EngineRequest) -> int:
+        """Length, prompt included, at which each completion of the request ends at the latest."""
+        if request.params.max_tokens is None:
+            return self.max_model_len
+        return min(len(request.prompt_token_ids) + request.params.max_tokens, self.max_model_len)
+
+    def num_reserved_tokens(self, request: EngineRequest) -> int:
+        """Tokens whose KV a reservation of the request has room for; the last token's KV is never stored."""
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        return max(num_tokens, min(num_tokens + self.headroom_tokens, self.max_total_tokens(request) - 1))
+
+    def num_start_blocks(self, request: EngineRequest, num_tokens: int) -> int:
+        """Blocks that all completions need at once: full blocks of the prompt shared, the rest for each its own.
+
+        Args:
+            num_tokens: room of each completion.
+        """
+        num_shared = (len(request.prompt_token_ids) + len(request.output_token_ids)) // self.block_size
+        num_owners = 1 if request.prefill_only else len(request.indices)
+        return num_shared + num_owners * (self.num_blocks_for(num_tokens) - num_shared)
+
+    def check(self, request: EngineRequest) -> None:
+        """Refuse what can never be served here.
+
+        Raises:
+            InvalidRequestError: names the value, the limit, and the settings to change.
+        """
+        prompt, outputs = request.prompt_token_ids, request.output_token_ids
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty; it must have at least 1 token", "prompt")
+        lowest, highest = min(min(prompt), min(outputs, default=0)), max(max(prompt), max(outputs, default=0))
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InvalidRequestError(f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", "prompt")
+        if not request.indices or len(set(request.indices)) != len(request.indices):
+            raise InvalidRequestError(f"indices are {request.indices}; they must be distinct, and at least one", "n")
+        if outputs and len(request.indices) != 1:
+            raise InvalidRequestError(f"{len(request.indices)} completions cannot go on from one completion's outputs", "n")
+        if len(request.indices) > self.max_num_seqs:
+            raise InvalidRequestError(
+                f"n is {len(request.indices)}, but a batch has {self.max_num_seqs} places; lower n or raise max_num_seqs", "n"
+            )
+        self._check_length(request)
+        self._check_blocks(request)
+
+    def _check_length(self, request: EngineRequest) -> None:
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if num_tokens >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_tokens} tokens, which leaves no room for output in max_model_len "
+                f"({self.max_model_len}); shorten it or raise max_model_len",
+                "prompt",
+            )
+        max_tokens = request.params.max_tokens
+        if max_tokens is not None and len(request.output_token_ids) >= max_tokens:
+            raise InvalidRequestError(
+                f"{len(request.output_token_ids)} tokens were produced already, and max_tokens is {max_tokens}", "max_tokens"
+            )
+
+    def _check_blocks(self, request: EngineRequest) -> None:
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        # A prefill_only request outputs one token, whose KV is stored elsewhere.
+        longest = num_tokens if request.prefill_only else self.max_total_tokens(request) - 1
+        needs = {
+            "one completion at full length": self.num_blocks_for(longest),
+            f"the start of {len(request.indices)} completions": self.num_start_blocks(
+                request, num_tokens if request.prefill_only else self.num_reserved_tokens(request)
+            ),
+        }
+        for what, num_needed in needs.items():
+            if num_needed > self.num_blocks:
+                raise InvalidRequestError(
+                    f"{what} needs KV cache for {num_needed * self.block_size} tokens (prompt {len(request.prompt_token_ids)}, "
+                    f"max_tokens {request.params.max_tokens}, n {len(request.indices)}), but the pool holds "
+                    f"{self.num_blocks * self.block_size}; lower max_tokens or n, or give the worker more by num_kv_blocks, "
+                    "kv_cache_memory_bytes, gpu_memory_utilization or cpu_memory_utilization",
+                    "max_tokens",
+                )

@@ -1,0 +1,189 @@
+"""A request inside the engine, and its completions: what they have produced, computed and hold."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+
+import numpy as np
+
+from pdray.engine.block_pool import hash_blocks
+from pdray.engine.request import EngineRequest
+from pdray.sampling_params import MAX_SEED, SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    """Where one completion stands."""
+
+    WAITING = enum.auto()  # queued; holds no blocks
+    RESERVED = enum.auto()  # holds blocks; nothing is computed for it
+    RUNNING = enum.auto()  # holds blocks; part of every step that has room
+    FORKING = enum.auto()  # holds blocks; waits for the first completion's prefill
+    HELD = enum.auto()  # prefill_only and done: keeps its blocks until release()
+    FINISHED = enum.auto()  # holds nothing
+
+
+class Sequence:
+    """One completion of one request.
+
+    Attributes:
+        token_ids: prompt and outputs. Before the fork, a request's sequences share one list.
+        num_prompt_tokens: of token_ids; what follows are outputs, wherever they were made.
+        num_computed_tokens: leading tokens whose KV is in block_table.
+        max_tokens: length that ends it, prompt included.
+        block_table: blocks in order; may reach beyond token_ids. Change it through the methods.
+        block_row: [at least len(block_table)] int32, block_table again, for copying into a batch.
+        num_hashed_blocks: leading blocks that were offered to the prefix cache.
+        copy_source: referenced block whose content must be copied to the block of the first token that is
+            not computed, before this sequence's first step.
+        preempted: in the queue to be computed again.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_row",
+        "block_table",
+        "copy_source",
+        "index",
+        "max_tokens",
+        "num_computed_tokens",
+        "num_hashed_blocks",
+        "num_prompt_tokens",
+        "order",
+        "preempted",
+        "request",
+        "seed",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, request: LiveRequest, index: int, token_ids: list[int], max_tokens: int) -> None:
+        self.request = request
+        self.index = index
+        self.token_ids = token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.max_tokens = max_tokens
+        self.seed = ((request.params.seed or 0) + index) % (MAX_SEED + 1)
+        self.num_computed_tokens = 0
+        self.block_table: list[int] = []
+        self.block_row = np.zeros(0, dtype=np.int32)
+        self.block_hashes: list[bytes] = []
+        self.num_hashed_blocks = 0
+        self.copy_source: int | None = None
+        self.preempted = False
+        self.status = SequenceStatus.WAITING
+        self.order = (request.priority, request.arrival, index)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def extend_blocks(self, blocks: list[int]) -> None:
+        """Append to the block table."""
+        start, end = len(self.block_table), len(self.block_table) + len(blocks)
+        if end > len(self.block_row):
+            self.block_row = np.resize(self.block_row, max(end, 2 * start))
+        self.block_row[start:end] = blocks
+        self.block_table += blocks
+
+    def replace_block(self, position: int, block: int) -> int:
+        """Put ``block`` at this place of the block table; returns the one that was there."""
+        old = self.block_table[position]
+        self.block_table[position] = block
+        self.block_row[position] = block
+        return old
+
+    def pop_block(self) -> int:
+        return self.block_table.pop()
+
+    def take_blocks(self) -> list[int]:
+        """Empty the block table; returns what it held."""
+        blocks, self.block_table = self.block_table, []
+        self.num_computed_tokens = 0
+        self.num_hashed_blocks = 0
+        return blocks
+
+    def update_hashes(self, block_size: int) -> list[bytes]:
+        """Hashes of all full blocks of token_ids; only new ones are computed."""
+        known = len(self.block_hashes)
+        if len(self.token_ids) // block_size > known:
+            parent = self.block_hashes[-1] if known else b""
+            self.block_hashes += hash_blocks(self.token_ids[known * block_size :], block_size, parent)
+        return self.block_hashes
+
+
+class LiveRequest:
+    """A request from add() or reserve() until its last completion ends or release().
+
+    Attributes:
+        arrival: rank among the engine's requests, from 0.
+        sequences: one per index; the first one computes the prompt for all.
+        forked: every sequence runs on its own.
+        has_places: its unfinished sequences are counted against max_num_seqs.
+        released: to be dropped when the step in flight is done.
+        num_cached_tokens: found in the prefix cache when blocks were first allocated.
+        queued_at, scheduled_at, started_at: s on the engine's clock; started_at is start_decode().
+        joined_at: beginning of the first step after start_decode(), then None again once reported.
+    """
+
+    __slots__ = (
+        "arrival",
+        "forked",
+        "has_places",
+        "joined_at",
+        "num_cached_tokens",
+        "queued_at",
+        "released",
+        "request",
+        "scheduled_at",
+        "sequences",
+        "started_at",
+    )
+
+    def __init__(self, request: EngineRequest, arrival: int, max_tokens: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        self.sequences = [Sequence(self, index, token_ids, max_tokens) for index in request.indices]
+        self.forked = False
+        self.has_places = False
+        self.released = False
+        self.num_cached_tokens: int | None = None
+        self.queued_at: float | None = None
+        self.scheduled_at: float | None = None
+        self.started_at: float | None = None
+        self.joined_at: float | None = None
+
+    @property
+    def key(self) -> Hashable:
+        return self.request.key
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.request.prompt_token_ids
+
+    @property
+    def prefill_only(self) -> bool:
+        return self.request.prefill_only
+
+    @property
+    def lead(self) -> Sequence:
+        """The sequence that computes the prompt."""
+        return self.sequences[0]
+
+    @property
+    def num_places(self) -> int:
+        """Sequences of it that count against max_num_seqs while it has_places."""
+        return sum(s.status not in (SequenceStatus.FINISHED, SequenceStatus.HELD) for s in self.sequences)

@@ -1,0 +1,61 @@
+"""What one step computes, and what came out of it: the values that pass between scheduler and runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pdray.engine.sequence import Sequence
+from pdray.outputs import Logprob
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence.
+
+    Attributes:
+        start: position of the first one; all before it are in the KV cache.
+        samplers: sequences that draw a token from the last one's logits; none inside a prompt.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samplers: list[Sequence]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One forward pass.
+
+    Attributes:
+        copies: (source, destination) blocks to copy before it.
+        copy_sources: references to drop after it.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    copy_sources: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        """Compute the sequence's next ``num_tokens`` tokens."""
+        start = sequence.num_computed_tokens
+        samplers: list[Sequence] = []
+        if start + num_tokens == len(sequence.token_ids):
+            samplers = [sequence] if sequence.request.forked else sequence.request.sequences
+        self.chunks.append(Chunk(sequence, start, num_tokens, samplers))
+        self.num_tokens += num_tokens
+        if sequence.copy_source is not None:
+            destination = sequence.block_table[start // (sequence.request.block_size)]
+            self.copies.append((sequence.copy_source, destination))
+
+
+class SampledRow(NamedTuple):
+    """A drawn token, and its log-probabilities if they were asked for."""
+
+    token_id: int
+    logprobs: dict[int, Logprob] | None = None

@@ -1,0 +1,213 @@
+"""pdray from a driver script: `LLM` and `generate`, with vLLM's argument and result names."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Coroutine, Sequence
+from typing import Any, Self, TypeVar
+
+import ray
+from tqdm import tqdm
+
+from pdray.actors.coordinator import CoordinatorClient, start_coordinator
+from pdray.config import Config
+from pdray.errors import ConfigError, InvalidRequestError
+from pdray.models import load_tokenizer
+from pdray.outputs import RequestOutput
+from pdray.router.router import Router
+from pdray.sampling_params import SamplingParams
+
+T = TypeVar("T")
+Prompt = str | list[int] | dict[str, Any]
+
+OFFLINE_QUEUE_WAIT_S = 7 * 24 * 3600.0  # a batch job waits its turn; admission control is for servers
+
+
+class LLM:
+    """A model served by prefill and decode actors that live as long as this object.
+
+    Joins the Ray cluster that RAY_ADDRESS names or that runs on this machine, and starts a local one
+    if there is none. The router runs in this process, on a thread of its own. Use it as a context
+    manager, or call shutdown(); a driver that ends without either takes its actors with it.
+
+    Args:
+        model: Hugging Face id, folder, .gguf file or config.json; default: Config's.
+        ray_address: the cluster to join; None as above.
+        config: fields of pdray.config.Config.
+
+    Raises:
+        ConfigError: a setting is wrong. ModelLoadError, OutOfMemoryError: what a worker met.
+    """
+
+    def __init__(self, model: str | None = None, *, ray_address: str | None = None, **config: Any) -> None:
+        if model is not None:
+            config["model"] = model
+        config.setdefault("max_queue_wait_s", OFFLINE_QUEUE_WAIT_S)
+        try:
+            self.config = Config(**config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            ray.init(address=ray_address, log_to_driver=False, logging_level="warning")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="pdray-router", daemon=True)
+        self._thread.start()
+        self._closed = False
+        try:
+            self.tokenizer = load_tokenizer(self.config)
+            self._run(self._start())
+        except BaseException:
+            self.shutdown()
+            raise
+
+    async def _start(self) -> None:
+        self._router: Router | None = None
+        self._coordinator: CoordinatorClient | None = None
+        self._coordinator = await start_coordinator(self.config, f"llm-{uuid.uuid4().hex[:8]}", detached=False)
+        await self._coordinator.wait_ready()
+        self._router = Router(
+            self.config,
+            self.tokenizer,
+            router_id=f"router-{uuid.uuid4().hex[:8]}",
+            secret=self._coordinator.secret,
+            watch=self._coordinator.watch,
+        )
+        await self._router.start()
+        await self._router.wait_ready()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; results in the prompts' order.
+
+        Args:
+            prompts: one or many of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+            sampling_params: one for all, or one for each; default SamplingParams().
+
+        Raises:
+            InvalidRequestError: a prompt or parameter that cannot be served; nothing else is lost but
+                this call: the other requests of the call are aborted.
+        """
+        many = _as_list(prompts)
+        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
+            params = [sampling_params or SamplingParams()] * len(many)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(many):
+            raise InvalidRequestError(f"{len(params)} sampling_params for {len(many)} prompts; give one, or one for each")
+        return self._run(self._generate_all(many, params, use_tqdm))
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """generate() on conversations rendered with the tokenizer's chat template."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InvalidRequestError(f"model {self.config.model} has no chat template; use generate()", "messages")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [
+            {"prompt_token_ids": self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False)}
+            for c in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    async def _generate_all(
+        self, prompts: list[str | list[int]], params: list[SamplingParams], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        places = asyncio.Semaphore(max(1, self.config.max_queue_size))  # so that the router's queue never overflows
+        with tqdm(total=len(prompts), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as progress:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._generate_one(prompt, p, places, progress))
+                    for prompt, p in zip(prompts, params, strict=True)
+                ]
+        return [task.result() for task in tasks]
+
+    async def _generate_one(
+        self, prompt: str | list[int], params: SamplingParams, places: asyncio.Semaphore, progress: tqdm[Any]
+    ) -> RequestOutput:
+        assert self._router is not None
+        async with places:
+            request = await self._router.submit(prompt, params, request_id=f"cmpl-{uuid.uuid4().hex}")
+        try:
+            async for _ in request:
+                pass
+        finally:
+            request.abort()
+        progress.update(1)
+        return request.output
+
+    def status(self) -> dict[str, Any]:
+        """Workers, roles, devices, queue depth, free blocks, leases: what `pdray status` prints."""
+        assert self._coordinator is not None
+        return self._run(self._coordinator.describe())
+
+    def shutdown(self) -> None:
+        """Stop router, actors and, if this object started it, Ray. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive():
+            self._run(self._stop())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        if self._owns_ray:
+            ray.shutdown()
+
+    async def _stop(self) -> None:
+        if getattr(self, "_router", None) is not None:
+            await self._router.stop()  # type: ignore[union-attr]
+        if getattr(self, "_coordinator", None) is not None:
+            await self._coordinator.stop()  # type: ignore[union-attr]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+
+def generate(
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    model: str | None = None,
+    use_tqdm: bool = True,
+    **config: Any,
+) -> list[RequestOutput]:
+    """Start an LLM, complete the prompts, shut it down. For more than one call, keep an LLM."""
+    with LLM(model, **config) as llm:
+        return llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
+    """Every accepted form of prompts as a list of texts and token id lists."""
+    if isinstance(prompts, (str, dict)) or (prompts and isinstance(prompts[0], int)):
+        prompts = [prompts]  # type: ignore[list-item]
+    result: list[str | list[int]] = []
+    for prompt in prompts:
+        if isinstance(prompt, dict):
+            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+        if not isinstance(prompt, (str, list)):
+            raise InvalidRequestError(f"a prompt is a {type(prompt).__name__}; it must be text, token ids, or a dict of either")
+        result.append(prompt)
+    return result

@@ -1,0 +1,181 @@
+"""The decoder of the Llama, Qwen2 and Qwen3 families over a paged KV pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from pdray.kernels.activation import silu_and_mul
+from pdray.kernels.attention import AttentionMetadata, paged_attention
+from pdray.kernels.kv_store import store_kv
+from pdray.kernels.layernorm import add_rms_norm, rms_norm
+from pdray.kernels.linear import linear
+from pdray.kernels.rotary import apply_rotary
+from pdray.models.model_config import ModelConfig
+from pdray.models.rope import build_rotary_table
+
+
+@dataclass(slots=True)
+class DecoderLayer:
+    """Weights of one layer, projections as [out, in]; heads are laid out query, key, value and gate before up.
+
+    Attributes:
+        q_norm, k_norm: [head_dim], of models with qk_norm.
+    """
+
+    input_norm: torch.Tensor
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o_weight: torch.Tensor
+    o_bias: torch.Tensor | None
+    post_attention_norm: torch.Tensor
+    gate_up_weight: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_weight: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+class Decoder:
+    """Weights of a model and its forward pass. Built with uninitialised weights; a loader fills parameters().
+
+    Run it under torch.inference_mode. It keeps no state between calls, so that calls of several threads need only
+    disjoint slots of the KV pool.
+
+    Attributes:
+        max_len: positions that the rotary table covers.
+    """
+
+    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.max_len = max_len
+        self.dtype = dtype
+        self.device = device
+        self._num_qk_heads = config.num_heads + config.num_kv_heads
+        self._qk_size = self._num_qk_heads * config.head_dim
+        self._scale = config.head_dim**-0.5
+        self._cos, self._sin = build_rotary_table(config, max_len, device)
+        self.embed_tokens = self._empty(config.vocab_size, config.hidden_size)
+        self.layers = [self._empty_layer() for _ in range(config.num_layers)]
+        self.norm = self._empty(config.hidden_size)
+        tied = config.tie_word_embeddings
+        self.lm_head = self.embed_tokens if tied else self._empty(config.vocab_size, config.hidden_size)
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _empty_layer(self) -> DecoderLayer:
+        config = self.config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        q_size = config.num_heads * config.head_dim
+        qkv_size = self._qk_size + config.num_kv_heads * config.head_dim
+        return DecoderLayer(
+            input_norm=self._empty(hidden),
+            qkv_weight=self._empty(qkv_size, hidden),
+            qkv_bias=self._empty(qkv_size) if config.qkv_bias else None,
+            q_norm=self._empty(config.head_dim) if config.qk_norm else None,
+            k_norm=self._empty(config.head_dim) if config.qk_norm else None,
+            o_weight=self._empty(hidden, q_size),
+            o_bias=self._empty(hidden) if config.o_bias else None,
+            post_attention_norm=self._empty(hidden),
+            gate_up_weight=self._empty(2 * inner, hidden),
+            gate_up_bias=self._empty(2 * inner) if config.mlp_bias else None,
+            down_weight=self._empty(hidden, inner),
+            down_bias=self._empty(hidden) if config.mlp_bias else None,
+        )
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Every parameter under its Hugging Face name; parts of fused tensors are views to be written into.
+
+        A tied lm_head.weight is not listed.
+        """
+        config = self.config
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        named: dict[str, torch.Tensor | None] = {"model.embed_tokens.weight": self.embed_tokens}
+        for i, layer in enumerate(self.layers):
+            prefix = f"model.layers.{i}."
+            named[prefix + "input_layernorm.weight"] = layer.input_norm
+            named[prefix + "post_attention_layernorm.weight"] = layer.post_attention_norm
+            named[prefix + "self_attn.q_norm.weight"] = layer.q_norm
+            named[prefix + "self_attn.k_norm.weight"] = layer.k_norm
+            named[prefix + "self_attn.o_proj.weight"] = layer.o_weight
+            named[prefix + "self_attn.o_proj.bias"] = layer.o_bias
+            named[prefix + "mlp.down_proj.weight"] = layer.down_weight
+            named[prefix + "mlp.down_proj.bias"] = layer.down_bias
+            for kind, qkv, gate_up in (
+                ("weight", layer.qkv_weight, layer.gate_up_weight),
+                ("bias", layer.qkv_bias, layer.gate_up_bias),
+            ):
+                if qkv is not None:
+                    parts = qkv.split((q_size, kv_size, kv_size))
+                    for name, part in zip("qkv", parts, strict=True):
+                        named[f"{prefix}self_attn.{name}_proj.{kind}"] = part
+                if gate_up is not None:
+                    named[f"{prefix}mlp.gate_proj.{kind}"], named[f"{prefix}mlp.up_proj.{kind}"] = gate_up.chunk(2)
+        named["model.norm.weight"] = self.norm
+        if not config.tie_word_embeddings:
+            named["lm_head.weight"] = self.lm_head
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv: torch.Tensor,
+        meta: AttentionMetadata,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states after the final norm, [T, hidden_size]; writes the tokens' keys and values into kv.
+
+        Args:
+            input_ids: [T] int64.
+            positions: [T] int64, below max_len.
+            kv: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
+            on_layer: called with i as soon as layer i's KV is stored and its attention done (on CUDA: enqueued).
+        """
+        eps = self.config.rms_norm_eps
+        cos, sin = self._cos[positions], self._sin[positions]
+        residual = F.embedding(input_ids, self.embed_tokens)
+        hidden = rms_norm(residual, self.layers[0].input_norm, eps)
+        for i, layer in enumerate(self.layers):
+            hidden = self._attention(layer, hidden, cos, sin, kv[i], meta)
+            if on_layer is not None:
+                on_layer(i)
+            hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
+            hidden = silu_and_mul(linear(hidden, layer.gate_up_weight, layer.gate_up_bias))
+            hidden = linear(hidden, layer.down_weight, layer.down_bias)
+            following = self.layers[i + 1].input_norm if i + 1 < len(self.layers) else self.norm
+            hidden, residual = add_rms_norm(hidden, residual, following, eps)
+        return hidden
+
+    def _attention(
+        self,
+        layer: DecoderLayer,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_layer: torch.Tensor,
+        meta: AttentionMetadata,
+    ) -> torch.Tensor:
+        config = self.config
+        num_heads, head_dim = config.num_heads, config.head_dim
+        qkv = linear(hidden, layer.qkv_weight, layer.qkv_bias)
+        v = qkv[:, self._qk_size :].view(-1, config.num_kv_heads, head_dim)
+        qk = qkv[:, : self._qk_size].view(-1, self._num_qk_heads, head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(qk[:, :num_heads], layer.q_norm, config.rms_norm_eps)
+            k = rms_norm(qk[:, num_heads:], layer.k_norm, config.rms_norm_eps)
+            qk = torch.cat((q, k), dim=1)
+        qk = apply_rotary(qk, cos, sin)
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
+        store_kv(k, v, kv_layer, meta.slot_mapping)
+        attended = paged_attention(q, kv_layer, meta, self._scale)
+        return linear(attended.reshape(-1, num_heads * head_dim), layer.o_weight, layer.o_bias)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[M, hidden_size] -> [M, vocab_size] float32."""
+        return linear(hidden, self.lm_head).float()

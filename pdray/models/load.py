@@ -1,0 +1,86 @@
+"""Load a model as the configuration says: its shape, its weights, and a digest of both."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pdray.config import Config
+from pdray.errors import ConfigError, ModelLoadError
+from pdray.models.decoder import Decoder
+from pdray.models.dummy import fill_dummy
+from pdray.models.fingerprint import fingerprint
+from pdray.models.gguf_loader import GGUFFile
+from pdray.models.model_config import ModelConfig
+from pdray.models.resolve import ModelSource, SourceKind, read_config_files, resolve_model
+from pdray.models.safetensors_loader import load_safetensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadedModel(NamedTuple):
+    """Attributes:
+    fingerprint: 16 hex digits; equal only for equal configuration, dtype and (sampled) weights.
+    """
+
+    config: ModelConfig
+    decoder: Decoder
+    dtype: torch.dtype
+    fingerprint: str
+
+
+def load_model_config(config: Config) -> ModelConfig:
+    """The model's shape, without reading weights.
+
+    Raises:
+        ModelLoadError: the model is not found, or of a kind that pdray does not know.
+    """
+    return _model_config(resolve_model(config, weights=False))
+
+
+def load_model(config: Config, device: torch.device) -> LoadedModel:
+    """Build the decoder on ``device`` and fill it.
+
+    Raises:
+        ModelLoadError: the model is not found, unknown, or its tensors do not fit its configuration.
+        ConfigError: max_model_len is beyond the model's limit.
+    """
+    source = resolve_model(config, weights=True)
+    model_config = _model_config(source)
+    dtype = choose_dtype(config, model_config, device)
+    decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device)
+    parameters = decoder.parameters()
+    if config.load_format == "dummy":
+        fill_dummy(parameters, config.seed, model_config.initializer_range)
+    elif source.kind is SourceKind.GGUF:
+        GGUFFile(source.path).load(parameters)
+    else:
+        load_safetensors(source.path, parameters)
+    return LoadedModel(model_config, decoder, dtype, fingerprint(decoder))
+
+
+def choose_dtype(config: Config, model_config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Config.dtype; auto is float32 on CPU and the checkpoint's own elsewhere."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else model_config.torch_dtype
+    if name not in DTYPES:
+        raise ModelLoadError(f"the checkpoint's dtype is {name!r}; set dtype to one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def choose_max_len(config: Config, model_config: ModelConfig) -> int:
+    """Config.max_model_len, or the model's limit."""
+    limit = model_config.max_model_len
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but {config.model!r} has positions for {limit} tokens; lower it"
+        )
+    return config.max_model_len or limit
+
+
+def _model_config(source: ModelSource) -> ModelConfig:
+    if source.kind is SourceKind.GGUF:
+        return GGUFFile(source.path).model_config()
+    return ModelConfig.from_hf(*read_config_files(source))

@@ -1,0 +1,110 @@
+"""Command line options made from Config's and SamplingParams' fields, one to one, so that they cannot differ."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from pdray.config import Config
+from pdray.errors import ConfigError
+from pdray.sampling_params import SamplingParams
+
+# Fields whose plain names mean something else on a command line: the HTTP host, and the sampling seed.
+RENAMED = {"host": "worker-host", "seed": "weights-seed"}
+NOT_SAMPLING_OPTIONS = ("stop_token_ids", "skip_special_tokens", "include_stop_str_in_output")
+PARSERS: dict[str, Callable[[str], Any]] = {"integer": int, "number": float, "string": str}
+
+
+def option_name(field: str) -> str:
+    """The option that sets a field of Config: num_kv_blocks → --num-kv-blocks."""
+    return "--" + RENAMED.get(field, field.replace("_", "-"))
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ...] = ("model",)) -> None:
+    """An option for every field of Config that is not in `skip`; a flag that is not given sets nothing."""
+    group = parser.add_argument_group("configuration", "fields of pdray.Config")
+    for field, schema in Config.model_json_schema()["properties"].items():
+        if field in skip:
+            continue
+        default = schema.get("default")
+        text = schema.get("description", field.replace("_", " "))
+        text += (
+            ""
+            if default in (None, "")
+            else f" (default: {str(default).lower() if default is True or default is False else default})"
+        )
+        add: dict[str, Any] = {"dest": f"config_{field}", "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        kind = next(s for s in schema.get("anyOf", [schema]) if s.get("type") != "null")
+        if kind["type"] == "boolean":
+            group.add_argument(option_name(field), action=argparse.BooleanOptionalAction, **add)
+        elif "enum" in kind:
+            choices = [str(choice) for choice in kind["enum"]]
+            group.add_argument(option_name(field), choices=choices, type=str, **add)
+        else:
+            metavar = {"integer": "N", "number": "X", "string": "TEXT"}[kind["type"]]
+            group.add_argument(option_name(field), type=PARSERS[kind["type"]], metavar=metavar, **add)
+
+
+def config_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of Config that the command line set; an enum of numbers is text here, and pydantic reads it."""
+    values = {name.removeprefix("config_"): value for name, value in vars(args).items() if name.startswith("config_")}
+    if getattr(args, "model", None):
+        values["model"] = args.model
+    if "block_size" in values:
+        values["block_size"] = int(values["block_size"])
+    return values
+
+
+def config_from_args(args: argparse.Namespace) -> Config:
+    """The configuration that the options describe.
+
+    Raises:
+        ConfigError: a value out of range; the text names the option.
+    """
+    try:
+        return Config(**config_values(args))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            option = option_name(str(problem["loc"][0])) + ": " if problem["loc"] else ""
+            given = f" (given: {problem['input']!r})" if problem["loc"] else ""
+            lines.append(f"{option}{problem['msg'].removeprefix('Value error, ')}{given}")
+        raise ConfigError("; ".join(lines)) from None
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """An option for every field of SamplingParams that makes sense for text."""
+    group = parser.add_argument_group("sampling", "fields of pdray.SamplingParams")
+    hints = typing.get_type_hints(SamplingParams)
+    for field in msgspec.structs.fields(SamplingParams):
+        if field.name in NOT_SAMPLING_OPTIONS:
+            continue
+        name, hint = "--" + field.name.replace("_", "-"), hints[field.name]
+        add: dict[str, Any] = {"dest": f"sampling_{field.name}", "default": argparse.SUPPRESS}
+        shown = f"(default: {field.default})"
+        if hint is bool:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, help=shown, **add)
+        elif field.name == "stop":
+            group.add_argument(name, nargs="+", metavar="TEXT", help="strings that end the answer", **add)
+        else:
+            members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            number = next(member for member in members if member is not type(None))
+            group.add_argument(name, type=number, metavar="N" if number is int else "X", help=shown, **add)
+
+
+def sampling_from_args(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
+    """Sampling parameters from the options, over `defaults`.
+
+    Raises:
+        InvalidRequestError: a value out of range.
+    """
+    given = {
+        name.removeprefix("sampling_"): value for name, value in vars(args).items() if name.startswith("sampling_")
+    }
+    return SamplingParams(**(defaults | given))

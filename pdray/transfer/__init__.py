@@ -1,0 +1,1 @@
+"""Channels: they move KV blocks from one worker's pool into another's."""

@@ -1,0 +1,104 @@
+"""Blocks through Ray's object store: for CPU workers, and wherever nothing faster works.
+
+The sender copies a put's blocks out of its pool into one array, places it in the object store and
+hands the reference to the decode worker as an argument of an actor call, so that Ray owns the
+reference for exactly as long as the call needs it. The receiver sees a read-only array in shared
+memory and copies it into its pool. Copies and calls run on the channel's one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from pdray.errors import TransferError
+from pdray.kernels.kv_store import gather_blocks
+from pdray.transfer.channel import Put, PutResult
+
+
+def blocks_to_array(blocks: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A contiguous CPU tensor as bytes; numpy has no bfloat16."""
+    return blocks.view(torch.uint8).numpy()
+
+
+def array_to_blocks(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of blocks_to_array. Copies: Ray's arrays are read-only, torch knows no such tensor."""
+    return torch.from_numpy(array.copy()).view(dtype)
+
+
+class ObjectStoreChannel:
+    """SendChannel over Ray's object store.
+
+    Contract: put() returns at once; one thread copies and submits in order, so puts arrive in the
+    order they were made; the future completes on a Ray thread when the receiver has answered. No
+    stream and no staging beyond Ray's object store.
+
+    Args:
+        kv: the sender's pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
+        receive_blocks: the decode actor's method; called as
+            (worker_id, epoch, key, layers, destination_blocks, array) and returns whether it wrote.
+    """
+
+    def __init__(self, kv: torch.Tensor, worker_id: str, epoch: int, receive_blocks: Any) -> None:
+        self.epoch = epoch
+        self._kv = kv
+        self._worker_id = worker_id
+        self._receive_blocks = receive_blocks
+        self._closed = False
+        self._pending: set[Future[PutResult]] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"channel-{worker_id}-{epoch}")
+
+    def put(self, put: Put) -> Future[PutResult]:
+        future: Future[PutResult] = Future()
+        if self._closed:
+            future.set_exception(TransferError(f"channel of epoch {self.epoch} is closed"))
+            return future
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        self._thread.submit(self._send, put, future, time.monotonic())
+        return future
+
+    def _send(self, put: Put, future: Future[PutResult], started: float) -> None:
+        try:
+            if self._closed:
+                raise TransferError(f"channel of epoch {self.epoch} is closed")
+            array = blocks_to_array(gather_blocks(self._kv, put.layers, put.source_blocks).cpu())
+            call = self._receive_blocks.remote(
+                self._worker_id,
+                self.epoch,
+                put.key,
+                (put.layers.start, put.layers.stop),
+                put.destination_blocks,
+                ray.put(array),
+            )
+            call.future().add_done_callback(lambda reply: self._settle(future, reply, array.nbytes, started))
+        except Exception as error:
+            self._resolve(future.set_exception, TransferError(f"put failed: {error}"))
+
+    def _settle(self, future: Future[PutResult], reply: Future[bool], num_bytes: int, started: float) -> None:
+        error = reply.exception()
+        if error is not None:
+            self._resolve(future.set_exception, TransferError(f"put failed: {error}"))
+        else:
+            self._resolve(future.set_result, PutResult(reply.result(), num_bytes, time.monotonic() - started))
+
+    def _resolve(self, setter: Callable[[Any], None], value: Any) -> None:
+        try:
+            setter(value)
+        except InvalidStateError:
+            if not self._closed:  # close() fails what is pending; nothing else may settle a put twice
+                raise
+
+    def close(self) -> None:
+        """See SendChannel. A call already submitted may still arrive: the receiver asks its lease
+        table and drops it, which is why nothing can reach the destination after the lease's end."""
+        self._closed = True
+        for future in list(self._pending):
+            self._resolve(future.set_exception, TransferError(f"channel of epoch {self.epoch} was closed"))
+        self._thread.shutdown(wait=True)

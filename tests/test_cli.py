@@ -1,0 +1,297 @@
+"""The command line: options against the fields they set, messages, and exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from pdray import cli
+from pdray.cluster_commands import format_status
+from pdray.config import Config
+from pdray.errors import ConfigError, InvalidRequestError, PdrayError
+from pdray.options import (
+    NOT_SAMPLING_OPTIONS,
+    add_config_arguments,
+    add_sampling_arguments,
+    config_from_args,
+    option_name,
+    sampling_from_args,
+)
+from pdray.outputs import CompletionOutput, RequestOutput, RequestTimings
+from pdray.sampling_params import SamplingParams
+
+
+def parse_config(*words: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser, skip=())
+    return config_from_args(parser.parse_args(words))
+
+
+def another_value(field: str) -> Any:
+    """A valid value that is not the field's default."""
+    schema = Config.model_json_schema()["properties"][field]
+    kind = next(s for s in schema.get("anyOf", [schema]) if s.get("type") != "null")
+    default = schema.get("default")
+    if kind["type"] == "boolean":
+        return not default
+    if "enum" in kind:
+        return next((choice for choice in reversed(kind["enum"]) if choice != default), default)
+    if kind["type"] == "string":
+        return "other"
+    if kind["type"] == "number":
+        return 0.625
+    return 1024
+
+
+@pytest.mark.parametrize("field", sorted(Config.model_fields))
+def test_every_field_of_config_has_its_option(field: str) -> None:
+    value = another_value(field)
+    if isinstance(value, bool):
+        words = [option_name(field) if value else option_name(field).replace("--", "--no-", 1)]
+    else:
+        words = [option_name(field), str(value)]
+    assert parse_config(*words) == Config(**{field: value})
+
+
+def test_no_option_leaves_every_default() -> None:
+    assert parse_config() == Config()
+    assert not parse_config().model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-num-seqs", "0"], "--max-num-seqs: .*greater than or equal to 1.*given: 0"),
+        (["--weights-seed", "-1"], "--weights-seed: "),
+        (["--prefill-num-gpus", "2"], "tensor parallelism is not there yet"),
+    ],
+)
+def test_bad_value_names_the_option(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(*words)
+
+
+def parse_sampling(*words: str) -> SamplingParams:
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    return sampling_from_args(parser.parse_args(words))
+
+
+def test_sampling_options_set_their_fields() -> None:
+    words = [
+        "--n",
+        "2",
+        "--temperature",
+        "0.5",
+        "--top-k",
+        "5",
+        "--seed",
+        "7",
+        "--max-tokens",
+        "9",
+        "--min-tokens",
+        "3",
+    ]
+    words += ["--stop", "a b", "c", "--ignore-eos", "--logprobs", "2", "--repetition-penalty", "1.5"]
+    assert parse_sampling(*words) == SamplingParams(
+        n=2,
+        temperature=0.5,
+        top_k=5,
+        seed=7,
+        max_tokens=9,
+        min_tokens=3,
+        stop=("a b", "c"),
+        ignore_eos=True,
+        logprobs=2,
+        repetition_penalty=1.5,
+    )
+    assert parse_sampling() == SamplingParams()
+
+
+def test_every_sampling_field_is_an_option_or_named_as_none(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser(prog="x")
+    add_sampling_arguments(parser)
+    for field in set(SamplingParams.__struct_fields__) - set(NOT_SAMPLING_OPTIONS):
+        assert f"--{field.replace('_', '-')}" in parser.format_help()
+
+
+def test_bad_sampling_value_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match="top_p is 2.0"):
+        parse_sampling("--top-p", "2")
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline"])
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*command.split(), "--help"])
+    assert exit_info.value.code == 0
+    assert f"usage: pdray {command}" in capsys.readouterr().out
+
+
+def test_wrong_option_value_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--max-num-seqs", "0"]) == 2
+    assert "pdray serve: --max-num-seqs" in capsys.readouterr().err
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys\nfrom pdray.cli import build_parser\nbuild_parser().format_help()\n"
+        "sys.exit([m for m in ('torch', 'ray', 'transformers') if m in sys.modules] or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+class FakeLLM:
+    """Answers each prompt with itself; remembers how it was made and asked."""
+
+    made: dict[str, Any] = {}
+    asked: list[Any] = []
+
+    def __init__(self, **config: Any) -> None:
+        FakeLLM.made = config
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def generate(self, prompts: list[str], params: SamplingParams) -> list[RequestOutput]:
+        FakeLLM.asked = [prompts, params]
+        done = [CompletionOutput(0, text=f"<{prompt}>", finish_reason="stop") for prompt in prompts]
+        return [RequestOutput("r", None, [], [output], True, timings=RequestTimings(ttft=0.5)) for output in done]
+
+    def chat(self, conversations: list[list[dict[str, str]]], params: SamplingParams) -> list[RequestOutput]:
+        return self.generate([c[0]["content"] + "!" for c in conversations], params)
+
+
+@pytest.fixture
+def fake_llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    module = types.ModuleType("pdray.llm")
+    module.LLM = FakeLLM  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pdray.llm", module)
+    return FakeLLM
+
+
+def test_generate_passes_options_on(fake_llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "one", "two", "--model", "m", "--device", "cpu", "--temperature", "0", "--timings"]
+    assert cli.main([*words, "--seed", "3", "--weights-seed", "4"]) == 0
+    assert fake_llm.made == {"ray_address": None, "model": "m", "device": "cpu", "seed": 4}
+    assert fake_llm.asked == [["one", "two"], SamplingParams(temperature=0.0, max_tokens=128, seed=3)]
+    printed = capsys.readouterr().out
+    assert "Answer: '<two>' (stop)" in printed
+    assert "500.0" in printed
+
+
+def test_generate_chat_uses_the_template(fake_llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "hi", "--chat"]) == 0
+    assert "Answer: '<hi!>'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(PdrayError("no"), 1), (ConfigError("no"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_errors_become_exit_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "wait_until_ready", wait)
+    assert cli.main(["wait"]) == status
+    assert ("pdray wait: no" in capsys.readouterr().err) == isinstance(error, PdrayError)
+
+
+class HealthServer(ThreadingHTTPServer):
+    """Says 503 to the first `num_refusals` questions and 200 afterwards."""
+
+    def __init__(self, num_refusals: int) -> None:
+        super().__init__(("127.0.0.1", 0), HealthHandler)
+        self.num_refusals = num_refusals
+        self.paths: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class HealthHandler(BaseHTTPRequestHandler):
+    server: HealthServer
+
+    def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        ready = len(self.server.paths) > self.server.num_refusals
+        body = b"" if ready else json.dumps({"error": {"message": "loading weights"}}).encode()
+        self.send_response(200 if ready else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def health_server(request: pytest.FixtureRequest) -> Iterator[HealthServer]:
+    server = HealthServer(request.param)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("health_server", [2], indirect=True)
+def test_wait_returns_when_the_server_is_ready(health_server: HealthServer) -> None:
+    assert cli.main(["wait", "--url", health_server.url + "/", "--timeout", "60"]) == 0
+    assert health_server.paths == ["/health"] * 3
+
+
+@pytest.mark.parametrize("health_server", [10**6], indirect=True)
+def test_wait_gives_up_and_says_why(health_server: HealthServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["wait", "--url", health_server.url, "--timeout", "0.3"]) == 1
+    message = capsys.readouterr().err
+    assert "not ready after 0.3 s" in message
+    assert "loading weights" in message
+
+
+def test_wait_without_a_server_says_so(unused_tcp_port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["wait", "--url", f"http://127.0.0.1:{unused_tcp_port}", "--timeout", "0.1"]) == 1
+    assert "Connection refused" in capsys.readouterr().err
+
+
+def test_wait_refuses_another_kind_of_url() -> None:
+    assert cli.main(["wait", "--url", "file:///etc/hosts"]) == 2
+
+
+def test_status_table() -> None:
+    worker = {"worker_id": "decode-0", "role": "decode", "device": "cpu", "pid": 41, "running": 2, "waiting": 0}
+    worker |= {"queued_tokens": 7, "free_blocks": 90, "num_blocks": 100, "leases": [{"state": "RUNNING"}] * 3}
+    application = {
+        "name": "pdray",
+        "model": "tiny",
+        "mode": "disaggregated",
+        "workers": [
+            worker,
+            {"worker_id": "prefill-0", "role": "prefill", "device": "cpu", "pid": 40, "free_blocks": 5},
+        ],
+        "routers": [{"router_id": "router-a", "queue_depth": 4}],
+    }
+    lines = format_status([application]).splitlines()
+    assert lines[0] == "pdray tiny disaggregated"
+    header, decode, prefill = (line.split() for line in lines[1:4])
+    titles = "worker role device running waiting queued tokens free blocks blocks leases pid"
+    assert " ".join(header) == titles
+    assert decode == ["decode-0", "decode", "cpu", "2", "0", "7", "90", "100", "3", "41"]
+    assert prefill == ["prefill-0", "prefill", "cpu", "-", "-", "-", "5", "-", "-", "40"]
+    assert lines[4] == "router router-a: queue depth 4"
+    assert format_status([]) == "no pdray application is running"
