@@ -31,18 +31,32 @@ ROW_MULTIPLE = 8
 MAX_DECODE_GATHER = 1024  # tokens; what one decode call gathers should stay in the core's cache
 
 
+class Gather(NamedTuple):
+    """Copies the KV of B sequences, padded to L tokens each, into the plan's scratch memory.
+
+    Attributes:
+        token_rows: [2 * B * L] int64, index into kv_layer.view(-1, Hkv * d); all the keys, then all the values.
+        target: [2 * B * L, Hkv * d].
+        k, v: [B, Hkv, L, d], views of target; tokens are outermost in memory. Valid until the next gather.
+    """
+
+    token_rows: Tensor
+    target: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class PrefillCall(NamedTuple):
     """Consecutive query tokens of one sequence that lie in one span.
 
     Attributes:
         rows: of q.
-        gather: index into CpuPlan.gathers.
-        kv_len: L, the span's end.
-        mask: [padded rows, L] float, 0 or -inf; a view of a mask that all spans share.
+        kv_len: the span's end.
+        mask: [1, 1, padded rows, kv_len] float, 0 or -inf; a view of a mask that all spans share.
     """
 
     rows: slice
-    gather: int
+    gather: Gather
     kv_len: int
     mask: Tensor
 
@@ -52,34 +66,31 @@ class DecodeCall(NamedTuple):
 
     Attributes:
         rows: of q; a slice if they are consecutive, else [B] int64.
-        mask: [B, 1, 1, L] float, 0 or -inf.
+        packed: [B, Hkv, padded group, d], where the queries go; the padding is zero.
+        mask: [B, 1, padded group, L] float, 0 or -inf.
     """
 
     rows: slice | Tensor
-    gather: int
+    gather: Gather
+    packed: Tensor
     mask: Tensor
 
 
-class Gather(NamedTuple):
-    """What to gather for B sequences: token_rows [2 * B * L] int64 indexes kv_layer.view(-1, Hkv * d), all the keys
-    first, then all the values."""
-
-    token_rows: Tensor
-    batch: int
-    padded_len: int
-
-
 class CpuPlan(NamedTuple):
-    """What the CPU path derives from the metadata once, for all layers.
+    """What the CPU path derives from the metadata once, for all layers."""
 
-    Attributes:
-        scratch: [largest gather, Hkv * d]; what is gathered goes here, since fresh memory costs more than the copy.
-    """
-
-    scratch: Tensor
-    gathers: list[Gather]
     prefills: list[PrefillCall]
     decodes: list[DecodeCall]
+
+
+class KvShape(NamedTuple):
+    """What a plan depends on besides the metadata. group: query heads to a KV head."""
+
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    group: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +113,7 @@ class AttentionMetadata:
     seq_lens: Tensor
     query_lens: list[int]
     kv_lens: list[int]
-    _cpu_plans: dict[tuple[int, int, torch.dtype], CpuPlan] = field(default_factory=dict, init=False, repr=False)
+    _cpu_plans: dict[KvShape, CpuPlan] = field(default_factory=dict, init=False, repr=False)
 
 
 def paged_attention(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
@@ -118,60 +129,54 @@ def paged_attention(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale:
     Returns:
         [T, num_heads, head_dim], q's dtype. Rows past the last sequence's are zero.
     """
+    if q.is_cuda:
+        from pdray.kernels.attention_triton import triton_paged_attention
+
+        return triton_paged_attention(q, kv_layer, meta, scale)
     return torch_paged_attention(q, kv_layer, meta, scale)
 
 
 def torch_paged_attention(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
     """The torch path of paged_attention, meant for CPU."""
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
-    tokens = kv_layer.view(-1, num_kv_heads * head_dim)
-    key = (block_size, tokens.shape[1], q.dtype)
-    plan = meta._cpu_plans.get(key)
+    shape = KvShape(block_size, num_kv_heads, head_dim, q.shape[1] // num_kv_heads, q.dtype)
+    plan = meta._cpu_plans.get(shape)
     if plan is None:
-        plan = meta._cpu_plans[key] = plan_cpu_attention(meta, *key)
+        plan = meta._cpu_plans[shape] = plan_cpu_attention(meta, shape)
 
+    tokens = kv_layer.view(-1, num_kv_heads * head_dim)
     out = torch.empty_like(q)
-    out[sum(meta.query_lens) :] = 0
-    for decode in plan.decodes:
-        k, v = _gather_kv(tokens, plan, decode.gather, head_dim)
-        out[decode.rows] = _decode(q[decode.rows], k, v, decode.mask, scale)
-    gathered = -1
+    num_rows = sum(meta.query_lens)
+    if num_rows < len(q):
+        out[num_rows:] = 0
+    gathered: Gather | None = None
     for prefill in plan.prefills:
-        if prefill.gather != gathered:
+        if prefill.gather is not gathered:
             gathered = prefill.gather
-            k, v = _gather_kv(tokens, plan, gathered, head_dim)
-        out[prefill.rows] = _prefill(
-            q[prefill.rows], k[:, :, : prefill.kv_len], v[:, :, : prefill.kv_len], prefill.mask, scale
-        )
+            torch.index_select(tokens, 0, gathered.token_rows, out=gathered.target)
+        out[prefill.rows] = _prefill(q[prefill.rows], prefill, scale)
+    for decode in plan.decodes:
+        torch.index_select(tokens, 0, decode.gather.token_rows, out=decode.gather.target)
+        _decode(q, decode, scale, out)
     return out
 
 
-def _gather_kv(tokens: Tensor, plan: CpuPlan, index: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values, [B, Hkv, L, d] each, tokens outermost in memory; valid until the next gather."""
-    gather = plan.gathers[index]
-    scratch = plan.scratch[: len(gather.token_rows)]
-    torch.index_select(tokens, 0, gather.token_rows, out=scratch)
-    k, v = scratch.view(2, gather.batch, gather.padded_len, -1, head_dim).transpose(2, 3)
-    return k, v
-
-
-def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[B, Hq, d] over [B, Hkv, L, d]: the query heads of a KV head are the rows of one GEMM."""
-    batch, num_kv_heads, kv_len, head_dim = k.shape
-    group = q.shape[1] // num_kv_heads
-    packed = q.view(batch, num_kv_heads, group, head_dim)
-    packed = F.pad(packed, (0, 0, 0, -group % ROW_MULTIPLE))
-    mask = mask.expand(batch, 1, packed.shape[2], kv_len)
-    out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale)
-    return out[:, :, :group].reshape(q.shape)
-
-
-def _prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[rows, Hq, d] over [1, Hkv, L, d]."""
+def _prefill(q: Tensor, call: PrefillCall, scale: float) -> Tensor:
+    """[rows, Hq, d] for rows of one sequence."""
     num_rows = len(q)
     q = F.pad(q, (0, 0, 0, 0, 0, -num_rows % ROW_MULTIPLE)).transpose(0, 1)[None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)[:num_rows]
+    k, v = call.gather.k[:, :, : call.kv_len], call.gather.v[:, :, : call.kv_len]
+    result = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, scale=scale, enable_gqa=True)
+    return result[0].transpose(0, 1)[:num_rows]
+
+
+def _decode(q: Tensor, call: DecodeCall, scale: float, out: Tensor) -> None:
+    """Fill the call's rows of out [T, Hq, d]. The query heads of a KV head are the rows of one GEMM."""
+    batch, num_kv_heads, _, head_dim = call.packed.shape
+    group = q.shape[1] // num_kv_heads
+    call.packed[:, :, :group] = q[call.rows].view(batch, num_kv_heads, group, head_dim)
+    result = F.scaled_dot_product_attention(call.packed, call.gather.k, call.gather.v, attn_mask=call.mask, scale=scale)
+    out.view(-1, num_kv_heads, group, head_dim)[call.rows] = result[:, :, :group]
 
 
 def padded_kv_len(kv_len: int) -> int:
@@ -182,27 +187,28 @@ def padded_kv_len(kv_len: int) -> int:
     return -(-kv_len // SPAN) * SPAN
 
 
-def plan_cpu_attention(meta: AttentionMetadata, block_size: int, token_width: int, dtype: torch.dtype) -> CpuPlan:
+def plan_cpu_attention(meta: AttentionMetadata, shape: KvShape) -> CpuPlan:
     """Group the batch into fused-attention calls whose shapes depend only on absolute positions."""
-    plan = CpuPlan(torch.empty(0, token_width, dtype=dtype), [], [], [])
+    plan = CpuPlan([], [])
     starts = meta.cu_seqlens_q.tolist()
-    prefills: list[int] = []
+    max_padded_len = padded_kv_len(max(meta.kv_lens))
+    width = shape.num_kv_heads * shape.head_dim
+    scratch = torch.empty(2 * max(max_padded_len, MAX_DECODE_GATHER), width, dtype=shape.dtype)
+    causal = None
     decodes: dict[int, list[int]] = defaultdict(list)
     for i, (query_len, kv_len) in enumerate(zip(meta.query_lens, meta.kv_lens, strict=True)):
         assert 1 <= query_len <= kv_len, f"sequence {i}: query_len {query_len}, kv_len {kv_len}"
-        if query_len > 1:
-            prefills.append(i)
-        else:
+        if query_len == 1:
             decodes[padded_kv_len(kv_len)].append(i)
-    if prefills:
-        causal = _causal_mask(padded_kv_len(max(meta.kv_lens[i] for i in prefills)), dtype)
-        for i in prefills:
-            _plan_prefill(plan, meta, i, starts[i], block_size, causal)
+            continue
+        if causal is None:
+            causal = _causal_mask(max_padded_len, shape.dtype)
+        plan.prefills.extend(_plan_prefill(meta, i, starts[i], shape, scratch, causal))
     for padded_len, sequences in decodes.items():
         size = max(1, MAX_DECODE_GATHER // padded_len)
         for first in range(0, len(sequences), size):
-            _plan_decode(plan, meta, sequences[first : first + size], starts, padded_len, block_size, dtype)
-    plan.scratch.resize_(max(len(gather.token_rows) for gather in plan.gathers), token_width)
+            some = sequences[first : first + size]
+            plan.decodes.append(_plan_decode(meta, some, [starts[i] for i in some], padded_len, shape, scratch))
     return plan
 
 
@@ -216,49 +222,47 @@ def _causal_mask(max_len: int, dtype: torch.dtype) -> Tensor:
 
 
 def _plan_prefill(
-    plan: CpuPlan, meta: AttentionMetadata, i: int, first_row: int, block_size: int, causal: Tensor
-) -> None:
-    """One gather for the sequence, and one call for each span that its query rows touch."""
+    meta: AttentionMetadata, i: int, first_row: int, shape: KvShape, scratch: Tensor, causal: Tensor
+) -> list[PrefillCall]:
+    """A call for each span that the sequence's query rows touch; they share one gather."""
     query_len, kv_len = meta.query_lens[i], meta.kv_lens[i]
-    gather = _add_gather(plan, meta.block_tables[i : i + 1], torch.tensor([kv_len]), padded_kv_len(kv_len), block_size)
+    gather = _gather(meta.block_tables[i : i + 1], torch.tensor([kv_len]), padded_kv_len(kv_len), shape, scratch)
+    calls = []
     position = kv_len - query_len
     while position < kv_len:
         span_end = padded_kv_len(position + 1)
         end = min(span_end, kv_len)
         num_padded = -(-(end - position) // ROW_MULTIPLE) * ROW_MULTIPLE
         offset = causal.shape[1] - SPAN - position
-        mask = causal[:num_padded, offset : offset + span_end]
-        plan.prefills.append(PrefillCall(slice(first_row, first_row + end - position), gather, span_end, mask))
+        mask = causal[None, None, :num_padded, offset : offset + span_end]
+        calls.append(PrefillCall(slice(first_row, first_row + end - position), gather, span_end, mask))
         first_row += end - position
         position = end
+    return calls
 
 
 def _plan_decode(
-    plan: CpuPlan,
-    meta: AttentionMetadata,
-    sequences: list[int],
-    starts: list[int],
-    padded_len: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> None:
+    meta: AttentionMetadata, sequences: list[int], rows: list[int], padded_len: int, shape: KvShape, scratch: Tensor
+) -> DecodeCall:
     kv_lens = torch.tensor([meta.kv_lens[i] for i in sequences])
-    gather = _add_gather(plan, meta.block_tables[sequences], kv_lens, padded_len, block_size)
+    gather = _gather(meta.block_tables[sequences], kv_lens, padded_len, shape, scratch)
+    padded_group = -(-shape.group // ROW_MULTIPLE) * ROW_MULTIPLE
+    packed = torch.zeros(len(rows), shape.num_kv_heads, padded_group, shape.head_dim, dtype=shape.dtype)
     hidden = torch.arange(padded_len) >= kv_lens[:, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
-    rows = [starts[i] for i in sequences]
+    mask = torch.zeros(hidden.shape, dtype=shape.dtype).masked_fill_(hidden, float("-inf"))
+    mask = mask[:, None, None].expand(-1, -1, padded_group, -1)
     consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
-    plan.decodes.append(
-        DecodeCall(slice(rows[0], rows[0] + len(rows)) if consecutive else torch.tensor(rows), gather, mask)
-    )
+    return DecodeCall(slice(rows[0], rows[0] + len(rows)) if consecutive else torch.tensor(rows), gather, packed, mask)
 
 
-def _add_gather(plan: CpuPlan, block_tables: Tensor, kv_lens: Tensor, padded_len: int, block_size: int) -> int:
-    """Gather the first kv_len tokens of each sequence, and its first token again up to padded_len."""
+def _gather(block_tables: Tensor, kv_lens: Tensor, padded_len: int, shape: KvShape, scratch: Tensor) -> Gather:
+    """Of the first kv_len tokens of each sequence, and its first token again up to padded_len."""
+    batch = len(kv_lens)
     token = torch.arange(padded_len)
     token = torch.where(token < kv_lens[:, None], token, 0)  # [B, padded_len]
-    blocks = block_tables.to(torch.int64).gather(1, token // block_size)
-    keys = blocks * (2 * block_size) + token % block_size
-    token_rows = torch.stack((keys, keys + block_size)).view(-1)
-    plan.gathers.append(Gather(token_rows, len(kv_lens), padded_len))
-    return len(plan.gathers) - 1
+    blocks = block_tables.to(torch.int64).gather(1, token // shape.block_size)
+    keys = blocks * (2 * shape.block_size) + token % shape.block_size
+    token_rows = torch.stack((keys, keys + shape.block_size)).view(-1)
+    target = scratch[: len(token_rows)]
+    k, v = target.view(2, batch, padded_len, shape.num_kv_heads, shape.head_dim).transpose(2, 3)
+    return Gather(token_rows, target, k, v)

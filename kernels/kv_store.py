@@ -1,38 +1,85 @@
-"""Writes into and copies within the paged KV pool.
+"""Writing to, copying within and moving blocks in and out of the KV pool.
 
-The pool is one tensor ``kv`` [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; keys are
-[:, :, 0], values [:, :, 1]. A slot is block * block_size + offset. Block 0 is the dummy block that
-padding rows write to.
+The pool is one tensor per worker: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim],
+[:, :, 0] keys and [:, :, 1] values. Block 0 is the dummy block that padding rows write to.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, kv_layer: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Write k, v [T, Hkv, d] to slots [T] (int64) of one layer [N, 2, bs, Hkv, d]."""
+def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
+    """Write each token's key and value into its slot of one layer.
+
+    Args:
+        k, v: [T, num_kv_heads, head_dim].
+        kv_layer: [num_blocks, 2, block_size, num_kv_heads, head_dim]; written in place.
+        slot_mapping: [T] int64, block * block_size + offset. Where a slot repeats (only the dummy block's
+            should), one of its tokens wins.
+    """
+    if kv_layer.is_cuda:
+        from pdray.kernels.kv_store_triton import triton_store_kv
+
+        return triton_store_kv(k, v, kv_layer, slot_mapping)
     block_size = kv_layer.shape[2]
-    blocks = torch.div(slot_mapping, block_size, rounding_mode="floor")
-    offsets = slot_mapping - blocks * block_size
-    kv_layer[blocks, 0, offsets] = k
-    kv_layer[blocks, 1, offsets] = v
+    blocks = slot_mapping // block_size
+    offsets = slot_mapping % block_size
+    kv_layer[blocks, 0, offsets] = k.to(kv_layer.dtype)
+    kv_layer[blocks, 1, offsets] = v.to(kv_layer.dtype)
 
 
-def copy_blocks(kv: torch.Tensor, pairs: list[tuple[int, int]]) -> None:
-    """Copy whole blocks, all layers; pairs of (source, destination), destinations distinct."""
-    if pairs:
-        source, destination = (torch.tensor(ids, device=kv.device) for ids in zip(*pairs, strict=True))
-        kv[:, destination] = kv[:, source]
+def copy_blocks(kv: Tensor, pairs: list[tuple[int, int]]) -> None:
+    """Copy whole blocks (source, destination) in all layers; destinations are distinct.
+
+    Every source is read before any block is written.
+    """
+    if not pairs:
+        return
+    layers = range(len(kv))
+    sources, destinations = (list(ids) for ids in zip(*pairs, strict=True))
+    scatter_blocks(kv, layers, destinations, gather_blocks(kv, layers, sources))
 
 
-def gather_blocks(kv: torch.Tensor, layers: range, block_ids: list[int]) -> torch.Tensor:
-    """Contiguous copy [len(layers), n, 2, bs, Hkv, d] of some blocks of some layers."""
-    ids = torch.tensor(block_ids, dtype=torch.int64, device=kv.device)
-    return kv[layers.start : layers.stop].index_select(1, ids)
+def gather_blocks(kv: Tensor, layers: range, block_ids: list[int]) -> Tensor:
+    """Copy blocks of a range of layers out of the pool.
+
+    Returns:
+        [len(layers), len(block_ids), 2, block_size, num_kv_heads, head_dim], contiguous, the pool's dtype and device.
+
+    Raises:
+        ValueError: if layers is not a range of consecutive layers of this pool.
+    """
+    source = _layers(kv, layers)
+    index = torch.tensor(block_ids, dtype=torch.int64, device=kv.device)
+    if kv.is_cuda:
+        from pdray.kernels.kv_store_triton import triton_gather_blocks
+
+        return triton_gather_blocks(source, index)
+    return source.index_select(1, index)
 
 
-def scatter_blocks(kv: torch.Tensor, layers: range, block_ids: list[int], blocks: torch.Tensor) -> None:
-    """Inverse of gather_blocks: write ``blocks`` into the pool."""
-    ids = torch.tensor(block_ids, dtype=torch.int64, device=kv.device)
-    kv[layers.start : layers.stop].index_copy_(1, ids, blocks)
+def scatter_blocks(kv: Tensor, layers: range, block_ids: list[int], data: Tensor) -> None:
+    """Write what gather_blocks returned into blocks of the same layers of this pool.
+
+    Raises:
+        ValueError: if data's shape or dtype is not what gather_blocks would return here.
+    """
+    target = _layers(kv, layers)
+    expected = (len(layers), len(block_ids), *kv.shape[2:])
+    if tuple(data.shape) != expected or data.dtype != kv.dtype:
+        raise ValueError(f"data is {tuple(data.shape)} {data.dtype}; the blocks are {expected} {kv.dtype}")
+    index = torch.tensor(block_ids, dtype=torch.int64, device=kv.device)
+    data = data.to(kv.device)
+    if kv.is_cuda:
+        from pdray.kernels.kv_store_triton import triton_scatter_blocks
+
+        return triton_scatter_blocks(target, index, data)
+    target.index_copy_(1, index, data)
+
+
+def _layers(kv: Tensor, layers: range) -> Tensor:
+    if layers.step != 1 or not 0 <= layers.start <= layers.stop <= kv.shape[0]:
+        raise ValueError(f"layers is {layers}; it must be a range with step 1 within 0..{kv.shape[0]}")
+    return kv[layers.start : layers.stop]

@@ -34,12 +34,16 @@ def philox4x32(counter: Words, key0: Tensor, key1: Tensor) -> Words:
     """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words and broadcast with each other."""
     x0, x1, x2, x3 = counter
     for _ in range(NUM_ROUNDS):
-        high0, low0 = _multiply(MULTIPLIER_0, x0)
-        high1, low1 = _multiply(MULTIPLIER_1, x2)
-        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
+        # int64 multiplication wraps, which leaves 64 right bits. x1 and x3 keep them all: nothing but
+        # their low halves reaches a result.
+        product0 = x0 * MULTIPLIER_0
+        product1 = x2 * MULTIPLIER_1
+        x0 = ((product1 >> 32) ^ x1 ^ key0) & MASK_32
+        x2 = ((product0 >> 32) ^ x3 ^ key1) & MASK_32
+        x1, x3 = product1, product0
         key0 = (key0 + WEYL_0) & MASK_32
         key1 = (key1 + WEYL_1) & MASK_32
-    return Words(x0, x1, x2, x3)
+    return Words(x0, x1 & MASK_32, x2, x3 & MASK_32)
 
 
 def philox_uniform(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
@@ -56,23 +60,26 @@ def philox_uniform(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     Returns:
         [B, vocab_size] float32 in (0, 1).
     """
-    key0, key1 = _split(seeds[:, None])
-    position0, position1 = _split(positions[:, None])
     group = torch.arange(-(-vocab_size // 4), device=seeds.device)[None]
-    words = philox4x32(Words(group, position0, position1, torch.zeros_like(position0)), key0, key1)
-    bits = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
-    return _to_uniform(bits)
+    words = _draw(seeds[:, None], positions[:, None], group)
+    return _to_uniform(torch.stack(words, dim=-1).flatten(1)[:, :vocab_size])
+
+
+def philox_uniform_at(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
+    """philox_uniform's number for each of N triples, all [N] int64; returns [N] float32."""
+    words = torch.stack(_draw(seeds, positions, token_ids // 4))
+    return _to_uniform(words.gather(0, (token_ids % 4)[None])[0])
+
+
+def _draw(seeds: Tensor, positions: Tensor, group: Tensor) -> Words:
+    position0, position1 = _split(positions)
+    return philox4x32(Words(group, position0, position1, torch.zeros_like(positions)), *_split(seeds))
 
 
 def _to_uniform(bits: Tensor) -> Tensor:
     return ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=LARGEST_UNIFORM)
 
 
-def _multiply(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product; int64 wraps, so the sign bit is masked away."""
-    product = x * multiplier
-    return (product >> 32) & MASK_32, product & MASK_32
-
-
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and high 32 bits."""
     return x & MASK_32, (x >> 32) & MASK_32

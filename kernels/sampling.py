@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdray.kernels.philox import philox_uniform
+from pdray.kernels.philox import philox_uniform, philox_uniform_at
 from pdray.kernels.sampling_metadata import (
     BannedTokens,
     LogprobRows,
@@ -107,9 +107,18 @@ def draw(logits: Tensor, random: RandomRows) -> Tensor:
         scaled = keep_top_k(scaled, random.top_k)
     if random.top_p is not None:
         scaled = keep_top_p(scaled, random.top_p)
-    uniform = philox_uniform(random.seeds, random.positions, logits.shape[1])
-    exponential = uniform.neg_().log1p_().neg_()
-    return (scaled - exponential.log_()).argmax(-1)
+    if random.min_p is None and random.top_k is None and random.top_p is None:
+        return (scaled + gumbel(philox_uniform(random.seeds, random.positions, scaled.shape[1]))).argmax(-1)
+    rows, token_ids = (scaled > float("-inf")).nonzero(as_tuple=True)
+    uniform = philox_uniform_at(random.seeds[rows], random.positions[rows], token_ids)
+    scores = torch.full_like(scaled, float("-inf"))
+    scores[rows, token_ids] = scaled[rows, token_ids] + gumbel(uniform)
+    return scores.argmax(-1)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise; overwrites its argument. The large values come from small, finely spaced numbers."""
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
@@ -129,6 +138,7 @@ def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
     The sorted prefix that is looked at grows until it decides every row; its length changes no result.
     """
     vocab_size = logits.shape[1]
+    active = top_p < 1
     probs = logits.softmax(-1)
     num_candidates = min(FIRST_CANDIDATES, vocab_size)
     while True:
@@ -136,19 +146,18 @@ def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
         sorted_probs = probs.gather(1, token_ids).to(torch.float64)
         mass_before = sorted_probs.cumsum(-1) - sorted_probs
         num_kept = (mass_before < top_p[:, None]).sum(-1)
-        undecided = (num_kept == num_candidates) & (top_p < 1)
+        undecided = active & (num_kept == num_candidates) & (values[:, -1] > float("-inf"))
         if num_candidates == vocab_size or not bool(undecided.any()):
             break
         num_candidates = min(num_candidates * 16, vocab_size)
-    threshold = values.gather(1, num_kept[:, None] - 1)
-    threshold = threshold.masked_fill((top_p >= 1)[:, None], float("-inf"))
-    equal = logits == threshold
-    equal_kept = (num_kept - (values > threshold).sum(-1))[:, None]
-    dropped = logits < threshold
-    if bool(((equal.sum(-1, keepdim=True) > equal_kept) & (threshold > float("-inf"))).any()):
-        surplus = equal & (equal.cumsum(-1) > equal_kept) & (top_p < 1)[:, None]
-        dropped |= surplus
-    return logits.masked_fill(dropped, float("-inf"))
+    threshold = values.gather(1, num_kept[:, None] - 1).masked_fill_(~active[:, None], float("-inf"))
+    kept = logits >= threshold
+    has_surplus = (kept.sum(-1) > num_kept) & (threshold[:, 0] > float("-inf"))
+    if bool(has_surplus.any()):
+        equal = logits == threshold
+        num_equal_kept = num_kept - (values > threshold).sum(-1)
+        kept &= ~(equal & (equal.cumsum(-1) > num_equal_kept[:, None]) & has_surplus[:, None])
+    return logits.masked_fill(~kept, float("-inf"))
 
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, asked: LogprobRows) -> Logprobs:

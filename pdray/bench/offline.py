@@ -1,17 +1,18 @@
 """`pdray bench offline`: generation speed of the engine alone, of pdray.LLM, and of transformers.generate.
 
 All rows of one run use the same weights, the same random prompts and the same number of threads, greedy decoding and
-answers of exactly --output-len tokens. Every repetition has new prompts, so that no prefix cache helps; the median
-repetition is reported, and the first one of each row is warm-up.
+answers of exactly --output-len tokens. Every repetition has new prompts, so that no prefix cache helps. The ways take
+turns, so that a machine's slow minute hits all of them; the first turn is warm-up, the median of the others counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,12 @@ Generate = Callable[[list[list[int]], int], Generation]
 
 
 class Row(NamedTuple):
-    """The median repetition of one way to generate at one batch size. Rates in tokens/s, times in ms."""
+    """Medians of one way to generate at one batch size.
+
+    Attributes:
+        decode_tokens_per_s: after the first token of every prompt.
+        same_answers: how many of the answers are the first row's, token for token.
+    """
 
     name: str
     batch_size: int
@@ -50,7 +56,7 @@ class Row(NamedTuple):
     output_tokens_per_s: float
     decode_tokens_per_s: float
     first_token_ms: float
-    same_tokens_as_engine: str
+    same_answers: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure every row that was asked for, print a table, save it."""
     config = config_from_args(args)
+    if not (args.engine or args.transformers or args.llm):
+        raise ConfigError("nothing to measure: give --engine, --transformers or --llm")
     if min(*args.batch_size, args.input_len, args.repeat) < 1 or args.output_len < 2:
         raise ConfigError("--batch-size, --input-len and --repeat must be at least 1, and --output-len at least 2")
     rows = run(config, args)
@@ -84,72 +92,62 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(config: Config, args: argparse.Namespace) -> list[Row]:
-    """Rows in the order engine, transformers, llm. One model is in memory at a time."""
+    """Rows by batch size, in the order engine, transformers, llm."""
     import torch
 
     from pdray.models import load_model_config
 
     torch.set_num_threads(config.num_threads)
     vocab_size = load_model_config(config).vocab_size
-    makers: dict[str, Callable[[Config], tuple[Generate, Callable[[], None]]]] = {}
-    if args.engine:
-        makers["engine"] = make_engine
-    if args.transformers:
-        makers["transformers"] = make_transformers
-    if args.llm:
-        makers["llm"] = make_llm
-    rows: list[Row] = []
-    answers: dict[int, list[list[int]]] = {}
-    for name, make in makers.items():
-        generate, close = make(config)
-        try:
-            for batch_size in args.batch_size:
-                rows.append(measure(name, generate, batch_size, vocab_size, args, answers))
-        finally:
-            close()
-    return rows
+    makers = {"engine": make_engine, "transformers": make_transformers, "llm": make_llm}
+    with contextlib.ExitStack() as stack:
+        ways: dict[str, Generate] = {}
+        for name, make in makers.items():
+            if getattr(args, name):
+                ways[name] = stack.enter_context(make(config))
+        return [row for batch_size in args.batch_size for row in measure(ways, batch_size, vocab_size, args)]
 
 
-def measure(
-    name: str,
-    generate: Generate,
-    batch_size: int,
-    vocab_size: int,
-    args: argparse.Namespace,
-    answers: dict[int, list[list[int]]],
-) -> Row:
-    """Warm up once, time `repeat` batches, and compare the last answers with the engine's (`answers` by batch size)."""
-    timed = []
-    for repetition in range(args.repeat + 1):
-        rng = np.random.default_rng((args.prompt_seed, batch_size, repetition))
+def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: argparse.Namespace) -> list[Row]:
+    """A row for each way; its answers of the last turn are compared with those of the first way."""
+    timed: dict[str, list[Generation]] = {name: [] for name in ways}
+    for turn in range(args.repeat + 1):
+        rng = np.random.default_rng((args.prompt_seed, batch_size, turn))
         prompts = rng.integers(min(1000, vocab_size // 2), vocab_size, size=(batch_size, args.input_len)).tolist()
-        generation = generate(prompts, args.output_len)
-        assert [len(tokens) for tokens in generation.token_ids] == [args.output_len] * batch_size, name
-        if repetition:
-            timed.append(generation)
-    expected = answers.setdefault(batch_size, generation.token_ids)
-    same = sum(a == b for a, b in zip(expected, generation.token_ids, strict=True))
-    seconds = statistics.median(g.seconds for g in timed)
-    first = statistics.median(g.first_token_s for g in timed)
-    decode_s = statistics.median(g.seconds - g.first_token_s for g in timed)
-    return Row(
-        name=name,
-        batch_size=batch_size,
-        input_len=args.input_len,
-        output_len=args.output_len,
-        seconds=seconds,
-        output_tokens_per_s=batch_size * args.output_len / seconds,
-        decode_tokens_per_s=batch_size * (args.output_len - 1) / decode_s,
-        first_token_ms=1000 * first,
-        same_tokens_as_engine=f"{same}/{batch_size}",
-    )
+        for name, generate in ways.items():
+            generation = generate(prompts, args.output_len)
+            lengths = [len(tokens) for tokens in generation.token_ids]
+            assert lengths == [args.output_len] * batch_size, f"{name}: answers of {lengths} tokens"
+            timed[name].append(generation)
+    rows = []
+    expected = next(iter(timed.values()))[-1].token_ids
+    for name, generations in timed.items():
+        same = sum(a == b for a, b in zip(expected, generations[-1].token_ids, strict=True))
+        counted = generations[1:]
+        seconds = statistics.median(g.seconds for g in counted)
+        decode_s = statistics.median(g.seconds - g.first_token_s for g in counted)
+        rows.append(
+            Row(
+                name=name,
+                batch_size=batch_size,
+                input_len=args.input_len,
+                output_len=args.output_len,
+                seconds=seconds,
+                output_tokens_per_s=batch_size * args.output_len / seconds,
+                decode_tokens_per_s=batch_size * (args.output_len - 1) / decode_s,
+                first_token_ms=1000 * statistics.median(g.first_token_s for g in counted),
+                same_answers=f"{same}/{batch_size}",
+            )
+        )
+    return rows
 
 
 def greedy(output_len: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
 
 
-def make_engine(config: Config) -> tuple[Generate, Callable[[], None]]:
+@contextlib.contextmanager
+def make_engine(config: Config) -> Iterator[Generate]:
     """The engine, stepped by this thread: no Ray, no HTTP."""
     from pdray.actors.worker import select_device
     from pdray.engine.engine import Engine
@@ -178,17 +176,20 @@ def make_engine(config: Config) -> tuple[Generate, Callable[[], None]]:
         assert first_token_s is not None
         return Generation(seconds, first_token_s, answers)
 
-    return generate, lambda: None
+    yield generate
 
 
-def make_transformers(config: Config) -> tuple[Generate, Callable[[], None]]:
+@contextlib.contextmanager
+def make_transformers(config: Config) -> Iterator[Generate]:
     """transformers.generate with its dynamic cache, on the same weights and dtype."""
     import torch
     from transformers.generation.streamers import BaseStreamer
 
-    from pdray.bench.transformers_model import load_transformers_model
+    from pdray.actors.worker import select_device
+    from pdray.bench.transformers_model import transformers_model
+    from pdray.models import load_model
 
-    model = load_transformers_model(config)
+    model = transformers_model(load_model(config, select_device(config)))
 
     class FirstToken(BaseStreamer):
         """Notes when the second put comes: the first is the prompt, the second the first token."""
@@ -219,23 +220,24 @@ def make_transformers(config: Config) -> tuple[Generate, Callable[[], None]]:
         seconds = time.perf_counter() - started
         return Generation(seconds, streamer.times[1] - started, output[:, inputs.shape[1] :].tolist())
 
-    return generate, lambda: None
+    yield generate
 
 
-def make_llm(config: Config) -> tuple[Generate, Callable[[], None]]:
+@contextlib.contextmanager
+def make_llm(config: Config) -> Iterator[Generate]:
     """pdray.LLM in the configured mode, on a Ray cluster that it joins or starts."""
     from pdray.llm import LLM
 
-    llm = LLM(**config.model_dump(exclude_unset=True))
+    with LLM(**config.model_dump(exclude_unset=True)) as llm:
 
-    def generate(prompts: list[list[int]], output_len: int) -> Generation:
-        started = time.perf_counter()
-        outputs = llm.generate(prompts, greedy(output_len), use_tqdm=False)
-        seconds = time.perf_counter() - started
-        first_token_s = max(output.timings.ttft or 0.0 for output in outputs)
-        return Generation(seconds, first_token_s, [output.outputs[0].token_ids for output in outputs])
+        def generate(prompts: list[list[int]], output_len: int) -> Generation:
+            started = time.perf_counter()
+            outputs = llm.generate(prompts, greedy(output_len), use_tqdm=False)
+            seconds = time.perf_counter() - started
+            first_token_s = max(output.timings.ttft or 0.0 for output in outputs)
+            return Generation(seconds, first_token_s, [output.outputs[0].token_ids for output in outputs])
 
-    return generate, llm.shutdown
+        yield generate
 
 
 def machine() -> dict[str, Any]:
@@ -256,7 +258,7 @@ def machine() -> dict[str, Any]:
 
 def format_rows(rows: list[Row]) -> str:
     """One line per row."""
-    titles = ("", "batch", "in", "out", "seconds", "output tok/s", "decode tok/s", "first token ms", "same tokens")
+    titles = ("", "batch", "in", "out", "seconds", "output tok/s", "decode tok/s", "first token ms", "same answers")
     lines = [f"{titles[0]:<14}" + "".join(f"{title:>{max(8, len(title) + 2)}}" for title in titles[1:])]
     for row in rows:
         cells = [
@@ -267,7 +269,7 @@ def format_rows(rows: list[Row]) -> str:
             f"{row.output_tokens_per_s:.1f}",
             f"{row.decode_tokens_per_s:.1f}",
             f"{row.first_token_ms:.1f}",
-            row.same_tokens_as_engine,
+            row.same_answers,
         ]
         widths = [max(8, len(title) + 2) for title in titles[1:]]
         lines.append(f"{row.name:<14}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))

@@ -112,7 +112,7 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def cache(self, block: int, block_hash: bytes) -> None:
-        """``block`` now holds the whole prefix that ``block_hash`` names. The first block to hold one keeps the name."""
+        """``block`` holds the prefix that ``block_hash`` names. The first block to hold one keeps the name."""
         assert self._ref_counts[block] > 0, f"block {block} is cached while free"
         if self.enable_prefix_caching and block_hash not in self._cached and self._hashes[block] is None:
             self._cached[block_hash] = block
@@ -135,7 +135,9 @@ class BlockPool:
             if count != expected[block]:
                 problems.append(f"block {block} has {count} references, but {expected[block]} users")
             if (count == 0) != (block in self._free) and block != DUMMY_BLOCK:
-                problems.append(f"block {block} has {count} references and is{'' if count else ' not'} on the free list")
+                problems.append(
+                    f"block {block} has {count} references and is{'' if count else ' not'} on the free list"
+                )
             block_hash = self._hashes[block]
             if block_hash is not None and self._cached.get(block_hash) != block:
                 problems.append(f"block {block} has a hash that the prefix cache does not know")

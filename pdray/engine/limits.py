@@ -25,6 +25,12 @@ class EngineLimits:
     max_num_batched_tokens: int
     headroom_tokens: int
     vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+    def end_token_ids(self, request: EngineRequest) -> tuple[int, ...]:
+        """Ids of the vocabulary that end the request's completions."""
+        ids = {*self.eos_token_ids, *request.params.stop_token_ids}
+        return tuple(sorted(i for i in ids if 0 <= i < self.vocab_size))
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
@@ -51,8 +57,11 @@ class EngineLimits:
         num_owners = 1 if request.prefill_only else len(request.indices)
         return num_shared + num_owners * (self.num_blocks_for(num_tokens) - num_shared)
 
-    def check(self, request: EngineRequest) -> None:
+    def check(self, request: EngineRequest, reserved: bool) -> None:
         """Refuse what can never be served here.
+
+        Args:
+            reserved: it is to hold head-room from the start.
 
         Raises:
             InvalidRequestError: names the value, the limit, and the settings to change.
@@ -63,17 +72,22 @@ class EngineLimits:
         lowest, highest = min(min(prompt), min(outputs, default=0)), max(max(prompt), max(outputs, default=0))
         if lowest < 0 or highest >= self.vocab_size:
             wrong = lowest if lowest < 0 else highest
-            raise InvalidRequestError(f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", "prompt")
+            raise InvalidRequestError(
+                f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", "prompt"
+            )
         if not request.indices or len(set(request.indices)) != len(request.indices):
             raise InvalidRequestError(f"indices are {request.indices}; they must be distinct, and at least one", "n")
         if outputs and len(request.indices) != 1:
-            raise InvalidRequestError(f"{len(request.indices)} completions cannot go on from one completion's outputs", "n")
+            raise InvalidRequestError(
+                f"{len(request.indices)} completions cannot go on from one completion's outputs", "n"
+            )
         if len(request.indices) > self.max_num_seqs:
             raise InvalidRequestError(
-                f"n is {len(request.indices)}, but a batch has {self.max_num_seqs} places; lower n or raise max_num_seqs", "n"
+                f"n is {len(request.indices)}, but max_num_seqs is {self.max_num_seqs}; lower n or raise it",
+                "n",
             )
         self._check_length(request)
-        self._check_blocks(request)
+        self._check_blocks(request, reserved)
 
     def _check_length(self, request: EngineRequest) -> None:
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
@@ -86,25 +100,26 @@ class EngineLimits:
         max_tokens = request.params.max_tokens
         if max_tokens is not None and len(request.output_token_ids) >= max_tokens:
             raise InvalidRequestError(
-                f"{len(request.output_token_ids)} tokens were produced already, and max_tokens is {max_tokens}", "max_tokens"
+                f"{len(request.output_token_ids)} tokens were produced already, and max_tokens is {max_tokens}",
+                "max_tokens",
             )
 
-    def _check_blocks(self, request: EngineRequest) -> None:
+    def _check_blocks(self, request: EngineRequest, reserved: bool) -> None:
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         # A prefill_only request outputs one token, whose KV is stored elsewhere.
         longest = num_tokens if request.prefill_only else self.max_total_tokens(request) - 1
         needs = {
             "one completion at full length": self.num_blocks_for(longest),
             f"the start of {len(request.indices)} completions": self.num_start_blocks(
-                request, num_tokens if request.prefill_only else self.num_reserved_tokens(request)
+                request, self.num_reserved_tokens(request) if reserved else num_tokens
             ),
         }
         for what, num_needed in needs.items():
             if num_needed > self.num_blocks:
                 raise InvalidRequestError(
-                    f"{what} needs KV cache for {num_needed * self.block_size} tokens (prompt {len(request.prompt_token_ids)}, "
-                    f"max_tokens {request.params.max_tokens}, n {len(request.indices)}), but the pool holds "
-                    f"{self.num_blocks * self.block_size}; lower max_tokens or n, or give the worker more by num_kv_blocks, "
-                    "kv_cache_memory_bytes, gpu_memory_utilization or cpu_memory_utilization",
+                    f"{what} needs KV cache for {num_needed * self.block_size} tokens (prompt "
+                    f"{len(request.prompt_token_ids)}, max_tokens {request.params.max_tokens}, n "
+                    f"{len(request.indices)}), but the pool holds {self.num_blocks * self.block_size}; lower max_tokens or n, or raise "
+                    "num_kv_blocks, kv_cache_memory_bytes, gpu_memory_utilization or cpu_memory_utilization",
                     "max_tokens",
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,13 @@ class SequenceStatus(enum.Enum):
     FINISHED = enum.auto()  # holds nothing
 
 
+class BlockCopy(NamedTuple):
+    """A block to copy, in all layers."""
+
+    source: int
+    destination: int
+
+
 class Sequence:
     """One completion of one request.
 
@@ -30,12 +38,11 @@ class Sequence:
         token_ids: prompt and outputs. Before the fork, a request's sequences share one list.
         num_prompt_tokens: of token_ids; what follows are outputs, wherever they were made.
         num_computed_tokens: leading tokens whose KV is in block_table.
-        max_tokens: length that ends it, prompt included.
+        max_total_tokens: length that ends it, prompt included.
         block_table: blocks in order; may reach beyond token_ids. Change it through the methods.
         block_row: [at least len(block_table)] int32, block_table again, for copying into a batch.
         num_hashed_blocks: leading blocks that were offered to the prefix cache.
-        copy_source: referenced block whose content must be copied to the block of the first token that is
-            not computed, before this sequence's first step.
+        pending_copy: to be done before this sequence's first step; it holds a reference on the source.
         preempted: in the queue to be computed again.
     """
 
@@ -43,13 +50,13 @@ class Sequence:
         "block_hashes",
         "block_row",
         "block_table",
-        "copy_source",
         "index",
-        "max_tokens",
+        "max_total_tokens",
         "num_computed_tokens",
         "num_hashed_blocks",
         "num_prompt_tokens",
         "order",
+        "pending_copy",
         "preempted",
         "request",
         "seed",
@@ -57,19 +64,19 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: LiveRequest, index: int, token_ids: list[int], max_tokens: int) -> None:
+    def __init__(self, request: LiveRequest, index: int, token_ids: list[int], max_total_tokens: int) -> None:
         self.request = request
         self.index = index
         self.token_ids = token_ids
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.max_tokens = max_tokens
+        self.max_total_tokens = max_total_tokens
         self.seed = ((request.params.seed or 0) + index) % (MAX_SEED + 1)
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
         self.block_row = np.zeros(0, dtype=np.int32)
         self.block_hashes: list[bytes] = []
         self.num_hashed_blocks = 0
-        self.copy_source: int | None = None
+        self.pending_copy: BlockCopy | None = None
         self.preempted = False
         self.status = SequenceStatus.WAITING
         self.order = (request.priority, request.arrival, index)
@@ -122,36 +129,44 @@ class LiveRequest:
     Attributes:
         arrival: rank among the engine's requests, from 0.
         sequences: one per index; the first one computes the prompt for all.
+        end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
+        is_plain_greedy: its tokens are the arg max of the logits, and nothing else is asked for.
         forked: every sequence runs on its own.
         has_places: its unfinished sequences are counted against max_num_seqs.
-        released: to be dropped when the step in flight is done.
+        in_flight: part of the step that is being computed.
         num_cached_tokens: found in the prefix cache when blocks were first allocated.
-        queued_at, scheduled_at, started_at: s on the engine's clock; started_at is start_decode().
-        joined_at: beginning of the first step after start_decode(), then None again once reported.
+        queued_at, scheduled_at: s on the engine's clock: add() or start_prefill(), and the first step.
+        started_at, joined_at: the same for start_decode(). All are None again once reported.
     """
 
     __slots__ = (
         "arrival",
+        "end_token_ids",
         "forked",
         "has_places",
+        "in_flight",
+        "is_plain_greedy",
         "joined_at",
         "num_cached_tokens",
         "queued_at",
-        "released",
         "request",
         "scheduled_at",
         "sequences",
         "started_at",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int, max_tokens: int) -> None:
+    def __init__(
+        self, request: EngineRequest, arrival: int, max_total_tokens: int, end_token_ids: tuple[int, ...]
+    ) -> None:
         self.request = request
+        self.end_token_ids = end_token_ids
+        self.is_plain_greedy = is_plain_greedy(request.params)
         self.arrival = arrival
         token_ids = [*request.prompt_token_ids, *request.output_token_ids]
-        self.sequences = [Sequence(self, index, token_ids, max_tokens) for index in request.indices]
+        self.sequences = [Sequence(self, index, token_ids, max_total_tokens) for index in request.indices]
         self.forked = False
         self.has_places = False
-        self.released = False
+        self.in_flight = False
         self.num_cached_tokens: int | None = None
         self.queued_at: float | None = None
         self.scheduled_at: float | None = None
@@ -187,3 +202,13 @@ class LiveRequest:
     def num_places(self) -> int:
         """Sequences of it that count against max_num_seqs while it has_places."""
         return sum(s.status not in (SequenceStatus.FINISHED, SequenceStatus.HELD) for s in self.sequences)
+
+
+def uses_penalties(params: SamplingParams) -> bool:
+    """Whether drawing needs to know the tokens so far."""
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def is_plain_greedy(params: SamplingParams) -> bool:
+    """Whether a draw is the arg max of the logits and no log-probabilities are asked for."""
+    return params.greedy and not uses_penalties(params) and params.min_tokens == 0 and params.logprobs is None

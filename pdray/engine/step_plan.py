@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pdray.engine.sequence import Sequence
+from pdray.engine.sequence import BlockCopy, Sequence
 from pdray.outputs import Logprob
 
 
@@ -32,13 +32,11 @@ class StepPlan:
     """One forward pass.
 
     Attributes:
-        copies: (source, destination) blocks to copy before it.
-        copy_sources: references to drop after it.
+        copies: to be done before it; the plan holds a reference on each source until update().
     """
 
     chunks: list[Chunk] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    copy_sources: list[int] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
     num_tokens: int = 0
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
@@ -49,9 +47,9 @@ class StepPlan:
             samplers = [sequence] if sequence.request.forked else sequence.request.sequences
         self.chunks.append(Chunk(sequence, start, num_tokens, samplers))
         self.num_tokens += num_tokens
-        if sequence.copy_source is not None:
-            destination = sequence.block_table[start // (sequence.request.block_size)]
-            self.copies.append((sequence.copy_source, destination))
+        if sequence.pending_copy is not None:
+            self.copies.append(sequence.pending_copy)
+            sequence.pending_copy = None
 
 
 class SampledRow(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 from pdray.errors import ModelLoadError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+FREQUENCY_FACTORS = "frequency_factors"  # GGUF's way to write llama3 scaling: a divisor for each frequency
 ROPE_TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3")
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -92,7 +93,7 @@ class ModelConfig:
         length; llama3 configs state the stretched length already.
         """
         scaling = self.rope_scaling
-        if scaling is None or scaling["rope_type"] == "llama3":
+        if scaling is None or scaling["rope_type"] in ("llama3", FREQUENCY_FACTORS):
             return self.max_position_embeddings
         if scaling["rope_type"] == "yarn":
             stretched = int(scaling["original_max_position_embeddings"] * scaling["factor"])

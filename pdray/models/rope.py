@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pdray.models.model_config import ModelConfig
+from pdray.models.model_config import FREQUENCY_FACTORS, ModelConfig
 
 
 class RotaryTable(NamedTuple):
@@ -43,6 +43,8 @@ def build_rotary_table(config: ModelConfig, max_len: int, device: torch.device) 
         frequencies = _dynamic(config, scaling["factor"], positions)
     elif scaling["rope_type"] == "llama3":
         frequencies = _llama3(_default(config.rope_theta, config.head_dim), scaling)
+    elif scaling["rope_type"] == FREQUENCY_FACTORS:
+        frequencies = _default(config.rope_theta, config.head_dim) / torch.tensor(scaling["factors"])
     else:
         frequencies = _yarn(config.rope_theta, config.head_dim, scaling)
         attention_factor = yarn_attention_factor(scaling)

@@ -1,0 +1,203 @@
+"""One device's inference engine: the only door to scheduler, pool and runner."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+
+import torch
+
+from pdray.config import Config
+from pdray.engine.batch import InputBuffers
+from pdray.engine.block_pool import BlockPool
+from pdray.engine.integrity import check_integrity
+from pdray.engine.layer_groups import layer_callback
+from pdray.engine.limits import EngineLimits
+from pdray.engine.memory import allocate_pool, choose_num_blocks
+from pdray.engine.profile import profile_model
+from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
+from pdray.engine.results import Bookkeeper
+from pdray.engine.runner import Runner
+from pdray.engine.scheduler import Scheduler
+from pdray.engine.sequence import SequenceStatus
+from pdray.models.load import LoadedModel
+from pdray.outputs import SampledToken
+
+
+class Engine:
+    """Computes requests in steps, and keeps their KV.
+
+    step() belongs to one thread, the engine's. All else may be called from any thread: a short lock guards the
+    state, and is never held while the model runs. What the step in flight uses stays as it is until the step is booked.
+
+    Args:
+        num_kv_blocks: size of the pool, dummy block included; default: as the configuration says.
+        gpu_share: part of the GPU that this engine may use (CUDA, measured pool).
+
+    Attributes:
+        kv: the pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; block 0 is a dummy.
+        on_layer_group: called by the engine's thread in the midst of a step, for prefill_only requests, after each
+            group of transfer_layer_group layers; over a request's life, each block of each layer once.
+        on_work: called, without the lock, after anything that may have given step() something to do.
+
+    Raises:
+        OutOfMemoryError: the pool cannot hold one sequence of max_model_len.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: LoadedModel,
+        device: torch.device,
+        *,
+        num_kv_blocks: int | None = None,
+        gpu_share: float = 1.0,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.device = device
+        self.block_size: int = config.block_size
+        self.max_model_len = model.decoder.max_len
+        self.num_blocks = num_kv_blocks or choose_num_blocks(
+            config,
+            model.config,
+            model.dtype,
+            device,
+            self.max_model_len,
+            gpu_share=gpu_share,
+            profile=lambda: profile_model(config, model.decoder),
+        )
+        self.kv = allocate_pool(model.config, self.num_blocks, self.block_size, model.dtype, device)
+        self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
+        self.on_work: Callable[[], None] | None = None
+        limits = EngineLimits(
+            block_size=self.block_size,
+            num_blocks=self.num_blocks - 1,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            headroom_tokens=config.decode_headroom_tokens,
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=model.config.eos_token_ids,
+        )
+        self.runner = Runner(model.decoder, self.kv)
+        self._scheduler = Scheduler(limits, BlockPool(self.num_blocks, config.enable_prefix_caching))
+        self._bookkeeper = Bookkeeper(self._scheduler)
+        self._buffers = InputBuffers(limits, device)
+        self._lock = threading.Lock()
+        self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
+        self._num_steps = 0
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request for prefill here.
+
+        Raises:
+            InvalidRequestError: it can never be served, or its key is in use.
+        """
+        live = self._scheduler.prepare(request, reserved=False)
+        with self._lock:
+            self._scheduler.add(live, time.perf_counter())
+            self._is_stuck = False
+        self._notify()
+
+    def reserve(self, request: EngineRequest) -> Reservation | None:
+        """Hold blocks for prompt, earlier outputs and head-room, and places, for every index; or nothing.
+
+        Returns:
+            None if that is not possible now: too few blocks or places, or a preempted sequence waits.
+
+        Raises:
+            InvalidRequestError: it will never be possible, or the key is in use.
+        """
+        live = self._scheduler.prepare(request, reserved=True)
+        with self._lock:
+            return self._scheduler.reserve(live)
+
+    def start_prefill(self, key: Hashable) -> None:
+        """Compute a reserved request here.
+
+        Raises:
+            KeyError: no such reservation.
+        """
+        with self._lock:
+            self._scheduler.start_prefill(key, time.perf_counter())
+            self._is_stuck = False
+        self._notify()
+
+    def start_decode(self, key: Hashable, tokens: list[SampledToken]) -> None:
+        """The KV of a reservation's blocks has arrived: go on from these first tokens, one for each index.
+
+        Completions that end with their first token are not started; if all do, the next step says finished.
+
+        Raises:
+            KeyError: no such reservation. ValueError: the tokens' indices are not the request's.
+        """
+        with self._lock:
+            self._scheduler.start_decode(key, tokens, time.perf_counter())
+            self._is_stuck = False
+        self._notify()
+
+    def release(self, key: Hashable) -> None:
+        """End a request in any state; unknown keys are ignored. No update speaks of it any more, but one that a step
+        has already returned. Its blocks return at once, or with the end of the step in flight that uses them."""
+        with self._lock:
+            self._scheduler.release(key)
+            self._is_stuck = False
+        self._notify()
+
+    def step(self) -> list[RequestUpdate]:
+        """Compute the next batch. Returns at once if there is nothing to do. Engine's thread only."""
+        with self._lock:
+            updates, self._scheduler.updates = self._scheduler.updates, []
+            plan = self._scheduler.schedule(time.perf_counter())
+            if not plan.chunks:
+                self._is_stuck = True
+                return updates
+            inputs = self._buffers.fill(plan)
+            on_layer = None
+            if self.on_layer_group is not None:
+                num_layers = self.model.config.num_layers
+                group = self.config.transfer_layer_group
+                on_layer = layer_callback(plan, num_layers, group, self.block_size, self.on_layer_group)
+        rows = self.runner.run(inputs, on_layer)
+        with self._lock:
+            self._num_steps += 1
+            return updates + self._bookkeeper.update(plan, rows, time.perf_counter())
+
+    def has_work(self) -> bool:
+        """Whether step() would do something. Requests that wait for others to end are no work."""
+        with self._lock:
+            scheduler = self._scheduler
+            return bool(scheduler.updates) or (bool(scheduler.running or scheduler.waiting) and not self._is_stuck)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges."""
+        with self._lock:
+            scheduler = self._scheduler
+            prefilling = [s for s in scheduler.running if s.num_uncomputed_tokens > 1]
+            counters = scheduler.counters
+            return EngineStats(
+                num_blocks=self.num_blocks,
+                free_blocks=scheduler.pool.num_free,
+                free_places=scheduler.limits.max_num_seqs - scheduler.num_places,
+                running=len(scheduler.running),
+                waiting=sum(1 if s.request.forked else len(s.request.sequences) for s in scheduler.waiting),
+                reserved=sum(r.lead.status is SequenceStatus.RESERVED for r in scheduler.requests.values()),
+                queued_tokens=sum(s.num_uncomputed_tokens for s in (*prefilling, *scheduler.waiting)),
+                num_steps=self._num_steps,
+                num_preemptions=counters.num_preemptions,
+                prefix_cache_queries=counters.prefix_cache_queries,
+                prefix_cache_hits=counters.prefix_cache_hits,
+                num_prompt_tokens=self._bookkeeper.num_prompt_tokens,
+                num_output_tokens=self._bookkeeper.num_output_tokens,
+            )
+
+    def check_integrity(self) -> list[str]:
+        """What is wrong with the block accounting; empty if nothing is."""
+        with self._lock:
+            return check_integrity(self._scheduler)
+
+    def _notify(self) -> None:
+        if self.on_work is not None:
+            self.on_work()

@@ -1,0 +1,78 @@
+"""A thread that steps an engine while there is work, and sleeps while there is none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from pdray.engine.engine import Engine
+from pdray.engine.request import RequestUpdate
+
+
+class EngineLoop:
+    """Runs engine.step() on its own thread.
+
+    Args:
+        on_updates: called on that thread with every step's updates, in order; must not block.
+        on_error: called on that thread, once, with what made a step (or on_updates) fail; the loop has ended then.
+            Without it the error goes to threading.excepthook.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_updates: Callable[[list[RequestUpdate]], None],
+        on_error: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.on_updates = on_updates
+        self.on_error = on_error
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._progress_at: float | None = None  # None while it sleeps
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        engine.on_work = self.wake
+
+    def start(self) -> None:
+        """Start the thread. Once only."""
+        self._progress_at = time.monotonic()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step in flight, and wait for that. Idempotent; not from the loop's own thread."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def wake(self) -> None:
+        """There may be work. The engine calls it by itself; from any thread."""
+        with self._condition:
+            self._condition.notify()
+
+    def seconds_since_progress(self) -> float:
+        """Age of the step in flight, or of the failure that ended the loop; 0 while there is nothing to do."""
+        progress_at = self._progress_at
+        return 0.0 if progress_at is None else time.monotonic() - progress_at
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                updates = self.engine.step()
+                if updates:
+                    self.on_updates(updates)
+        except BaseException as error:
+            if self.on_error is None:
+                raise
+            self.on_error(error)
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is work; False once the loop is to stop."""
+        with self._condition:
+            while not self._stopping and not self.engine.has_work():
+                self._progress_at = None
+                self._condition.wait()
+            self._progress_at = time.monotonic()
+            return not self._stopping

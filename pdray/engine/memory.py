@@ -1,0 +1,115 @@
+"""How many KV blocks a worker's pool gets, and the pool itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from pdray.config import Config
+from pdray.errors import ConfigError, OutOfMemoryError
+from pdray.models.model_config import ModelConfig
+
+CGROUP_FILES = (  # limit, usage; versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of all layers."""
+    return 2 * model.num_layers * block_size * model.num_kv_heads * model.head_dim * dtype.itemsize
+
+
+def allocate_pool(
+    model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; on CPU pages are taken when used."""
+    shape = (model.num_layers, num_blocks, 2, block_size, model.num_kv_heads, model.head_dim)
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(num_blocks * block_bytes(model, block_size, dtype), dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
+
+
+def choose_num_blocks(
+    config: Config,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    *,
+    gpu_share: float = 1.0,
+    profile: Callable[[], None] | None = None,
+) -> int:
+    """Size of the pool in blocks, the dummy block included.
+
+    num_kv_blocks, else what kv_cache_memory_bytes holds, else a share of what is free: on CPU
+    cpu_memory_utilization of available memory, on CUDA gpu_memory_utilization * gpu_share of the GPU less what the
+    process uses at the peak of ``profile``. Never more than max_num_seqs sequences of max_model_len can fill.
+
+    Raises:
+        ConfigError: num_kv_blocks is too small for any request.
+        OutOfMemoryError: one sequence of max_model_len does not fit.
+    """
+    if config.num_kv_blocks is not None:
+        if config.num_kv_blocks < 2:
+            raise ConfigError("num_kv_blocks is 1, but one block is kept for padding; it must be at least 2")
+        return config.num_kv_blocks
+    size = block_bytes(model, config.block_size, dtype)
+    blocks_per_sequence = -(-max_model_len // config.block_size)
+    if config.kv_cache_memory_bytes is not None:
+        available, setting = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    elif device.type == "cpu":
+        available, setting = int(available_host_bytes() * config.cpu_memory_utilization), "cpu_memory_utilization"
+    else:
+        available, setting = _available_gpu_bytes(config, device, gpu_share, profile), "gpu_memory_utilization"
+    num_blocks = available // size
+    if num_blocks < blocks_per_sequence + 1:
+        raise OutOfMemoryError(
+            f"KV cache needs {_gib((blocks_per_sequence + 1) * size)} for one {max_model_len:,}-token sequence, but "
+            f"{_gib(available)} is free for it on {device} ({setting} is {getattr(config, setting)}); "
+            f"lower max_model_len, raise {setting}, or set num_kv_blocks"
+        )
+    return min(num_blocks, config.max_num_seqs * blocks_per_sequence + 1)
+
+
+def available_host_bytes() -> int:
+    """Memory that this process could still use: the machine's, or its container's if that is less."""
+    available = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in CGROUP_FILES:
+        limit, usage = _read_int(limit_file), _read_int(usage_file)
+        if limit is not None and usage is not None:
+            available = min(available, max(0, limit - usage))
+    return available
+
+
+def _available_gpu_bytes(
+    config: Config, device: torch.device, gpu_share: float, profile: Callable[[], None] | None
+) -> int:
+    """This worker's share of the GPU, less weights and the peak of activations."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    if profile is not None:
+        profile()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    budget = int(total * config.gpu_memory_utilization * gpu_share) - peak
+    still_free = free - (peak - torch.cuda.memory_allocated(device))
+    return max(0, min(budget, still_free))
+
+
+def _read_int(path: str) -> int | None:
+    """The number in a file; None if there is no such file, or it says "max"."""
+    file = Path(path)
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,287 @@
+"""Continuous batching: which tokens of which sequences the next step computes.
+
+Decoding sequences come first, one token each; what is left of the token budget goes to prompts, in chunks, in the
+same forward pass (Agrawal et al. 2024, "Sarathi-Serve"). All blocks of a prompt are allocated when it is admitted, so
+only decoding can run out of them; then the youngest sequence of the lowest priority gives its blocks back and is
+computed again later, from prompt and outputs. Pure: no tensors, no clock, no lock.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Hashable
+from itertools import count
+from typing import NamedTuple
+
+from pdray.engine.block_pool import BlockPool
+from pdray.engine.kv_allocator import KVAllocator
+from pdray.engine.limits import EngineLimits
+from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
+from pdray.engine.sequence import LiveRequest, Sequence, SequenceStatus
+from pdray.engine.step_plan import StepPlan
+from pdray.errors import InvalidRequestError
+from pdray.outputs import SampledToken
+
+
+def batch_order(sequence: Sequence) -> tuple[int, int, int]:
+    """Rank in the batch; the last is preempted first."""
+    return sequence.order
+
+
+def queue_order(sequence: Sequence) -> tuple[int, bool, tuple[int, int, int]]:
+    """Rank in the queue: by priority, then preempted ones, then by arrival."""
+    return sequence.request.priority, not sequence.preempted, sequence.order
+
+
+class Counters(NamedTuple):
+    """See EngineStats."""
+
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+
+
+class Scheduler:
+    """All live requests, the queue, the batch and the block pool. Callers hold the engine's lock.
+
+    Attributes:
+        requests: live ones by key; a released one is no longer here, though a step may still use it.
+        waiting: queued sequences, next one first. Of a request that is not forked only the first sequence is here.
+        running: the batch, in batch_order.
+        released_in_flight: requests to drop when the step in flight is done.
+        num_places: sequences counted against max_num_seqs.
+        updates: news that no step has produced.
+    """
+
+    def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.allocator = KVAllocator(limits, pool)
+        self.requests: dict[Hashable, LiveRequest] = {}
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.released_in_flight: list[LiveRequest] = []
+        self.plan_in_flight: StepPlan | None = None
+        self.num_places = 0
+        self.updates: list[RequestUpdate] = []
+        self.counters = Counters()
+        self._arrivals = count()
+
+    # requests
+
+    def prepare(self, request: EngineRequest, *, reserved: bool) -> LiveRequest:
+        """Check a request and hash its prompt. Thread-safe: needs no lock.
+
+        Raises:
+            InvalidRequestError: it can never be served.
+        """
+        self.limits.check(request, reserved)
+        limits = self.limits
+        live = LiveRequest(
+            request, next(self._arrivals), limits.max_total_tokens(request), limits.end_token_ids(request)
+        )
+        self.allocator.hash_prompt(live.lead)
+        return live
+
+    def add(self, live: LiveRequest, now: float) -> None:
+        """Queue a prepared request."""
+        self._enter(live)
+        live.queued_at = now
+        insort(self.waiting, live.lead, key=queue_order)
+
+    def reserve(self, live: LiveRequest) -> Reservation | None:
+        """Blocks, head-room and places for every completion of a prepared request; None if not possible now."""
+        lead = live.lead
+        if any(s.preempted for s in self.waiting) or not self._has_places(live):
+            return None
+        num_tokens = self.limits.num_reserved_tokens(live.request)
+        if not self.allocator.allocate(self.allocator.owners(lead), num_tokens, compute=False):
+            return None
+        self._enter(live)
+        self._take_places(live)
+        self._count_prefix_hits(live)
+        for sequence in live.sequences:
+            sequence.status = SequenceStatus.RESERVED
+        return Reservation(
+            lead.block_table[: self.limits.num_blocks_for(len(lead.token_ids))], lead.num_computed_tokens
+        )
+
+    def start_prefill(self, key: Hashable, now: float) -> None:
+        """Compute a reserved request here."""
+        live = self._reserved(key)
+        self.allocator.leave_last_block_to_compute(live)
+        live.queued_at = now
+        self._run(live.lead)
+
+    def start_decode(self, key: Hashable, tokens: list[SampledToken], now: float) -> None:
+        """The reserved blocks hold the prompt's KV; go on from these first tokens, one for each index."""
+        live = self._reserved(key)
+        by_index = {token.index: token for token in tokens}
+        if by_index.keys() != {s.index for s in live.sequences} or len(by_index) != len(tokens):
+            indices = [s.index for s in live.sequences]
+            raise ValueError(
+                f"request {key!r} starts with tokens of indices {[t.index for t in tokens]}, not {indices}"
+            )
+        live.started_at = now
+        live.lead.num_computed_tokens = len(live.lead.token_ids)
+        self.allocator.cache_computed(live.lead)
+        self.allocator.fork(live)
+        for sequence in live.sequences:
+            token = by_index[sequence.index]
+            sequence.token_ids.append(token.token_id)
+            if token.finish_reason is None:
+                self._run(sequence)
+            else:
+                self.finish(sequence)
+        if live.num_places == 0:
+            del self.requests[key]
+            self.updates.append(RequestUpdate(key, finished=True))
+
+    def release(self, key: Hashable) -> None:
+        """End a request in any state. What the step in flight holds returns with its update()."""
+        live = self.requests.pop(key, None)
+        if live is None:
+            return
+        self.waiting = [s for s in self.waiting if s.request is not live]
+        self.running = [s for s in self.running if s.request is not live]
+        if live.in_flight:
+            self.released_in_flight.append(live)
+        else:
+            self.drop(live)
+
+    def drop(self, live: LiveRequest) -> None:
+        """Free everything that a request holds."""
+        for sequence in live.sequences:
+            self.finish(sequence)
+
+    def finish(self, sequence: Sequence, *, hold_blocks: bool = False) -> None:
+        """The sequence gives up its place, and its blocks unless they are to be held."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running = [s for s in self.running if s is not sequence]
+        if sequence.request.has_places and sequence.status is not SequenceStatus.HELD:
+            self.num_places -= 1
+        if hold_blocks:
+            sequence.status = SequenceStatus.HELD
+        else:
+            self.allocator.free(sequence)
+            sequence.status = SequenceStatus.FINISHED
+
+    # the step
+
+    def schedule(self, now: float) -> StepPlan:
+        """Choose the next step's work. At most max_num_batched_tokens tokens of max_num_seqs sequences."""
+        assert self.plan_in_flight is None, "a step is in flight"
+        plan = StepPlan()
+        num_preemptions = self.counters.num_preemptions
+        for sequence in list(self.running):
+            is_decoding = sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens == 1
+            if is_decoding and self._make_room(sequence):
+                plan.add(sequence, 1)
+        self._schedule_prefills(plan, admit=self.counters.num_preemptions == num_preemptions)
+        for chunk in plan.chunks:
+            self._note_scheduled(chunk.sequence.request, now)
+        if plan.chunks:
+            self.plan_in_flight = plan
+        return plan
+
+    def _schedule_prefills(self, plan: StepPlan, admit: bool) -> None:
+        """Spend what is left of the token budget on prompts: those begun, then, if ``admit``, queued ones."""
+        budget = self.limits.max_num_batched_tokens
+        for sequence in self.running:
+            if plan.num_tokens < budget and sequence.num_uncomputed_tokens > 1:
+                plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
+        while admit and self.waiting and plan.num_tokens < budget and self._admit(self.waiting[0]):
+            sequence = self.waiting.pop(0)
+            plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for the token to be computed, from others if need be. False if the sequence itself was preempted."""
+        if not self.allocator.needs_block(sequence):
+            return True
+        while not self.allocator.grow(sequence):
+            victim = next(s for s in reversed(self.running) if not s.request.prefill_only)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        owners = self.allocator.owners(sequence)
+        for owner in owners:
+            self.allocator.free(owner)
+            owner.status = SequenceStatus.WAITING
+        self.running.remove(sequence)
+        sequence.preempted = True
+        insort(self.waiting, sequence, key=queue_order)
+        self.counters = self.counters._replace(num_preemptions=self.counters.num_preemptions + 1)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move a queued sequence into the batch if there are places and blocks; its caller takes it off the queue.
+
+        One block is left for each sequence that may grow, so that admission is not undone by the next steps.
+        """
+        live = sequence.request
+        if not live.has_places and not self._has_places(live):
+            return False
+        owners = self.allocator.owners(sequence)
+        margin = sum(not s.request.prefill_only for s in self.running)
+        if not self.allocator.allocate(owners, len(sequence.token_ids), compute=True, keep_free=margin):
+            return False
+        self._count_prefix_hits(live)
+        if not live.has_places:
+            self._take_places(live)
+        sequence.preempted = False
+        self._run(sequence)
+        return True
+
+    def _run(self, sequence: Sequence) -> None:
+        """Join the batch. The other sequences of a request that is not forked wait for the first one."""
+        if not sequence.request.forked:
+            for other in sequence.request.sequences[1:]:
+                other.status = SequenceStatus.FORKING
+        sequence.status = SequenceStatus.RUNNING
+        insort(self.running, sequence, key=batch_order)
+
+    def fork(self, live: LiveRequest) -> None:
+        """The first sequence has computed the prompt: the others join the batch."""
+        self.allocator.fork(live)
+        for sequence in live.sequences[1:]:
+            self._run(sequence)
+
+    # accounts
+
+    def _enter(self, live: LiveRequest) -> None:
+        if live.key in self.requests:
+            raise InvalidRequestError(f"request key {live.key!r} is in use")
+        self.requests[live.key] = live
+
+    def _reserved(self, key: Hashable) -> LiveRequest:
+        live = self.requests.get(key)
+        if live is None or live.lead.status is not SequenceStatus.RESERVED:
+            raise KeyError(f"request {key!r} is not reserved")
+        return live
+
+    def _has_places(self, live: LiveRequest) -> bool:
+        return self.num_places + len(live.sequences) <= self.limits.max_num_seqs
+
+    def _take_places(self, live: LiveRequest) -> None:
+        live.has_places = True
+        self.num_places += len(live.sequences)
+
+    def _count_prefix_hits(self, live: LiveRequest) -> None:
+        if live.num_cached_tokens is None:
+            live.num_cached_tokens = live.lead.num_computed_tokens
+            self.counters = self.counters._replace(
+                prefix_cache_queries=self.counters.prefix_cache_queries + len(live.lead.token_ids),
+                prefix_cache_hits=self.counters.prefix_cache_hits + live.num_cached_tokens,
+            )
+
+    @staticmethod
+    def _note_scheduled(live: LiveRequest, now: float) -> None:
+        live.in_flight = True
+        if live.queued_at is not None and live.scheduled_at is None:
+            live.scheduled_at = now
+        if live.started_at is not None and live.joined_at is None:
+            live.joined_at = now

@@ -1,0 +1,97 @@
+"""The model's tokenizer, chat template included; one inside a GGUF file is converted once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdray.config import Config
+from pdray.errors import ModelLoadError
+from pdray.models.resolve import TOKENIZER_FILES, SourceKind, download, resolve_local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONVERSION_VERSION = 1  # raise it when the conversion changes what it writes
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of Config.tokenizer, or the model's own; None with skip_tokenizer_init.
+
+    Raises:
+        ModelLoadError: there is none, or it cannot be read.
+    """
+    if config.skip_tokenizer_init:
+        return None
+    name = config.tokenizer or config.model
+    source = resolve_local(name, prefer_wheel=config.load_format != "safetensors")
+    if source is None:
+        return read_tokenizer(download(name, ["config.json", *TOKENIZER_FILES]))
+    if source.kind is SourceKind.CONFIG_FILE:
+        raise ModelLoadError(
+            f"{source.path} is a model's configuration and has no tokenizer; set tokenizer, or skip_tokenizer_init=true"
+        )
+    if source.kind is SourceKind.GGUF:
+        return read_tokenizer(converted_tokenizer(source.path))
+    return read_tokenizer(source.path)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer. Code that comes with a model is never run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(
+            f"cannot read a tokenizer from {folder}: {error}; set tokenizer, or skip_tokenizer_init=true"
+        ) from error
+
+
+def converted_tokenizer(gguf_file: Path) -> Path:
+    """Folder in the cache with the tokenizer inside a GGUF file, converted by transformers if it is not there yet.
+
+    Written to a temporary folder and renamed, so that processes that race all find a whole one.
+    """
+    stat = gguf_file.stat()
+    key = f"{CONVERSION_VERSION}:{gguf_file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    target = cache_folder() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    try:
+        convert_tokenizer(gguf_file, work)
+        try:
+            work.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def convert_tokenizer(gguf_file: Path, folder: Path) -> None:
+    """Write a GGUF file's tokenizer in Hugging Face's format."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ModelLoadError(
+            f"cannot convert the tokenizer in {gguf_file}: {error}; set tokenizer, or skip_tokenizer_init=true"
+        ) from error
+    tokenizer.clean_up_tokenization_spaces = False  # it would change decoded text; transformers warns of it, too
+    tokenizer.save_pretrained(folder)
+
+
+def cache_folder() -> Path:
+    """$PDRAY_CACHE, or pdray in $XDG_CACHE_HOME, or in ~/.cache."""
+    if chosen := os.environ.get("PDRAY_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdray"

@@ -1,0 +1,170 @@
+"""The Serve application with real actors and the real model, asked by real clients over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+
+from pdray.actors.coordinator import describe
+from pdray.cli import wait_until_ready
+from pdray.config import Config
+from pdray.serve import build
+
+APP = "pdray-test"
+QUEUE_BOUND = 8
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    config = Config(
+        device="cpu",
+        served_model_name="smol",
+        max_model_len=1024,
+        num_kv_blocks=512,
+        max_num_seqs=8,
+        max_queue_size=QUEUE_BOUND,
+        restart_backoff_s=0.5,
+    )
+    serve.run(build(config), name=APP, route_prefix="/")
+    address = f"http://127.0.0.1:{port}"
+    wait_until_ready(address, timeout_s=120)
+    yield address
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def workers() -> list[dict[str, Any]]:
+    state: list[dict[str, Any]] = describe(APP)["workers"]
+    return state
+
+
+def wait_for(condition: Any, timeout_s: float = 30.0) -> None:
+    """Poll until true; every wait on something remote has a deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.1)
+
+
+def nothing_in_use() -> bool:
+    state = workers()
+    return all(
+        w["free_blocks"] == w["num_blocks"] - 1 and w["running"] == w["waiting"] == 0 for w in state
+    ) and not any(w.get("leases") for w in state)
+
+
+def test_chat_streaming_and_not(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="smol", messages=PARIS, max_tokens=24, temperature=0)
+    text = answer.choices[0].message.content
+    assert text is not None and "Paris" in text
+    assert answer.usage is not None and answer.usage.completion_tokens > 0
+    chunks = list(
+        client.chat.completions.create(
+            model="smol",
+            messages=PARIS,
+            max_tokens=24,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+    timings = chunks[-1].to_dict()["timings"]
+    assert timings["ttft_ms"] > 0 and "ttft_unexplained_ms" in timings
+
+
+def test_completions_n_logprobs_stop_and_seed(client: openai.OpenAI) -> None:
+    def once() -> openai.types.Completion:
+        return client.completions.create(
+            model="smol", prompt="Once upon a time", n=2, logprobs=3, seed=5, temperature=1.0, max_tokens=12
+        )
+
+    first, second = once(), once()
+    assert [c.text for c in first.choices] == [c.text for c in second.choices]
+    assert first.choices[0].text != first.choices[1].text
+    assert first.choices[0].logprobs is not None and len(first.choices[0].logprobs.tokens or []) == 12
+    stopped = client.completions.create(
+        model="smol", prompt="Count: one, two, three,", stop=[" five"], temperature=0, max_tokens=24
+    )
+    assert stopped.choices[0].finish_reason == "stop" and "five" not in stopped.choices[0].text
+
+
+def test_errors_have_openai_shape(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="1024"):
+        client.completions.create(model="smol", prompt=[1] * 2000)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="smol", prompt="x", temperature=-1)
+
+
+async def test_overload_answers_429_and_the_rest_finish(url: str) -> None:
+    """64 at once: 8 places in the batch, 8 in the queue, the others are refused at once."""
+    body = {"model": "smol", "prompt": "The sky is", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64)) as http:
+        answers = await asyncio.gather(*(http.post(f"{url}/v1/completions", json=body) for _ in range(64)))
+    refused = [a for a in answers if a.status_code == 429]
+    served = [a for a in answers if a.status_code == 200]
+    assert len(refused) + len(served) == 64
+    assert refused and all(int(a.headers["retry-after"]) >= 1 for a in refused)
+    assert len(served) >= QUEUE_BOUND
+    assert len({a.json()["choices"][0]["text"] for a in served}) == 1
+    assert all(a.json()["usage"]["completion_tokens"] == 16 for a in served)
+    wait_for(nothing_in_use)
+
+
+async def test_disconnect_frees_both_workers(url: str) -> None:
+    body = {"model": "smol", "prompt": "Tell me", "max_tokens": 800, "ignore_eos": True, "stream": True}
+    async with httpx.AsyncClient(timeout=60) as http:
+        async with http.stream("POST", f"{url}/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            async for _ in response.aiter_lines():
+                break
+    wait_for(nothing_in_use)
+
+
+def test_dead_workers_requests_fail_clearly_and_service_comes_back(url: str, client: openai.OpenAI) -> None:
+    """Each worker in turn is killed under a running stream: an error and never a hang, then service again."""
+    for role in ("decode", "prefill"):
+        victim = next(w for w in workers() if w["role"] == role)
+        stream = client.completions.create(
+            model="smol", prompt="Tell me a story", max_tokens=600, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        os.kill(victim["pid"], signal.SIGKILL)
+        if role == "decode":
+            with pytest.raises(openai.APIError):
+                for _ in stream:
+                    pass
+        else:
+            stream.close()  # decode needs no prefill worker any more
+
+        def replaced(victim: dict[str, Any] = victim) -> bool:
+            return any(w["worker_id"] == victim["worker_id"] and w["pid"] != victim["pid"] for w in workers())
+
+        wait_for(replaced, 90)
+        wait_until_ready(url, timeout_s=60)
+        answer = client.chat.completions.create(model="smol", messages=PARIS, max_tokens=24, temperature=0)
+        assert "Paris" in (answer.choices[0].message.content or "")
+    wait_for(nothing_in_use)

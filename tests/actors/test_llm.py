@@ -1,0 +1,134 @@
+"""pdray.LLM over real actors with the real model: disaggregated output equals colocated output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import pdray
+from pdray import LLM, SamplingParams
+from pdray.errors import InvalidRequestError, WorkerDiedError
+
+COMMON: dict[str, Any] = {"device": "cpu", "max_model_len": 1024, "num_kv_blocks": 256, "max_num_batched_tokens": 256}
+
+LONG = "The lighthouse keeper wrote in his journal every evening. " * 30
+REQUESTS: list[tuple[str, SamplingParams]] = [
+    ("The capital of France is", SamplingParams(temperature=0, max_tokens=24)),
+    ("Once upon a time", SamplingParams(temperature=1.0, seed=7, max_tokens=32)),
+    ("Once upon a time", SamplingParams(temperature=1.3, seed=8, top_k=50, top_p=0.9, max_tokens=32)),
+    ("A short list of colors:", SamplingParams(temperature=0.8, seed=3, min_p=0.05, logprobs=5, max_tokens=20)),
+    ("The sea is", SamplingParams(temperature=0.9, seed=11, n=3, max_tokens=16)),
+    ("Count: one, two, three,", SamplingParams(temperature=0, stop=[" six", "seven"], max_tokens=32)),
+    ("Water boils at", SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=24)),
+    (
+        "The the the the",
+        SamplingParams(temperature=0.7, seed=5, presence_penalty=1.0, frequency_penalty=0.5, max_tokens=24),
+    ),
+    (LONG, SamplingParams(temperature=0, max_tokens=16, logprobs=0)),
+    (LONG + "One day", SamplingParams(temperature=1.0, seed=42, max_tokens=16)),
+    ("Hello", SamplingParams(temperature=0, max_tokens=1)),
+    ("My name is", SamplingParams(temperature=1.0, seed=1, min_tokens=12, ignore_eos=True, max_tokens=12)),
+]
+
+
+def answers(llm: LLM) -> list[Any]:
+    """Everything of every completion that must not depend on who computed it."""
+    outputs = llm.generate([p for p, _ in REQUESTS], [s for _, s in REQUESTS], use_tqdm=False)
+    return [
+        [
+            (
+                c.index,
+                c.token_ids,
+                c.text,
+                c.finish_reason,
+                c.stop_reason,
+                None if c.logprobs is None else [sorted(step) for step in c.logprobs],
+            )
+            for c in output.outputs
+        ]
+        for output in outputs
+    ]
+
+
+@pytest.fixture(scope="module")
+def disaggregated(ray_cluster: None) -> Iterator[LLM]:
+    with LLM(mode="disaggregated", **COMMON) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def colocated(ray_cluster: None) -> Iterator[LLM]:
+    with LLM(mode="colocated", **COMMON) as llm:
+        yield llm
+
+
+def blocks_in_use(llm: LLM) -> list[int]:
+    """Per worker, blocks that are neither free nor merely cached; block 0 is never allocated."""
+    return [worker["num_blocks"] - 1 - worker["free_blocks"] for worker in llm.status()["workers"]]
+
+
+def test_disaggregated_equals_colocated(disaggregated: LLM, colocated: LLM) -> None:
+    apart, together = answers(disaggregated), answers(colocated)
+    for (prompt, _), a, b in zip(REQUESTS, apart, together, strict=True):
+        assert a == b, prompt
+    assert "Paris" in apart[0][0][2]
+    assert len(apart[4]) == 3
+    assert blocks_in_use(disaggregated) == [0, 0]
+    assert blocks_in_use(colocated) == [0]
+
+
+def test_prefix_cache_changes_nothing(disaggregated: LLM) -> None:
+    first, second = answers(disaggregated), answers(disaggregated)
+    assert first == second
+    again = disaggregated.generate([LONG], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)[0]
+    assert again.num_cached_tokens > 0
+
+
+def test_timings_are_complete_and_add_up(disaggregated: LLM) -> None:
+    output = disaggregated.generate(["The sun is"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)[0]
+    timings = output.timings
+    for name in (
+        "queue",
+        "lease_wait",
+        "prefill_queue",
+        "prefill",
+        "ttft",
+        "transfer_wait",
+        "first_decode_step",
+        "first_gap",
+        "e2e",
+    ):
+        value = getattr(timings, name)
+        assert value is not None and value >= 0, name
+    assert timings.ttft_unexplained is not None and timings.first_gap_unexplained is not None
+    assert timings.ttft <= timings.e2e
+
+
+def test_bad_requests_name_value_and_limit(disaggregated: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="1024"):
+        disaggregated.generate([[1] * 2000], use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="empty"):
+        disaggregated.generate([""], use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="2 sampling_params for 1"):
+        disaggregated.generate(["a"], [SamplingParams(), SamplingParams()], use_tqdm=False)
+    assert blocks_in_use(disaggregated) == [0, 0]
+
+
+def test_chat_and_token_prompts(disaggregated: LLM) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = disaggregated.chat(question, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0]
+    assert "Paris" in answer.outputs[0].text
+    ids = disaggregated.tokenizer.encode("The capital of France is")
+    by_text, by_ids = disaggregated.generate(
+        ["The capital of France is", {"prompt_token_ids": ids}],
+        SamplingParams(temperature=0, max_tokens=8),
+        use_tqdm=False,
+    )
+    assert by_text.outputs[0].token_ids == by_ids.outputs[0].token_ids
+
+
+def test_generate_starts_and_stops_its_own_actors(ray_cluster: None) -> None:
+    output = pdray.generate("Hello", SamplingParams(temperature=0, max_tokens=2), use_tqdm=False, **COMMON)[0]
+    assert len(output.outputs[0].token_ids) == 2

@@ -1,0 +1,424 @@
+"""The scheduler on a device that remembers what was written where: no token is ever computed over a wrong KV."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Hashable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdray.engine.block_pool import BlockPool
+from pdray.engine.integrity import check_integrity
+from pdray.engine.limits import EngineLimits
+from pdray.engine.request import EngineRequest
+from pdray.engine.results import Bookkeeper
+from pdray.engine.scheduler import Scheduler
+from pdray.engine.sequence import LiveRequest
+from pdray.engine.step_plan import SampledRow, StepPlan
+from pdray.errors import InvalidRequestError
+from pdray.outputs import SampledToken
+from pdray.sampling_params import SamplingParams
+
+BLOCK_SIZE = 4
+VOCAB_SIZE = 97
+EOS = 5
+
+
+def draw(prefix: list[int], index: int) -> int:
+    """The fake model: a token that depends on every earlier one."""
+    digest = hashlib.sha256(repr((prefix, index)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") % VOCAB_SIZE
+
+
+class FakeEngine:
+    """Scheduler and bookkeeper around a device whose KV slots hold the whole prefix that they were computed from."""
+
+    def __init__(
+        self, num_blocks: int, max_num_seqs: int = 4, budget: int = 16, headroom: int = 4, caching: bool = True
+    ):
+        self.limits = EngineLimits(BLOCK_SIZE, num_blocks - 1, 64, max_num_seqs, budget, headroom, VOCAB_SIZE, (EOS,))
+        self.scheduler = Scheduler(self.limits, BlockPool(num_blocks, caching))
+        self.bookkeeper = Bookkeeper(self.scheduler)
+        self.slots: dict[tuple[int, int], list[int]] = {}
+        self.outputs: dict[Hashable, dict[int, list[SampledToken]]] = defaultdict(lambda: defaultdict(list))
+        self.finished: set[Hashable] = set()
+        self.now = 0.0
+
+    def add(self, request: EngineRequest) -> None:
+        self.scheduler.add(self.scheduler.prepare(request, reserved=False), self.now)
+
+    def reserve(self, request: EngineRequest):  # noqa: ANN201
+        return self.scheduler.reserve(self.scheduler.prepare(request, reserved=True))
+
+    def begin(self) -> StepPlan:
+        self.now += 1.0
+        plan = self.scheduler.schedule(self.now)
+        self.assert_clean()
+        assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks) <= self.limits.max_num_batched_tokens
+        assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks) <= self.limits.max_num_seqs
+        assert sum(len(chunk.samplers) for chunk in plan.chunks) <= self.limits.max_num_seqs
+        return plan
+
+    def compute(self, plan: StepPlan) -> list[SampledRow]:
+        for copy in plan.copies:
+            for offset in range(BLOCK_SIZE):
+                self.slots[copy.destination, offset] = self.slots.get((copy.source, offset), [])
+        for chunk in plan.chunks:
+            tokens = chunk.sequence.token_ids
+            for position in range(chunk.start, chunk.end):
+                block = chunk.sequence.block_table[position // BLOCK_SIZE]
+                self.slots[block, position % BLOCK_SIZE] = tokens[: position + 1]
+        rows = []
+        for chunk in plan.chunks:
+            tokens = chunk.sequence.token_ids
+            for position in range(chunk.end):
+                block = chunk.sequence.block_table[position // BLOCK_SIZE]
+                assert self.slots[block, position % BLOCK_SIZE] == tokens[: position + 1], "attention over a wrong KV"
+            rows += [SampledRow(draw(tokens, sampler.index)) for sampler in chunk.samplers]
+        return rows
+
+    def end(self, plan: StepPlan, rows: list[SampledRow]) -> None:
+        if not plan.chunks:
+            updates, self.scheduler.updates = self.scheduler.updates, []
+        else:
+            updates = self.bookkeeper.update(plan, rows, self.now)
+        for update in updates:
+            for token in update.tokens:
+                self.outputs[update.key][token.index].append(token)
+            if update.finished:
+                self.finished.add(update.key)
+        self.assert_clean()
+
+    def step(self) -> StepPlan:
+        plan = self.begin()
+        self.end(plan, self.compute(plan))
+        return plan
+
+    def run(self) -> None:
+        for _ in range(2000):
+            if not self.step().chunks:
+                return
+        raise AssertionError("the engine does not come to an end")
+
+    def assert_clean(self) -> None:
+        assert check_integrity(self.scheduler) == []
+
+    def assert_empty(self) -> None:
+        assert self.scheduler.requests == {} and self.scheduler.num_places == 0
+        assert self.scheduler.pool.num_free == self.scheduler.pool.capacity
+
+
+def expected_tokens(request: EngineRequest, index: int, max_model_len: int = 64) -> list[int]:
+    """What the fake model produces when it runs alone."""
+    tokens = [*request.prompt_token_ids, *request.output_token_ids]
+    outputs: list[int] = []
+    while True:
+        token = draw(tokens, index)
+        tokens.append(token)
+        outputs.append(token)
+        params = request.params
+        num_outputs = len(request.output_token_ids) + len(outputs)
+        if token == EOS and not params.ignore_eos or token in params.stop_token_ids:
+            return outputs
+        if num_outputs == params.max_tokens or len(tokens) == max_model_len:
+            return outputs
+
+
+def assert_outputs(engine: FakeEngine, request: EngineRequest) -> None:
+    outputs = engine.outputs[request.key]
+    for index in request.indices:
+        tokens = outputs[index]
+        assert [token.token_id for token in tokens] == expected_tokens(request, index)
+        assert [token.position for token in tokens] == [len(request.output_token_ids) + i for i in range(len(tokens))]
+        assert [token.finish_reason is not None for token in tokens] == [False] * (len(tokens) - 1) + [True]
+
+
+@st.composite
+def requests(draw_: st.DrawFn, key: int, num_blocks: int, max_num_seqs: int) -> EngineRequest:
+    """A request that a pool of so many blocks can take. Prompts come from a few families, so that prefixes are shared."""
+    n = draw_(st.integers(1, min(3, max_num_seqs)))
+    room = (num_blocks - 1) * BLOCK_SIZE
+    length = draw_(st.integers(1, max(1, min(24, room // (n + 1) - 2 * BLOCK_SIZE))))
+    max_tokens = draw_(st.integers(1, max(1, min(20, room - length))))
+    outputs = draw_(st.integers(0, max_tokens - 1)) if n == 1 and length < 8 else 0
+    return EngineRequest(
+        key,
+        [draw_(st.integers(0, 1)), *(7 + i for i in range(length - 1))],
+        SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=draw_(st.booleans()), stop_token_ids=(11,)),
+        indices=tuple(range(n)),
+        output_token_ids=tuple(i % 3 for i in range(outputs)),
+        priority=draw_(st.integers(0, 1)),
+    )
+
+
+@given(st.data())
+def test_random_traffic_leaks_nothing_and_gives_everyone_the_tokens_of_running_alone(data: st.DataObject) -> None:
+    num_blocks = data.draw(st.integers(12, 30), "num_blocks")
+    max_num_seqs = data.draw(st.integers(1, 5), "max_num_seqs")
+    engine = FakeEngine(
+        num_blocks, max_num_seqs, data.draw(st.integers(max_num_seqs, 24), "budget"), caching=data.draw(st.booleans())
+    )
+    decoder_side = {}
+    live: dict[int, EngineRequest] = {}
+    released: set[int] = set()
+    for key in range(data.draw(st.integers(1, 12), "requests")):
+        request = data.draw(requests(key, num_blocks, max_num_seqs))
+        way = data.draw(st.sampled_from(["add", "add", "reserve and prefill", "reserve and decode"]))
+        if way == "add":
+            engine.add(request)
+        else:
+            reservation = engine.reserve(request)
+            if reservation is None:
+                continue
+            if way == "reserve and prefill":
+                engine.scheduler.start_prefill(key, engine.now)
+            else:
+                decoder_side[key] = reservation
+        live[key] = request
+        for _ in range(data.draw(st.integers(0, 4))):
+            plan = engine.begin()
+            rows = engine.compute(plan)
+            if live and data.draw(st.integers(0, 5)) == 0:
+                victim = data.draw(st.sampled_from(sorted(live)))
+                engine.scheduler.release(victim)  # while its step is in flight
+                engine.assert_clean()
+                released.add(victim)
+                del live[victim]
+                decoder_side.pop(victim, None)
+            if decoder_side and data.draw(st.booleans()):
+                arrived = data.draw(st.sampled_from(sorted(decoder_side)))
+                receive_and_start(engine, live[arrived], decoder_side.pop(arrived))
+                engine.assert_clean()
+            engine.end(plan, rows)
+    for key, reservation in decoder_side.items():
+        receive_and_start(engine, live[key], reservation)
+    engine.run()
+    for key, request in live.items():
+        assert key in engine.finished
+        assert_outputs(engine, request)
+    engine.assert_empty()
+
+
+def receive_and_start(engine: FakeEngine, request: EngineRequest, reservation) -> None:  # noqa: ANN001
+    """Another engine's KV arrives in the reserved blocks, and its first tokens."""
+    tokens = [*request.prompt_token_ids, *request.output_token_ids]
+    for position in range(reservation.num_cached_tokens, len(tokens)):
+        block = reservation.block_ids[position // BLOCK_SIZE]
+        engine.slots[block, position % BLOCK_SIZE] = tokens[: position + 1]
+    first = []
+    for index in request.indices:
+        expected = expected_tokens(request, index)
+        reason = ("stop" if expected[0] in (EOS, 11) else "length") if len(expected) == 1 else None
+        first.append(SampledToken(index, len(request.output_token_ids), expected[0], None, reason))
+    for token in first:
+        engine.outputs[request.key][token.index].append(token)
+    engine.scheduler.start_decode(request.key, first, engine.now)
+
+
+def make(key: str, length: int, max_tokens: int | None = 8, n: int = 1, **fields) -> EngineRequest:  # noqa: ANN003
+    params = SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True)
+    start = sum(map(ord, key)) % 50
+    return EngineRequest(key, [start + i % 40 for i in range(length)], params, tuple(range(n)), **fields)
+
+
+def test_decodes_go_first_and_prompts_fill_the_budget_in_chunks() -> None:
+    engine = FakeEngine(40, max_num_seqs=4, budget=8)
+    engine.add(make("a", 3))
+    assert [chunk.num_tokens for chunk in engine.step().chunks] == [3]
+    engine.add(make("b", 18))
+    sizes = [[(c.sequence.request.key, c.num_tokens) for c in engine.step().chunks] for _ in range(4)]
+    assert sizes == [[("a", 1), ("b", 7)], [("a", 1), ("b", 7)], [("a", 1), ("b", 4)], [("a", 1), ("b", 1)]]
+
+
+def test_lower_priority_numbers_go_first_then_arrival() -> None:
+    engine = FakeEngine(40, max_num_seqs=1)
+    for key, priority in (("a", 1), ("b", 0), ("c", 1), ("d", 0)):
+        engine.add(make(key, 3, 1, priority=priority))
+    assert [engine.step().chunks[0].sequence.request.key for _ in range(4)] == ["b", "d", "a", "c"]
+
+
+def test_the_youngest_of_the_lowest_priority_is_preempted_and_comes_back_first() -> None:
+    engine = FakeEngine(7, max_num_seqs=3, caching=False)
+    for key, priority in (("a", 1), ("b", 1), ("c", 0)):
+        engine.add(make(key, 5, 8, priority=priority))
+    engine.step()
+    while not engine.scheduler.counters.num_preemptions:
+        engine.step()
+    assert [s.request.key for s in engine.scheduler.waiting] == ["b"]
+    engine.add(make("d", 5, 8, priority=1))
+    assert engine.reserve(make("e", 2)) is None, "no new leases while a preempted sequence waits"
+    assert [s.request.key for s in engine.scheduler.waiting] == ["b", "d"]
+    engine.run()
+    for key, priority in (("a", 1), ("b", 1), ("c", 0), ("d", 1)):
+        assert_outputs(engine, make(key, 5, 8, priority=priority))
+    engine.assert_empty()
+
+
+def test_completions_share_the_prompts_full_blocks_and_nothing_else() -> None:
+    engine = FakeEngine(40, max_num_seqs=4)
+    engine.add(make("a", 10, 8, n=3))
+    engine.step()
+    tables = [s.block_table for s in engine.scheduler.requests["a"].sequences]
+    assert [len(table) for table in tables] == [3, 3, 3]
+    assert len({tuple(table[:2]) for table in tables}) == 1 and len({table[2] for table in tables}) == 3
+    assert len(engine.step().copies) == 2
+    engine.run()
+    assert_outputs(engine, make("a", 10, 8, n=3))
+    engine.assert_empty()
+
+
+def test_a_prompt_that_is_wholly_cached_still_computes_its_last_token() -> None:
+    engine = FakeEngine(40)
+    for key in ("a", "b"):
+        engine.add(EngineRequest(key, list(range(8)), SamplingParams(max_tokens=1)))
+        last = engine.step()
+    assert [(chunk.start, chunk.num_tokens) for chunk in last.chunks] == [(4, 4)]
+    assert engine.scheduler.counters.prefix_cache_hits == 4
+
+
+@pytest.mark.parametrize("max_tokens", [1, 9])
+def test_a_reservation_of_a_wholly_cached_prompt_can_be_decoded_or_prefilled(max_tokens: int) -> None:
+    engine = FakeEngine(40)
+    prompt = list(range(8))
+    engine.add(EngineRequest("first", prompt, SamplingParams(max_tokens=1)))
+    engine.run()
+    requests = [
+        EngineRequest(key, prompt, SamplingParams(n=2, max_tokens=max_tokens), (0, 1)) for key in ("prefill", "decode")
+    ]
+    reservations = [engine.reserve(request) for request in requests]
+    # With one output token there is no head-room, and the last block stays private so that it can be computed.
+    assert [r.num_cached_tokens for r in reservations] == [8 if max_tokens > 1 else 4] * 2
+    engine.scheduler.start_prefill("prefill", engine.now)
+    receive_and_start(engine, requests[1], reservations[1])
+    engine.run()
+    for request in requests:
+        assert_outputs(engine, request)
+    engine.assert_empty()
+
+
+def test_a_reservation_holds_head_room_and_places_for_every_completion() -> None:
+    engine = FakeEngine(40, max_num_seqs=4, headroom=6)
+    reservation = engine.reserve(make("a", 10, 20, n=3))
+    assert reservation is not None and len(reservation.block_ids) == 3 and reservation.num_cached_tokens == 0
+    assert engine.scheduler.pool.num_free == 39 - (2 + 3 * 2)  # 16 tokens: two shared blocks, two for each
+    assert engine.scheduler.num_places == 3
+    assert engine.reserve(make("b", 4, 8, n=2)) is None
+    engine.scheduler.release("a")
+    assert engine.reserve(make("b", 4, 8, n=2)) is not None
+    engine.scheduler.release("b")
+    engine.assert_empty()
+
+
+def test_first_tokens_that_end_their_completions_finish_the_request() -> None:
+    engine = FakeEngine(40)
+    engine.reserve(make("a", 10, 1, n=2))
+    tokens = [SampledToken(index, 0, 3, None, "length") for index in (0, 1)]
+    engine.scheduler.start_decode("a", tokens, 0.0)
+    engine.step()
+    assert engine.finished == {"a"} and engine.outputs == {}
+    engine.assert_empty()
+
+
+def test_a_prefill_only_request_keeps_its_blocks_until_it_is_released() -> None:
+    engine = FakeEngine(40, budget=8)
+    engine.add(make("a", 10, 8, n=3, prefill_only=True))
+    engine.run()
+    assert [len(engine.outputs["a"][index]) for index in range(3)] == [1, 1, 1]
+    assert engine.finished == {"a"} and engine.scheduler.num_places == 0
+    assert engine.scheduler.pool.num_free == 39 - 3
+    engine.scheduler.release("a")
+    engine.scheduler.release("a")
+    engine.assert_empty()
+
+
+def test_a_release_in_flight_returns_the_blocks_only_with_the_step() -> None:
+    engine = FakeEngine(40)
+    engine.add(make("a", 10, n=2))
+    plan = engine.begin()
+    rows = engine.compute(plan)
+    engine.scheduler.release("a")
+    assert engine.scheduler.pool.num_free == 39 - 4
+    engine.add(make("a", 3, 1))  # the key is free again
+    engine.end(plan, rows)
+    assert engine.scheduler.pool.num_free == 39 and engine.outputs == {}
+    engine.run()
+    assert_outputs(engine, make("a", 3, 1))
+
+
+def test_timings_are_reported_once() -> None:
+    engine = FakeEngine(40, budget=8)
+    engine.add(make("a", 20, 3))
+    engine.now = 5.0
+    updates = []
+    for _ in range(5):
+        plan = engine.begin()
+        rows = engine.compute(plan)
+        engine.now += 0.25
+        updates += engine.bookkeeper.update(plan, rows, engine.now)
+    assert [(u.prefill_queue, u.prefill, u.num_cached_tokens) for u in updates] == [
+        (6.0, 2.75, 0),
+        (None,) * 3,
+        (None,) * 3,
+    ]
+    engine.reserve(make("b", 4, 3))
+    engine.scheduler.start_decode("b", [SampledToken(0, 0, 3)], 100.0)
+    engine.now = 100.0
+    plan = engine.begin()
+    (update,) = engine.bookkeeper.update(plan, engine.compute(plan), 103.0)
+    assert (update.join_wait, update.first_decode_step, update.prefill) == (1.0, 2.0, None)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (make("a", 0), "the prompt is empty"),
+        (make("a", 64), r"64 tokens.*max_model_len \(64\)"),
+        (make("a", 4, n=5), "n is 5, but max_num_seqs is 4; lower n or raise it"),
+        (make("a", 30, None), "needs KV cache for 64 tokens.*max_tokens None.*holds 44.*num_kv_blocks"),
+        (make("a", 31, 2, n=3), "the start of 3 completions needs KV cache for 52 tokens"),
+        (EngineRequest("a", [1, 97], SamplingParams()), "token id 97 is outside the vocabulary"),
+        (EngineRequest("a", [1], SamplingParams(), output_token_ids=(-1,)), "token id -1 is outside"),
+        (EngineRequest("a", [1], SamplingParams(max_tokens=2), output_token_ids=(1, 2)), "max_tokens is 2"),
+        (EngineRequest("a", [1], SamplingParams(n=2), (0, 1), (4,)), "2 completions cannot go on"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(request_: EngineRequest, message: str) -> None:
+    engine = FakeEngine(12, max_num_seqs=4)
+    for enter in (engine.add, engine.reserve):
+        with pytest.raises(InvalidRequestError, match=message):
+            enter(request_)
+    engine.assert_empty()
+
+
+def test_misuse_is_an_error() -> None:
+    engine = FakeEngine(12)
+    engine.add(make("a", 4))
+    with pytest.raises(InvalidRequestError, match="'a' is in use"):
+        engine.add(make("a", 4))
+    for key in ("a", "unknown"):
+        with pytest.raises(KeyError, match="not reserved"):
+            engine.scheduler.start_prefill(key, 0.0)
+    engine.reserve(make("b", 4, n=2))
+    with pytest.raises(ValueError, match=r"indices \[0\], not \[0, 1\]"):
+        engine.scheduler.start_decode("b", [SampledToken(0, 0, 1)], 0.0)
+
+
+def test_integrity_sees_what_is_wrong() -> None:
+    engine = FakeEngine(20, caching=False)
+    engine.add(make("a", 10))
+    engine.step()
+    live: LiveRequest = engine.scheduler.requests["a"]
+    stolen = engine.scheduler.pool.allocate(1)
+    assert "1 references, but 0 users" in check_integrity(engine.scheduler)[0]
+    engine.scheduler.pool.free(stolen or [])
+    engine.add(make("b", 10))
+    engine.step()
+    other = engine.scheduler.requests["b"].lead
+    engine.scheduler.pool.free([other.replace_block(0, live.lead.block_table[0])])
+    engine.scheduler.pool.share([live.lead.block_table[0]])
+    assert any("stands for 2 different prefixes" in problem for problem in check_integrity(engine.scheduler))
+    engine.scheduler.num_places += 1
+    assert any("places counted" in problem for problem in check_integrity(engine.scheduler))

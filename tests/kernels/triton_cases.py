@@ -1,0 +1,152 @@
+"""The checks of the Triton kernels on small shapes; test_triton_attention.py runs them in a process of their own.
+
+Usable alone: ``TRITON_INTERPRET=1 python tests/kernels/triton_cases.py`` (interpreter, CPU), or without the variable
+on a machine with a GPU. The references are the torch paths, which test_attention.py and test_kv_store.py prove.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from pdray.kernels.attention import AttentionMetadata, torch_paged_attention
+from pdray.kernels.attention_triton import choose_num_splits, triton_paged_attention
+from pdray.kernels.kv_store_triton import triton_gather_blocks, triton_scatter_blocks, triton_store_kv
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def batch(lengths: list[tuple[int, int]], block_size: int, num_extra: int = 3) -> tuple[AttentionMetadata, int]:
+    """Metadata for (query_len, kv_len) pairs over shuffled blocks, and the number of blocks."""
+    query_lens, kv_lens = [q for q, _ in lengths], [kv for _, kv in lengths]
+    needed = [-(-kv // block_size) for kv in kv_lens]
+    num_blocks = sum(needed) + num_extra
+    free = (torch.randperm(num_blocks - 1) + 1).tolist()
+    tables = torch.zeros(len(lengths), max(needed) + 1, dtype=torch.int32)
+    for i, count in enumerate(needed):
+        tables[i, :count] = torch.tensor([free.pop() for _ in range(count)])
+    return AttentionMetadata(
+        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
+        block_tables=tables,
+        cu_seqlens_q=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
+        seq_lens=torch.tensor(kv_lens, dtype=torch.int32),
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+    ), num_blocks
+
+
+def to_device(meta: AttentionMetadata) -> AttentionMetadata:
+    tensors = (meta.slot_mapping, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens)
+    return AttentionMetadata(*(t.to(DEVICE) for t in tensors), meta.query_lens, meta.kv_lens)
+
+
+def check_attention(
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    num_splits: int | None,
+) -> None:
+    """Against the torch path in float32 on the same rounded inputs; unused memory holds NaN."""
+    num_heads, num_kv_heads, head_dim = heads
+    meta, num_blocks = batch(lengths, block_size)
+    num_rows = sum(meta.query_lens)
+    fused = torch.randn(num_rows, num_heads * head_dim + 16).to(dtype)  # q is a slice of a wider projection
+    q = fused[:, : num_heads * head_dim].view(num_rows, num_heads, head_dim)
+    kv_layer = torch.randn(num_blocks, 2, block_size, num_kv_heads, head_dim).to(dtype)
+    scale = head_dim**-0.5
+    expected = torch_paged_attention(q.to(torch.float32), kv_layer.to(torch.float32), meta, scale)
+    used = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+    for table, kv_len in zip(meta.block_tables.tolist(), meta.kv_lens, strict=True):
+        for position in range(kv_len):
+            used[table[position // block_size], position % block_size] = True
+    kv_layer.transpose(1, 2)[~used] = float("nan")
+    out = triton_paged_attention(_strided(q), kv_layer.to(DEVICE), to_device(meta), scale, num_splits)
+    assert out.dtype == dtype
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.cpu().to(torch.float32), expected, rtol=tolerance, atol=tolerance)
+
+
+def _strided(q: Tensor) -> Tensor:
+    """On the device, with the strides of a slice of a wider tensor."""
+    wide = torch.zeros(len(q), q.shape[1] + 1, q.shape[2], dtype=q.dtype, device=DEVICE)
+    wide[:, : q.shape[1]] = q.to(DEVICE)
+    return wide[:, : q.shape[1]]
+
+
+HEADS = [(9, 3, 64), (4, 2, 80), (2, 2, 96), (4, 1, 128), (4, 2, 16)]
+DECODES = [(1, 1), (1, 33), (1, 100), (1, 16)]
+PREFILLS = [(5, 5), (70, 70), (3, 40), (30, 75), (2, 65)]
+MIXED = [(1, 40), (37, 50), (1, 7), (2, 2), (1, 64), (65, 65)]
+
+
+def check_all_attention() -> None:
+    for i, (heads, dtype) in enumerate(itertools.product(HEADS, DTYPES)):
+        block_size = (16, 32)[i % 2]
+        check_attention(DECODES, heads, block_size, dtype, num_splits=1 + i % 4)
+        check_attention(PREFILLS if i % 3 else PREFILLS[1:3], heads, block_size, dtype, num_splits=1)
+        check_attention(MIXED, heads, 48 - block_size, dtype, num_splits=3)
+    check_attention(DECODES, (40, 2, 32), 16, torch.float32, num_splits=8)  # a group of 20, splits without keys
+    if not INTERPRETED:
+        lengths = [(1, 5000), (700, 3000), (1, 1), (2048, 2048), (1, 777)]
+        for dtype in DTYPES:
+            check_attention(lengths, (32, 8, 128), 16, dtype, num_splits=None)
+
+
+def check_num_splits() -> None:
+    assert choose_num_splits(8, 40_960, 132) == 32
+    assert choose_num_splits(8, 1024, 132) == 8
+    assert choose_num_splits(64, 40_960, 132) == 5
+    assert choose_num_splits(2048, 40_960, 132) == 1
+    assert choose_num_splits(1, 16, 132) == 1
+
+
+def check_store() -> None:
+    for dtype, width in itertools.product([torch.float32, torch.bfloat16], [(3, 64), (2, 80)]):
+        num_kv_heads, head_dim = width
+        numel = num_kv_heads * head_dim
+        fused = torch.randn(11, 3 * numel).to(dtype).to(DEVICE)
+        k, v = (fused[:, i * numel : (i + 1) * numel].view(11, *width) for i in (1, 2))
+        kv_layer = torch.randn(6, 2, 16, *width).to(dtype).to(DEVICE)
+        expected = kv_layer.clone()
+        slots = torch.randperm(96)[:11]
+        for i, slot in enumerate(slots.tolist()):
+            expected[slot // 16, 0, slot % 16] = k[i]
+            expected[slot // 16, 1, slot % 16] = v[i]
+        triton_store_kv(k, v, kv_layer, slots.to(DEVICE))
+        assert torch.equal(kv_layer, expected)
+
+
+def check_gather_and_scatter() -> None:
+    kv = torch.randn(4, 9, 2, 16, 3, 64).to(DEVICE)  # 6,144 elements a block: two pieces, the last one partial
+    ids = torch.tensor([7, 2, 5], device=DEVICE)
+    data = triton_gather_blocks(kv[1:3], ids)
+    assert data.is_contiguous()
+    assert torch.equal(data, kv[1:3].index_select(1, ids))
+    target = torch.randn(4, 12, 2, 16, 3, 64).to(DEVICE)
+    expected = target.clone()
+    expected[1:3, torch.tensor([11, 0, 4], device=DEVICE)] = data
+    triton_scatter_blocks(target[1:3], torch.tensor([11, 0, 4], device=DEVICE), data)
+    assert torch.equal(target, expected)
+    assert triton_gather_blocks(kv, ids[:0]).shape == (4, 0, 2, 16, 3, 64)
+
+
+CHECKS = {
+    "attention": check_all_attention,
+    "num_splits": check_num_splits,
+    "store": check_store,
+    "gather_and_scatter": check_gather_and_scatter,
+}
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for name in sys.argv[1:] or CHECKS:
+        CHECKS[name]()
+        print(f"{name} passed")

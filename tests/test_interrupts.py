@@ -1,0 +1,49 @@
+"""Ctrl-C is neither lost nor early."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from pdray.interrupts import interrupts_held, interrupts_ignored
+
+
+def test_a_held_interrupt_comes_after_the_block() -> None:
+    reached_end = False
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached_end = True
+    assert reached_end
+    with pytest.raises(KeyboardInterrupt):  # the usual handler is back
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_error_in_the_block_is_not_replaced() -> None:
+    with pytest.raises(ZeroDivisionError), interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ZeroDivisionError
+    with interrupts_held():
+        pass
+
+
+def test_an_ignored_interrupt_is_gone() -> None:
+    with interrupts_ignored():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_holding_works_on_another_thread() -> None:
+    outcomes: list[str] = []
+
+    def hold() -> None:
+        with interrupts_held():
+            outcomes.append("ran")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    thread.join()
+    assert outcomes == ["ran"]
