@@ -1,44 +1,44 @@
-"""The Coordinator: creates workers, connects them, notices deaths, tells routers who is there.
+"""The Coordinator: an application's workers, and who may know about them.
 
-One per application. Its table is `pdray.cluster.membership.Membership`; this actor carries out what
-the table says and reports what happened. It is no part of any request's path.
+One actor per application and configuration. The table is `pdray.cluster.membership.Membership`, its hands
+are `WorkerFleet`; this class answers routers and the command line, and ends the application when it
+is no longer wanted. It is no part of any request's path.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import os
 import secrets
-import signal
 import time
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
-from pdray.actors.decode_worker import DecodeWorker
-from pdray.actors.placement import worker_options
-from pdray.actors.prefill_worker import PrefillWorker
-from pdray.cluster.membership import Connect, Effect, Kill, Membership, Start, TellGone
-from pdray.cluster.messages import ClusterView, WorkerInfo
+from pdray.actors.fleet import WorkerFleet
+from pdray.cluster.membership import Membership
+from pdray.cluster.messages import ClusterView
 from pdray.config import Config
 
 logger = logging.getLogger(__name__)
 
 WATCH_TIMEOUT_S = 10.0  # a watch that saw nothing new answers with the view it has
 TICK_S = 0.5
-UNWATCHED_LIMIT_S = 30.0  # a detached application whose routers are all gone ends after so long
+SERVE_CHECK_INTERVAL_S = 2.0
+UNWATCHED_LIMIT_S = 30.0
 
 
 class Coordinator:
-    """Actor. start() returns at once and works on in the background; every method is quick but watch().
+    """Actor.
 
     Args:
-        app_name: prefix of every actor's name.
-        detached: True for a Serve application: actors outlive their creator, and end when the
-            application has left Serve or nobody has watched for UNWATCHED_LIMIT_S.
+        app_name: prefix of the workers' names; of a Serve application, its name.
+        detached: True for a Serve application: actors outlive who created them, and end when the
+            application has left Serve, or when no router has watched for UNWATCHED_LIMIT_S.
     """
 
     def __init__(self, config: Config, app_name: str, *, detached: bool) -> None:
@@ -46,22 +46,125 @@ class Coordinator:
         self.app_name = app_name
         self.detached = detached
         self.secret = secrets.token_bytes(32)
-        self._membership = Membership(_roles(config))
-        self._actors: dict[str, ActorHandle] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Condition()
-        self._stopped = asyncio.Event()
+        num_prefill = 0 if config.mode == "colocated" else config.num_prefill_workers
+        self._membership = Membership(num_prefill, config.num_decode_workers, config.restart_backoff_s)
+        self._fleet = WorkerFleet(
+            config,
+            app_name,
+            self._membership,
+            self.secret,
+            detached=detached,
+            on_change=self._wake_watchers,
+            on_error=self._note_error,
+        )
+        self._wake = asyncio.Event()
+        self._routers: dict[str, dict[str, Any]] = {}
         self._last_watch = time.monotonic()
-        self._start_error: str | None = None
-        self._started = False
+        self._error: str | None = None
+        self._supervisor: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"Coordinator({self.app_name})"
 
     async def start(self) -> bytes:
-        """Begin to create workers; returns the cluster's secret. Idempotent."""
-        if not self._started:
-            self._started = True
-            self._perform(self._membership.start(time.monotonic()))
-            self._spawn(self._tick())
+        """Begin to create workers. Returns the cluster's secret. Idempotent."""
+        if self._supervisor is None:
+            self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
         return self.secret
+
+    async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
+        """The view, as soon as it is newer than ``version``, or after WATCH_TIMEOUT_S as it is then.
+
+        Args:
+            router: what the router says of itself, for `pdray status`; its call is its sign of life.
+        """
+        deadline = time.monotonic() + WATCH_TIMEOUT_S
+        if router is not None:
+            self._routers[router["router_id"]] = {**router, "seen": time.monotonic()}
+        while self._membership.view.version <= version and (left := deadline - time.monotonic()) > 0:
+            self._last_watch = time.monotonic()
+            await self._changed(left)
+        self._last_watch = time.monotonic()
+        return self._membership.view
+
+    async def wait_ready(self) -> str | None:
+        """None once every worker is ready and every pair connected; else what kept one from it."""
+        while not self._membership.serving and self._error is None:
+            await self._changed(WATCH_TIMEOUT_S)
+        return None if self._membership.serving else self._error
+
+    async def describe(self) -> dict[str, Any]:
+        """The application's state, for `pdray status`."""
+        view = self._membership.view
+        rows = {
+            worker_id: {"worker_id": worker_id, "role": worker_id.rpartition("-")[0], "state": state}
+            for worker_id, state in self._membership.states().items()
+        }
+        for info in view.workers:
+            try:
+                async with asyncio.timeout(self.config.worker_timeout_s):
+                    rows[info.worker_id] |= await self._fleet.actor(info).describe.remote()
+            except (RayError, TimeoutError, KeyError) as error:
+                rows[info.worker_id]["state"] = f"no answer ({type(error).__name__})"
+        horizon = time.monotonic() - 2 * WATCH_TIMEOUT_S
+        self._routers = {name: router for name, router in self._routers.items() if router["seen"] > horizon}
+        return {
+            "name": self.app_name,
+            "model": self.config.model_name,
+            "mode": self.config.mode,
+            "state": "serving" if self._membership.serving else "not ready",
+            "error": self._error,
+            "workers": list(rows.values()),
+            "routers": [{k: v for k, v in router.items() if k != "seen"} for router in self._routers.values()],
+            "pairs": [(pair.prefill_worker_id, pair.decode_worker_id, pair.epoch) for pair in view.pairs],
+        }
+
+    async def check_integrity(self) -> dict[str, list[str]]:
+        """Per worker, what is wrong with its block accounting; empty lists if nothing is."""
+        workers = self._membership.view.workers
+        answers = await asyncio.gather(*(self._fleet.actor(info).check_integrity.remote() for info in workers))
+        return {info.worker_id: problems for info, problems in zip(workers, answers, strict=True)}
+
+    async def stop(self) -> None:
+        """End every worker and see its process gone; this actor is then killed by the caller. Idempotent."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        await self._fleet.stop()
+
+    async def _supervise(self) -> None:
+        """Does what is due, and ends a detached application that is no longer wanted."""
+        next_check = time.monotonic() + SERVE_CHECK_INTERVAL_S
+        while True:
+            self._fleet.tick()
+            if self._membership.serving:
+                self._error = None
+            if self.detached and time.monotonic() >= next_check:
+                if await self._is_unwanted():
+                    logger.warning("%s is no longer wanted: stopping its workers", self.app_name)
+                    await self._fleet.stop()
+                    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                next_check = time.monotonic() + SERVE_CHECK_INTERVAL_S
+            await asyncio.sleep(TICK_S)
+
+    async def _is_unwanted(self) -> bool:
+        if time.monotonic() - self._last_watch > UNWATCHED_LIMIT_S:
+            return True
+        try:
+            applications = await asyncio.to_thread(lambda: serve.status().applications)
+        except (RayError, RayServeException):
+            return True  # Serve itself is gone
+        return self.app_name not in applications
+
+    def _note_error(self, text: str) -> None:
+        self._error = text
+        self._wake_watchers()
+
+    def _wake_watchers(self) -> None:
+        self._wake.set()
+        self._wake = asyncio.Event()
+
+    async def _changed(self, timeout_s: float) -> None:
+        """Returns after the next change, or the timeout."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pdray.actors.worker import Worker
+from pdray.cluster.effects import Send
 from pdray.cluster.lease import LeaseTable
 from pdray.cluster.messages import (
     AnyMessage,
@@ -19,6 +20,7 @@ from pdray.cluster.messages import (
     CloseLease,
     Credit,
     CreditUpdate,
+    LeaseDenied,
     LeaseRequest,
     LegKey,
     LegTokens,
@@ -40,23 +42,20 @@ from pdray.transfer.object_store import array_to_blocks
 class DecodeWorker(Worker):
     """See the module. Everything runs on the event loop's thread but the engine's steps."""
 
-    def __init__(
-        self, config: Config, worker_id: str, incarnation: str, secret: bytes, node_id: str, host: str
-    ) -> None:
-        super().__init__(config, worker_id, incarnation, secret, node_id, host)
+    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
+        super().__init__(config, worker_id, incarnation, secret)
+        self._waiting_routers: set[str] = set()  # were denied, and hear of credit that comes back
         self.role: Literal["decode", "both"] = "both" if config.mode == "colocated" else "decode"
-        self._put_tails: dict[LegKey, float] = {}
 
     async def start(self) -> WorkerInfo:
         info = await super().start()
         self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s)
-        self._expiry = asyncio.create_task(self._expire_leases(), name="expire-leases")
+        self._background(self._expire_leases())
         return info
 
     async def stop(self) -> None:
         if not self._stopped.is_set():
-            self._expiry.cancel()
-            self._send(self.leases.close_all(self._now(), "the worker is stopping"))
+            self._send(self.leases.close_all("the worker is stopping"))
         await super().stop()
 
     def _credit(self) -> Credit:
@@ -72,7 +71,8 @@ class DecodeWorker(Worker):
     async def _expire_leases(self) -> None:
         while True:
             await asyncio.sleep(self.config.lease_timeout_s / 8)
-            self._act(self.leases.expire(self._now()))
+            self._send(self.leases.expire(self._now()))
+            self._announce_credit()
 
     # channels
 
@@ -87,11 +87,14 @@ class DecodeWorker(Worker):
                 f"{prefill.worker_id} ({prefill.fingerprint}) and {self.worker_id} ({self.info.fingerprint}) differ in "
                 "weights, dtype, block size or KV layout; start both from one configuration"
             )
-        self._act(self.leases.set_epoch(self._now(), prefill.worker_id, prefill.incarnation, epoch))
+        self._send(self.leases.set_writer(prefill.worker_id, prefill.incarnation, epoch))
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
         """That process was seen dead: nothing can write on its behalf any more."""
-        self._act(self.leases.worker_gone(self._now(), worker_id, incarnation))
+        self._send(self.leases.worker_gone(worker_id, incarnation))
+
+    async def describe(self) -> dict[str, Any]:
+        return await super().describe() | {"leases": [info._asdict() for info in self.leases.leases(self._now())]}
 
     async def receive_blocks(
         self,
@@ -112,36 +115,80 @@ class DecodeWorker(Worker):
         if not self.leases.may_write(key, worker_id, epoch):
             return False
         scatter_blocks(self.engine.kv, put.layers, put.destination_blocks, blocks)
-        self._act(self.leases.put_received(self._now(), key))
+        self._send(self.leases.put_received(self._now(), key))
         return True
 
     # sessions
 
     def on_open(self, session: Session) -> None:
         super().on_open(session)
-        self._send(self.leases.worker_link_restored(self._now(), session.peer.id))
+        self._send(self.leases.link_restored(session.peer.id))
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
         now, peer = self._now(), session.peer.id
         match message:
             case LeaseRequest():
-                self._act(self.leases.request(now, peer, message))
+                effects = self.leases.request(now, peer, message)
+                self._send(effects)
+                if any(isinstance(e.message, LeaseDenied) and e.message.retriable for e in effects):
+                    self._waiting_routers.add(peer)
             case RenewLeases():
                 self.leases.renew(now, peer, message.keys)
                 session.send(CreditUpdate(self._credit()))
             case CloseLease():
-                self._act(self.leases.close(now, message.key, message.reason))
+                self._send(self.leases.close(message.key))
+                self._announce_credit()
             case BeginPut():
-                self._act(self.leases.begin_put(now, peer, message))
+                self._send(self.leases.begin_put(peer, message))
             case PutDone():
-                self._put_tails[message.key] = message.put_tail
-                self._act(self.leases.put_done(now, peer, message))
+                self._send(self.leases.put_done(now, peer, message))
             case PutAborted():
-                self._act(self.leases.put_aborted(now, peer, message.key))
+                self._send(self.leases.put_aborted(peer, message.key))
+                self._announce_credit()
             case _:
                 raise TypeError(f"{self.worker_id} takes no {type(message).__name__} (from {peer})")
 
     def on_closed(self, session: Session, reason: str) -> None:
         super().on_closed(session, reason)
-        if session.peer.id.startswith("router"):
-            self._act(self.leases.router_gone(self._now(), session.peer.id))
+        self._send(self.leases.router_gone(session.peer.id))
+        self._waiting_routers.discard(session.peer.id)
+
+    # engine
+
+    def _on_updates(self, updates: list[RequestUpdate]) -> None:
+        """One message to each router that this step has news for."""
+        by_router: dict[str, list[LegTokens]] = {}
+        for update in updates:
+            key = LegKey(*update.key)  # type: ignore[misc]
+            router_id = self.leases.router_of(key)
+            if router_id is not None and update.tokens:
+                by_router.setdefault(router_id, []).append(self._leg_tokens(key, update))
+            if update.finished:
+                self.leases.finished(key)
+        credit = self._credit()
+        self._send([Send(router_id, Tokens(legs, credit)) for router_id, legs in by_router.items()])
+        self._waiting_routers -= by_router.keys()
+        self._announce_credit()
+
+    def _announce_credit(self) -> None:
+        """Routers that were denied try again when there may be something for them."""
+        if self._waiting_routers and (credit := self._credit()).free_places > 0:
+            self._send([Send(router_id, CreditUpdate(credit)) for router_id in self._waiting_routers])
+            self._waiting_routers.clear()
+
+    def _leg_tokens(self, key: LegKey, update: RequestUpdate) -> LegTokens:
+        transfer_wait = None
+        if update.join_wait is not None:
+            transfer_wait = update.join_wait + (self.leases.transfer_wait(key) or 0.0)
+        return LegTokens(
+            *key,
+            update.tokens,
+            num_cached_tokens=update.num_cached_tokens,
+            prefill_queue=update.prefill_queue,
+            prefill=update.prefill,
+            transfer_wait=transfer_wait,
+            first_decode_step=update.first_decode_step,
+        )
+
+    def _on_layer_group(self, ready: LayerGroupReady) -> None:
+        raise AssertionError("a decode worker runs no prefill_only request")

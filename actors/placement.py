@@ -1,14 +1,20 @@
-"""Where worker actors go: names, resources, lifetime, environment."""
+"""Where worker actors go, and how to be sure that one of their processes is gone."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from typing import Any
 
+import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdray.config import Config
 
 NAMESPACE = "pdray"
+DEATH_POLL_S = 0.01
 
 
 def uses_cuda(config: Config) -> bool:
@@ -19,9 +25,8 @@ def uses_cuda(config: Config) -> bool:
 
 
 def worker_options(config: Config, app_name: str, worker_id: str, *, detached: bool) -> dict[str, Any]:
-    """Options for one worker's `ray.remote(...)`: readable name, fractional resources, own threads.
+    """Options of one worker's actor: readable name, fractional resources, its own number of threads.
 
-    A detached worker is named in pdray's namespace, so that a Coordinator that starts anew finds it.
     Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS.
     """
     share = config.prefill_num_gpus if worker_id.startswith("prefill") else config.decode_num_gpus
@@ -36,3 +41,39 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
     if detached:
         options["lifetime"] = "detached"
     return options
+
+
+def listen_address(config: Config) -> str:
+    """Where a worker listens: as configured; loopback while the cluster is one node; else the node's address."""
+    if config.host:
+        return config.host
+    if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) == 1:
+        return "127.0.0.1"
+    return str(ray.util.get_node_ip_address())
+
+
+async def make_dead(pid: int, node_id: str) -> None:
+    """SIGKILL a worker's process and return once it is gone. A node that is gone took it along."""
+    if node_id == ray.get_runtime_context().get_node_id():
+        await asyncio.to_thread(_kill_and_wait, pid)
+        return
+    if not any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
+        return
+    on_its_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    await ray.remote(_kill_and_wait).options(num_cpus=0, scheduling_strategy=on_its_node).remote(pid)
+
+
+def _kill_and_wait(pid: int) -> None:
+    """Blocks until the process has ended. A pid that is no Ray worker's belongs to somebody else by now."""
+    try:
+        process = psutil.Process(pid)
+        if not any(part.startswith("ray::") for part in process.cmdline()):
+            return
+        os.kill(pid, signal.SIGKILL)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            try:
+                process.wait(timeout=DEATH_POLL_S)
+            except psutil.TimeoutExpired:
+                continue
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return

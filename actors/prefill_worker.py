@@ -1,5 +1,4 @@
-"""The prefill side: computes prompts, pushes their KV through channels while it computes, and hands
-over one token.
+"""The prefill side: computes prompts, pushes their KV while it computes, and hands over one token.
 
 The ledger decides what happens to each leg; this class carries it out. Layer groups come from the
 engine's thread in order, and leave through the leg's channel as soon as the ledger has the decode
@@ -10,24 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
 from pdray.actors.worker import Worker
+from pdray.cluster.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
 from pdray.cluster.messages import (
     AbortPut,
     AnyMessage,
     BeginPutReply,
     CancelPrefill,
+    FirstTokens,
     LegKey,
     Ping,
     Pong,
     PrefillRequest,
     WorkerInfo,
 )
-from pdray.cluster.prefill_ledger import FlushPuts, LedgerEffect, PrefillLedger, ReleaseBlocks, StartCompute
-from pdray.cluster.effects import Send
+from pdray.cluster.prefill_ledger import PrefillLedger
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate
@@ -39,31 +39,34 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillWorker(Worker):
-    """See the module. Everything runs on the event loop's thread but the engine's steps and the channels'."""
+    """See the module. Everything runs on the event loop's thread but the engine's steps and the channels' copies."""
 
     role: Literal["prefill", "decode", "both"] = "prefill"
 
-    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes, node_id: str, host: str) -> None:
-        super().__init__(config, worker_id, incarnation, secret, node_id, host)
+    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
+        super().__init__(config, worker_id, incarnation, secret)
         self.ledger = PrefillLedger()
         self._channels: dict[str, SendChannel] = {}
-        self._held_puts: dict[LegKey, list[LayerGroupReady]] = {}
+        self._held: dict[LegKey, list[LayerGroupReady]] = {}
 
     async def stop(self) -> None:
         await super().stop()
-        for channel in self._channels.values():
-            await asyncio.to_thread(channel.close)
+        for decode_worker_id in list(self._channels):
+            await self.disconnect(decode_worker_id)
 
     # channels
 
     async def connect(self, decode: WorkerInfo, epoch: int, decode_actor: Any) -> None:
         """Open a session and a channel to a decode worker that has accepted this epoch.
 
+        Args:
+            decode_actor: its handle; blocks go to its receive_blocks().
+
         Raises:
             HandshakeError: it refused the session. OSError: it cannot be reached.
         """
         await self.disconnect(decode.worker_id)
-        session = await connect(
+        self.sessions[decode.worker_id] = await connect(
             decode.host,
             decode.port,
             me=PeerName(self.worker_id, self.incarnation),
@@ -72,16 +75,127 @@ class PrefillWorker(Worker):
             handler=self,
             timeout_s=self.config.worker_timeout_s,
         )
-        self.sessions[decode.worker_id] = session
-        self._channels[decode.worker_id] = ObjectStoreChannel(
-            self.engine.kv, self.worker_id, epoch, decode_actor.receive_blocks
-        )
+        self._channels[decode.worker_id] = ObjectStoreChannel(self.engine.kv, self.worker_id, epoch, decode_actor.receive_blocks)
 
     async def disconnect(self, decode_worker_id: str) -> None:
-        """Close the channel and the session to a decode worker, if there are any."""
+        """Close the channel and the session to a decode worker; its legs fail. Idempotent."""
         channel = self._channels.pop(decode_worker_id, None)
         if channel is not None:
             await asyncio.to_thread(channel.close)
         session = self.sessions.pop(decode_worker_id, None)
         if session is not None:
             await session.close()
+        self._perform(self.ledger.decode_worker_gone(decode_worker_id))
+
+    async def worker_gone(self, worker_id: str, incarnation: str) -> None:
+        """That decode worker's process was seen dead."""
+        session = self.sessions.get(worker_id)
+        if session is None or session.peer.incarnation == incarnation:
+            await self.disconnect(worker_id)
+
+    async def heartbeat(self) -> dict[str, int]:
+        """See Worker."""
+        return {decode_worker_id: channel.epoch for decode_worker_id, channel in self._channels.items()}
+
+    # sessions
+
+    def on_message(self, session: Session, message: AnyMessage) -> None:
+        peer = session.peer.id
+        match message:
+            case PrefillRequest():
+                channel = self._channels.get(message.decode_worker_id)
+                self._perform(self.ledger.request(peer, message, None if channel is None else channel.epoch))
+            case CancelPrefill():
+                self._perform(self.ledger.cancel(message.key))
+            case Ping():
+                session.send(Pong(self.engine.stats().queued_tokens))
+            case BeginPutReply():
+                self._perform(self.ledger.begin_put_reply(message.key, message.granted))
+            case AbortPut():
+                self._perform(self.ledger.abort_put(peer, message.key))
+            case _:
+                raise TypeError(f"{self.worker_id} takes no {type(message).__name__} (from {peer})")
+
+    def on_closed(self, session: Session, reason: str) -> None:
+        super().on_closed(session, reason)
+        peer = session.peer.id
+        if peer in self._channels:
+            logger.warning("%s: session to %s closed: %s", self.worker_id, peer, reason)
+            self._background(self.disconnect(peer))
+        else:
+            self._perform(self.ledger.router_gone(peer))
+
+    # engine
+
+    def _on_layer_group(self, ready: LayerGroupReady) -> None:
+        key = LegKey(*ready.key)  # type: ignore[misc]
+        if self.ledger.may_put(key):
+            self._put(key, ready)
+        elif self.ledger.may_hold(key):
+            self._held.setdefault(key, []).append(ready)
+
+    def _on_updates(self, updates: list[RequestUpdate]) -> None:
+        now = self._now()
+        for update in updates:
+            key = LegKey(*update.key)  # type: ignore[misc]
+            if update.tokens:
+                assert update.prefill_queue is not None and update.prefill is not None, update
+                message = FirstTokens(
+                    *key, update.tokens, update.num_cached_tokens or 0, update.prefill_queue, update.prefill
+                )
+                self._perform(self.ledger.computed(now, message))
+
+    # effects
+
+    def _perform(self, effects: Sequence[LedgerEffect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send():
+                    self._send([effect])
+                case StartCompute(key):
+                    self._start_compute(key)
+                case FlushPuts(key):
+                    for ready in self._held.pop(key, []):
+                        self._put(key, ready)
+                    self._perform(self.ledger.puts_flushed(self._now(), key))
+                case Release(key):
+                    self._held.pop(key, None)
+                    self.engine.release(key)
+
+    def _start_compute(self, key: LegKey) -> None:
+        leg = self.ledger.leg(key)
+        assert leg is not None, key
+        try:
+            self.engine.add(
+                EngineRequest(
+                    key=key,
+                    prompt_token_ids=leg.prompt_token_ids,
+                    params=leg.params,
+                    indices=tuple(leg.indices),
+                    output_token_ids=tuple(leg.output_token_ids),
+                    priority=leg.priority,
+                    prefill_only=True,
+                )
+            )
+        except InvalidRequestError as error:
+            self._perform(self.ledger.fail(key, str(error)))
+
+    def _put(self, key: LegKey, ready: LayerGroupReady) -> None:
+        """Push the blocks that the decode worker does not have yet."""
+        leg = self.ledger.leg(key)
+        assert leg is not None, key
+        first = max(ready.first_block, leg.num_cached_tokens // self.engine.block_size)
+        source = ready.block_ids[first - ready.first_block :]
+        if not source:
+            return
+        put = Put(key, ready.layers, source, leg.block_ids[first : first + len(source)])
+        self.ledger.put_issued(key)
+        future = self._channels[leg.decode_worker_id].put(put)
+        future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._on_put_done, key, done))
+
+    def _on_put_done(self, key: LegKey, done: Future[PutResult]) -> None:
+        error = done.exception()
+        if error is None:
+            if self.metrics is not None:
+                self.metrics.on_transfer(done.result().num_bytes, done.result().seconds)
+        self._perform(self.ledger.put_completed(key, None if error is None else str(error)))

@@ -13,10 +13,13 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Coroutine, Sequence
 from typing import Any, Literal
 
+import ray
 import torch
 
+from pdray.actors.placement import listen_address
 from pdray.cluster.effects import Send
 from pdray.cluster.messages import AnyMessage, WorkerInfo
 from pdray.cluster.session import PeerName, Session, SessionServer
@@ -24,10 +27,12 @@ from pdray.config import Config
 from pdray.engine.engine import Engine
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
+from pdray.metrics import WorkerMetrics
 from pdray.models import load_model
 
 logger = logging.getLogger(__name__)
 
+METRICS_INTERVAL_S = 1.0
 SWITCH_INTERVAL_S = 100e-6  # Python's default of 5 ms would be added to every step
 
 
@@ -47,14 +52,14 @@ class Worker:
 
     role: Literal["prefill", "decode", "both"]
 
-    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes, node_id: str, host: str) -> None:
+    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
         self.config = config
         self.worker_id = worker_id
         self.incarnation = incarnation
         self.secret = secret
-        self.node_id = node_id
-        self.host = host
         self.sessions: dict[str, Session] = {}
+        self.metrics: WorkerMetrics | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = asyncio.Event()
         self._fatal: BaseException | None = None
 
@@ -72,7 +77,9 @@ class Worker:
         self._server = SessionServer(
             PeerName(self.worker_id, self.incarnation), self.secret, self, timeout_s=self.config.worker_timeout_s
         )
-        port = await self._server.start(self.host)
+        in_ray = ray.is_initialized()
+        host = listen_address(self.config)
+        port = await self._server.start(host)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.collect()
         gc.freeze()
@@ -80,16 +87,19 @@ class Worker:
             worker_id=self.worker_id,
             incarnation=self.incarnation,
             role=self.role,
-            host=self.host,
+            host=host,
             port=port,
             pid=os.getpid(),
-            node_id=self.node_id,
+            node_id=ray.get_runtime_context().get_node_id() if in_ray else "",
             device=str(self.device),
             fingerprint=f"{self.engine.model.fingerprint}-{self.engine.block_size}-{tuple(self.engine.kv.shape[2:])}",
             num_blocks=self.engine.num_blocks,
             block_size=self.engine.block_size,
             max_model_len=self.engine.max_model_len,
         )
+        if in_ray:
+            self.metrics = WorkerMetrics(self.worker_id, self.role)
+            self._background(self._report_metrics(self.metrics))
         return self.info
 
     def _build_engine(self) -> Engine:
@@ -101,6 +111,8 @@ class Worker:
         """End the sessions and the engine's thread. Idempotent."""
         if not self._stopped.is_set():
             self._stopped.set()
+            for task in self._tasks:
+                task.cancel()
             await self._server.stop()
             await asyncio.to_thread(self._engine_loop.stop)
 
@@ -110,9 +122,9 @@ class Worker:
         if self._fatal is not None:
             raise self._fatal
 
-    async def heartbeat(self) -> float:
-        """Seconds since the engine's thread last came round; answers only if the event loop lives."""
-        return self._engine_loop.seconds_since_progress()
+    async def heartbeat(self) -> dict[str, int]:
+        """Answers while the event loop lives: the channels that are open from here, and their epochs."""
+        return {}
 
     async def check_integrity(self) -> list[str]:
         """What is wrong with the block accounting; empty if nothing is."""
@@ -149,9 +161,25 @@ class Worker:
 
     # event loop's thread
 
+    async def _report_metrics(self, metrics: WorkerMetrics) -> None:
+        while True:
+            metrics.update(self.engine.stats())
+            await asyncio.sleep(METRICS_INTERVAL_S)
+
+    def _background(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run beside; an error in it fails the worker, so that it is never lost."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
     def _fail(self, error: BaseException) -> None:
-        """The engine cannot go on: whoever waits in join() learns why, and the process is replaced."""
-        logger.error("%s: the engine failed", self.worker_id, exc_info=error)
+        """The worker cannot go on: whoever waits in join() learns why, and the process is replaced."""
+        logger.error("%s cannot go on", self.worker_id, exc_info=error)
         self._fatal = error
         self._stopped.set()
 
@@ -171,7 +199,7 @@ class Worker:
         if self.sessions.get(session.peer.id) is session:
             del self.sessions[session.peer.id]
 
-    def _send(self, sends: list[Send]) -> None:
+    def _send(self, sends: Sequence[Send]) -> None:
         """Perform effects. A peer without a session is gone: its leases and legs end by their rules."""
         for send in sends:
             session = self.sessions.get(send.to)

@@ -22,7 +22,7 @@ import ray
 from openai import OpenAI
 from ray import serve
 
-from pdray.bench.timings import breakdown_table
+from pdray.bench.timings import breakdown_table, timings_of_response
 from pdray.cli import wait_until_ready
 from pdray.config import Config
 from pdray.interrupts import interrupts_held, interrupts_ignored
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
     """timings: seconds by part, as the server measured them."""
 
     text: str
-    timings: dict[str, float | None]
+    timings: dict[str, float]
 
 
 def free_port() -> int:
@@ -56,7 +56,7 @@ def ask(client: OpenAI, model: str, question: str) -> Answer:
     answer = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}], max_tokens=40, temperature=0
     )
-    return Answer((answer.choices[0].message.content or "").strip(), answer.to_dict()["timings"])
+    return Answer((answer.choices[0].message.content or "").strip(), timings_of_response(answer.to_dict()["timings"]))
 
 
 def ask_streaming(client: OpenAI, model: str, question: str) -> Answer:
@@ -77,7 +77,7 @@ def ask_streaming(client: OpenAI, model: str, question: str) -> Answer:
     print()
     if timings is None:
         raise RuntimeError("the stream ended without its timings")
-    return Answer(text.strip(), timings)
+    return Answer(text.strip(), timings_of_response(timings))
 
 
 def ask_everything(url: str, timeout_s: float) -> bool:

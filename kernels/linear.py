@@ -5,17 +5,39 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-ROW_MULTIPLE = 8  # torch's float32 CPU GEMM: a row's result differs with the row count below this
+# torch 2.13, float32 on CPU: below these a row's result depends on the number of rows. Measured with one and two threads,
+# the packed product also with oneDNN held to SSE4.1, AVX2 and AVX-512.
+ROW_MULTIPLE = 8
+PACKED_ROW_MULTIPLE = 4
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [M, K] @ weight [N, K]^T + bias [N] -> [M, N].
+    """x [M, K] @ weight [N, K]^T + bias [N] -> [M, N]; ``weight`` may come from pack_weight.
 
-    On CPU, M is padded to a multiple of 8, so that a sequence's activations do not depend on what
-    else is in the batch.
+    On CPU, M is padded to a multiple of 8 (packed: 4), so that a sequence's activations do not depend on what
+    else is in the batch. Rows past M are computed and cut off.
     """
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
     rows = x.shape[0]
-    padding = -rows % ROW_MULTIPLE
-    if padding and x.device.type == "cpu":
-        return F.linear(F.pad(x, (0, 0, 0, padding)), weight, bias)[:rows]
-    return F.linear(x, weight, bias)
+    packed = weight.is_mkldnn
+    padding = -rows % (PACKED_ROW_MULTIPLE if packed else ROW_MULTIPLE)
+    if padding:
+        x = F.pad(x, (0, 0, 0, padding))
+    if packed:
+        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        out = F.linear(x, weight, bias)
+    return out[:rows] if padding else out
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of ``weight`` [N, K] in oneDNN's blocked layout, for linear() only; to_dense() turns it back.
+
+    MKL packs a plain weight anew in every product. Packed once, a product with few rows streams the weight only once:
+    SmolLM2-135M's projections take 0.5 of the time at 4 and 8 rows, and 0.6 of a plain one-row product's.
+    Anything but float32 on CPU, and a torch without oneDNN, gets ``weight`` itself back.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROW_MULTIPLE)

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pdray.sampling_params import SamplingParams
-
 GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM
+
+
+class Parameters(Protocol):
+    """What is read of a request's SamplingParams."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def logprobs(self) -> int | None: ...
 
 
 class SamplingRow(NamedTuple):
@@ -25,7 +43,7 @@ class SamplingRow(NamedTuple):
         banned_token_ids: ids that must not be drawn now (end-of-sequence and stop ids before min_tokens).
     """
 
-    params: SamplingParams
+    params: Parameters
     seed: int
     position: int
     prompt_token_ids: Sequence[int] = ()
@@ -95,7 +113,7 @@ class SamplingMetadata:
         )
 
 
-def _has_penalty(params: SamplingParams) -> bool:
+def _has_penalty(params: Parameters) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 

@@ -101,7 +101,7 @@ def cluster_status() -> list[dict[str, Any]]:
 
     `workers` holds what each worker's describe() says.
     """
-    from pdray.actors.coordinator import describe, list_applications
+    from pdray.actors.client import describe, list_applications
 
     return [{"name": name} | describe(name) for name in list_applications()]
 
@@ -154,7 +154,7 @@ def stop(address: str | None, *, name: str | None, timeout_s: float) -> int:
 
 def stop_applications(name: str | None, timeout_s: float) -> list[str]:
     """Delete the Serve application of each coordinator, stop the coordinator, and wait until it is gone."""
-    from pdray.actors.coordinator import list_applications, stop_application
+    from pdray.actors.client import list_applications, stop_application
 
     names = [name] if name is not None else list_applications()
     deployed = ray_serve.status().applications

@@ -54,14 +54,15 @@ class Config(BaseModel):
     worker_num_cpus: float = Field(0.25, ge=0, description="Ray CPUs that each worker reserves")
     channel: Literal["auto", "object_store"] = "auto"
     transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
-    host: str = Field("", description="address workers listen on; default: the node's address as Ray knows it")
+    host: str = Field("", description="address workers listen on; default: loopback if the cluster is one node when they start, else the node's own")
 
     # admission
     max_queue_size: NonNegative = Field(256, description="requests that may wait at one router; more get 429")
     max_queue_wait_s: Seconds = Field(60.0, description="a request that waits longer gets 429")
     decode_headroom_tokens: NonNegative = Field(64, description="output tokens whose blocks a lease holds from the start")
     lease_timeout_s: Seconds = Field(10.0, description="a lease not renewed for so long ends")
-    worker_timeout_s: Seconds = Field(5.0, description="a worker silent for so long counts as dead to its peers")
+    worker_timeout_s: Seconds = Field(10.0, description="a worker silent for so long counts as dead to its peers")
+    restart_backoff_s: Seconds = Field(1.0, description="wait before a dead worker is replaced; doubles with each failure in a row")
     start_timeout_s: Seconds = Field(600.0, description="workers not ready after so long are an error")
     local_prefill_max_tokens: NonNegative = Field(0, description="prompts with at most so many uncached tokens are prefilled by the decode worker")
 

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import ray
 from tqdm import tqdm
 
-from pdray.actors.coordinator import CoordinatorClient, start_coordinator
+from pdray.actors.client import CoordinatorClient
 from pdray.config import Config
 from pdray.errors import ConfigError, InvalidRequestError
 from pdray.models import load_tokenizer
@@ -56,6 +56,8 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="pdray-router", daemon=True)
         self._thread.start()
         self._closed = False
+        self._coordinator: CoordinatorClient | None = None
+        self._router: Router | None = None
         try:
             self.tokenizer = load_tokenizer(self.config)
             self._run(self._start())
@@ -64,10 +66,9 @@ class LLM:
             raise
 
     async def _start(self) -> None:
-        self._router: Router | None = None
-        self._coordinator: CoordinatorClient | None = None
-        self._coordinator = await start_coordinator(self.config, f"llm-{uuid.uuid4().hex[:8]}", detached=False)
-        await self._coordinator.wait_ready()
+        app_name = f"llm-{uuid.uuid4().hex[:8]}"
+        self._coordinator = await CoordinatorClient.open(self.config, app_name, detached=False)
+        await self._coordinator.wait_ready(self.config.start_timeout_s)
         self._router = Router(
             self.config,
             self.tokenizer,
@@ -134,11 +135,14 @@ class LLM:
     ) -> list[RequestOutput]:
         places = asyncio.Semaphore(max(1, self.config.max_queue_size))  # so that the router's queue never overflows
         with tqdm(total=len(prompts), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as progress:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._generate_one(prompt, p, places, progress))
-                    for prompt, p in zip(prompts, params, strict=True)
-                ]
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(self._generate_one(prompt, p, places, progress))
+                        for prompt, p in zip(prompts, params, strict=True)
+                    ]
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None  # the first; the group has ended the others
         return [task.result() for task in tasks]
 
     async def _generate_one(
@@ -174,10 +178,10 @@ class LLM:
             ray.shutdown()
 
     async def _stop(self) -> None:
-        if getattr(self, "_router", None) is not None:
-            await self._router.stop()  # type: ignore[union-attr]
-        if getattr(self, "_coordinator", None) is not None:
-            await self._coordinator.stop()  # type: ignore[union-attr]
+        if self._router is not None:
+            await self._router.stop()
+        if self._coordinator is not None:
+            await self._coordinator.stop()
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from pdray.bench.serving_metrics import RequestRecord
+from pdray.bench.timings import timings_of_response
 from pdray.bench.workload import BenchRequest
 
 MAX_ERROR_CHARS = 300
@@ -88,7 +89,7 @@ async def _read_stream(response: aiohttp.ClientResponse, record: RequestRecord, 
             record.output_len = usage["completion_tokens"]
             record.prompt_len = usage["prompt_tokens"]
         if timings := chunk.get("timings"):
-            record.timings = {part: seconds for part, seconds in timings.items() if isinstance(seconds, float | int)}
+            record.timings = timings_of_response(timings)
     record.error = record.error or "the stream broke off before [DONE]"
 
 

@@ -212,7 +212,6 @@ def make_transformers(config: Config) -> Iterator[Generate]:
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=output_len,
-                min_new_tokens=output_len,
                 do_sample=False,
                 pad_token_id=0,
                 streamer=streamer,

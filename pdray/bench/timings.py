@@ -9,6 +9,16 @@ FIRST_GAP_PARTS = ("transfer_wait", "first_decode_step")
 ROWS = (*TTFT_PARTS, "unexplained", "ttft", *FIRST_GAP_PARTS, "unexplained", "first_gap", "e2e")
 
 
+def timings_of_response(field: Mapping[str, object]) -> dict[str, float]:
+    """Seconds by part from the `timings` field of a response: milliseconds under names that end in _ms.
+
+    Remainders are left out: with_remainders computes them.
+    """
+    parts = (*TTFT_PARTS, "ttft", *FIRST_GAP_PARTS, "first_gap", "e2e")
+    milliseconds = {part: field.get(f"{part}_ms") for part in parts}
+    return {part: value / 1000 for part, value in milliseconds.items() if isinstance(value, float | int)}
+
+
 def with_remainders(timings: Mapping[str, float | None]) -> list[float | None]:
     """Seconds for each of ROWS. A remainder is its sum less its parts; None where the sum is not known."""
     rows: list[float | None] = []

@@ -37,7 +37,7 @@ def transformers_config(config: ModelConfig) -> Any:
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
+        "eos_token_id": None,  # as with ignore_eos: never stop there, and never avoid it either
     }
     if config.architecture != "Qwen2ForCausalLM":  # its biases are fixed
         fields["attention_bias"] = config.qkv_bias

@@ -184,12 +184,12 @@ class Membership:
             pair.connecting, pair.retry_at = False, now + self.backoff_s
         return []
 
-    def link_lost(self, prefill_id: str, decode_id: str, epoch: int) -> list[Effect]:
-        """The prefill worker's session to the decode worker broke while both live."""
-        pair = self._pairs[prefill_id, decode_id]
-        if pair.epoch == epoch and pair.connected:
-            pair.connected = False
-            self._version += 1
+    def open_channels(self, prefill_id: str, epochs: dict[str, int]) -> list[Effect]:
+        """A prefill worker's open channels, by decode worker. A pair that lost its own is connected anew."""
+        for (prefill, decode), pair in self._pairs.items():
+            if prefill == prefill_id and pair.connected and epochs.get(decode) != pair.epoch:
+                pair.connected = False
+                self._version += 1
         return []
 
     def _disconnect(self, worker_id: str) -> None:

@@ -119,7 +119,8 @@ class EngineLimits:
                 raise InvalidRequestError(
                     f"{what} needs KV cache for {num_needed * self.block_size} tokens (prompt "
                     f"{len(request.prompt_token_ids)}, max_tokens {request.params.max_tokens}, n "
-                    f"{len(request.indices)}), but the pool holds {self.num_blocks * self.block_size}; lower max_tokens or n, or raise "
-                    "num_kv_blocks, kv_cache_memory_bytes, gpu_memory_utilization or cpu_memory_utilization",
+                    f"{len(request.indices)}), but the pool holds {self.num_blocks * self.block_size}; lower "
+                    "max_tokens or n, or raise num_kv_blocks, kv_cache_memory_bytes, gpu_memory_utilization or "
+                    "cpu_memory_utilization",
                     "max_tokens",
                 )

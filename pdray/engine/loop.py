@@ -14,7 +14,7 @@ class EngineLoop:
     """Runs engine.step() on its own thread.
 
     Args:
-        on_updates: called on that thread with every step's updates, in order; must not block.
+        on_updates: called on that thread with every step's updates, in order, also when there are none; must not block.
         on_error: called on that thread, once, with what made a step (or on_updates) fail; the loop has ended then.
             Without it the error goes to threading.excepthook.
     """
@@ -60,9 +60,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                updates = self.engine.step()
-                if updates:
-                    self.on_updates(updates)
+                self.on_updates(self.engine.step())
         except BaseException as error:
             if self.on_error is None:
                 raise

@@ -28,9 +28,12 @@ def batch_order(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.order
 
 
-def queue_order(sequence: Sequence) -> tuple[int, bool, tuple[int, int, int]]:
-    """Rank in the queue: by priority, then preempted ones, then by arrival."""
-    return sequence.request.priority, not sequence.preempted, sequence.order
+def queue_order(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
+    """Rank in the queue: preempted ones, then by priority, then by arrival.
+
+    Preempted ones hold places: behind a request that waits for places they would wait for each other.
+    """
+    return not sequence.preempted, sequence.order
 
 
 class Counters(NamedTuple):
@@ -179,7 +182,8 @@ class Scheduler:
             is_decoding = sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens == 1
             if is_decoding and self._make_room(sequence):
                 plan.add(sequence, 1)
-        self._schedule_prefills(plan, admit=self.counters.num_preemptions == num_preemptions)
+        has_preempted = self.counters.num_preemptions > num_preemptions
+        self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks)
         for chunk in plan.chunks:
             self._note_scheduled(chunk.sequence.request, now)
         if plan.chunks:

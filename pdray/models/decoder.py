@@ -12,7 +12,7 @@ from pdray.kernels.activation import silu_and_mul
 from pdray.kernels.attention import AttentionMetadata, paged_attention
 from pdray.kernels.kv_store import store_kv
 from pdray.kernels.layernorm import add_rms_norm, rms_norm
-from pdray.kernels.linear import linear
+from pdray.kernels.linear import linear, pack_weight
 from pdray.kernels.rotary import apply_rotary
 from pdray.models.model_config import ModelConfig
 from pdray.models.rope import build_rotary_table
@@ -91,7 +91,7 @@ class Decoder:
     def parameters(self) -> dict[str, torch.Tensor]:
         """Every parameter under its Hugging Face name; parts of fused tensors are views to be written into.
 
-        A tied lm_head.weight is not listed.
+        A tied lm_head.weight is not listed. After pack_weights() what was packed comes as copies, for reading only.
         """
         config = self.config
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -102,12 +102,12 @@ class Decoder:
             named[prefix + "post_attention_layernorm.weight"] = layer.post_attention_norm
             named[prefix + "self_attn.q_norm.weight"] = layer.q_norm
             named[prefix + "self_attn.k_norm.weight"] = layer.k_norm
-            named[prefix + "self_attn.o_proj.weight"] = layer.o_weight
+            named[prefix + "self_attn.o_proj.weight"] = _dense(layer.o_weight)
             named[prefix + "self_attn.o_proj.bias"] = layer.o_bias
-            named[prefix + "mlp.down_proj.weight"] = layer.down_weight
+            named[prefix + "mlp.down_proj.weight"] = _dense(layer.down_weight)
             named[prefix + "mlp.down_proj.bias"] = layer.down_bias
             for kind, qkv, gate_up in (
-                ("weight", layer.qkv_weight, layer.gate_up_weight),
+                ("weight", _dense(layer.qkv_weight), _dense(layer.gate_up_weight)),
                 ("bias", layer.qkv_bias, layer.gate_up_bias),
             ):
                 if qkv is not None:
@@ -118,8 +118,20 @@ class Decoder:
                     named[f"{prefix}mlp.gate_proj.{kind}"], named[f"{prefix}mlp.up_proj.{kind}"] = gate_up.chunk(2)
         named["model.norm.weight"] = self.norm
         if not config.tie_word_embeddings:
-            named["lm_head.weight"] = self.lm_head
+            named["lm_head.weight"] = _dense(self.lm_head)
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def pack_weights(self) -> None:
+        """Bring the loaded weights into the layout that the device's linear() likes best; call it once, after loading.
+
+        Replaces tensors one at a time. A tied output matrix becomes a copy of its own where the layout differs.
+        """
+        for layer in self.layers:
+            layer.qkv_weight = pack_weight(layer.qkv_weight)
+            layer.o_weight = pack_weight(layer.o_weight)
+            layer.gate_up_weight = pack_weight(layer.gate_up_weight)
+            layer.down_weight = pack_weight(layer.down_weight)
+        self.lm_head = pack_weight(self.lm_head)
 
     def forward(
         self,
@@ -179,3 +191,7 @@ class Decoder:
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, hidden_size] -> [M, vocab_size] float32."""
         return linear(hidden, self.lm_head).float()
+
+
+def _dense(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to_dense() if weight.is_mkldnn else weight

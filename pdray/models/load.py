@@ -57,7 +57,9 @@ def load_model(config: Config, device: torch.device) -> LoadedModel:
         GGUFFile(source.path).load(parameters)
     else:
         load_safetensors(source.path, parameters)
-    return LoadedModel(model_config, decoder, dtype, fingerprint(decoder))
+    digest = fingerprint(decoder)
+    decoder.pack_weights()
+    return LoadedModel(model_config, decoder, dtype, digest)
 
 
 def choose_dtype(config: Config, model_config: ModelConfig, device: torch.device) -> torch.dtype:

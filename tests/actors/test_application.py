@@ -16,7 +16,7 @@ import pytest
 import ray
 from ray import serve
 
-from pdray.actors.coordinator import describe
+from pdray.actors.client import describe
 from pdray.cli import wait_until_ready
 from pdray.config import Config
 from pdray.serve import build

@@ -18,6 +18,7 @@ from pdray.bench.workload import BenchRequest
 from pdray.errors import ConfigError, PdrayError
 
 TIMINGS = {"queue": 0.001, "lease_wait": 0.0, "prefill_queue": 0.0, "prefill": 0.004, "ttft": 0.006}
+TIMINGS_FIELD = {f"{part}_ms": 1000 * seconds for part, seconds in TIMINGS.items()} | {"ttft_unexplained_ms": 1.0}
 
 
 class FakeServer:
@@ -64,7 +65,9 @@ class FakeServer:
             await response.write(data[:9])
             await response.write(data[9:])
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
-        await response.write(f"data: {json.dumps({'choices': [], 'usage': usage, 'timings': TIMINGS})}\n\n".encode())
+        await response.write(
+            f"data: {json.dumps({'choices': [], 'usage': usage, 'timings': TIMINGS_FIELD})}\n\n".encode()
+        )
         await response.write(b"data: [DONE]\n\n")
         return response
 

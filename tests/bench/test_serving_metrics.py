@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pdray.bench.serving_metrics import RequestRecord, calculate_metrics, format_metrics, parse_goodput
-from pdray.bench.timings import ROWS, breakdown_table, mean_timings, with_remainders
+from pdray.bench.timings import ROWS, breakdown_table, mean_timings, timings_of_response, with_remainders
 from pdray.errors import ConfigError
 
 
@@ -111,3 +111,8 @@ def test_breakdown_has_a_column_per_request_and_marks_the_unknown() -> None:
 def test_mean_is_over_the_requests_that_report_a_part() -> None:
     means = mean_timings([{"ttft": 1.0, "transfer_wait": None}, {"ttft": 3.0, "transfer_wait": 0.5}])
     assert means == {"ttft": 2.0, "transfer_wait": 0.5}
+
+
+def test_timings_of_a_response_are_read_in_seconds() -> None:
+    field = {"ttft_ms": 20.0, "transfer_wait_ms": None, "ttft_unexplained_ms": 3.0, "prefill_ms": 5, "other": "x"}
+    assert timings_of_response(field) == {"ttft": 0.02, "prefill": 0.005}

@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from pdray.engine.block_pool import BlockPool, hash_blocks
 
 NUM_BLOCKS = 8
+NAMES = st.lists(st.integers(0, 5), max_size=4, unique=True)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -44,12 +45,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.users.update(blocks)
         return tuple(blocks)
 
-    @rule(
-        target=held,
-        names=st.lists(st.integers(0, 5), max_size=4, unique=True),
-        num=st.integers(0, 4),
-        keep=st.integers(0, 2),
-    )
+    @rule(target=held, names=NAMES, num=st.integers(0, 4), keep=st.integers(0, 2))
     def acquire_cached(self, names: list[int], num: int, keep: int) -> tuple[int, ...]:
         cached = self.pool.lookup([bytes([name]) for name in names])
         by_hash = {block_hash: block for block, block_hash in self.hash_of.items()}

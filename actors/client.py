@@ -1,0 +1,138 @@
+"""What drivers, router replicas and the command line call: find, start and end Coordinators."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Self
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from ray.util import list_named_actors
+
+from pdray.actors.coordinator import Coordinator
+from pdray.actors.placement import NAMESPACE
+from pdray.cluster.messages import ClusterView
+from pdray.config import Config
+from pdray.errors import PdrayError, WorkerDiedError
+
+PREFIX = "coordinator:"
+CALL_TIMEOUT_S = 30.0
+
+
+
+class CoordinatorClient:
+    """A Coordinator as a router sees it.
+
+    Attributes:
+        secret: the cluster's; whoever knows it may open sessions to the workers.
+    """
+
+    def __init__(self, actor: ActorHandle, secret: bytes) -> None:
+        self._actor = actor
+        self.secret = secret
+
+    @classmethod
+    async def open(cls, config: Config, app_name: str, *, detached: bool) -> Self:
+        """Find the application's Coordinator or create it. Safe to race: one wins, all get it.
+
+        Args:
+            detached: for a Serve application; otherwise it ends with this driver.
+        """
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+        if detached:
+            name = f"{PREFIX}{app_name}:{config.fingerprint()}"
+            options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        actor = ray.remote(Coordinator).options(**options).remote(config, app_name, detached=detached)
+        return cls(actor, await actor.start.remote())
+
+    async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
+        """See Coordinator.watch.
+
+        Raises:
+            WorkerDiedError: the Coordinator is gone.
+        """
+        try:
+            view: ClusterView = await self._actor.watch.remote(version, router)
+        except RayActorError as error:
+            raise WorkerDiedError(f"the Coordinator is gone: {error}") from error
+        return view
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Returns once everything is connected.
+
+        Raises:
+            PdrayError: a worker did not start; the text says why.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                error = await self._actor.wait_ready.remote()
+        except TimeoutError:
+            raise PdrayError(f"the workers were not ready within {timeout_s:g} s (start_timeout_s)") from None
+        if error is not None:
+            raise PdrayError(error)
+
+    async def describe(self) -> dict[str, Any]:
+        """See Coordinator.describe."""
+        state: dict[str, Any] = await self._actor.describe.remote()
+        return state
+
+    async def stop(self) -> None:
+        """End the workers and the Coordinator itself."""
+        try:
+            await self._actor.stop.remote()
+        except RayActorError:
+            return  # it had ended already, and its workers with it
+        ray.kill(self._actor, no_restart=True)
+
+
+def list_applications() -> list[str]:
+    """Names of the applications that have a Coordinator in this Ray cluster."""
+    return sorted({name.removeprefix(PREFIX).rpartition(":")[0] for name in _coordinator_names()})
+
+
+def describe(app_name: str) -> dict[str, Any]:
+    """An application's state. After a redeployment with another configuration: the newest that serves.
+
+    Raises:
+        PdrayError: there is no such application.
+    """
+    states = [ray.get(actor.describe.remote(), timeout=CALL_TIMEOUT_S) for actor in _coordinators(app_name)]
+    if not states:
+        raise PdrayError(f"no pdray application is called {app_name!r}; running: {', '.join(list_applications()) or 'none'}")
+    state: dict[str, Any] = max(states, key=lambda state: state["state"] == "serving")
+    return state
+
+
+def check_integrity(app_name: str) -> dict[str, list[str]]:
+    """Per worker of an application, what is wrong with its block accounting."""
+    problems: dict[str, list[str]] = {}
+    for actor in _coordinators(app_name):
+        problems |= ray.get(actor.check_integrity.remote(), timeout=CALL_TIMEOUT_S)
+    return problems
+
+
+def stop_application(app_name: str) -> None:
+    """End an application's workers and its Coordinator, whatever Serve thinks of it."""
+    for actor in _coordinators(app_name):
+        try:
+            ray.get(actor.stop.remote(), timeout=CALL_TIMEOUT_S)
+        except RayActorError:
+            continue  # it was ending by itself
+        ray.kill(actor, no_restart=True)
+
+
+def _coordinator_names() -> list[str]:
+    actors = list_named_actors(all_namespaces=True)
+    return [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(PREFIX)]
+
+
+def _coordinators(app_name: str) -> list[ActorHandle]:
+    handles = []
+    for name in _coordinator_names():
+        if name.removeprefix(PREFIX).rpartition(":")[0] == app_name:
+            try:
+                handles.append(ray.get_actor(name, namespace=NAMESPACE))
+            except ValueError:
+                continue  # ended between the two calls
+    return handles

@@ -1,0 +1,196 @@
+"""Carries out what the membership table says: starts, connects and buries workers, and reports back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError
+
+from pdray.actors.decode_worker import DecodeWorker
+from pdray.actors.placement import make_dead, worker_options
+from pdray.actors.prefill_worker import PrefillWorker
+from pdray.cluster.membership import Connect, Effect, Kill, Membership, Start, TellGone
+from pdray.cluster.messages import WorkerInfo
+from pdray.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Process:
+    """One incarnation of a worker. info is None until it has started."""
+
+    worker_id: str
+    actor: ActorHandle
+    info: WorkerInfo | None = None
+
+
+class WorkerFleet:
+    """The worker actors of one application. Runs on the Coordinator's event loop.
+
+    Args:
+        on_change: called after every change of the membership.
+        on_error: called with the text of what kept a worker from starting or a pair from connecting.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        app_name: str,
+        membership: Membership,
+        secret: bytes,
+        *,
+        detached: bool,
+        on_change: Callable[[], None],
+        on_error: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.app_name = app_name
+        self.membership = membership
+        self.secret = secret
+        self.detached = detached
+        self._on_change = on_change
+        self._on_error = on_error
+        self._processes: dict[str, _Process] = {}  # by incarnation
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def tick(self) -> None:
+        """What is due now: call it regularly."""
+        if not self._stopping:
+            self._perform(self.membership.tick(time.monotonic()))
+
+    def actor(self, info: WorkerInfo) -> ActorHandle:
+        """The handle of a worker of the current view."""
+        return self._processes[info.incarnation].actor
+
+    async def stop(self) -> None:
+        """Kill every worker and return once their processes are gone. Idempotent."""
+        self._stopping = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*(self._bury(incarnation) for incarnation in list(self._processes)))
+
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Start():
+                    self._spawn(self._start(effect))
+                case Kill():
+                    self._spawn(self._kill(effect))
+                case Connect():
+                    self._spawn(self._connect(effect))
+                case TellGone():
+                    self._spawn(self._tell_gone(effect))
+        self._on_change()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s: internal error", self.app_name, exc_info=error)
+            self._on_error(f"internal error: {error}")
+
+    async def _start(self, start: Start) -> None:
+        cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
+        options = worker_options(self.config, self.app_name, start.worker_id, detached=self.detached)
+        try:
+            actor = ray.remote(cls).options(**options).remote(
+                self.config, start.worker_id, start.incarnation, self.secret
+            )
+            self._processes[start.incarnation] = process = _Process(start.worker_id, actor)
+            async with asyncio.timeout(self.config.start_timeout_s):
+                process.info = await actor.start.remote()
+        except (RayError, TimeoutError, ValueError) as error:
+            self._report(f"{start.worker_id} did not start", error)
+            self._perform(self.membership.suspect(start.worker_id, start.incarnation))
+            return
+        self._perform(self.membership.ready(process.info))
+        self._perform(self.membership.tick(time.monotonic()))
+        self._spawn(self._watch(process))
+        self._spawn(self._heartbeat(process))
+
+    async def _watch(self, process: _Process) -> None:
+        """The pending join() ends when the process does: Ray's death notice, in 10-25 ms."""
+        assert process.info is not None
+        try:
+            await process.actor.join.remote()
+        except RayError as error:
+            logger.warning("%s: %s ended: %s", self.app_name, process.worker_id, _first_line(error))
+        self._perform(self.membership.suspect(process.worker_id, process.info.incarnation))
+
+    async def _heartbeat(self, process: _Process) -> None:
+        """A process that is stopped or hung never breaks join(); one that stays silent is killed."""
+        info = process.info
+        assert info is not None
+        interval = self.config.worker_timeout_s / 4
+        while self._processes.get(info.incarnation) is process:
+            try:
+                async with asyncio.timeout(self.config.worker_timeout_s):
+                    epochs = await process.actor.heartbeat.remote()
+            except (RayError, TimeoutError) as error:
+                logger.warning("%s: no heartbeat from %s: %r", self.app_name, process.worker_id, error)
+                self._perform(self.membership.suspect(process.worker_id, info.incarnation))
+                return
+            if info.role == "prefill":
+                self._perform(self.membership.open_channels(process.worker_id, epochs))
+            await asyncio.sleep(interval)
+
+    async def _kill(self, kill: Kill) -> None:
+        await self._bury(kill.incarnation)
+        self._perform(self.membership.died(time.monotonic(), kill.worker_id, kill.incarnation))
+        self._perform(self.membership.tick(time.monotonic()))
+
+    async def _bury(self, incarnation: str) -> None:
+        """Kill a process and see it dead. One that never started holds nothing: Ray's word is enough."""
+        process = self._processes.get(incarnation)
+        if process is None:
+            return
+        ray.kill(process.actor, no_restart=True)
+        if process.info is not None:
+            await make_dead(process.info.pid, process.info.node_id)
+        self._processes.pop(incarnation, None)
+
+    async def _connect(self, connect: Connect) -> None:
+        prefill, decode, epoch = connect
+        try:
+            decode_actor = self.actor(decode)
+            await decode_actor.accept.remote(prefill, epoch)
+            await self.actor(prefill).connect.remote(decode, epoch, decode_actor)
+        except (RayError, KeyError) as error:
+            self._report(f"{prefill.worker_id} could not be connected to {decode.worker_id}", error)
+            self._perform(
+                self.membership.connect_failed(time.monotonic(), prefill.worker_id, decode.worker_id, epoch)
+            )
+            return
+        self._perform(self.membership.connected(prefill.worker_id, decode.worker_id, epoch))
+
+    async def _tell_gone(self, tell: TellGone) -> None:
+        peer = next((i for i in self.membership.view.workers if i.worker_id == tell.worker_id), None)
+        if peer is None:
+            return  # it died too, and took what it knew with it
+        try:
+            await self.actor(peer).worker_gone.remote(tell.gone.worker_id, tell.gone.incarnation)
+        except RayActorError:
+            logger.info("%s died before it heard of %s's death", tell.worker_id, tell.gone.worker_id)
+
+    def _report(self, what: str, error: BaseException) -> None:
+        logger.error("%s: %s: %s", self.app_name, what, error)
+        self._on_error(f"{what}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    """The cause's own words: Ray wraps an actor's exception in its traceback."""
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
