@@ -72,5 +72,5 @@ class EngineLoop:
             while not self._stopping and not self.engine.has_work():
                 self._progress_at = None
                 self._condition.wait()
-            self._progress_at = time.monotonic()
+            self._progress_at = None if self._stopping else time.monotonic()
             return not self._stopping

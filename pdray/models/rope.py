@@ -48,8 +48,10 @@ def build_rotary_table(config: ModelConfig, max_len: int, device: torch.device) 
     else:
         frequencies = _yarn(config.rope_theta, config.head_dim, scaling)
         attention_factor = yarn_attention_factor(scaling)
-    angles = positions * frequencies
-    cos, sin = (angles.cos() * attention_factor), (angles.sin() * attention_factor)
+    # float32 angles as transformers rounds them; float64 functions, whose vectorised and scalar variants, chosen by
+    # the table's length, do not differ after rounding
+    angles = (positions * frequencies).double()
+    cos, sin = (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
     return RotaryTable(cos.to(device), sin.to(device))
 
 
@@ -74,9 +76,9 @@ def _default(theta: float, head_dim: int) -> torch.Tensor:
 def _dynamic(config: ModelConfig, factor: float, positions: torch.Tensor) -> torch.Tensor:
     """[max_len, head_dim / 2]: one row of frequencies for each sequence length."""
     dim, max_positions = config.head_dim, config.max_position_embeddings
-    lengths = (positions + 1).clamp(min=max_positions)
+    lengths = (positions.double() + 1).clamp(min=max_positions)
     base = config.rope_theta * (factor * lengths / max_positions - (factor - 1)) ** (dim / (dim - 2))
-    return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    return (1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))).float()
 
 
 def _llama3(frequencies: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Blocks through Ray's object store: for CPU workers, and wherever nothing faster works.
 
-The sender copies a put's blocks out of its pool into one array, places it in the object store and
-hands the reference to the decode worker as an argument of an actor call, so that Ray owns the
-reference for exactly as long as the call needs it. The receiver sees a read-only array in shared
-memory and copies it into its pool. Copies and calls run on the channel's one thread.
+The sender copies a put's blocks out of its pool into one array and passes it to the decode worker as an
+argument of an actor call: Ray places it in the object store, owns the reference for exactly as long as
+the call needs it, and shows the receiver a read-only array in shared memory, which it copies into its
+pool. Copies and calls run on the channel's one thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from pdray.errors import TransferError
@@ -75,7 +74,7 @@ class ObjectStoreChannel:
                 put.key,
                 (put.layers.start, put.layers.stop),
                 put.destination_blocks,
-                ray.put(array),
+                array,
             )
             call.future().add_done_callback(lambda reply: self._settle(future, reply, array.nbytes, started))
         except Exception as error:

@@ -1,0 +1,441 @@
+"""Sessions: reliable, ordered messages between two processes over TCP, across lost connections.
+
+Frames are a 4-byte length and msgpack. Each data frame has a sequence number and acknowledges what its
+sender has received; what is not acknowledged is kept and sent again after a reconnect, so that the
+layers above see every message exactly once and in order, or the session's end. Before anything else
+both sides prove that they know the cluster's secret (HMAC-SHA256 over nonces; the secret itself never
+travels). Nothing is unpickled.
+
+Everything here belongs to one event loop's thread. A handler's on_message must not block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from pdray.cluster.messages import AnyMessage
+from pdray.errors import HandshakeError
+
+logger = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+MAX_HANDSHAKE_BYTES = 4096
+MAX_UNACKED_BYTES = 64 * 1024 * 1024
+ACK_DELAY_S = 0.05
+RECONNECT_INTERVAL_S = 0.05
+
+
+class PeerName(NamedTuple):
+    """Attributes:
+    incarnation: changes with every process that takes the id.
+    """
+
+    id: str
+    incarnation: str
+
+
+class _Challenge(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    peer: PeerName
+    nonce: bytes
+
+
+class _Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    peer: PeerName
+    nonce: bytes
+    session_id: str
+    resume: bool
+    received: int
+    proof: bytes
+
+
+class _Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    received: int
+    proof: bytes
+
+
+class _Reject(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    reason: str
+
+
+class _Data(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    seq: int
+    ack: int
+    message: AnyMessage
+
+
+class _Ack(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    ack: int
+
+
+class _Close(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    reason: str
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decode_handshake = msgspec.msgpack.Decoder(_Challenge | _Hello | _Welcome | _Reject).decode
+_decode_frame = msgspec.msgpack.Decoder(_Data | _Ack | _Close).decode
+
+
+class SessionHandler(Protocol):
+    """Called on the event loop's thread. After on_closed nothing more comes of that session."""
+
+    def on_open(self, session: Session) -> None: ...
+    def on_message(self, session: Session, message: AnyMessage) -> None: ...
+    def on_closed(self, session: Session, reason: str) -> None: ...
+
+
+def _frame(value: msgspec.Struct) -> bytes:
+    body = _encoder.encode(value)
+    return len(body).to_bytes(4, "big") + body
+
+
+async def _read_frame(reader: asyncio.StreamReader, limit: int) -> bytes:
+    size = int.from_bytes(await reader.readexactly(4), "big")
+    if size > limit:
+        raise ConnectionError(f"a frame of {size} bytes is over the limit of {limit}")
+    return await reader.readexactly(size)
+
+
+def _prove(secret: bytes, *parts: bytes | str) -> bytes:
+    mac = hmac.new(secret, digestmod="sha256")
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        mac.update(len(data).to_bytes(4, "big") + data)
+    return mac.digest()
+
+
+class Session:
+    """One conversation with one peer process. Made by connect() or by a SessionServer.
+
+    Attributes:
+        peer: who is at the other end.
+    """
+
+    def __init__(self, peer: PeerName, session_id: str, handler: SessionHandler, timeout_s: float) -> None:
+        self.peer = peer
+        self.session_id = session_id
+        self._handler = handler
+        self._timeout_s = timeout_s
+        self._unacked: deque[tuple[int, bytes]] = deque()
+        self._unacked_bytes = 0
+        self._next_seq = 1
+        self._received = 0
+        self._acked = 0  # the last number that the peer was told
+        self._writer: asyncio.StreamWriter | None = None
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def send(self, message: AnyMessage) -> None:
+        """Queue a message; never blocks. On a closed session it does nothing: on_closed has said so.
+
+        More than MAX_UNACKED_BYTES that the peer has not acknowledged close the session.
+        """
+        if self._closed:
+            return
+        frame = _frame(_Data(self._next_seq, self._received, message))
+        self._unacked.append((self._next_seq, frame))
+        self._unacked_bytes += len(frame)
+        self._next_seq += 1
+        if self._unacked_bytes > MAX_UNACKED_BYTES:
+            self._end(f"{self.peer.id} does not keep up: {self._unacked_bytes} bytes unacknowledged", tell=True)
+        else:
+            self._write(frame)
+            self._acked = self._received
+
+    async def close(self) -> None:
+        """Say goodbye and end. on_closed is not called on this side."""
+        if not self._closed:
+            writer = self._writer
+            self._finish("closed here", tell=True)
+            if writer is not None:
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+
+    def _end(self, reason: str, *, tell: bool) -> None:
+        if not self._closed:
+            self._finish(reason, tell=tell)
+            self._handler.on_closed(self, reason)
+
+    def _finish(self, reason: str, *, tell: bool) -> None:
+        self._closed = True
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+        if self._writer is not None:
+            if tell:
+                self._write(_frame(_Close(reason)))
+            self._writer.close()
+            self._writer = None
+        self._unacked.clear()
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
+
+    def _write(self, frame: bytes) -> None:
+        """Without a live connection it is lost, and sent again if it was a message."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(frame)
+
+    def _attach(self, writer: asyncio.StreamWriter, peer_received: int) -> None:
+        """A connection is up: forget what the peer has, send the rest again."""
+        self._drop_acked(peer_received)
+        self._writer = writer
+        for _, frame in self._unacked:
+            self._write(frame)
+
+    def _drop_acked(self, ack: int) -> None:
+        while self._unacked and self._unacked[0][0] <= ack:
+            self._unacked_bytes -= len(self._unacked.popleft()[1])
+
+    async def _receive(self, reader: asyncio.StreamReader) -> str:
+        """Deliver frames until the connection is lost; returns why. A peer that is alive is never silent."""
+        writer = self._writer
+        keepalive = self._spawn(self._keep_alive())
+        try:
+            while not self._closed:
+                async with asyncio.timeout(self._timeout_s):
+                    body = await _read_frame(reader, MAX_FRAME_BYTES)
+                match _decode_frame(body):
+                    case _Data(seq, ack, message):
+                        self._drop_acked(ack)
+                        if seq == self._received + 1:
+                            self._received = seq
+                            self._schedule_ack()
+                            self._handler.on_message(self, message)
+                        elif seq > self._received:
+                            raise ConnectionError(f"message {seq} after {self._received}")
+                    case _Ack(ack):
+                        self._drop_acked(ack)
+                    case _Close(reason):
+                        self._end(reason, tell=False)
+            return "closed"
+        except TimeoutError:
+            return f"silent for {self._timeout_s:g} s"
+        except (OSError, EOFError, msgspec.DecodeError) as error:
+            return str(error) or type(error).__name__
+        finally:
+            keepalive.cancel()
+            if writer is not None:
+                writer.close()
+            if self._writer is writer:  # else another connection has taken over already
+                self._writer = None
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(self._timeout_s / 4)
+            self._write_ack()
+
+    def _schedule_ack(self) -> None:
+        if self._ack_timer is None:
+            self._ack_timer = asyncio.get_running_loop().call_later(ACK_DELAY_S, self._ack_if_due)
+
+    def _ack_if_due(self) -> None:
+        self._ack_timer = None
+        if self._acked < self._received:
+            self._write_ack()
+
+    def _write_ack(self) -> None:
+        self._write(_frame(_Ack(self._received)))
+        self._acked = self._received
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("session with %s failed", self.peer.id, exc_info=error)
+            self._end(f"internal error: {error}", tell=True)
+
+
+async def connect(
+    host: str,
+    port: int,
+    *,
+    me: PeerName,
+    expect: PeerName,
+    secret: bytes,
+    handler: SessionHandler,
+    timeout_s: float,
+) -> Session:
+    """Open a session to a SessionServer; it reconnects by itself for up to timeout_s after a loss.
+
+    on_open is called before this returns.
+
+    Raises:
+        HandshakeError: the peer is not ``expect`` or does not know the secret. OSError: unreachable.
+    """
+    session = Session(expect, secrets.token_hex(8), handler, timeout_s)
+    reader = await _dial(session, host, port, me, secret, resume=False)
+    handler.on_open(session)
+    session._spawn(_stay_connected(session, reader, host, port, me, secret))
+    return session
+
+
+async def _stay_connected(
+    session: Session, reader: asyncio.StreamReader, host: str, port: int, me: PeerName, secret: bytes
+) -> None:
+    while True:
+        reason = await session._receive(reader)
+        try:
+            async with asyncio.timeout(session._timeout_s):
+                while not session.closed:
+                    try:
+                        reader = await _dial(session, host, port, me, secret, resume=True)
+                        break
+                    except ConnectionRefusedError as error:
+                        session._end(f"nobody listens any more ({error})", tell=False)
+                    except OSError:
+                        await asyncio.sleep(RECONNECT_INTERVAL_S)
+        except TimeoutError:
+            session._end(f"connection lost ({reason}) and not restored within {session._timeout_s:g} s", tell=False)
+        except HandshakeError as error:
+            session._end(str(error), tell=False)
+        if session.closed:
+            return
+
+
+async def _dial(
+    session: Session, host: str, port: int, me: PeerName, secret: bytes, *, resume: bool
+) -> asyncio.StreamReader:
+    async with asyncio.timeout(session._timeout_s):
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            challenge = _decode_handshake(await _read_frame(reader, MAX_HANDSHAKE_BYTES))
+            if not isinstance(challenge, _Challenge) or challenge.peer != session.peer:
+                raise HandshakeError(f"{host}:{port} is not {session.peer}: it says {challenge}")
+            nonce = secrets.token_bytes(16)
+            proof = _prove(secret, "hello", challenge.nonce, nonce, *me, session.session_id)
+            writer.write(_frame(_Hello(me, nonce, session.session_id, resume, session._received, proof)))
+            answer = _decode_handshake(await _read_frame(reader, MAX_HANDSHAKE_BYTES))
+            if isinstance(answer, _Reject):
+                raise HandshakeError(f"{session.peer.id} refused the session: {answer.reason}")
+            expected = _prove(secret, "welcome", nonce, *session.peer)
+            if not isinstance(answer, _Welcome) or not hmac.compare_digest(answer.proof, expected):
+                raise HandshakeError(f"{session.peer.id} at {host}:{port} does not know the cluster's secret")
+        except msgspec.DecodeError as error:
+            writer.close()
+            raise HandshakeError(f"{host}:{port} does not speak pdray's protocol: {error}") from error
+        except BaseException:
+            writer.close()
+            raise
+    session._attach(writer, answer.received)
+    return reader
+
+
+class SessionServer:
+    """Accepts sessions. One session for each peer id: a new one replaces an older.
+
+    Args:
+        timeout_s: a peer that is silent, or not back after a lost connection, for so long is gone.
+    """
+
+    def __init__(self, me: PeerName, secret: bytes, handler: SessionHandler, *, timeout_s: float) -> None:
+        self.me = me
+        self._secret = secret
+        self._handler = handler
+        self._timeout_s = timeout_s
+        self._sessions: dict[str, Session] = {}  # by peer id
+        self._connections: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int = 0) -> int:
+        """Listen; returns the port."""
+        self._server = await asyncio.start_server(self._accept, host, port)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Stop listening and end every session (their peers are told). Idempotent."""
+        if self._server is not None:
+            self._server.close()
+        for session in list(self._sessions.values()):
+            await session.close()
+        for task in list(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            session = await self._handshake(reader, writer)
+            if session is not None:
+                reason = await session._receive(reader)
+                if session.closed:
+                    self._forget(session)
+                else:
+                    asyncio.get_running_loop().call_later(self._timeout_s, self._give_up, session, reason)
+        except (OSError, EOFError, TimeoutError, msgspec.DecodeError) as error:
+            logger.warning("%s: a connection ended in its handshake: %r", self.me.id, error)
+        finally:
+            writer.close()
+            self._connections.discard(task)
+
+    async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Session | None:
+        nonce = secrets.token_bytes(16)
+        writer.write(_frame(_Challenge(self.me, nonce)))
+        async with asyncio.timeout(self._timeout_s):
+            hello = _decode_handshake(await _read_frame(reader, MAX_HANDSHAKE_BYTES))
+        reason = None
+        if not isinstance(hello, _Hello) or not hmac.compare_digest(
+            hello.proof, _prove(self._secret, "hello", nonce, hello.nonce, *hello.peer, hello.session_id)
+        ):
+            reason = "wrong secret"
+        else:
+            session = self._find(hello)
+            if session is None:
+                reason = "unknown session"
+        if reason is not None:
+            logger.warning("%s: refused a connection: %s", self.me.id, reason)
+            writer.write(_frame(_Reject(reason)))
+            await writer.drain()
+            return None
+        assert isinstance(hello, _Hello) and session is not None
+        if session._writer is not None:
+            session._writer.close()  # an older connection that this side has not yet seen lost
+        writer.write(_frame(_Welcome(session._received, _prove(self._secret, "welcome", hello.nonce, *self.me))))
+        session._attach(writer, hello.received)
+        if not hello.resume:
+            self._handler.on_open(session)
+        return session
+
+    def _find(self, hello: _Hello) -> Session | None:
+        """The session that the peer means; None if it wants to resume one that is not there."""
+        existing = self._sessions.get(hello.peer.id)
+        if hello.resume:
+            known = existing is not None and existing.session_id == hello.session_id and not existing.closed
+            return existing if known else None
+        if existing is not None:
+            existing._end("replaced by a new session", tell=True)
+        session = self._sessions[hello.peer.id] = Session(
+            hello.peer, hello.session_id, self._handler, self._timeout_s
+        )
+        return session
+
+    def _give_up(self, session: Session, reason: str) -> None:
+        """The connection was lost a while ago."""
+        if session._writer is None:
+            session._end(f"connection lost ({reason}) and not restored within {self._timeout_s:g} s", tell=False)
+            self._forget(session)
+
+    def _forget(self, session: Session) -> None:
+        if self._sessions.get(session.peer.id) is session:
+            del self._sessions[session.peer.id]

@@ -1,0 +1,180 @@
+"""Engines around tiny random models, transformers on the same weights, and a prefill engine feeding a decode engine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+
+from pdray.config import Config
+from pdray.engine.engine import Engine
+from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate, Reservation
+from pdray.kernels.kv_store import gather_blocks, scatter_blocks
+from pdray.models import LoadedModel, load_model
+from pdray.outputs import SampledToken
+
+CPU = torch.device("cpu")
+TINY = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+}
+
+
+class TinyModel(NamedTuple):
+    """The same random weights in transformers and in pdray."""
+
+    hf: Any
+    folder: Path
+    loaded: LoadedModel
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """[len(token_ids), vocab_size]: what transformers says comes after each token."""
+        logits: torch.Tensor = self.hf(torch.tensor([token_ids]), use_cache=False).logits[0]
+        return logits
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """A naive loop: the whole sequence again for every token."""
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return tokens[len(prompt) :]
+
+    def engine(self, **settings: Any) -> RecordingEngine:
+        config = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 200, "transfer_layer_group": 2}
+        settings = {"model": str(self.folder), "skip_tokenizer_init": True, **config, **settings}
+        return RecordingEngine(Config(**settings), self.loaded)
+
+
+class RecordingEngine(Engine):
+    """An engine that keeps all tokens that it announced, and the logits that they were drawn from."""
+
+    def __init__(self, config: Config, model: LoadedModel) -> None:
+        super().__init__(config, model, CPU)
+        self.tokens: dict[Hashable, dict[int, list[SampledToken]]] = defaultdict(lambda: defaultdict(list))
+        self.logits: dict[tuple[Hashable, int, int], torch.Tensor] = {}  # key, index, position
+        self.updates: dict[Hashable, list[RequestUpdate]] = defaultdict(list)
+        self.runner.on_logits = self._record_logits
+
+    def _record_logits(self, logits: torch.Tensor) -> None:
+        plan = self._scheduler.plan_in_flight
+        assert plan is not None
+        samplers = [sampler for chunk in plan.chunks for sampler in chunk.samplers]
+        for sampler, row in zip(samplers, logits, strict=True):
+            self.logits[sampler.request.key, sampler.index, sampler.num_output_tokens] = row.clone()
+
+    def step(self) -> list[RequestUpdate]:
+        updates = super().step()
+        for update in updates:
+            self.updates[update.key].append(update)
+            for token in update.tokens:
+                self.tokens[update.key][token.index].append(token)
+        assert self.check_integrity() == []
+        return updates
+
+    def run(self, *requests: EngineRequest) -> RecordingEngine:
+        """Add, and step until nothing is left to do."""
+        for request in requests:
+            self.add(request)
+        while self.has_work():
+            self.step()
+        return self
+
+    def ids(self, key: Hashable, index: int = 0) -> list[int]:
+        return [token.token_id for token in self.tokens[key][index]]
+
+    def assert_empty(self) -> None:
+        """Nothing is held but cached prefixes."""
+        stats = self.stats()
+        assert stats.free_blocks == self.num_blocks - 1 and stats.free_places == self.config.max_num_seqs
+        assert (stats.running, stats.waiting, stats.reserved, stats.queued_tokens) == (0, 0, 0, 0)
+        assert self.check_integrity() == []
+
+
+class Disaggregated:
+    """A prefill engine that copies each layer group into a decode engine's reserved blocks as it becomes final."""
+
+    def __init__(self, prefill: RecordingEngine, decode: RecordingEngine) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.reservations: dict[Hashable, Reservation] = {}
+        self.received: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)  # (layer, block position), in order
+        prefill.on_layer_group = self._copy
+
+    def _copy(self, ready: LayerGroupReady) -> None:
+        reservation = self.reservations[ready.key]
+        positions = range(ready.first_block, ready.first_block + len(ready.block_ids))
+        self.received[ready.key] += [(layer, position) for layer in ready.layers for position in positions]
+        num_skipped = reservation.num_cached_tokens // self.decode.block_size
+        pairs = [
+            (s, reservation.block_ids[p]) for s, p in zip(ready.block_ids, positions, strict=True) if p >= num_skipped
+        ]
+        if pairs:
+            sources, destinations = (list(ids) for ids in zip(*pairs, strict=True))
+            blocks = gather_blocks(self.prefill.kv, ready.layers, sources)
+            scatter_blocks(self.decode.kv, ready.layers, destinations, blocks)
+
+    def run(self, *requests: EngineRequest) -> RecordingEngine:
+        """Every request through both engines; the decode engine's records then hold the first tokens too."""
+        for request in requests:
+            reservation = self.decode.reserve(request)
+            assert reservation is not None
+            self.reservations[request.key] = reservation
+            fields = {name: getattr(request, name) for name in EngineRequest.__dataclass_fields__}
+            self.prefill.add(EngineRequest(**{**fields, "prefill_only": True}))
+        started = set()
+        while self.prefill.has_work() or self.decode.has_work():
+            for update in self.prefill.step():
+                if update.finished:
+                    for token in update.tokens:
+                        self.decode.tokens[update.key][token.index].append(token)
+                    self.decode.start_decode(update.key, update.tokens)
+                    self.prefill.release(update.key)
+                    started.add(update.key)
+            self.decode.step()
+        assert started == {request.key for request in requests}
+        return self.decode
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """Tiny models by architecture; each is made once."""
+    made: dict[str, TinyModel] = {}
+
+    def make(architecture: str) -> TinyModel:
+        if architecture not in made:
+            config = getattr(transformers, f"{architecture}Config")(**TINY)
+            hf = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for name, parameter in hf.named_parameters():
+                    parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+            folder = tmp_path_factory.mktemp(architecture)
+            hf.save_pretrained(folder)
+            loaded = load_model(Config(model=str(folder), skip_tokenizer_init=True, dtype="float32"), CPU)
+            made[architecture] = TinyModel(hf, folder, loaded)
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_model: Callable[[str], TinyModel]) -> TinyModel:
+    return tiny_model("Llama")
+
+
+@pytest.fixture
+def disaggregated() -> type[Disaggregated]:
+    return Disaggregated

@@ -1,0 +1,72 @@
+"""The size of the KV pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdray.config import Config
+from pdray.engine import memory
+from pdray.engine.memory import allocate_pool, available_host_bytes, block_bytes, choose_num_blocks
+from pdray.engine.profile import profile_model
+from pdray.errors import ConfigError, OutOfMemoryError
+
+CPU = torch.device("cpu")
+BLOCK = 2 * 3 * 16 * 2 * 8 * 4  # keys and values, layers, tokens, heads, head_dim, bytes
+
+
+def choose(llama: Any, **settings: Any) -> int:
+    config = Config(model=str(llama.folder), skip_tokenizer_init=True, **{"max_num_seqs": 4, **settings})
+    return choose_num_blocks(config, llama.loaded.config, torch.float32, CPU, 512)
+
+
+def test_a_block_and_the_pool(llama: Any) -> None:
+    assert block_bytes(llama.loaded.config, 16, torch.float32) == BLOCK
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pool = allocate_pool(llama.loaded.config, 5, 16, dtype, CPU)
+        assert pool.shape == (3, 5, 2, 16, 2, 8) and pool.dtype == dtype and pool.is_contiguous()
+        assert not pool.any()
+
+
+def test_num_kv_blocks_overrides_all(llama: Any) -> None:
+    assert choose(llama, num_kv_blocks=7, kv_cache_memory_bytes=10**9) == 7
+    with pytest.raises(ConfigError, match="num_kv_blocks is 1.*at least 2"):
+        choose(llama, num_kv_blocks=1)
+
+
+def test_kv_cache_memory_bytes(llama: Any) -> None:
+    assert choose(llama, kv_cache_memory_bytes=100 * BLOCK + 5) == 100
+    assert choose(llama, kv_cache_memory_bytes=10**9) == 4 * 32 + 1, "no more than max_num_seqs can fill"
+    with pytest.raises(
+        OutOfMemoryError, match="one 512-token sequence.*on cpu.*kv_cache_memory_bytes is 202751.*raise"
+    ):
+        choose(llama, kv_cache_memory_bytes=33 * BLOCK - 1)
+
+
+def test_a_share_of_the_free_host_memory(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 1000 * BLOCK)
+    assert choose(llama, cpu_memory_utilization=0.05) == 50
+    with pytest.raises(
+        OutOfMemoryError, match="lower max_model_len, raise cpu_memory_utilization, or set num_kv_blocks"
+    ):
+        choose(llama, cpu_memory_utilization=0.03)
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, usage = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(memory, "CGROUP_FILES", ((str(limit), str(usage)),))
+    free = available_host_bytes()
+    assert free > 10**7
+    limit.write_text("5000000\n")
+    usage.write_text("1000000\n")
+    assert available_host_bytes() == 4000000
+    limit.write_text("max\n")
+    assert available_host_bytes() > 10**7
+
+
+def test_the_profile_run_fits_any_token_budget(llama: Any) -> None:
+    for budget in (8, 512, 700):
+        profile_model(Config(max_num_seqs=8, max_num_batched_tokens=budget), llama.loaded.decoder)

@@ -1,0 +1,145 @@
+"""Tokenizers: from a folder, and from the default model's GGUF through a cache that processes may race for."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from pdray.config import Config
+from pdray.errors import ModelLoadError
+from pdray.models import load_tokenizer, tokenizer
+from pdray.models.resolve import DEFAULT_MODEL_PACKAGE, resolve_local
+
+TEXTS = [
+    "The capital of France is",
+    "  two spaces,\ttab\nnewline\n\n  and trailing  ",
+    "Zürich – naïve café, 北京, привет, 🙂🇩🇪👩‍👩‍👧",
+    "x = 12345 + 67.89 # 2024-01-31",
+    "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
+    "don't you've I'LL",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def gguf_file() -> Path:
+    if importlib.util.find_spec(DEFAULT_MODEL_PACKAGE) is None:
+        pytest.skip("the default model's wheel is not installed")
+    source = resolve_local(Config().model)
+    assert source is not None
+    return source.path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An empty cache, filled by whichever test comes first."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PDRAY_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def converted(gguf_file: Path, cache: Path) -> Any:
+    return load_tokenizer(Config())
+
+
+@pytest.fixture(scope="module")
+def published(gguf_file: Path) -> Tokenizer:
+    """The tokenizer as SmolLM2's own tokenizer.json builds it, over the file's vocabulary and merges."""
+    fields = GGUFReader(gguf_file).fields
+    vocabulary: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    built = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    built.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    built.decoder = decoders.ByteLevel()
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    control = [token for token, kind in zip(vocabulary, kinds, strict=True) if kind == 3]
+    built.add_special_tokens([AddedToken(token, special=True) for token in control])
+    return built
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_converted_tokenizer_equals_the_published_one(text: str, converted: Any, published: Tokenizer) -> None:
+    token_ids = converted(text).input_ids
+    assert token_ids == published.encode(text).ids
+    assert converted.decode(token_ids) == text
+
+
+def test_special_tokens_are_single_and_skipped_on_request(converted: Any) -> None:
+    token_ids = converted("<|im_start|>user<|im_end|>").input_ids
+    assert (token_ids[0], token_ids[-1]) == (1, 2)
+    assert converted.decode(token_ids, skip_special_tokens=True) == "user"
+    assert converted.eos_token_id == 2
+
+
+def test_the_chat_template_survives_the_cache(converted: Any, cache: Path) -> None:
+    again = load_tokenizer(Config())
+    assert again is not None and again.chat_template == converted.chat_template
+    messages = [{"role": "user", "content": "Hi"}]
+    prompt = again.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(prompt, str)
+    assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert len(list((cache / "tokenizers").iterdir())) == 1
+
+
+def test_a_second_start_does_not_convert(converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "convert_tokenizer", lambda *_: pytest.fail("converted again"))
+    assert load_tokenizer(Config()) is not None
+
+
+def test_processes_that_race_find_one_whole_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDRAY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").touch()
+    both_started = threading.Barrier(2, timeout=30)
+    conversions: list[Path] = []
+
+    def convert(gguf_file: Path, folder: Path) -> None:
+        conversions.append(folder)
+        (folder / "tokenizer.json").write_text("whole")
+        both_started.wait()
+
+    monkeypatch.setattr(tokenizer, "convert_tokenizer", convert)
+    found: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(tokenizer.converted_tokenizer(tmp_path / "model.gguf")))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(conversions)) == 2 and len(found) == 2 and found[0] == found[1]
+    assert (found[0] / "tokenizer.json").read_text() == "whole"
+    assert list(found[0].parent.iterdir()) == [found[0]]
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDRAY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"no GGUF")
+    with pytest.raises(ModelLoadError, match="cannot convert the tokenizer in .*model.gguf"):
+        load_tokenizer(Config(model=str(tmp_path / "model.gguf")))
+    assert list((tmp_path / "cache" / "tokenizers").iterdir()) == []
+
+
+def test_a_folders_tokenizer_beside_another_model(converted: Any, tmp_path: Path) -> None:
+    converted.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    loaded = load_tokenizer(Config(model="nobody/has-this", tokenizer=str(tmp_path)))
+    assert loaded is not None and loaded("Hi there").input_ids == converted("Hi there").input_ids
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    assert load_tokenizer(Config(model="nobody/has-this", skip_tokenizer_init=True)) is None
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelLoadError, match="skip_tokenizer_init=true"):
+        load_tokenizer(Config(model=str(tmp_path)))
+    with pytest.raises(ModelLoadError, match="has no tokenizer; set tokenizer"):
+        load_tokenizer(Config(model=str(tmp_path / "config.json")))
