@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -51,7 +52,7 @@ class LLM:
             raise ConfigError(str(error)) from error
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            ray.init(address=ray_address, log_to_driver=False, logging_level="warning")
+            ray.init(address=ray_address, log_to_driver=False, logging_level=logging.WARNING)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pdray-router", daemon=True)
         self._thread.start()

@@ -66,14 +66,14 @@ class GGUFFile:
             raise ModelLoadError(f"cannot read {path} as GGUF: {error}") from error
         self.path = path
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._architecture = str(self._field("general.architecture", ""))
+        self._architecture = str(self.field("general.architecture", ""))
         if self._architecture not in ARCHITECTURES:
             raise ModelLoadError(
                 f"{path} has general.architecture {self._architecture!r}; pdray knows {', '.join(ARCHITECTURES)}"
             )
-        if self._field("split.count", 1) > 1:
+        if self.field("split.count", 1) > 1:
             raise ModelLoadError(
-                f"{path} is one of {self._field('split.count')} parts; merge them with llama-gguf-split"
+                f"{path} is one of {self.field('split.count')} parts; merge them with llama-gguf-split"
             )
 
     def model_config(self) -> ModelConfig:
@@ -101,7 +101,7 @@ class GGUFFile:
                 "tie_word_embeddings": "output.weight" not in self._tensors,
                 "attention_bias": "blk.0.attn_q.bias" in self._tensors,
                 "mlp_bias": "blk.0.ffn_down.bias" in self._tensors,
-                "bos_token_id": self._field("tokenizer.ggml.bos_token_id", None),
+                "bos_token_id": self.field("tokenizer.ggml.bos_token_id", None),
                 "eos_token_id": self._eos_token_ids(),
                 "dtype": DTYPE_NAMES.get(self._tensor("blk.0.attn_q.weight").tensor_type, "bfloat16"),
             }
@@ -165,13 +165,14 @@ class GGUFFile:
 
     def _eos_token_ids(self) -> list[int]:
         """End of sequence, of turn and of message, as far as the file names them."""
-        ids = [self._field(f"tokenizer.ggml.{kind}_token_id", None) for kind in ("eos", "eot", "eom")]
+        ids = [self.field(f"tokenizer.ggml.{kind}_token_id", None) for kind in ("eos", "eot", "eom")]
         return [token_id for token_id in ids if token_id is not None]
 
     def _model_field(self, key: str, *default: Any) -> Any:
-        return self._field(f"{self._architecture}.{key}", *default)
+        return self.field(f"{self._architecture}.{key}", *default)
 
-    def _field(self, key: str, *default: Any) -> Any:
+    def field(self, key: str, *default: Any) -> Any:
+        """A metadata value as Python's own types; ModelLoadError if it is absent and there is no default."""
         field = self._reader.fields.get(key)
         if field is not None:
             return field.contents()

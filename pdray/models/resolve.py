@@ -56,8 +56,8 @@ def resolve_model(config: Config, *, weights: bool) -> ModelSource:
     wanted = {"safetensors": SourceKind.FOLDER, "gguf": SourceKind.GGUF}.get(config.load_format, source.kind)
     if source.kind is not wanted:
         raise ModelLoadError(
-            f"load_format is {config.load_format}, but model {config.model!r} is a {source.kind.value} ({source.path}); "
-            "set load_format=auto or give another model"
+            f"load_format is {config.load_format}, but model {config.model!r} is a {source.kind.value} "
+            f"({source.path}); set load_format=auto or give another model"
         )
     return source
 
@@ -99,7 +99,8 @@ def download(repo_id: str, patterns: list[str]) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise ModelLoadError(
             f"model {repo_id!r} is not a local path, is not in the Hugging Face cache, and could not be downloaded "
-            f"({type(error).__name__}: {reason}); check the name and the network, give a local folder or .gguf file{hint}"
+            f"({type(error).__name__}: {reason}); check the name and the network, or give a local folder or .gguf "
+            f"file{hint}"
         ) from error
 
 

@@ -71,7 +71,8 @@ def copy_checked(name: str, tensor: torch.Tensor, target: torch.Tensor, file: Pa
     """Copy into the parameter, converting dtype and device."""
     if tensor.shape != target.shape:
         raise ModelLoadError(
-            f"{name} in {file} has shape {tuple(tensor.shape)}; the model's configuration makes it {tuple(target.shape)}"
+            f"{name} in {file} has shape {tuple(tensor.shape)}; "
+            f"the model's configuration makes it {tuple(target.shape)}"
         )
     target.copy_(tensor)
 

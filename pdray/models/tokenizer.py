@@ -53,7 +53,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def converted_tokenizer(gguf_file: Path) -> Path:
-    """Folder in the cache with the tokenizer inside a GGUF file, converted by transformers if it is not there yet.
+    """Folder in the cache with the tokenizer inside a GGUF file, converted if it is not there yet.
 
     Written to a temporary folder and renamed, so that processes that race all find a whole one.
     """
@@ -62,6 +62,8 @@ def converted_tokenizer(gguf_file: Path) -> Path:
     target = cache_folder() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if target.is_dir():
         return target
+    from pdray.models.gguf_tokenizer import convert_tokenizer
+
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     try:
@@ -74,20 +76,6 @@ def converted_tokenizer(gguf_file: Path) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-def convert_tokenizer(gguf_file: Path, folder: Path) -> None:
-    """Write a GGUF file's tokenizer in Hugging Face's format."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
-        raise ModelLoadError(
-            f"cannot convert the tokenizer in {gguf_file}: {error}; set tokenizer, or skip_tokenizer_init=true"
-        ) from error
-    tokenizer.clean_up_tokenization_spaces = False  # it would change decoded text; transformers warns of it, too
-    tokenizer.save_pretrained(folder)
 
 
 def cache_folder() -> Path:

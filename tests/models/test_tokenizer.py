@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFReader
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pdray.config import Config
 from pdray.errors import ModelLoadError
-from pdray.models import load_tokenizer, tokenizer
+from pdray.models import gguf_tokenizer, load_tokenizer, tokenizer
 from pdray.models.resolve import DEFAULT_MODEL_PACKAGE, resolve_local
 
 TEXTS = [
@@ -51,25 +49,17 @@ def converted(gguf_file: Path, cache: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def published(gguf_file: Path) -> Tokenizer:
-    """The tokenizer as SmolLM2's own tokenizer.json builds it, over the file's vocabulary and merges."""
-    fields = GGUFReader(gguf_file).fields
-    vocabulary: list[str] = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
-    built = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    built.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    built.decoder = decoders.ByteLevel()
-    kinds = fields["tokenizer.ggml.token_type"].contents()
-    control = [token for token, kind in zip(vocabulary, kinds, strict=True) if kind == 3]
-    built.add_special_tokens([AddedToken(token, special=True) for token in control])
-    return built
+def by_transformers(gguf_file: Path) -> Any:
+    """transformers' own conversion; its pre-tokenizer gives the same ids, as no merge of SmolLM2 joins digits."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_converted_tokenizer_equals_the_published_one(text: str, converted: Any, published: Tokenizer) -> None:
+def test_converted_tokenizer_equals_transformers(text: str, converted: Any, by_transformers: Any) -> None:
     token_ids = converted(text).input_ids
-    assert token_ids == published.encode(text).ids
+    assert token_ids == by_transformers(text).input_ids
     assert converted.decode(token_ids) == text
 
 
@@ -91,7 +81,7 @@ def test_the_chat_template_survives_the_cache(converted: Any, cache: Path) -> No
 
 
 def test_a_second_start_does_not_convert(converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "convert_tokenizer", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_tokenizer, "convert_tokenizer", lambda *_: pytest.fail("converted again"))
     assert load_tokenizer(Config()) is not None
 
 
@@ -106,7 +96,7 @@ def test_processes_that_race_find_one_whole_tokenizer(tmp_path: Path, monkeypatc
         (folder / "tokenizer.json").write_text("whole")
         both_started.wait()
 
-    monkeypatch.setattr(tokenizer, "convert_tokenizer", convert)
+    monkeypatch.setattr(gguf_tokenizer, "convert_tokenizer", convert)
     found: list[Path] = []
     threads = [
         threading.Thread(target=lambda: found.append(tokenizer.converted_tokenizer(tmp_path / "model.gguf")))
@@ -124,7 +114,7 @@ def test_processes_that_race_find_one_whole_tokenizer(tmp_path: Path, monkeypatc
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PDRAY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(b"no GGUF")
-    with pytest.raises(ModelLoadError, match="cannot convert the tokenizer in .*model.gguf"):
+    with pytest.raises(ModelLoadError, match="cannot read .*model.gguf as GGUF"):
         load_tokenizer(Config(model=str(tmp_path / "model.gguf")))
     assert list((tmp_path / "cache" / "tokenizers").iterdir()) == []
 

@@ -1,0 +1,134 @@
+"""Who may wait at a router, in which order, and what those who may not are told.
+
+Pure: time is passed in. Single-threaded.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from pdray.errors import QueueFullError
+
+T = TypeVar("T")
+
+DRAIN_HALF_LIFE_S = 10.0
+FIRST_GUESS_S = 1.0  # Retry-After before anything was admitted
+
+
+class DrainRate:
+    """Admissions per second, as an exponentially weighted average of what was seen."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._since: float | None = None
+        self._last = 0.0
+
+    def admitted(self, now: float) -> None:
+        """One request left the queue (or passed it)."""
+        self._decay(now)
+        self._weight += 1.0
+
+    def per_second(self, now: float) -> float | None:
+        """None before the first admission."""
+        if self._since is None:
+            return None
+        self._decay(now)
+        time_constant = DRAIN_HALF_LIFE_S / math.log(2.0)
+        observed = time_constant * (1.0 - math.exp(-(now - self._since) / time_constant))
+        return self._weight / max(observed, 1.0)
+
+    def _decay(self, now: float) -> None:
+        if self._since is None:
+            self._since = self._last = now
+        self._weight *= 0.5 ** ((now - self._last) / DRAIN_HALF_LIFE_S)
+        self._last = now
+
+
+@dataclass(order=True, slots=True)
+class Waiting(Generic[T]):
+    """A place in the line, kept for as long as the request lives. Lower priority values go first; then who came first.
+
+    Attributes:
+        left: it does not wait now.
+    """
+
+    priority: int
+    order: int
+    item: T = field(compare=False)
+    since: float = field(compare=False)
+    left: bool = field(default=True, compare=False)
+
+
+class AdmissionQueue(Generic[T]):
+    """A bounded queue, FIFO within a priority.
+
+    Args:
+        max_size: entries that may wait; 0 lets nobody wait.
+        max_wait_s: entries that wait longer are handed out by expired().
+    """
+
+    def __init__(self, max_size: int, max_wait_s: float) -> None:
+        self.max_size = max_size
+        self.max_wait_s = max_wait_s
+        self.drain_rate = DrainRate()
+        self._heap: list[Waiting[T]] = []
+        self._order = itertools.count()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def ticket(self, now: float, item: T, priority: int) -> Waiting[T]:
+        """A place behind those who came before; it does not wait yet."""
+        return Waiting(priority, next(self._order), item, now)
+
+    def push(self, now: float, entry: Waiting[T]) -> None:
+        """Wait.
+
+        Raises:
+            QueueFullError: with when to come back.
+        """
+        if self._size >= self.max_size:
+            raise QueueFullError(
+                f"{self._size} requests are waiting (max_queue_size is {self.max_size}); try again later",
+                self.retry_after_s(now),
+            )
+        self.push_back(entry)
+
+    def push_back(self, entry: Waiting[T]) -> None:
+        """Wait again, in one's old place: one who was let out already is not refused."""
+        assert entry.left
+        entry.left = False
+        heapq.heappush(self._heap, entry)
+        self._size += 1
+
+    def peek(self) -> Waiting[T] | None:
+        """Who is next."""
+        return self._heap[0] if self._heap else None
+
+    def remove(self, entry: Waiting[T]) -> None:
+        """Take an entry out, wherever it stands. Idempotent."""
+        if not entry.left:
+            entry.left = True
+            self._size -= 1
+            self._heap.remove(entry)
+            heapq.heapify(self._heap)
+
+    def expired(self, now: float) -> list[Waiting[T]]:
+        """Take out and return those who have waited longer than max_wait_s."""
+        late = [entry for entry in self._heap if now - entry.since >= self.max_wait_s]
+        for entry in late:
+            self.remove(entry)
+        return late
+
+    def retry_after_s(self, now: float) -> float:
+        """Seconds until a request that came now would have its turn, from the measured drain rate."""
+        rate = self.drain_rate.per_second(now)
+        if rate is None:
+            return FIRST_GUESS_S
+        wait = (self._size + 1) / rate if rate > 0 else self.max_wait_s
+        return min(max(wait, 1.0), max(self.max_wait_s, 1.0))

@@ -1,0 +1,95 @@
+"""Which workers serve a request: pure functions of what a router knows.
+
+Among decode workers with credit the least loaded is taken, and with it the prefill worker with the
+shortest queue. A prefill worker whose queue holds more than two batches gets nothing: a lease would only sit idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pdray.cluster.messages import Credit
+
+
+class DecodeState(NamedTuple):
+    """A decode worker as the router knows it.
+
+    Attributes:
+        prefills: whether it can prefill by itself (role "both").
+        asked_blocks, asked_places: of leases asked for and not yet answered, which credit does not show.
+    """
+
+    worker_id: str
+    prefills: bool
+    credit: Credit
+    num_blocks: int
+    asked_blocks: int = 0
+    asked_places: int = 0
+
+
+class PrefillState(NamedTuple):
+    """A prefill worker as the router knows it; queued_tokens includes what it was sent since."""
+
+    worker_id: str
+    queued_tokens: int
+
+
+class Demand(NamedTuple):
+    """What a request needs: blocks and places on the decode worker, tokens to prefill."""
+
+    blocks: int
+    places: int
+    tokens: int
+
+
+class Choice(NamedTuple):
+    """prefill_worker_id is None where the decode worker prefills."""
+
+    prefill_worker_id: str | None
+    decode_worker_id: str
+
+
+def choose(
+    demand: Demand,
+    decode: Sequence[DecodeState],
+    prefill: Sequence[PrefillState],
+    pairs: set[tuple[str, str]],
+    *,
+    max_queued_tokens: int,
+    local_prefill_max_tokens: int,
+) -> Choice | None:
+    """The workers for a request, or None if nobody has credit now.
+
+    Args:
+        pairs: connected (prefill, decode) ids.
+        max_queued_tokens: a prefill worker with more than this gets nothing.
+        local_prefill_max_tokens: prompts up to this length are prefilled by the decode worker.
+    """
+    for worker in sorted(decode, key=_load):
+        if not _has_credit(worker, demand):
+            continue
+        if worker.prefills or demand.tokens <= local_prefill_max_tokens:
+            return Choice(None, worker.worker_id)
+        open_queues = [
+            p for p in prefill if (p.worker_id, worker.worker_id) in pairs and p.queued_tokens <= max_queued_tokens
+        ]
+        if open_queues:
+            return Choice(min(open_queues, key=lambda p: (p.queued_tokens, p.worker_id)).worker_id, worker.worker_id)
+    return None
+
+
+def _has_credit(worker: DecodeState, demand: Demand) -> bool:
+    credit = worker.credit
+    return (
+        credit.free_places - worker.asked_places >= demand.places
+        and credit.free_blocks - worker.asked_blocks >= demand.blocks
+    )
+
+
+def _load(worker: DecodeState) -> tuple[float, float, str]:
+    """Sequences in or on their way into the batch, then share of blocks in use."""
+    credit = worker.credit
+    sequences = credit.running + credit.waiting + worker.asked_places
+    used = 1.0 - (credit.free_blocks - worker.asked_blocks) / max(1, worker.num_blocks)
+    return sequences, used, worker.worker_id

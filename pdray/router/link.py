@@ -1,0 +1,49 @@
+"""A router's link to one worker process: its session, and what the router knows of its load."""
+
+from __future__ import annotations
+
+from pdray.cluster.messages import Credit, LegKey, WorkerInfo
+from pdray.cluster.policy import DecodeState, PrefillState
+from pdray.cluster.session import Session
+
+NO_CREDIT = Credit(free_blocks=0, free_places=0, running=0, waiting=0, leases=0)
+
+
+class WorkerLink:
+    """Attributes:
+    session: None until it is open, and after it has closed.
+    credit: the last that a decode worker told; none until it has.
+    denied: it refused a lease, and has told no new credit since.
+    asked: blocks and places of leases asked for and not answered, by leg.
+    queued: tokens sent to a prefill worker whose first token has not come back, by leg.
+    """
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self.info = info
+        self.session: Session | None = None
+        self.credit = NO_CREDIT
+        self.denied = False
+        self.asked: dict[LegKey, tuple[int, int]] = {}
+        self.queued: dict[LegKey, int] = {}
+        self.told_queued_tokens = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.session is not None and not self.session.closed
+
+    def update_credit(self, credit: Credit) -> None:
+        self.credit, self.denied = credit, False
+
+    def decode_state(self) -> DecodeState:
+        return DecodeState(
+            self.info.worker_id,
+            self.info.role == "both",
+            NO_CREDIT if self.denied else self.credit,
+            self.info.num_blocks,
+            asked_blocks=sum(blocks for blocks, _ in self.asked.values()),
+            asked_places=sum(places for _, places in self.asked.values()),
+        )
+
+    def prefill_state(self) -> PrefillState:
+        """Other routers' tokens show only in what the worker told; this router's own show at once."""
+        return PrefillState(self.info.worker_id, max(self.told_queued_tokens, sum(self.queued.values())))

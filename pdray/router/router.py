@@ -1,0 +1,536 @@
+"""The router: finds a lease for each request, brings its tokens home, and ends what must end.
+
+It follows the cluster's view, holds one session to each worker, and keeps every request in exactly one
+place: the queue, a lease asked for, or a lease granted. Everything runs on one event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from pdray.cluster.admission import AdmissionQueue
+from pdray.cluster.messages import (
+    AnyMessage,
+    CancelPrefill,
+    CloseLease,
+    ClusterView,
+    CreditUpdate,
+    FirstTokens,
+    LeaseClosed,
+    LeaseDenied,
+    LeaseGranted,
+    LeaseRequest,
+    LegKey,
+    LegTokens,
+    Ping,
+    Pong,
+    PrefillFailed,
+    PrefillRequest,
+    RenewLeases,
+    Tokens,
+)
+from pdray.cluster.policy import Choice, Demand, choose
+from pdray.cluster.request_tracker import Leg
+from pdray.cluster.session import PeerName, Session, connect
+from pdray.config import Config
+from pdray.errors import HandshakeError, InvalidRequestError, NoWorkerError, PdrayError, QueueFullError, WorkerDiedError
+from pdray.outputs import RequestOutput, RequestTimings, SampledToken
+from pdray.router.link import WorkerLink
+from pdray.router.request import RoutedRequest
+from pdray.router.validation import complete_params, tokenize
+from pdray.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_S = 0.5
+HOUSEKEEPING_S = 0.25
+
+
+class Metrics(Protocol):
+    """What a router reports; pdray.metrics.RouterMetrics in a Ray process."""
+
+    def on_queue_depth(self, depth: int) -> None: ...
+    def on_first_token(self, timings: RequestTimings) -> None: ...
+    def on_inter_token(self, seconds: float) -> None: ...
+    def on_finished(self, outcome: str, output: RequestOutput | None) -> None: ...
+
+
+class Router:
+    """See the module.
+
+    Args:
+        tokenizer: None serves token ids only.
+        router_id: must begin with "router" and be unique in the cluster.
+        watch: returns the first view newer than the version given, or after a while the same.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        router_id: str,
+        secret: bytes,
+        watch: Callable[[int], Awaitable[ClusterView]],
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.router_id = router_id
+        self._secret = secret
+        self._watch = watch
+        self._metrics = metrics
+        self._queue: AdmissionQueue[RoutedRequest] = AdmissionQueue(config.max_queue_size, config.max_queue_wait_s)
+        self._links: dict[str, WorkerLink] = {}
+        self._pairs: dict[tuple[str, str], int] = {}  # (prefill, decode) -> epoch
+        self._requests: dict[str, RoutedRequest] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._became_ready = asyncio.Event()
+
+    # for the API
+
+    async def start(self) -> None:
+        """Follow the cluster. Returns at once; see wait_ready()."""
+        for coroutine in (self._follow_view(), self._keep_house()):
+            self._spawn(coroutine)
+
+    async def stop(self) -> None:
+        """Abort what runs, close the sessions."""
+        for request in list(self._requests.values()):
+            request.abort()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in self._links.values():
+            if link.session is not None:
+                await link.session.close()
+        self._links.clear()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be served: a pair, or a worker that does both, is connected."""
+        return any(
+            link.info.role == "both" or any(self._is_open(p) for p, d in self._pairs if d == link.info.worker_id)
+            for link in self._open_links("decode", "both")
+        )
+
+    async def wait_ready(self) -> None:
+        await self._became_ready.wait()
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and output; None before any worker is known."""
+        return min((link.info.max_model_len for link in self._links.values()), default=None)
+
+    def stats(self) -> dict[str, Any]:
+        """For `pdray status`."""
+        running = sum(request.granted.done() for request in self._requests.values())
+        return {"router_id": self.router_id, "queue_depth": len(self._queue), "running": running}
+
+    async def submit(
+        self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+    ) -> RoutedRequest:
+        """Take a request; returns once it has its lease. Cancelling this call gives the request up.
+
+        Args:
+            priority: lower goes first.
+
+        Raises:
+            InvalidRequestError: it can never be served. QueueFullError: not now. NoWorkerError: nobody is there.
+            WorkerDiedError: the worker that was asked died.
+        """
+        arrival = time.monotonic()
+        try:
+            request = await self._make_request(prompt, params, request_id, priority, arrival)
+            request.entry = self._queue.ticket(arrival, request, priority)
+            if len(self._queue) or not self._dispatch(request):
+                self._queue.push(time.monotonic(), request.entry)
+        except PdrayError:
+            self._report("rejected", None)
+            raise
+        self._requests[request_id] = request
+        self._pump()
+        self._queue_changed()
+        try:
+            await request.granted
+        except asyncio.CancelledError:
+            request.abort()
+            raise
+        return request
+
+    async def _make_request(
+        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int, arrival: float
+    ) -> RoutedRequest:
+        max_model_len = self.max_model_len
+        if max_model_len is None or not self.ready:
+            raise NoWorkerError("no prefill and decode worker are connected now; try again shortly")
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
+        if params.n > self.config.max_num_seqs:
+            raise InvalidRequestError(
+                f"n is {params.n}, but a worker runs at most {self.config.max_num_seqs} sequences (max_num_seqs); lower n", "n"
+            )
+        ids = await tokenize(self.tokenizer, prompt)
+        params = complete_params(params, len(ids), max_model_len)
+        text = prompt if isinstance(prompt, str) else None
+        return RoutedRequest(request_id, text, ids, params, priority, self.tokenizer, arrival, self._abort)
+
+    # admission
+
+    def _pump(self) -> None:
+        """Give leases to those who wait, in order, while there is credit."""
+        while (entry := self._queue.peek()) is not None and self._dispatch(entry.item):
+            self._queue.remove(entry)
+            self._queue_changed()
+
+    def _dispatch(self, request: RoutedRequest) -> bool:
+        """Ask for a lease, if somebody has credit for it."""
+        demand = self._demand(request)
+        choice = choose(
+            demand,
+            [link.decode_state() for link in self._open_links("decode", "both")],
+            [link.prefill_state() for link in self._open_links("prefill")],
+            set(self._pairs),
+            max_queued_tokens=2 * self.config.max_num_batched_tokens,
+            local_prefill_max_tokens=self.config.local_prefill_max_tokens,
+        )
+        if choice is None:
+            return False
+        leg = request.tracker.start() if request.key is None else request.tracker.replace(request.key)[0]
+        request.key, request.choice, request.lease_asked_at = leg.key, choice, time.monotonic()
+        link = self._links[choice.decode_worker_id]
+        link.asked[leg.key] = (demand.blocks, demand.places)
+        self._send(
+            choice.decode_worker_id,
+            LeaseRequest(
+                *leg.key,
+                request.output.prompt_token_ids,
+                request.params,
+                list(leg.indices),
+                list(leg.output_token_ids),
+                choice.prefill_worker_id,
+                request.priority,
+            ),
+        )
+        return True
+
+    def _demand(self, request: RoutedRequest) -> Demand:
+        num_tokens = len(request.output.prompt_token_ids)
+        return Demand(-(-(num_tokens + 1) // self.config.block_size), request.params.n, num_tokens)
+
+    def _granted(self, link: WorkerLink, message: LeaseGranted) -> None:
+        request = self._leg_request(message.key)
+        if request is None or request.choice is None:
+            self._send(link.info.worker_id, CloseLease(*message.key, "nobody waits for it"))
+            return
+        self._queue.drain_rate.admitted(time.monotonic())
+        timings = request.output.timings
+        timings.queue = request.lease_asked_at - request.arrival
+        timings.lease_wait = time.monotonic() - request.lease_asked_at
+        request.output.num_cached_tokens = message.num_cached_tokens
+        if request.choice.prefill_worker_id is not None and not self._start_prefill(request, request.choice, message):
+            return
+        if not request.granted.done():
+            request.granted.set_result(None)
+
+    def _start_prefill(self, request: RoutedRequest, choice: Choice, grant: LeaseGranted) -> bool:
+        prefill_id = choice.prefill_worker_id
+        assert prefill_id is not None
+        epoch = self._pairs.get((prefill_id, choice.decode_worker_id))
+        link = self._links.get(prefill_id)
+        if epoch is None or link is None or not link.is_open:
+            self._lose(request, f"{prefill_id} was lost before it could begin")
+            return False
+        link.queued[grant.key] = len(request.output.prompt_token_ids)
+        request.prefilling = True
+        leg = next(leg for leg in request.tracker.legs if leg.key == grant.key)
+        self._send(
+            prefill_id,
+            PrefillRequest(
+                *grant.key,
+                request.output.prompt_token_ids,
+                request.params,
+                list(leg.indices),
+                list(leg.output_token_ids),
+                choice.decode_worker_id,
+                epoch,
+                grant.block_ids,
+                grant.num_cached_tokens,
+                request.priority,
+            ),
+        )
+        return True
+
+    def _denied(self, link: WorkerLink, message: LeaseDenied) -> None:
+        request = self._leg_request(message.key)
+        if message.retriable:
+            link.denied = True
+        if request is None:
+            return
+        if not message.retriable:
+            self._end(request, "rejected", InvalidRequestError(message.reason))
+        else:
+            assert request.entry is not None
+            self._queue.push_back(request.entry)
+            self._queue_changed()
+
+    # tokens
+
+    def _tokens(self, request: RoutedRequest, key: LegKey, tokens: list[SampledToken]) -> None:
+        """Book tokens of a live leg."""
+        fresh = request.tracker.accept(key, tokens)
+        if not fresh:
+            return
+        is_first, before = request.first_token_at is None, request.last_token_at
+        request.take(fresh)
+        if self._metrics is not None:
+            if is_first:
+                self._metrics.on_first_token(request.output.timings)
+            else:
+                self._metrics.on_inter_token(request.last_token_at - before)
+        if request.tracker.done:
+            outcome = request.output.outputs[0].finish_reason or "stop"
+            self._end(request, outcome, close=request.outruns)
+
+    def _first_tokens(self, link: WorkerLink, message: FirstTokens) -> None:
+        link.queued.pop(message.key, None)
+        request = self._leg_request(message.key)
+        if request is not None:
+            request.prefilling = False
+            timings = request.output.timings
+            timings.prefill_queue, timings.prefill = message.prefill_queue, message.prefill
+            request.output.num_cached_tokens = max(request.output.num_cached_tokens, message.num_cached_tokens)
+            self._tokens(request, message.key, message.tokens)
+        self._pump()
+
+    def _leg_tokens(self, message: LegTokens) -> None:
+        request = self._leg_request(message.key)
+        if request is None:
+            return
+        timings = request.output.timings
+        for name in ("prefill_queue", "prefill", "transfer_wait", "first_decode_step"):
+            seconds = getattr(message, name)
+            if seconds is not None and getattr(timings, name) is None:
+                setattr(timings, name, seconds)
+        if message.num_cached_tokens is not None:
+            request.output.num_cached_tokens = max(request.output.num_cached_tokens, message.num_cached_tokens)
+        self._tokens(request, message.key, message.tokens)
+
+    # ends
+
+    def _abort(self, request: RoutedRequest) -> None:
+        for completion in request.output.outputs:
+            completion.finish_reason = completion.finish_reason or "abort"
+        self._end(request, "abort")
+
+    def _lose(self, request: RoutedRequest, reason: str) -> None:
+        self._end(request, "error", WorkerDiedError(f"request {request.request_id} was lost: {reason}"))
+
+    def _end(
+        self, request: RoutedRequest, outcome: str, error: BaseException | None = None, *, close: bool = True
+    ) -> None:
+        """The one way out: close what is open, tell the consumer, forget the request.
+
+        Args:
+            close: False if its workers have ended it by themselves.
+        """
+        if request.ended:
+            return
+        if request.entry is not None:
+            self._queue.remove(request.entry)
+        for leg in request.tracker.drop():
+            self._close_leg(request, leg, outcome, close=close)
+        self._requests.pop(request.request_id, None)
+        request.end(error)
+        self._report(outcome, request.output)
+        self._queue_changed()
+        self._pump()
+
+    def _close_leg(self, request: RoutedRequest, leg: Leg, reason: str, *, close: bool) -> None:
+        assert request.choice is not None
+        prefill_id, decode_id = request.choice
+        if (link := self._links.get(decode_id)) is not None:
+            link.asked.pop(leg.key, None)
+        if close:
+            self._send(decode_id, CloseLease(*leg.key, reason))
+        if prefill_id is not None and (link := self._links.get(prefill_id)) is not None:
+            link.queued.pop(leg.key, None)
+            if close:
+                self._send(prefill_id, CancelPrefill(*leg.key))
+
+    # sessions
+
+    def on_open(self, session: Session) -> None:
+        """See SessionHandler."""
+        link = self._links.get(session.peer.id)
+        if link is not None and link.info.incarnation == session.peer.incarnation:
+            link.session = session
+            session.send(Ping() if link.info.role == "prefill" else RenewLeases([]))
+
+    def on_message(self, session: Session, message: AnyMessage) -> None:
+        """See SessionHandler."""
+        link = self._links.get(session.peer.id)
+        if link is None or link.session is not session:
+            return
+        match message:
+            case Tokens():
+                link.update_credit(message.credit)
+                for update in message.updates:
+                    self._leg_tokens(update)
+                self._pump()
+            case FirstTokens():
+                self._first_tokens(link, message)
+            case LeaseGranted() | LeaseDenied():
+                link.asked.pop(message.key, None)
+                link.update_credit(message.credit)
+                if isinstance(message, LeaseGranted):
+                    self._granted(link, message)
+                else:
+                    self._denied(link, message)
+                self._pump()
+            case CreditUpdate():
+                link.update_credit(message.credit)
+                self._note_ready()
+                self._pump()
+            case Pong():
+                link.told_queued_tokens = message.queued_tokens
+                self._note_ready()
+                self._pump()
+            case LeaseClosed() | PrefillFailed():
+                if (request := self._leg_request(message.key)) is not None:
+                    self._lose(request, f"{session.peer.id}: {message.reason}")
+            case _:
+                raise TypeError(f"a router takes no {type(message).__name__} (from {session.peer.id})")
+
+    def on_closed(self, session: Session, reason: str) -> None:
+        """See SessionHandler."""
+        link = self._links.get(session.peer.id)
+        if link is not None and link.session is session:
+            logger.warning("%s: session with %s closed: %s", self.router_id, session.peer.id, reason)
+            self._unlink(link, reason)
+
+    def _unlink(self, link: WorkerLink, reason: str) -> None:
+        """A worker is lost: so is what it held for this router."""
+        link.session = None
+        self._links.pop(link.info.worker_id, None)
+        for request in list(self._requests.values()):
+            if request.choice is None or request.queued:
+                continue
+            prefill_id, decode_id = request.choice
+            if decode_id == link.info.worker_id or (request.prefilling and prefill_id == link.info.worker_id):
+                self._lose(request, f"{link.info.worker_id} is gone ({reason})")
+
+    # background
+
+    async def _follow_view(self) -> None:
+        version = -1
+        while True:
+            try:
+                view = await self._watch(version)
+            except WorkerDiedError as error:
+                logger.warning("%s: %s", self.router_id, error)
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            version = view.version
+            self._pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
+            present = {info.worker_id: info for info in view.workers}
+            for link in list(self._links.values()):
+                info = present.get(link.info.worker_id)
+                if info is None or info.incarnation != link.info.incarnation:
+                    session = link.session
+                    self._unlink(link, "it died")
+                    if session is not None:
+                        await session.close()
+            await asyncio.gather(*(self._link(info) for info in view.workers if info.worker_id not in self._links))
+            if any(info.worker_id not in self._links for info in view.workers):
+                version = -1  # one could not be reached: look again soon
+                await asyncio.sleep(RECONNECT_S)
+            self._note_ready()
+            self._pump()
+
+    async def _link(self, info: Any) -> None:
+        link = self._links[info.worker_id] = WorkerLink(info)
+        try:
+            await connect(
+                info.host,
+                info.port,
+                me=PeerName(self.router_id, "1"),
+                expect=PeerName(info.worker_id, info.incarnation),
+                secret=self._secret,
+                handler=self,
+                timeout_s=self.config.worker_timeout_s,
+            )
+        except (OSError, HandshakeError, EOFError) as error:
+            logger.warning("%s: cannot reach %s: %s", self.router_id, info.worker_id, error)
+            if self._links.get(info.worker_id) is link:
+                del self._links[info.worker_id]
+
+    async def _keep_house(self) -> None:
+        """Renews leases, asks prefill workers for their queues, ends those who waited too long."""
+        renew_at = 0.0
+        while True:
+            now = time.monotonic()
+            for entry in self._queue.expired(now):
+                wait = f"{self.config.max_queue_wait_s:g} s (max_queue_wait_s)"
+                error = QueueFullError(f"no worker had a place within {wait}", self._queue.retry_after_s(now))
+                self._end(entry.item, "rejected", error)
+            if now >= renew_at:
+                self._renew()
+                renew_at = now + self.config.lease_timeout_s / 4
+            await asyncio.sleep(HOUSEKEEPING_S)
+
+    def _renew(self) -> None:
+        keys: dict[str, list[LegKey]] = {}
+        for request in self._requests.values():
+            if request.choice is not None and not request.queued:
+                keys.setdefault(request.choice.decode_worker_id, []).extend(leg.key for leg in request.tracker.legs)
+        for link in self._open_links("decode", "both"):
+            self._send(link.info.worker_id, RenewLeases(keys.get(link.info.worker_id, [])))
+        for link in self._open_links("prefill"):
+            self._send(link.info.worker_id, Ping())
+
+    # small things
+
+    def _leg_request(self, key: LegKey) -> RoutedRequest | None:
+        request = self._requests.get(key.request_id)
+        return request if request is not None and any(leg.key == key for leg in request.tracker.legs) else None
+
+    def _open_links(self, *roles: str) -> list[WorkerLink]:
+        return [link for link in self._links.values() if link.is_open and link.info.role in roles]
+
+    def _is_open(self, worker_id: str) -> bool:
+        link = self._links.get(worker_id)
+        return link is not None and link.is_open
+
+    def _note_ready(self) -> None:
+        if self.ready:
+            self._became_ready.set()
+
+    def _queue_changed(self) -> None:
+        if self._metrics is not None:
+            self._metrics.on_queue_depth(len(self._queue))
+
+    def _report(self, outcome: str, output: RequestOutput | None) -> None:
+        if self._metrics is not None:
+            self._metrics.on_finished(outcome, output)
+
+    def _send(self, worker_id: str, message: AnyMessage) -> None:
+        link = self._links.get(worker_id)
+        if link is not None and link.session is not None:
+            link.session.send(message)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s: internal error", self.router_id, exc_info=error)

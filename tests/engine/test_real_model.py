@@ -1,0 +1,109 @@
+"""The default model's answers to real prompts equal transformers' generate on the same GGUF, loaded by transformers."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdray.config import Config
+from pdray.engine.engine import Engine
+from pdray.engine.request import EngineRequest
+from pdray.models import load_model, load_tokenizer
+from pdray.models.resolve import resolve_model
+from pdray.models.tokenizer import cache_folder
+from pdray.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.model
+NUM_TOKENS = 64
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain photosynthesis to a child.",
+    "List three uses of copper.",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes.",
+    "What is 17 plus 25?",
+    "Translate 'good morning' into Spanish.",
+    "Who wrote Romeo and Juliet?",
+    "Summarize in one sentence: The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+]
+TEXTS = [
+    "Once upon a time, in a village by the river,",
+    "def fibonacci(n):\n    ",
+    "The three laws of thermodynamics are",
+    "In 1969, Apollo 11",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The",
+    "Water boils at 100 degrees Celsius at sea level. At higher altitudes, the boiling point",
+    "1, 2, 3, 5, 8, 13,",
+    "SELECT name, count(*) FROM",
+    "To be, or not to be, that is the question: Whether 'tis nobler in the mind to suffer the slings and arrows of",
+]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def transformers_model() -> Any:
+    """Loaded from the GGUF by transformers itself (slow), then kept in the cache folder."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import GgufConfig
+
+    gguf = resolve_model(Config(), weights=True).path
+    folder = cache_folder() / "test-models" / f"{gguf.stem}-{gguf.stat().st_size}-float32"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+        model.save_pretrained(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_greedy_answers_equal_transformers_generate(transformers_model: Any, two_threads: None) -> None:
+    config = Config(max_model_len=1024)
+    tokenizer = load_tokenizer(config)
+    assert tokenizer is not None
+    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [
+        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        for conversation in conversations
+    ] + [tokenizer(text)["input_ids"] for text in TEXTS]
+
+    cpu = torch.device("cpu")
+    engine = Engine(config, load_model(config, cpu), cpu)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    for key, prompt in enumerate(prompts):
+        engine.add(EngineRequest(key, prompt, params))
+    outputs: dict[Any, list[int]] = {key: [] for key in range(len(prompts))}
+    while engine.has_work():
+        for update in engine.step():
+            outputs[update.key] += [token.token_id for token in update.tokens]
+    assert engine.check_integrity() == []
+
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        expected = transformers_model.generate(
+            padded, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[:, longest:].tolist()
+    differing = [key for key in outputs if outputs[key] != expected[key]]
+    assert differing == [], [(tokenizer.decode(outputs[key]), tokenizer.decode(expected[key])) for key in differing]

@@ -1,0 +1,53 @@
+"""linear against torch, and its promise that a row's result does not depend on the number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pdray.kernels.linear import linear, pack_weight
+
+SHAPES = [(960, 576), (576, 1536), (96, 33), (7, 16), (2048, 1024)]
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_rows_do_not_depend_on_their_number(out_features: int, in_features: int, packed: bool) -> None:
+    weight, bias = torch.randn(out_features, in_features) * 0.05, torch.randn(out_features)
+    x = torch.randn(300, in_features)
+    used = pack_weight(weight) if packed else weight
+    whole = linear(x, used, bias)
+    torch.testing.assert_close(whole, F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+    for rows in [*range(1, 26), 64, 100, 255]:
+        for start in (0, 5):
+            assert torch.equal(linear(x[start : start + rows], used, bias), whole[start : start + rows]), rows
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_strided_rows_and_no_bias(packed: bool) -> None:
+    weight, x = torch.randn(24, 40), torch.randn(30, 80)
+    used = pack_weight(weight) if packed else weight
+    for view in (x[::3, :40], x[2:5, 40:], x[:0, :40]):
+        out = linear(view, used)
+        assert out.shape == (len(view), 24)
+        torch.testing.assert_close(out, view @ weight.t(), atol=1e-4, rtol=1e-4)
+
+
+def test_packing_keeps_the_values_and_leaves_other_dtypes_alone() -> None:
+    weight = torch.randn(33, 47)
+    assert torch.equal(pack_weight(weight).to_dense(), weight)
+    half = weight.bfloat16()
+    assert pack_weight(half) is half
+    x = torch.randn(3, 47).bfloat16()
+    assert linear(x, half).dtype == torch.bfloat16
