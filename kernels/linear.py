@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-# torch 2.13, float32 on CPU: below these a row's result depends on the number of rows. Measured with one and two threads,
-# the packed product also with oneDNN held to SSE4.1, AVX2 and AVX-512.
+# torch 2.13, float32 on CPU: below these a row's result depends on the number of rows. Measured with one and two
+# threads, the packed product also with oneDNN held to SSE4.1, AVX2 and AVX-512.
 ROW_MULTIPLE = 8
 PACKED_ROW_MULTIPLE = 4
 
@@ -24,10 +24,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     padding = -rows % (PACKED_ROW_MULTIPLE if packed else ROW_MULTIPLE)
     if padding:
         x = F.pad(x, (0, 0, 0, padding))
-    if packed:
-        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    else:
-        out = F.linear(x, weight, bias)
+    out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if packed else F.linear(x, weight, bias)
     return out[:rows] if padding else out
 
 

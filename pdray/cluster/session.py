@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 MAX_HANDSHAKE_BYTES = 4096
 MAX_UNACKED_BYTES = 64 * 1024 * 1024
+MAX_UNACKED_MESSAGES = 256 * 1024
 ACK_DELAY_S = 0.05
+CLOSE_TIMEOUT_S = 1.0
 RECONNECT_INTERVAL_S = 0.05
 
 
@@ -133,6 +135,8 @@ class Session:
         self._writer: asyncio.StreamWriter | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._overflowed = False
+        self._lost_at = 0.0  # loop time at which the last connection ended
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -142,28 +146,44 @@ class Session:
     def send(self, message: AnyMessage) -> None:
         """Queue a message; never blocks. On a closed session it does nothing: on_closed has said so.
 
-        More than MAX_UNACKED_BYTES that the peer has not acknowledged close the session.
+        More than MAX_UNACKED_BYTES or MAX_UNACKED_MESSAGES that the peer has not acknowledged close the session:
+        nothing more is sent, and on_closed follows, never from within this call.
         """
-        if self._closed:
+        if self._closed or self._overflowed:
             return
         frame = _frame(_Data(self._next_seq, self._received, message))
         self._unacked.append((self._next_seq, frame))
         self._unacked_bytes += len(frame)
         self._next_seq += 1
-        if self._unacked_bytes > MAX_UNACKED_BYTES:
-            self._end(f"{self.peer.id} does not keep up: {self._unacked_bytes} bytes unacknowledged", tell=True)
+        if self._unacked_bytes > MAX_UNACKED_BYTES or len(self._unacked) > MAX_UNACKED_MESSAGES:
+            self._overflowed = True
+            reason = (
+                f"overflow: {self.peer.id} does not keep up, {len(self._unacked)} messages of {self._unacked_bytes} bytes "
+                f"are unacknowledged (limits: {MAX_UNACKED_MESSAGES} messages, {MAX_UNACKED_BYTES} bytes)"
+            )
+            asyncio.get_running_loop().call_soon(self._abort, reason)
         else:
             self._write(frame)
             self._acked = self._received
 
     async def close(self) -> None:
-        """Say goodbye and end. on_closed is not called on this side."""
+        """Say goodbye and end. on_closed is not called on this side.
+
+        A peer that does not read delays it no longer than CLOSE_TIMEOUT_S.
+        """
         if not self._closed:
             writer = self._writer
             self._finish("closed here", tell=True)
             if writer is not None:
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
+
+    def _abort(self, reason: str) -> None:
+        """End without a goodbye: it would stand behind everything that the peer has not read."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+            self._writer = None
+        self._end(reason, tell=False)
 
     def _end(self, reason: str, *, tell: bool) -> None:
         if not self._closed:
@@ -178,6 +198,7 @@ class Session:
             if tell:
                 self._write(_frame(_Close(reason)))
             self._writer.close()
+            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self._writer.transport.abort)
             self._writer = None
         self._unacked.clear()
         current = asyncio.current_task()
@@ -217,7 +238,7 @@ class Session:
                             self._schedule_ack()
                             self._handler.on_message(self, message)
                         elif seq > self._received:
-                            raise ConnectionError(f"message {seq} after {self._received}")
+                            raise RuntimeError(f"message {seq} came after {self._received}")
                     case _Ack(ack):
                         self._drop_acked(ack)
                     case _Close(reason):
@@ -225,14 +246,19 @@ class Session:
             return "closed"
         except TimeoutError:
             return f"silent for {self._timeout_s:g} s"
-        except (OSError, EOFError, msgspec.DecodeError) as error:
+        except (OSError, EOFError) as error:
             return str(error) or type(error).__name__
+        except Exception as error:  # the peer would send the same again: a new connection cannot help
+            logger.exception("session with %s failed", self.peer.id)
+            self._end(f"internal error: {error!r}", tell=True)
+            return "closed"
         finally:
             keepalive.cancel()
-            if writer is not None:
-                writer.close()
             if self._writer is writer:  # else another connection has taken over already
                 self._writer = None
+                self._lost_at = asyncio.get_running_loop().time()
+            if writer is not None and not self._closed:
+                writer.transport.abort()  # what the peer has not read is sent again
 
     async def _keep_alive(self) -> None:
         while True:
@@ -333,6 +359,9 @@ async def _dial(
         except msgspec.DecodeError as error:
             writer.close()
             raise HandshakeError(f"{host}:{port} does not speak pdray's protocol: {error}") from error
+        except EOFError as error:
+            writer.close()
+            raise ConnectionError(f"{host}:{port} closed the connection in the handshake") from error
         except BaseException:
             writer.close()
             raise
@@ -365,8 +394,7 @@ class SessionServer:
         """Stop listening and end every session (their peers are told). Idempotent."""
         if self._server is not None:
             self._server.close()
-        for session in list(self._sessions.values()):
-            await session.close()
+        await asyncio.gather(*(session.close() for session in list(self._sessions.values())))
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -381,8 +409,8 @@ class SessionServer:
                 reason = await session._receive(reader)
                 if session.closed:
                     self._forget(session)
-                else:
-                    asyncio.get_running_loop().call_later(self._timeout_s, self._give_up, session, reason)
+                elif session._writer is None:
+                    self._wait_for_return(session, reason)
         except (OSError, EOFError, TimeoutError, msgspec.DecodeError) as error:
             logger.warning("%s: a connection ended in its handshake: %r", self.me.id, error)
         finally:
@@ -410,7 +438,7 @@ class SessionServer:
             return None
         assert isinstance(hello, _Hello) and session is not None
         if session._writer is not None:
-            session._writer.close()  # an older connection that this side has not yet seen lost
+            session._writer.transport.abort()  # an older connection that this side has not yet seen lost
         writer.write(_frame(_Welcome(session._received, _prove(self._secret, "welcome", hello.nonce, *self.me))))
         session._attach(writer, hello.received)
         if not hello.resume:
@@ -430,9 +458,13 @@ class SessionServer:
         )
         return session
 
-    def _give_up(self, session: Session, reason: str) -> None:
-        """The connection was lost a while ago."""
-        if session._writer is None:
+    def _wait_for_return(self, session: Session, reason: str) -> None:
+        timer = asyncio.get_running_loop().call_later
+        timer(self._timeout_s, self._give_up, session, session._lost_at, reason)
+
+    def _give_up(self, session: Session, lost_at: float, reason: str) -> None:
+        """The connection was lost at that time; ends the session unless it was restored since."""
+        if session._lost_at == lost_at and session._writer is None:
             session._end(f"connection lost ({reason}) and not restored within {self._timeout_s:g} s", tell=False)
             self._forget(session)
 

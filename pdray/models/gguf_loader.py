@@ -43,7 +43,7 @@ DTYPE_NAMES = {GGMLQuantizationType.F32: "float32", GGMLQuantizationType.F16: "f
 class ArrayReader(GGUFReader):
     """A GGUFReader over a plain array: np.memmap's subclass hooks make parsing a vocabulary 3.5 times slower."""
 
-    @property
+    @property  # type: ignore[override]
     def data(self) -> npt.NDArray[Any]:
         return self._data
 

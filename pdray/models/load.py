@@ -64,7 +64,7 @@ def load_model(config: Config, device: torch.device) -> LoadedModel:
 
 def choose_dtype(config: Config, model_config: ModelConfig, device: torch.device) -> torch.dtype:
     """Config.dtype; auto is float32 on CPU and the checkpoint's own elsewhere."""
-    name = config.dtype
+    name: str = config.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else model_config.torch_dtype
     if name not in DTYPES:

@@ -161,7 +161,7 @@ def test_dead_workers_requests_fail_clearly_and_service_comes_back(url: str, cli
             stream.close()  # decode needs no prefill worker any more
 
         def replaced(victim: dict[str, Any] = victim) -> bool:
-            return any(w["worker_id"] == victim["worker_id"] and w["pid"] != victim["pid"] for w in workers())
+            return any(w["worker_id"] == victim["worker_id"] and w.get("pid", victim["pid"]) != victim["pid"] for w in workers())
 
         wait_for(replaced, 90)
         wait_until_ready(url, timeout_s=60)

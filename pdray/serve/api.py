@@ -1,0 +1,107 @@
+"""The OpenAI-compatible API as a FastAPI application around a router. Knows no Ray."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+import pdray
+from pdray.config import Config
+from pdray.errors import NoWorkerError
+from pdray.router.router import Router
+from pdray.serve.endpoints import Chat, Completion
+from pdray.serve.errors import ApiError, install
+from pdray.serve.generation import ClientGone
+from pdray.serve.protocol import ChatBody, CompletionBody, read_body
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+CLIENT_CLOSED_REQUEST = 499
+
+
+def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastAPI:
+    """Args:
+    get_router: the router, or None while there is none yet.
+    """
+    app = FastAPI(title="pdray", version=pdray.__version__, docs_url=None, redoc_url=None)
+    install(app)
+    started = int(time.time())
+
+    def router() -> Router:
+        current = get_router()
+        if current is None:
+            raise NoWorkerError("the server is starting; try again shortly")
+        return current
+
+    def check_model(name: str) -> None:
+        if name != config.model_name:
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist; this server has {config.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def model_card() -> dict[str, Any]:
+        current = get_router()
+        return {
+            "id": config.model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "pdray",
+            "root": config.model,
+            "max_model_len": None if current is None else current.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        check_model(name)
+        return model_card()
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, CompletionBody, config.max_request_bytes)
+        check_model(body.model)
+        generation = Completion(body, _request_id("cmpl", request), config.model_name, router().tokenizer)
+        return await generation.respond(request, router())
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        body = await read_body(request, ChatBody, config.max_request_bytes)
+        check_model(body.model)
+        generation = Chat(body, _request_id("chatcmpl", request), config.model_name, router().tokenizer)
+        return await generation.respond(request, router())
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 once a request could be served, else 503."""
+        current = get_router()
+        if current is None or not current.ready:
+            raise NoWorkerError("no prefill and decode worker are connected")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": pdray.__version__}
+
+    @app.exception_handler(ClientGone)
+    async def client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    return app
+
+
+def _request_id(prefix: str, request: Request) -> str:
+    """The client's X-Request-Id where it is sane, made unique; else a new one."""
+    given = request.headers.get("x-request-id", "")
+    unique = uuid.uuid4().hex
+    return f"{prefix}-{given}-{unique[:8]}" if REQUEST_ID.fullmatch(given) else f"{prefix}-{unique}"

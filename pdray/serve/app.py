@@ -1,0 +1,82 @@
+"""The Serve deployment: a router replica that is its own HTTP ingress."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from pdray.actors.client import CoordinatorClient
+from pdray.config import Config
+from pdray.metrics import RouterMetrics
+from pdray.models import load_tokenizer
+from pdray.router.router import Router
+from pdray.serve.api import create_app
+
+logger = logging.getLogger(__name__)
+
+
+class RouterReplica:
+    """Opens the router in the background, so that Serve sees a healthy replica at once and /health tells the truth."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.router: Router | None = None
+        self._opening = asyncio.get_running_loop().create_task(self._open())
+
+    def __repr__(self) -> str:
+        return f"RouterReplica({self.config.model_name})"
+
+    async def _open(self) -> None:
+        app_name = serve.get_replica_context().app_name
+        router_id = f"router-{uuid.uuid4().hex[:8]}"
+        tokenizer = await asyncio.to_thread(load_tokenizer, self.config)
+        coordinator = await CoordinatorClient.open(self.config, app_name, detached=True)
+
+        async def watch(version: int) -> Any:
+            return await coordinator.watch(version, router.stats())
+
+        router = Router(
+            self.config,
+            tokenizer,
+            router_id=router_id,
+            secret=coordinator.secret,
+            watch=watch,
+            metrics=RouterMetrics(router_id),
+        )
+        await router.start()
+        self.router = router
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve's hook: the ASGI application of this replica."""
+        return create_app(self.config, lambda: self.router)
+
+    async def check_health(self) -> None:
+        """Serve's health check: a replica that could not open its router is replaced."""
+        if self._opening.done() and (error := self._opening.exception()) is not None:
+            raise error
+
+    async def __del__(self) -> None:
+        """Serve's shutdown of a replica."""
+        self._opening.cancel()
+        if self.router is not None:
+            await self.router.stop()
+
+
+def build(args: Config) -> serve.Application:
+    """The application: `import_path: pdray.serve:build`, with Config's fields as args."""
+
+    num_workers = args.num_decode_workers
+    bound = args.max_queue_size + num_workers * args.max_num_seqs + 64
+    deployment = serve.deployment(
+        name="router",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=bound,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=10,
+    )(serve.ingress()(RouterReplica))
+    return deployment.bind(args)

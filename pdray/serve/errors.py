@@ -1,0 +1,85 @@
+"""Every error as OpenAI's API tells it: status, headers, {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from pdray.errors import InvalidRequestError, NoWorkerError, PdrayError, QueueFullError
+
+logger = logging.getLogger(__name__)
+
+NO_WORKER_RETRY_S = 2
+
+
+class ApiError(Exception):
+    """An answer other than success.
+
+    Attributes:
+        code: machine-readable reason beside the status; None for most.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, status_code=self.status, headers=self.headers)
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error. Unknown ones are logged and give nothing away."""
+    match error:
+        case ApiError():
+            return error
+        case QueueFullError():
+            retry_after = {"Retry-After": str(math.ceil(error.retry_after_s))}
+            return ApiError(429, str(error), type="rate_limit_error", code="rate_limit_exceeded", headers=retry_after)
+        case NoWorkerError():
+            retry_after = {"Retry-After": str(NO_WORKER_RETRY_S)}
+            return ApiError(503, str(error), type="server_error", code="service_unavailable", headers=retry_after)
+        case InvalidRequestError():
+            is_length = "context length" in str(error)
+            return ApiError(400, str(error), param=error.param, code="context_length_exceeded" if is_length else None)
+        case ValidationError():
+            return ApiError(400, *_first_problem(error))
+        case PdrayError():
+            return ApiError(500, str(error), type="server_error")
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    logger.error("internal error", exc_info=error)
+    return ApiError(500, "internal error; the server's log says more", type="server_error")
+
+
+def _first_problem(error: ValidationError) -> tuple[str]:
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "body"
+    return (f"{place}: {problem['msg']}",)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of a handler, and unknown routes and methods, in this shape."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        return to_api_error(error).response()
+
+    handler: Callable[[Request, Exception], Awaitable[Response]] = answer
+    for kind in (ApiError, PdrayError, ValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handler)
