@@ -20,7 +20,6 @@ PREFIX = "coordinator:"
 CALL_TIMEOUT_S = 30.0
 
 
-
 class CoordinatorClient:
     """A Coordinator as a router sees it.
 
@@ -43,7 +42,8 @@ class CoordinatorClient:
         if detached:
             name = f"{PREFIX}{app_name}:{config.fingerprint()}"
             options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        actor = ray.remote(Coordinator).options(**options).remote(config, app_name, detached=detached)
+        actor: Any = ray.remote(Coordinator).options(**options)
+        actor = actor.remote(config, app_name, detached=detached)
         return cls(actor, await actor.start.remote())
 
     async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
@@ -97,11 +97,13 @@ def describe(app_name: str) -> dict[str, Any]:
     Raises:
         PdrayError: there is no such application.
     """
-    states = [ray.get(actor.describe.remote(), timeout=CALL_TIMEOUT_S) for actor in _coordinators(app_name)]
+    calls: Any = [actor.describe.remote() for actor in _coordinators(app_name)]
+    states: list[dict[str, Any]] = ray.get(calls, timeout=CALL_TIMEOUT_S)
     if not states:
-        raise PdrayError(f"no pdray application is called {app_name!r}; running: {', '.join(list_applications()) or 'none'}")
-    state: dict[str, Any] = max(states, key=lambda state: state["state"] == "serving")
-    return state
+        raise PdrayError(
+            f"no pdray application is called {app_name!r}; running: {', '.join(list_applications()) or 'none'}"
+        )
+    return max(states, key=lambda state: state["state"] == "serving")
 
 
 def check_integrity(app_name: str) -> dict[str, list[str]]:

@@ -122,7 +122,9 @@ class Coordinator:
     async def check_integrity(self) -> dict[str, list[str]]:
         """Per worker, what is wrong with its block accounting; empty lists if nothing is."""
         workers = self._membership.view.workers
-        answers = await asyncio.gather(*(self._fleet.actor(info).check_integrity.remote() for info in workers))
+        answers: list[list[str]] = await asyncio.gather(
+            *(self._fleet.actor(info).check_integrity.remote() for info in workers)
+        )
         return {info.worker_id: problems for info, problems in zip(workers, answers, strict=True)}
 
     async def stop(self) -> None:

@@ -106,9 +106,9 @@ class WorkerFleet:
         cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
         options = worker_options(self.config, self.app_name, start.worker_id, detached=self.detached)
         try:
-            actor = ray.remote(cls).options(**options).remote(
-                self.config, start.worker_id, start.incarnation, self.secret
-            )
+            actor_class: Any = ray.remote(cls)
+            arguments = (self.config, start.worker_id, start.incarnation, self.secret)
+            actor = actor_class.options(**options).remote(*arguments)
             self._processes[start.incarnation] = process = _Process(start.worker_id, actor)
             async with asyncio.timeout(self.config.start_timeout_s):
                 process.info = await actor.start.remote()
@@ -170,9 +170,7 @@ class WorkerFleet:
             await self.actor(prefill).connect.remote(decode, epoch, decode_actor)
         except (RayError, KeyError) as error:
             self._report(f"{prefill.worker_id} could not be connected to {decode.worker_id}", error)
-            self._perform(
-                self.membership.connect_failed(time.monotonic(), prefill.worker_id, decode.worker_id, epoch)
-            )
+            self._perform(self.membership.connect_failed(time.monotonic(), prefill.worker_id, decode.worker_id, epoch))
             return
         self._perform(self.membership.connected(prefill.worker_id, decode.worker_id, epoch))
 

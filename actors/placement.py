@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from typing import Any
@@ -15,6 +16,7 @@ from pdray.config import Config
 
 NAMESPACE = "pdray"
 DEATH_POLL_S = 0.01
+RAY_KILL_GRACE_S = 1.0
 
 
 def uses_cuda(config: Config) -> bool:
@@ -53,7 +55,10 @@ def listen_address(config: Config) -> str:
 
 
 async def make_dead(pid: int, node_id: str) -> None:
-    """SIGKILL a worker's process and return once it is gone. A node that is gone took it along."""
+    """Return once a worker's process, which Ray was told to kill, is gone; one that lingers is sent SIGKILL.
+
+    A node that is gone took its processes along.
+    """
     if node_id == ray.get_runtime_context().get_node_id():
         await asyncio.to_thread(_kill_and_wait, pid)
         return
@@ -69,11 +74,12 @@ def _kill_and_wait(pid: int) -> None:
         process = psutil.Process(pid)
         if not any(part.startswith("ray::") for part in process.cmdline()):
             return
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(timeout=RAY_KILL_GRACE_S)
+            return
         os.kill(pid, signal.SIGKILL)
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            try:
+            with contextlib.suppress(psutil.TimeoutExpired):
                 process.wait(timeout=DEATH_POLL_S)
-            except psutil.TimeoutExpired:
-                continue
     except (psutil.NoSuchProcess, ProcessLookupError):
         return

@@ -75,7 +75,9 @@ class PrefillWorker(Worker):
             handler=self,
             timeout_s=self.config.worker_timeout_s,
         )
-        self._channels[decode.worker_id] = ObjectStoreChannel(self.engine.kv, self.worker_id, epoch, decode_actor.receive_blocks)
+        self._channels[decode.worker_id] = ObjectStoreChannel(
+            self.engine.kv, self.worker_id, epoch, decode_actor.receive_blocks
+        )
 
     async def disconnect(self, decode_worker_id: str) -> None:
         """Close the channel and the session to a decode worker; its legs fail. Idempotent."""
@@ -195,7 +197,6 @@ class PrefillWorker(Worker):
 
     def _on_put_done(self, key: LegKey, done: Future[PutResult]) -> None:
         error = done.exception()
-        if error is None:
-            if self.metrics is not None:
-                self.metrics.on_transfer(done.result().num_bytes, done.result().seconds)
+        if error is None and self.metrics is not None:
+            self.metrics.on_transfer(done.result().num_bytes, done.result().seconds)
         self._perform(self.ledger.put_completed(key, None if error is None else str(error)))

@@ -24,11 +24,15 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # model
-    model: str = Field(DEFAULT_MODEL, min_length=1, description="Hugging Face id, folder, .gguf file, or config.json for dummy weights")
+    model: str = Field(
+        DEFAULT_MODEL, min_length=1, description="Hugging Face id, folder, .gguf file, or config.json for dummy weights"
+    )
     tokenizer: str | None = Field(None, description="Hugging Face id or folder; default: the model's own")
     served_model_name: str | None = Field(None, description="name in the API; default: the model as given")
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU, the model's on CUDA")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, the model's on CUDA"
+    )
     seed: int = Field(0, ge=0, description="seed of dummy weights")
     skip_tokenizer_init: bool = Field(False, description="serve token ids only; for models that have no tokenizer")
 
@@ -38,8 +42,12 @@ class Config(BaseModel):
     block_size: Literal[16, 32] = 16
     num_kv_blocks: Positive | None = Field(None, description="overrides the measured pool size")
     kv_cache_memory_bytes: Positive | None = Field(None, description="size of each worker's KV pool; default: measured")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a whole GPU that all its workers may use")
-    cpu_memory_utilization: float = Field(0.1, gt=0, le=1, description="share of free host memory for each CPU worker's KV pool")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of a whole GPU that all its workers may use"
+    )
+    cpu_memory_utilization: float = Field(
+        0.1, gt=0, le=1, description="share of free host memory for each CPU worker's KV pool"
+    )
     max_num_seqs: Positive = Field(64, description="sequences in one decode batch")
     max_num_batched_tokens: Positive = Field(2048, description="token budget of one forward pass")
     enable_prefix_caching: bool = True
@@ -54,17 +62,26 @@ class Config(BaseModel):
     worker_num_cpus: float = Field(0.25, ge=0, description="Ray CPUs that each worker reserves")
     channel: Literal["auto", "object_store"] = "auto"
     transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
-    host: str = Field("", description="address workers listen on; default: loopback if the cluster is one node when they start, else the node's own")
+    host: str = Field(
+        "",
+        description="address workers listen on; default: loopback while the cluster is one node, else the node's own",
+    )
 
     # admission
     max_queue_size: NonNegative = Field(256, description="requests that may wait at one router; more get 429")
     max_queue_wait_s: Seconds = Field(60.0, description="a request that waits longer gets 429")
-    decode_headroom_tokens: NonNegative = Field(64, description="output tokens whose blocks a lease holds from the start")
+    decode_headroom_tokens: NonNegative = Field(
+        64, description="output tokens whose blocks a lease holds from the start"
+    )
     lease_timeout_s: Seconds = Field(10.0, description="a lease not renewed for so long ends")
     worker_timeout_s: Seconds = Field(10.0, description="a worker silent for so long counts as dead to its peers")
-    restart_backoff_s: Seconds = Field(1.0, description="wait before a dead worker is replaced; doubles with each failure in a row")
+    restart_backoff_s: Seconds = Field(
+        1.0, description="wait before a dead worker is replaced; doubles with each failure in a row"
+    )
     start_timeout_s: Seconds = Field(600.0, description="workers not ready after so long are an error")
-    local_prefill_max_tokens: NonNegative = Field(0, description="prompts with at most so many uncached tokens are prefilled by the decode worker")
+    local_prefill_max_tokens: NonNegative = Field(
+        0, description="prompts with at most so many uncached tokens are prefilled by the decode worker"
+    )
 
     # API
     max_request_bytes: Positive = Field(4 * 1024 * 1024, description="larger HTTP bodies get 413")
@@ -77,8 +94,15 @@ class Config(BaseModel):
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
                 f"({self.max_num_seqs}): one decode step would not fit; raise it or lower max_num_seqs"
             )
-        if self.load_format == "dummy" and self.tokenizer is None and not self.skip_tokenizer_init and self.model.endswith(".json"):
-            raise ValueError("load_format=dummy with a bare config.json has no tokenizer: set tokenizer, or skip_tokenizer_init=true")
+        if (
+            self.load_format == "dummy"
+            and self.tokenizer is None
+            and not self.skip_tokenizer_init
+            and self.model.endswith(".json")
+        ):
+            raise ValueError(
+                "load_format=dummy with a bare config.json has no tokenizer: set tokenizer, or skip_tokenizer_init=true"
+            )
         for name in ("prefill_num_gpus", "decode_num_gpus"):
             share = getattr(self, name)
             if share > 1:

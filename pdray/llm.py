@@ -111,7 +111,9 @@ class LLM:
         else:
             params = list(sampling_params)
         if len(params) != len(many):
-            raise InvalidRequestError(f"{len(params)} sampling_params for {len(many)} prompts; give one, or one for each")
+            raise InvalidRequestError(
+                f"{len(params)} sampling_params for {len(many)} prompts; give one, or one for each"
+            )
         return self._run(self._generate_all(many, params, use_tqdm))
 
     def chat(
@@ -124,7 +126,7 @@ class LLM:
         """generate() on conversations rendered with the tokenizer's chat template."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InvalidRequestError(f"model {self.config.model} has no chat template; use generate()", "messages")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         prompts = [
             {"prompt_token_ids": self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False)}
             for c in conversations
@@ -206,13 +208,15 @@ def generate(
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
     """Every accepted form of prompts as a list of texts and token id lists."""
-    if isinstance(prompts, (str, dict)) or (prompts and isinstance(prompts[0], int)):
-        prompts = [prompts]  # type: ignore[list-item]
+    is_one = isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    many: Any = [prompts] if is_one else prompts
     result: list[str | list[int]] = []
-    for prompt in prompts:
+    for prompt in many:
         if isinstance(prompt, dict):
             prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
-        if not isinstance(prompt, (str, list)):
-            raise InvalidRequestError(f"a prompt is a {type(prompt).__name__}; it must be text, token ids, or a dict of either")
+        if not isinstance(prompt, str | list):
+            raise InvalidRequestError(
+                f"a prompt is a {type(prompt).__name__}; it must be text, token ids, or a dict of either"
+            )
         result.append(prompt)
     return result

@@ -283,7 +283,11 @@ class LeaseTable:
         """That process was seen dead: what it was filling is closed, what it held in quarantine is free."""
         effects = []
         for key, lease in list(self._leases.items()):
-            if lease.writer is None or not self._written_by(lease, worker_id) or lease.writer.incarnation != incarnation:
+            if (
+                lease.writer is None
+                or not self._written_by(lease, worker_id)
+                or lease.writer.incarnation != incarnation
+            ):
                 continue
             if lease.state is LeaseState.QUARANTINE:
                 self._free(key)

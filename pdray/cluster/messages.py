@@ -288,9 +288,7 @@ class AbortPut(LegMessage, frozen=True):
 
 
 RouterToWorker = LeaseRequest | RenewLeases | CloseLease | PrefillRequest | CancelPrefill | Ping
-WorkerToRouter = (
-    LeaseGranted | LeaseDenied | LeaseClosed | Tokens | CreditUpdate | FirstTokens | PrefillFailed | Pong
-)
+WorkerToRouter = LeaseGranted | LeaseDenied | LeaseClosed | Tokens | CreditUpdate | FirstTokens | PrefillFailed | Pong
 PrefillToDecode = BeginPut | PutDone | PutAborted
 DecodeToPrefill = BeginPutReply | AbortPut
 AnyMessage = RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill

@@ -341,7 +341,8 @@ async def _stay_connected(
 async def _dial(
     session: Session, host: str, port: int, me: PeerName, secret: bytes, *, resume: bool
 ) -> asyncio.StreamReader:
-    async with asyncio.timeout(session._timeout_s):
+    # a resume has time for several attempts: one of them may be swallowed
+    async with asyncio.timeout(session._timeout_s / 4 if resume else session._timeout_s):
         reader, writer = await asyncio.open_connection(host, port)
         try:
             challenge = _decode_handshake(await _read_frame(reader, MAX_HANDSHAKE_BYTES))
@@ -453,9 +454,7 @@ class SessionServer:
             return existing if known else None
         if existing is not None:
             existing._end("replaced by a new session", tell=True)
-        session = self._sessions[hello.peer.id] = Session(
-            hello.peer, hello.session_id, self._handler, self._timeout_s
-        )
+        session = self._sessions[hello.peer.id] = Session(hello.peer, hello.session_id, self._handler, self._timeout_s)
         return session
 
     def _wait_for_return(self, session: Session, reason: str) -> None:

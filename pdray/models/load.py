@@ -50,13 +50,7 @@ def load_model(config: Config, device: torch.device) -> LoadedModel:
     model_config = _model_config(source)
     dtype = choose_dtype(config, model_config, device)
     decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device)
-    parameters = decoder.parameters()
-    if config.load_format == "dummy":
-        fill_dummy(parameters, config.seed, model_config.initializer_range)
-    elif source.kind is SourceKind.GGUF:
-        GGUFFile(source.path).load(parameters)
-    else:
-        load_safetensors(source.path, parameters)
+    _fill(decoder, source, config)
     digest = fingerprint(decoder)
     decoder.pack_weights()
     return LoadedModel(model_config, decoder, dtype, digest)
@@ -80,6 +74,17 @@ def choose_max_len(config: Config, model_config: ModelConfig) -> int:
             f"max_model_len is {config.max_model_len}, but {config.model!r} has positions for {limit} tokens; lower it"
         )
     return config.max_model_len or limit
+
+
+def _fill(decoder: Decoder, source: ModelSource, config: Config) -> None:
+    """Give every parameter its value. No view of them outlives this, so that packing frees what it replaces."""
+    parameters = decoder.parameters()
+    if config.load_format == "dummy":
+        fill_dummy(parameters, config.seed, decoder.config.initializer_range)
+    elif source.kind is SourceKind.GGUF:
+        GGUFFile(source.path).load(parameters)
+    else:
+        load_safetensors(source.path, parameters)
 
 
 def _model_config(source: ModelSource) -> ModelConfig:

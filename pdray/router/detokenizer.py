@@ -76,6 +76,6 @@ def decode_logprobs(
     if logprobs is None or tokenizer is None:
         return logprobs
     return {
-        token_id: Logprob(entry.logprob, entry.rank, tokenizer.decode([token_id]))
+        token_id: Logprob(entry.logprob, entry.rank, str(tokenizer.decode([token_id])))
         for token_id, entry in logprobs.items()
     }

@@ -174,7 +174,8 @@ class Router:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         if params.n > self.config.max_num_seqs:
             raise InvalidRequestError(
-                f"n is {params.n}, but a worker runs at most {self.config.max_num_seqs} sequences (max_num_seqs); lower n", "n"
+                f"n is {params.n}, but a worker runs {self.config.max_num_seqs} sequences (max_num_seqs); lower n",
+                "n",
             )
         ids = await tokenize(self.tokenizer, prompt)
         params = complete_params(params, len(ids), max_model_len)

@@ -51,8 +51,8 @@ def complete_params(params: SamplingParams, num_prompt_tokens: int, max_model_le
         )
     if params.max_tokens is not None and params.max_tokens > left:
         raise InvalidRequestError(
-            f"max_tokens is {params.max_tokens}, but the prompt's {num_prompt_tokens} tokens leave {left} of the context "
-            f"length (max_model_len) of {max_model_len}; lower max_tokens",
+            f"max_tokens is {params.max_tokens}, but the prompt's {num_prompt_tokens} tokens leave {left} of "
+            f"the context length (max_model_len) of {max_model_len}; lower max_tokens",
             "max_tokens",
         )
     changes: dict[str, int] = {}

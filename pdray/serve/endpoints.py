@@ -120,7 +120,7 @@ def render_chat(body: ChatBody, tokenizer: PreTrainedTokenizerBase | None) -> li
     if tokenizer is None or not tokenizer.chat_template:
         raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
+        ids = tokenizer.apply_chat_template(
             [message.plain() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
@@ -128,4 +128,5 @@ def render_chat(body: ChatBody, tokenizer: PreTrainedTokenizerBase | None) -> li
         )
     except Exception as error:  # templates are programs of the model's authors: any error is the conversation's fault
         raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
-    return ids
+    assert isinstance(ids, list)
+    return [int(token_id) for token_id in ids]  # type: ignore[arg-type]

@@ -45,7 +45,12 @@ class Generation(ABC):
     chunk_object_name: str
 
     def __init__(
-        self, body: GenerationBody, prompts: Sequence[str | list[int]], params: SamplingParams, request_id: str, model: str
+        self,
+        body: GenerationBody,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams,
+        request_id: str,
+        model: str,
     ) -> None:
         self.body = body
         self.prompts = prompts

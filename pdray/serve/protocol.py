@@ -72,10 +72,7 @@ class GenerationBody(BaseModel):
         Raises:
             InvalidRequestError: a value is out of range.
         """
-        names = (
-            "n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed stop "
-            "stop_token_ids min_tokens ignore_eos include_stop_str_in_output skip_special_tokens"
-        ).split()
+        names = [name for name in SamplingParams.__struct_fields__ if name not in ("max_tokens", "logprobs")]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
 
@@ -107,8 +104,8 @@ class CompletionBody(GenerationBody):
     @property
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return [*self.prompt]
 
 
 class TextPart(BaseModel):

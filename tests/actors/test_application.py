@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import ray
 from ray import serve
 
 from pdray.actors.client import describe
@@ -136,11 +135,13 @@ async def test_overload_answers_429_and_the_rest_finish(url: str) -> None:
 
 async def test_disconnect_frees_both_workers(url: str) -> None:
     body = {"model": "smol", "prompt": "Tell me", "max_tokens": 800, "ignore_eos": True, "stream": True}
-    async with httpx.AsyncClient(timeout=60) as http:
-        async with http.stream("POST", f"{url}/v1/completions", json=body) as response:
-            assert response.status_code == 200
-            async for _ in response.aiter_lines():
-                break
+    async with (
+        httpx.AsyncClient(timeout=60) as http,
+        http.stream("POST", f"{url}/v1/completions", json=body) as response,
+    ):
+        assert response.status_code == 200
+        async for _ in response.aiter_lines():
+            break
     wait_for(nothing_in_use)
 
 
@@ -161,7 +162,10 @@ def test_dead_workers_requests_fail_clearly_and_service_comes_back(url: str, cli
             stream.close()  # decode needs no prefill worker any more
 
         def replaced(victim: dict[str, Any] = victim) -> bool:
-            return any(w["worker_id"] == victim["worker_id"] and w.get("pid", victim["pid"]) != victim["pid"] for w in workers())
+            return any(
+                w["worker_id"] == victim["worker_id"] and w.get("pid", victim["pid"]) != victim["pid"]
+                for w in workers()
+            )
 
         wait_for(replaced, 90)
         wait_until_ready(url, timeout_s=60)

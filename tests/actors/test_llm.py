@@ -9,7 +9,7 @@ import pytest
 
 import pdray
 from pdray import LLM, SamplingParams
-from pdray.errors import InvalidRequestError, WorkerDiedError
+from pdray.errors import InvalidRequestError
 
 COMMON: dict[str, Any] = {"device": "cpu", "max_model_len": 1024, "num_kv_blocks": 256, "max_num_batched_tokens": 256}
 

@@ -115,7 +115,13 @@ class ScriptedRouter:
         """Token ids of a completion by position; a position that came twice must agree."""
         by_position: dict[int, int] = {}
         for message in self.messages:
-            legs = message.updates if isinstance(message, Tokens) else [message] if isinstance(message, FirstTokens) else []
+            legs = (
+                message.updates
+                if isinstance(message, Tokens)
+                else [message]
+                if isinstance(message, FirstTokens)
+                else []
+            )
             for leg in legs:
                 for token in leg.tokens:
                     if leg.key == key and token.index == index:
@@ -144,7 +150,9 @@ class Pair:
         await self.decode.stop()
 
     def lease(self, name: str, prompt: list[int], params: SamplingParams, **kwargs: Any) -> LegKey:
-        message = LeaseRequest(name, 0, prompt, params, list(range(params.n)), [], **{"prefill_worker_id": "prefill-0"} | kwargs)
+        message = LeaseRequest(
+            name, 0, prompt, params, list(range(params.n)), [], **{"prefill_worker_id": "prefill-0"} | kwargs
+        )
         self.router.sessions["decode-0"].send(message)
         return message.key
 
@@ -279,6 +287,4 @@ async def test_no_credit_is_denied_and_announced(pair: Pair) -> None:
 
 async def test_other_weights_are_refused(pair: Pair) -> None:
     with pytest.raises(HandshakeError, match="differ"):
-        await pair.decode.accept(
-            WorkerInfo("prefill-1", "x", "prefill", "", 0, 0, "", "cpu", "other", 1, 16, 64), 1
-        )
+        await pair.decode.accept(WorkerInfo("prefill-1", "x", "prefill", "", 0, 0, "", "cpu", "other", 1, 16, 64), 1)
