@@ -8,7 +8,6 @@ a process is left.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import socket
@@ -25,7 +24,8 @@ from ray import serve
 from pdray.bench.timings import breakdown_table, timings_of_response
 from pdray.cli import wait_until_ready
 from pdray.config import Config
-from pdray.interrupts import interrupts_held, interrupts_ignored
+from pdray.interrupts import interrupts_ignored
+from pdray.ray_cluster import start_local
 from pdray.serve import build
 
 PARIS = "What is the capital of France?"
@@ -123,8 +123,7 @@ def main() -> int:
     knows_paris = deployed = False
     try:
         print("Starting Ray ...", flush=True)
-        with interrupts_held():
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        start_local(include_dashboard=False)
         url = f"http://127.0.0.1:{free_port()}"
         serve.start(http_options={"host": "127.0.0.1", "port": int(url.rsplit(":", 1)[1])})
         print(f"Loading {config.model}, {config.mode}, on CPU ...", flush=True)

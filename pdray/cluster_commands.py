@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 import time
@@ -14,7 +13,8 @@ from ray import serve as ray_serve
 
 from pdray.config import Config
 from pdray.errors import PdrayError
-from pdray.interrupts import interrupts_held, interrupts_ignored
+from pdray.interrupts import interrupts_ignored
+from pdray.ray_cluster import join, join_or_start
 
 POLL_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 60.0
@@ -34,30 +34,6 @@ WORKER_COLUMNS = {
 }
 
 
-def connect(address: str | None) -> None:
-    """Join a running cluster: the one named, RAY_ADDRESS's, or this machine's.
-
-    Raises:
-        PdrayError: there is none.
-    """
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
-        raise PdrayError(f"no Ray cluster to join at {address or 'this machine'}: {error}") from error
-
-
-def connect_or_start(address: str | None) -> None:
-    """Join a running cluster, or start one that ends with this process if none is named and none runs."""
-    if address != "local":
-        try:
-            return connect(address)
-        except PdrayError:
-            if address is not None:
-                raise
-    with interrupts_held():
-        ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR)
-
-
 def serve(config: Config, *, name: str, host: str, port: int, address: str | None) -> int:
     """Deploy the application, wait until it answers, and keep it until Ctrl-C, SIGTERM or its deletion by another.
 
@@ -72,7 +48,7 @@ def serve(config: Config, *, name: str, host: str, port: int, address: str | Non
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     try:
-        connect_or_start(address)
+        join_or_start(address)
         print(f"Loading {config.model} ...", flush=True)
         ray_serve.start(http_options={"host": host, "port": port})
         try:
@@ -108,7 +84,7 @@ def cluster_status() -> list[dict[str, Any]]:
 
 def status(address: str | None, *, as_json: bool) -> int:
     """Print the state of every application. Returns 0 even if there is none."""
-    connect(address)
+    join(address)
     try:
         applications = cluster_status()
     finally:
@@ -143,7 +119,7 @@ def stop(address: str | None, *, name: str | None, timeout_s: float) -> int:
     Raises:
         PdrayError: no such application, or one that is still there after timeout_s.
     """
-    connect(address)
+    join(address)
     try:
         stopped = stop_applications(name, timeout_s)
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -17,6 +16,7 @@ from pdray.config import Config
 from pdray.errors import ConfigError, InvalidRequestError
 from pdray.models import load_tokenizer
 from pdray.outputs import RequestOutput
+from pdray.ray_cluster import join_or_start
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
 
@@ -52,7 +52,7 @@ class LLM:
             raise ConfigError(str(error)) from error
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            ray.init(address=ray_address, log_to_driver=False, logging_level=logging.WARNING)
+            join_or_start(ray_address)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pdray-router", daemon=True)
         self._thread.start()

@@ -158,8 +158,8 @@ class Session:
         if self._unacked_bytes > MAX_UNACKED_BYTES or len(self._unacked) > MAX_UNACKED_MESSAGES:
             self._overflowed = True
             reason = (
-                f"overflow: {self.peer.id} does not keep up, {len(self._unacked)} messages of {self._unacked_bytes} bytes "
-                f"are unacknowledged (limits: {MAX_UNACKED_MESSAGES} messages, {MAX_UNACKED_BYTES} bytes)"
+                f"overflow: {self.peer.id} does not keep up, {len(self._unacked)} messages of {self._unacked_bytes} "
+                f"bytes are unacknowledged (limits: {MAX_UNACKED_MESSAGES} messages, {MAX_UNACKED_BYTES} bytes)"
             )
             asyncio.get_running_loop().call_soon(self._abort, reason)
         else:

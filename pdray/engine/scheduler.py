@@ -183,7 +183,7 @@ class Scheduler:
             if is_decoding and self._make_room(sequence):
                 plan.add(sequence, 1)
         has_preempted = self.counters.num_preemptions > num_preemptions
-        self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks)
+        self._schedule_prefills(plan, admit=not has_preempted)
         for chunk in plan.chunks:
             self._note_scheduled(chunk.sequence.request, now)
         if plan.chunks:

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from pdray.outputs import Logprob
 from pdray.sampling_params import SamplingParams
 
-PROMPT_TAIL = 6  # prompt tokens that the decoder sees first, so that a leading space is right
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+PROMPT_TAIL = range(4, 24)  # prompt tokens that the decoder sees first, so that a leading space is right
 
 
 class Piece(NamedTuple):
@@ -36,8 +37,10 @@ class Detokenizer:
         self, tokenizer: PreTrainedTokenizerBase | None, prompt_token_ids: list[int], params: SamplingParams
     ) -> None:
         self._params = params
-        self._tokenizer = None if tokenizer is None else tokenizer._tokenizer
-        self._stream = DecodeStream(ids=prompt_token_ids[-PROMPT_TAIL:], skip_special_tokens=params.skip_special_tokens)
+        self._tokenizer = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
+        for token_id in self._prompt_tail(prompt_token_ids):
+            self._step(token_id)
         self._hold = 0 if params.include_stop_str_in_output else max((len(s) - 1 for s in params.stop), default=0)
         self._num_tokens = 0
         self._num_shown = 0
@@ -48,11 +51,15 @@ class Detokenizer:
         self._num_tokens += 1
         if self._tokenizer is None:
             return Piece("", None)
-        added = self._stream.step(self._tokenizer, token_id) or ""
-        searched_from = max(0, len(self.text) - max((len(s) for s in self._params.stop), default=1) + 1)
+        added = self._step(token_id)
+        before = len(self.text)
         self.text += added
         if added and self._num_tokens > self._params.min_tokens:
-            found = [(at, stop) for stop in self._params.stop if (at := self.text.find(stop, searched_from)) >= 0]
+            found = [
+                (at, stop)
+                for stop in self._params.stop
+                if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0  # with a new character in it
+            ]
             if found:
                 at, stop = min(found)
                 self.text = self.text[: at + len(stop) if self._params.include_stop_str_in_output else at]
@@ -62,6 +69,27 @@ class Detokenizer:
     def flush(self) -> str:
         """What was held back; the completion has ended otherwise."""
         return self._show(len(self.text))
+
+    def _prompt_tail(self, prompt_token_ids: list[int]) -> list[int]:
+        """The end of the prompt, from a whole character on if there is one near."""
+        if self._tokenizer is None:
+            return []
+        for length in PROMPT_TAIL:
+            tail = prompt_token_ids[-length:]
+            if length >= len(prompt_token_ids) or REPLACEMENT not in self._tokenizer.decode(tail):
+                return tail
+        return prompt_token_ids[-PROMPT_TAIL.start :]
+
+    def _step(self, token_id: int) -> str:
+        assert self._tokenizer is not None
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception as error:
+            # Broken UTF-8 can decode to less than it did before: start again at this token, as vLLM does.
+            if not str(error).startswith("Invalid prefix encountered"):
+                raise
+            self._stream = DecodeStream(skip_special_tokens=self._params.skip_special_tokens)
+            return self._stream.step(self._tokenizer, token_id) or ""
 
     def _show(self, end: int) -> str:
         shown = self.text[self._num_shown : max(end, self._num_shown)]

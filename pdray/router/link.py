@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from pdray.cluster.messages import Credit, LegKey, WorkerInfo
 from pdray.cluster.policy import DecodeState, PrefillState
 from pdray.cluster.session import Session
@@ -15,7 +17,7 @@ class WorkerLink:
     credit: the last that a decode worker told; none until it has.
     denied: it refused a lease, and has told no new credit since.
     asked: blocks and places of leases asked for and not answered, by leg.
-    queued: tokens sent to a prefill worker whose first token has not come back, by leg.
+    queued: tokens for a prefill worker whose first token has not come back, by leg; from when the lease is asked for.
     """
 
     def __init__(self, info: WorkerInfo) -> None:
@@ -33,6 +35,18 @@ class WorkerLink:
 
     def update_credit(self, credit: Credit) -> None:
         self.credit, self.denied = credit, False
+
+    def expect_credit(self, blocks: int, places: int) -> None:
+        """A lease ends without the worker saying so in its next step: count on what it held. If that is too early,
+        the worker denies the next lease, and tells when it can grant one."""
+        credit = self.credit
+        self.credit = msgspec.structs.replace(
+            credit, free_blocks=credit.free_blocks + blocks, free_places=credit.free_places + places
+        )
+
+    def prefill_ended(self, key: LegKey) -> None:
+        """A leg that was sent waits at this prefill worker no longer."""
+        self.told_queued_tokens = max(0, self.told_queued_tokens - self.queued.pop(key, 0))
 
     def decode_state(self) -> DecodeState:
         return DecodeState(

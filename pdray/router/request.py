@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from pdray.cluster.admission import Waiting
-from pdray.cluster.messages import LegKey
+from pdray.cluster.messages import LegKey, LegTokens
 from pdray.cluster.policy import Choice
 from pdray.cluster.request_tracker import RequestTracker
 from pdray.outputs import CompletionOutput, Logprob, RequestOutput, SampledToken
-from pdray.router.detokenizer import Detokenizer, decode_logprobs
+from pdray.router.detokenizer import Detokenizer, Piece, decode_logprobs
 from pdray.sampling_params import SamplingParams
 
 
@@ -83,6 +83,7 @@ class RoutedRequest:
         self.key: LegKey | None = None
         self.lease_asked_at = 0.0
         self.prefilling = False  # sent to a prefill worker that has not answered
+        self.overtaking: list[LegTokens] = []  # decoded tokens that came before the prefill worker's answer
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
 
@@ -111,10 +112,6 @@ class RoutedRequest:
 
     # the router's side
 
-    @property
-    def queued(self) -> bool:
-        return self.entry is not None and not self.entry.left
-
     def take(self, tokens: list[SampledToken]) -> None:
         """Book fresh tokens."""
         for token in tokens:
@@ -131,7 +128,10 @@ class RoutedRequest:
                 delta.logprobs.append(logprobs)
                 completion.cumulative_logprob += token.logprobs[token.token_id].logprob
             detokenizer = self._detokenizers[token.index]
-            piece = detokenizer.feed(token.token_id)
+            if token.finish_reason == "stop" and not self.params.include_stop_str_in_output:
+                piece = Piece("", None)  # an end-of-sequence or stop token; it is no text, as in vLLM
+            else:
+                piece = detokenizer.feed(token.token_id)
             text = piece.text
             if piece.stop is not None:
                 self.outruns |= token.finish_reason is None

@@ -34,12 +34,21 @@ from pdray.cluster.messages import (
     PrefillRequest,
     RenewLeases,
     Tokens,
+    WorkerInfo,
 )
 from pdray.cluster.policy import Choice, Demand, choose
 from pdray.cluster.request_tracker import Leg
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
-from pdray.errors import HandshakeError, InvalidRequestError, NoWorkerError, PdrayError, QueueFullError, WorkerDiedError
+from pdray.errors import (
+    ConfigError,
+    HandshakeError,
+    InvalidRequestError,
+    NoWorkerError,
+    PdrayError,
+    QueueFullError,
+    WorkerDiedError,
+)
 from pdray.outputs import RequestOutput, RequestTimings, SampledToken
 from pdray.router.link import WorkerLink
 from pdray.router.request import RoutedRequest
@@ -65,7 +74,7 @@ class Router:
     """See the module.
 
     Args:
-        tokenizer: None serves token ids only.
+        tokenizer: None serves token ids only. One without tokenizer.json is a ConfigError.
         router_id: must begin with "router" and be unique in the cluster.
         watch: returns the first view newer than the version given, or after a while the same.
     """
@@ -80,6 +89,11 @@ class Router:
         watch: Callable[[int], Awaitable[ClusterView]],
         metrics: Metrics | None = None,
     ) -> None:
+        if tokenizer is not None and not tokenizer.is_fast:
+            raise ConfigError(
+                f"the tokenizer of {config.tokenizer or config.model} is a {type(tokenizer).__name__}, which cannot "
+                "decode token by token; set tokenizer to one with a tokenizer.json"
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.router_id = router_id
@@ -87,6 +101,7 @@ class Router:
         self._watch = watch
         self._metrics = metrics
         self._queue: AdmissionQueue[RoutedRequest] = AdmissionQueue(config.max_queue_size, config.max_queue_wait_s)
+        self._workers: dict[str, WorkerInfo] = {}  # as the last view names them
         self._links: dict[str, WorkerLink] = {}
         self._pairs: dict[tuple[str, str], int] = {}  # (prefill, decode) -> epoch
         self._requests: dict[str, RoutedRequest] = {}
@@ -101,16 +116,17 @@ class Router:
             self._spawn(coroutine)
 
     async def stop(self) -> None:
-        """Abort what runs, close the sessions."""
+        """Abort what runs, refuse what waits, close the sessions."""
         for request in list(self._requests.values()):
-            request.abort()
+            if request.granted.done():
+                request.abort()
+            else:
+                self._end(request, "rejected", NoWorkerError("this router is stopping; try again shortly"))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for link in self._links.values():
-            if link.session is not None:
-                await link.session.close()
-        self._links.clear()
+        links, self._links = self._links, {}
+        await asyncio.gather(*(link.session.close() for link in links.values() if link.session is not None))
 
     @property
     def ready(self) -> bool:
@@ -170,8 +186,6 @@ class Router:
         max_model_len = self.max_model_len
         if max_model_len is None or not self.ready:
             raise NoWorkerError("no prefill and decode worker are connected now; try again shortly")
-        if request_id in self._requests:
-            raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         if params.n > self.config.max_num_seqs:
             raise InvalidRequestError(
                 f"n is {params.n}, but a worker runs {self.config.max_num_seqs} sequences (max_num_seqs); lower n",
@@ -179,6 +193,8 @@ class Router:
             )
         ids = await tokenize(self.tokenizer, prompt)
         params = complete_params(params, len(ids), max_model_len)
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         text = prompt if isinstance(prompt, str) else None
         return RoutedRequest(request_id, text, ids, params, priority, self.tokenizer, arrival, self._abort)
 
@@ -207,6 +223,8 @@ class Router:
         request.key, request.choice, request.lease_asked_at = leg.key, choice, time.monotonic()
         link = self._links[choice.decode_worker_id]
         link.asked[leg.key] = (demand.blocks, demand.places)
+        if choice.prefill_worker_id is not None:
+            self._links[choice.prefill_worker_id].queued[leg.key] = demand.tokens
         self._send(
             choice.decode_worker_id,
             LeaseRequest(
@@ -248,7 +266,6 @@ class Router:
         if epoch is None or link is None or not link.is_open:
             self._lose(request, f"{prefill_id} was lost before it could begin")
             return False
-        link.queued[grant.key] = len(request.output.prompt_token_ids)
         request.prefilling = True
         leg = next(leg for leg in request.tracker.legs if leg.key == grant.key)
         self._send(
@@ -277,7 +294,10 @@ class Router:
         if not message.retriable:
             self._end(request, "rejected", InvalidRequestError(message.reason))
         else:
-            assert request.entry is not None
+            assert request.entry is not None and request.choice is not None
+            prefill_id, request.choice = request.choice.prefill_worker_id, None
+            if prefill_id is not None and (prefill := self._links.get(prefill_id)) is not None:
+                prefill.queued.pop(message.key, None)
             self._queue.push_back(request.entry)
             self._queue_changed()
 
@@ -300,7 +320,7 @@ class Router:
             self._end(request, outcome, close=request.outruns)
 
     def _first_tokens(self, link: WorkerLink, message: FirstTokens) -> None:
-        link.queued.pop(message.key, None)
+        link.prefill_ended(message.key)
         request = self._leg_request(message.key)
         if request is not None:
             request.prefilling = False
@@ -308,11 +328,19 @@ class Router:
             timings.prefill_queue, timings.prefill = message.prefill_queue, message.prefill
             request.output.num_cached_tokens = max(request.output.num_cached_tokens, message.num_cached_tokens)
             self._tokens(request, message.key, message.tokens)
+            overtaking, request.overtaking = request.overtaking, []
+            for update in overtaking:
+                self._leg_tokens(update)
+            if request.ended and not request.outruns:
+                self._expect_credit(request)  # it never joined the batch, so no step will tell
         self._pump()
 
     def _leg_tokens(self, message: LegTokens) -> None:
         request = self._leg_request(message.key)
         if request is None:
+            return
+        if request.prefilling:
+            request.overtaking.append(message)
             return
         timings = request.output.timings
         for name in ("prefill_queue", "prefill", "transfer_wait", "first_decode_step"):
@@ -346,7 +374,8 @@ class Router:
         if request.entry is not None:
             self._queue.remove(request.entry)
         for leg in request.tracker.drop():
-            self._close_leg(request, leg, outcome, close=close)
+            if request.choice is not None:
+                self._close_leg(request, leg, outcome, close=close)
         self._requests.pop(request.request_id, None)
         request.end(error)
         self._report(outcome, request.output)
@@ -356,14 +385,24 @@ class Router:
     def _close_leg(self, request: RoutedRequest, leg: Leg, reason: str, *, close: bool) -> None:
         assert request.choice is not None
         prefill_id, decode_id = request.choice
-        if (link := self._links.get(decode_id)) is not None:
-            link.asked.pop(leg.key, None)
+        asked = (link := self._links.get(decode_id)) is not None and link.asked.pop(leg.key, None) is not None
         if close:
+            if not asked:
+                self._expect_credit(request)
             self._send(decode_id, CloseLease(*leg.key, reason))
         if prefill_id is not None and (link := self._links.get(prefill_id)) is not None:
-            link.queued.pop(leg.key, None)
+            if asked:  # it was never sent
+                link.queued.pop(leg.key, None)
+                return
+            link.prefill_ended(leg.key)
             if close:
                 self._send(prefill_id, CancelPrefill(*leg.key))
+
+    def _expect_credit(self, request: RoutedRequest) -> None:
+        assert request.choice is not None
+        if (link := self._links.get(request.choice.decode_worker_id)) is not None:
+            demand = self._demand(request)
+            link.expect_credit(demand.blocks, demand.places)
 
     # sessions
 
@@ -415,17 +454,20 @@ class Router:
         if link is not None and link.session is session:
             logger.warning("%s: session with %s closed: %s", self.router_id, session.peer.id, reason)
             self._unlink(link, reason)
+            if self._workers.get(session.peer.id) == link.info:  # perhaps only the session was lost
+                self._link(link.info, RECONNECT_S)
 
     def _unlink(self, link: WorkerLink, reason: str) -> None:
         """A worker is lost: so is what it held for this router."""
         link.session = None
-        self._links.pop(link.info.worker_id, None)
+        worker_id = link.info.worker_id
+        self._links.pop(worker_id, None)
         for request in list(self._requests.values()):
-            if request.choice is None or request.queued:
+            if request.choice is None:
                 continue
             prefill_id, decode_id = request.choice
-            if decode_id == link.info.worker_id or (request.prefilling and prefill_id == link.info.worker_id):
-                self._lose(request, f"{link.info.worker_id} is gone ({reason})")
+            if decode_id == worker_id or (request.prefilling and prefill_id == worker_id):
+                self._lose(request, f"{worker_id} is gone ({reason})")
 
     # background
 
@@ -447,30 +489,40 @@ class Router:
                     session = link.session
                     self._unlink(link, "it died")
                     if session is not None:
-                        await session.close()
-            await asyncio.gather(*(self._link(info) for info in view.workers if info.worker_id not in self._links))
-            if any(info.worker_id not in self._links for info in view.workers):
-                version = -1  # one could not be reached: look again soon
-                await asyncio.sleep(RECONNECT_S)
+                        self._spawn(session.close())
+            self._workers = present
+            for info in view.workers:
+                if info.worker_id not in self._links:
+                    self._link(info)
             self._note_ready()
             self._pump()
 
-    async def _link(self, info: Any) -> None:
+    def _link(self, info: WorkerInfo, delay_s: float = 0.0) -> None:
         link = self._links[info.worker_id] = WorkerLink(info)
-        try:
-            await connect(
-                info.host,
-                info.port,
-                me=PeerName(self.router_id, "1"),
-                expect=PeerName(info.worker_id, info.incarnation),
-                secret=self._secret,
-                handler=self,
-                timeout_s=self.config.worker_timeout_s,
-            )
-        except (OSError, HandshakeError, EOFError) as error:
-            logger.warning("%s: cannot reach %s: %s", self.router_id, info.worker_id, error)
-            if self._links.get(info.worker_id) is link:
-                del self._links[info.worker_id]
+        self._spawn(self._connect(link, delay_s))
+
+    async def _connect(self, link: WorkerLink, delay_s: float) -> None:
+        """Open the link's session; tries until it is there or the worker has left the view."""
+        info = link.info
+        await asyncio.sleep(delay_s)
+        while self._links.get(info.worker_id) is link:
+            try:
+                session = await connect(
+                    info.host,
+                    info.port,
+                    me=PeerName(self.router_id, "1"),
+                    expect=PeerName(info.worker_id, info.incarnation),
+                    secret=self._secret,
+                    handler=self,
+                    timeout_s=self.config.worker_timeout_s,
+                )
+            except (OSError, HandshakeError) as error:
+                logger.warning("%s: cannot reach %s: %s", self.router_id, info.worker_id, error)
+                await asyncio.sleep(RECONNECT_S)
+            else:
+                if link.session is not session:  # the view or the session changed meanwhile
+                    await session.close()
+                return
 
     async def _keep_house(self) -> None:
         """Renews leases, asks prefill workers for their queues, ends those who waited too long."""
@@ -484,15 +536,20 @@ class Router:
             if now >= renew_at:
                 self._renew()
                 renew_at = now + self.config.lease_timeout_s / 4
+            elif len(self._queue):  # other routers' prompts may be done
+                self._ask_for_queues()
             await asyncio.sleep(HOUSEKEEPING_S)
 
     def _renew(self) -> None:
         keys: dict[str, list[LegKey]] = {}
         for request in self._requests.values():
-            if request.choice is not None and not request.queued:
+            if request.choice is not None:
                 keys.setdefault(request.choice.decode_worker_id, []).extend(leg.key for leg in request.tracker.legs)
         for link in self._open_links("decode", "both"):
             self._send(link.info.worker_id, RenewLeases(keys.get(link.info.worker_id, [])))
+        self._ask_for_queues()
+
+    def _ask_for_queues(self) -> None:
         for link in self._open_links("prefill"):
             self._send(link.info.worker_id, Ping())
 

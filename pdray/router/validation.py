@@ -63,5 +63,5 @@ def complete_params(params: SamplingParams, num_prompt_tokens: int, max_model_le
                 f"min_tokens is {params.min_tokens}, but the context length leaves {left}; lower it", "min_tokens"
             )
     if params.seed is None and not params.greedy:
-        changes["seed"] = secrets.randbits(62)
+        changes["seed"] = secrets.randbits(63)
     return msgspec.structs.replace(params, **changes) if changes else params

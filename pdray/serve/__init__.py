@@ -1,6 +1,6 @@
 """The OpenAI-compatible API as a Ray Serve application."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Serve reads build()'s annotation to make a Config of a YAML's args.
 
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 
-def build(args: Config) -> Application:
-    """See pdray.serve.app.build."""
+def build(args: Config) -> "Application":
+    """See pdray.serve.app.build. `import_path: pdray.serve:build`, with Config's fields as args."""
     from pdray.serve.app import build
 
     return build(args)

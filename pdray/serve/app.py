@@ -68,7 +68,7 @@ class RouterReplica:
 
 
 def build(args: Config) -> serve.Application:
-    """The application: `import_path: pdray.serve:build`, with Config's fields as args."""
+    """The application of one configuration."""
 
     num_workers = args.num_decode_workers
     bound = args.max_queue_size + num_workers * args.max_num_seqs + 64

@@ -206,7 +206,9 @@ async def connects(each: Link) -> None:
         for _ in range(100):
             with contextlib.suppress(OSError):
                 session = await plain()
-                await each.server_side.wait(lambda: session.session_id in [s.session_id for s in each.server_side.opened])
+                await each.server_side.wait(
+                    lambda session=session: session.session_id in [s.session_id for s in each.server_side.opened]
+                )
                 each.server_side.opened = [s for s in each.server_side.opened if s.session_id == session.session_id]
                 each.server_side.closed.clear()
                 return session
@@ -274,9 +276,7 @@ async def test_the_server_must_know_the_secret_too(link: Connect) -> None:
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     with pytest.raises(HandshakeError, match="does not know"):
-        await connect(
-            "127.0.0.1", port, me=CLIENT, expect=SERVER, secret=SECRET, handler=Recorder(), timeout_s=2
-        )
+        await connect("127.0.0.1", port, me=CLIENT, expect=SERVER, secret=SECRET, handler=Recorder(), timeout_s=2)
     assert SECRET not in seen
     server.close()
 

@@ -1,0 +1,157 @@
+"""Streamed text against the tokenizer's own decoding, and against a naive search for stop strings."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pdray.outputs import Logprob
+from pdray.router.detokenizer import Detokenizer, decode_logprobs
+from pdray.sampling_params import SamplingParams
+
+TEXTS = ["the cat sat on the mat, the hat and the bat", "日本語とラーメン", "naïve café 🎉🎊 façade", "aaaa abab baba"]
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """Like Llama 3's and Qwen's: characters outside of the merges are several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """Like Llama 2's: words begin with ▁, a text's first space is not shown, and rare characters are bytes."""
+    words = ["▁the", "▁cat", "s", "at", "▁", "a", "b", "."]
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *words])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+TOKENIZERS = {"byte_level": byte_level(), "metaspace": metaspace()}
+
+
+def stream(
+    tokenizer: PreTrainedTokenizerFast, prompt: list[int], ids: list[int], **params: object
+) -> tuple[list[str], str | None, int]:
+    """(shown pieces, stop string, tokens used) until a stop string or the end of ids."""
+    detokenizer = Detokenizer(tokenizer, prompt, SamplingParams(max_tokens=None, **params))  # type: ignore[arg-type]
+    pieces = []
+    for count, token_id in enumerate(ids, 1):
+        piece = detokenizer.feed(token_id)
+        pieces.append(piece.text)
+        if piece.stop is not None:
+            assert "".join(pieces) == detokenizer.text
+            return pieces, piece.stop, count
+    return [*pieces, detokenizer.flush()], None, len(ids)
+
+
+def whole_text(tokenizer: PreTrainedTokenizerFast, prompt: list[int], ids: list[int]) -> str:
+    """The output's text: what follows the prompt's in the decoding of both, without an unfinished last character."""
+    decode = tokenizer.backend_tokenizer.decode
+    before, both = decode(prompt), decode(prompt + ids)
+    assert both.startswith(before)
+    return both[len(before) :].rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+texts = st.text(st.sampled_from("ab. 日é🎉thecs"), max_size=30)
+
+
+@given(name=st.sampled_from(sorted(TOKENIZERS)), prompt=texts, text=texts)
+def test_streamed_text_is_the_whole_text(name: str, prompt: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    prompt_ids, ids = tokenizer.encode(prompt + "a"), tokenizer.encode(text)
+    pieces, stop, _ = stream(tokenizer, prompt_ids, ids)
+    assert stop is None
+    assert "".join(pieces) == whole_text(tokenizer, prompt_ids, ids)
+
+
+@given(prompt=texts, seed=st.integers(0, 10_000), cut=st.integers(0, 8))
+def test_a_prompt_that_ends_within_a_character_is_not_repeated(prompt: str, seed: int, cut: int) -> None:
+    """Prompts of token ids may end anywhere; the output begins with the character that its first tokens complete."""
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = tokenizer.encode(prompt + "🎉本🎊語")
+    at = max(1, len(ids) - cut)
+    pieces, _, _ = stream(tokenizer, ids[:at], ids[at:])
+    before = tokenizer.backend_tokenizer.decode(ids[:at]).rstrip("\N{REPLACEMENT CHARACTER}")
+    assert before + "".join(pieces) == tokenizer.backend_tokenizer.decode(ids)
+
+
+def test_any_tokens_are_taken() -> None:
+    """Random bytes, mostly broken UTF-8, and ids beyond the vocabulary, as a padded model samples them."""
+    rng = random.Random(0)
+    for tokenizer in TOKENIZERS.values():
+        for _ in range(300):
+            ids = [rng.randrange(len(tokenizer) + 20) for _ in range(20)]
+            assert isinstance("".join(stream(tokenizer, ids[:5], ids[5:])[0]), str)
+
+
+@given(
+    name=st.sampled_from(sorted(TOKENIZERS)),
+    text=texts,
+    stops=st.lists(st.text(st.sampled_from("ab. 日🎉th"), min_size=1, max_size=4), min_size=1, max_size=3),
+    include=st.booleans(),
+    min_tokens=st.sampled_from([0, 0, 3, 7]),
+)
+def test_stop_strings(name: str, text: str, stops: list[str], include: bool, min_tokens: int) -> None:
+    """Text ends at the first stop string, and never shows more on the way there."""
+    tokenizer = TOKENIZERS[name]
+    prompt, ids = tokenizer.encode("a"), tokenizer.encode(text)
+    pieces, stop, used = stream(
+        tokenizer, prompt, ids, stop=tuple(stops), include_stop_str_in_output=include, min_tokens=min_tokens
+    )
+    expected, expected_stop, expected_used = whole_text(tokenizer, prompt, ids), None, len(ids)
+    for count in range(min_tokens + 1, len(ids) + 1):
+        before, now = (whole_text(tokenizer, prompt, ids[:n]) for n in (count - 1, count))
+        found = [
+            (at, each)
+            for each in stops
+            for at in range(max(0, len(before) - len(each) + 1), len(now))
+            if now.startswith(each, at)
+        ]
+        if found:
+            at, expected_stop = min(found)
+            expected, expected_used = now[: at + len(expected_stop) * include], count
+            break
+    assert ("".join(pieces), stop, used) == (expected, expected_stop, expected_used)
+    for count in range(1, len(pieces) + 1):
+        assert expected.startswith("".join(pieces[:count]))
+
+
+def test_special_tokens() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = [*tokenizer.encode("the"), tokenizer.eos_token_id, *tokenizer.encode("cat")]
+    assert "".join(stream(tokenizer, ids[:1], ids[1:])[0]).endswith("cat")
+    assert "<eos>" not in "".join(stream(tokenizer, ids[:1], ids)[0])
+    assert "<eos>" in "".join(stream(tokenizer, ids[:1], ids, skip_special_tokens=False)[0])
+
+
+def test_without_a_tokenizer_there_is_no_text() -> None:
+    detokenizer = Detokenizer(None, [1, 2], SamplingParams(stop=("a",)))
+    assert detokenizer.feed(3) == ("", None) and detokenizer.flush() == ""
+    logprobs = {3: Logprob(-1.0, 1)}
+    assert decode_logprobs(None, logprobs) == logprobs
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_logprobs_are_decoded(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    token_id = tokenizer.encode("b")[0]
+    decoded = decode_logprobs(tokenizer, {token_id: Logprob(-0.5, 2)})
+    assert decoded == {token_id: Logprob(-0.5, 2, "b")}
+    assert decode_logprobs(tokenizer, None) is None

@@ -1,0 +1,337 @@
+"""The router against scripted workers: what it sends, what the consumer sees, and what it forgets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from pdray.cluster.messages import (
+    CancelPrefill,
+    CloseLease,
+    Credit,
+    LeaseClosed,
+    LeaseRequest,
+    LegKey,
+    PrefillFailed,
+    PrefillRequest,
+)
+from pdray.errors import InvalidRequestError, NoWorkerError, WorkerDiedError
+from pdray.router.request import CompletionDelta, RoutedRequest
+from pdray.sampling_params import SamplingParams
+
+MakeCluster = Callable[..., Awaitable[Any]]
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+def submit(cluster: Any, name: str, params: SamplingParams = GREEDY, **kwargs: Any) -> asyncio.Task[RoutedRequest]:
+    kwargs.setdefault("prompt", "prompt")
+    return asyncio.create_task(cluster.router.submit(kwargs.pop("prompt"), params, request_id=name, **kwargs))
+
+
+async def start(cluster: Any, name: str, params: SamplingParams = GREEDY, **kwargs: Any) -> RoutedRequest:
+    """Submit, grant, and wait until the prefill worker has it."""
+    task = submit(cluster, name, params, **kwargs)
+    await cluster.decode.expect(LeaseRequest, name)
+    cluster.decode.grant(name)
+    await cluster.prefill.expect(PrefillRequest, name)
+    return await asyncio.wait_for(task, 10)
+
+
+async def rest(request: RoutedRequest) -> list[CompletionDelta]:
+    """All remaining deltas."""
+    async with asyncio.timeout(10):
+        return [delta async for deltas in request for delta in deltas]
+
+
+async def test_streaming_in_order(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    request = await start(cluster, "r", priority=3)
+    lease, prefill = cluster.decode.received[0], cluster.prefill.received[0]
+    assert (lease.prefill_worker_id, lease.indices, lease.priority) == ("prefill-0", [0], 3)
+    assert (prefill.decode_worker_id, prefill.epoch, prefill.block_ids) == ("decode-0", 7, [1])
+    assert lease.prompt_token_ids == prefill.prompt_token_ids == [ord(c) for c in "prompt"]
+
+    stream = aiter(request)
+    cluster.prefill.first("r", "a")
+    assert await anext(stream) == [CompletionDelta(0, "a", [ord("a")])]
+    cluster.decode.tokens("r", 1, "b")
+    assert await anext(stream) == [CompletionDelta(0, "b", [ord("b")])]
+    cluster.decode.tokens("r", 1, "bc")  # a repeated position
+    cluster.decode.tokens("r", 3, "d$", finish="stop")
+    deltas = [delta async for deltas in stream for delta in deltas]
+    assert "".join(d.text for d in deltas) == "cd" and deltas[-1].finish_reason == "stop"
+
+    output = request.output
+    assert output.finished and output.prompt == "prompt"
+    assert output.outputs[0].text == "abcd" and output.outputs[0].token_ids == [*b"abcd", 128]
+    assert "CloseLease" not in cluster.decode.about("r")  # the worker has ended it by itself
+    assert cluster.metrics.outcomes == [("stop", output)] and len(cluster.metrics.first_tokens) == 1
+    cluster.assert_clean()
+
+
+async def test_decoded_tokens_may_overtake_the_first(make_cluster: MakeCluster) -> None:
+    """They come through another connection."""
+    cluster = await make_cluster()
+    request = await start(cluster, "r")
+    cluster.decode.tokens("r", 1, "b")
+    cluster.decode.tokens("r", 2, "c", finish="length")
+    await asyncio.sleep(0.05)
+    cluster.prefill.first("r", "a")
+    assert "".join(d.text for d in await rest(request)) == "abc"
+    assert request.output.outputs[0].finish_reason == "length"
+    cluster.assert_clean()
+
+
+async def test_a_slow_consumer_gets_merged_deltas(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    request = await start(cluster, "r", SamplingParams(n=2, temperature=0, max_tokens=20))
+    assert cluster.decode.received[0].indices == [0, 1]
+    cluster.prefill.first("r", "aA")
+    for position in range(1, 20):
+        for index, char in enumerate("bB"):
+            cluster.decode.tokens("r", position, char, index=index, finish="length" if position == 19 else None)
+    async with asyncio.timeout(10):
+        while not request.ended:
+            await asyncio.sleep(0.01)
+    deltas = await rest(request)
+    assert [(d.index, d.text, d.finish_reason) for d in deltas] == [
+        (0, "a" + "b" * 19, "length"),
+        (1, "A" + "B" * 19, "length"),
+    ]
+    assert [c.text for c in request.output.outputs] == ["a" + "b" * 19, "A" + "B" * 19]
+    cluster.assert_clean()
+
+
+async def test_logprobs(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    request = await start(cluster, "r", SamplingParams(temperature=0, max_tokens=3, logprobs=0))
+    cluster.prefill.first("r", "A")
+    cluster.decode.tokens("r", 1, "BC", finish="length")
+    deltas = await rest(request)
+    completion = request.output.outputs[0]
+    assert completion.cumulative_logprob == pytest.approx(-1.5)
+    assert [
+        entry[token_id].decoded_token for entry, token_id in zip(completion.logprobs or [], b"ABC", strict=True)
+    ] == [*"ABC"]
+    assert [entry for delta in deltas for entry in delta.logprobs or []] == completion.logprobs
+
+
+async def test_a_stop_string_ends_the_lease(make_cluster: MakeCluster) -> None:
+    """Text, token ids and logprobs end with the token that completed it; what the worker overran is dropped."""
+    cluster = await make_cluster()
+    request = await start(cluster, "r", SamplingParams(temperature=0, max_tokens=20, stop=("CD",), logprobs=0))
+    cluster.prefill.first("r", "A")
+    cluster.decode.tokens("r", 1, "BCDEF")
+    await cluster.decode.expect(CloseLease, "r")
+    cluster.decode.tokens("r", 6, "GH")
+    deltas = await rest(request)
+    completion = request.output.outputs[0]
+    assert "".join(d.text for d in deltas) == completion.text == "AB"
+    assert completion.token_ids == [*b"ABCD"] and len(completion.logprobs or []) == 4
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", "CD")
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", "CD")
+    cluster.assert_clean()
+
+
+async def test_one_stopped_completion_leaves_the_others_running(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    request = await start(cluster, "r", SamplingParams(n=2, temperature=0, max_tokens=4, stop=("x",)))
+    cluster.prefill.first("r", "aa")
+    cluster.decode.tokens("r", 1, "x", index=0)
+    cluster.decode.tokens("r", 2, "y", index=0)
+    cluster.decode.tokens("r", 1, "bcd", index=1, finish="length")
+    await rest(request)
+    assert [(c.text, c.finish_reason) for c in request.output.outputs] == [("a", "stop"), ("abcd", "length")]
+    await cluster.decode.expect(CloseLease, "r")  # completion 0 still runs there
+    cluster.assert_clean()
+
+
+@pytest.mark.parametrize("state", ["queued", "asked", "prefilling", "decoding"])
+async def test_abort_in_every_state(make_cluster: MakeCluster, state: str) -> None:
+    """It tells who must know, forgets the request, and the next one is served."""
+    cluster = await make_cluster()
+    if state == "queued":
+        cluster.decode.credit = Credit(0, 0, 0, 0, 0)
+        await asyncio.sleep(0.4)  # a heartbeat
+    task = submit(cluster, "r")
+    if state == "queued":
+        await asyncio.sleep(0.05)
+        assert len(cluster.router._queue) == 1
+    else:
+        await cluster.decode.expect(LeaseRequest, "r")
+    if state in ("prefilling", "decoding"):
+        cluster.decode.grant("r")
+        await cluster.prefill.expect(PrefillRequest, "r")
+        request = await task
+        if state == "decoding":
+            cluster.prefill.first("r", "a")
+            cluster.decode.tokens("r", 1, "b")
+            async for _ in request:
+                if len(request.output.outputs[0].token_ids) == 2:
+                    break
+        request.abort()
+        request.abort()
+        assert await rest(request) is not None and request.output.outputs[0].finish_reason == "abort"
+        await cluster.prefill.expect(CancelPrefill, "r")
+    else:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    cluster.assert_clean()
+    if state == "queued":
+        await asyncio.sleep(0.05)
+        assert cluster.decode.about("r") == cluster.prefill.about("r") == []
+        cluster.decode.credit = Credit(100, 10, 0, 0, 0)
+    else:
+        await cluster.decode.expect(CloseLease, "r")
+    if state == "asked":
+        cluster.decode.grant("r")  # crossed the close
+        await cluster.decode.wait(lambda: cluster.decode.about("r").count("CloseLease") == 2)
+        assert "PrefillRequest" not in cluster.prefill.about("r")
+    assert [outcome for outcome, _ in cluster.metrics.outcomes] == ["abort"]
+    following = await start(cluster, "next")
+    cluster.prefill.first("next", "z", finish="length")
+    assert [d.text for d in await rest(following)] == ["z"]
+    cluster.assert_clean()
+
+
+async def test_leases_are_renewed_while_they_live(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    request = await start(cluster, "r")
+    await cluster.decode.wait(lambda: LegKey("r", 0) in cluster.decode.renewed)
+    request.abort()
+    await cluster.decode.expect(CloseLease, "r")
+    cluster.decode.renewed.clear()
+    await asyncio.sleep(0.6)
+    assert not cluster.decode.renewed
+
+
+async def test_local_prefill(make_cluster: MakeCluster) -> None:
+    """Short prompts are prefilled by the decode worker, long ones are not."""
+    cluster = await make_cluster(local_prefill_max_tokens=6)
+    task = submit(cluster, "short", prompt="123456")
+    lease = await cluster.decode.expect(LeaseRequest, "short")
+    assert lease.prefill_worker_id is None
+    cluster.decode.grant("short")
+    request = await task
+    cluster.decode.tokens("short", 0, "a", prefill_queue=0.1, prefill=0.2)
+    cluster.decode.tokens("short", 1, "b", finish="length", first_decode_step=0.3)
+    assert "".join(d.text for d in await rest(request)) == "ab"
+    timings = request.output.timings
+    assert (timings.prefill_queue, timings.prefill, timings.first_decode_step) == (0.1, 0.2, 0.3)
+    assert cluster.prefill.received == []
+    submit(cluster, "long", prompt="1234567").add_done_callback(lambda t: t.cancelled() or t.exception())
+    assert (await cluster.decode.expect(LeaseRequest, "long")).prefill_worker_id == "prefill-0"
+
+
+async def test_a_colocated_worker_serves_alone(make_cluster: MakeCluster) -> None:
+    from_nowhere = await make_cluster(empty=True)
+    await from_nowhere.show(from_nowhere.new_worker("both-0", "both"))
+    await asyncio.wait_for(from_nowhere.router.wait_ready(), 10)
+    task = submit(from_nowhere, "r")
+    assert (await from_nowhere.both.expect(LeaseRequest, "r")).prefill_worker_id is None
+    from_nowhere.both.grant("r")
+    from_nowhere.both.tokens("r", 0, "ab", finish="length")
+    assert [d.text for d in await rest(await task)] == ["ab"]
+
+
+async def test_timings_add_up(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    task = submit(cluster, "r")
+    await cluster.decode.expect(LeaseRequest, "r")
+    await asyncio.sleep(0.05)
+    cluster.decode.grant("r")
+    request = await task
+    await cluster.prefill.expect(PrefillRequest, "r")
+    await asyncio.sleep(0.03)
+    cluster.prefill.first("r", "a")  # says 0.01 s of queue, 0.02 s of prefill
+    stream = aiter(request)
+    await anext(stream)
+    await asyncio.sleep(0.05)
+    cluster.decode.tokens("r", 1, "b", transfer_wait=0.02, first_decode_step=0.03)
+    await anext(stream)
+    await asyncio.sleep(0.02)
+    cluster.decode.tokens("r", 2, "c", finish="length")
+    await anext(stream)
+    timings = request.output.timings
+    assert timings.lease_wait is not None and timings.lease_wait >= 0.05
+    parts = [timings.queue, timings.lease_wait, timings.prefill_queue, timings.prefill]
+    assert None not in parts and timings.ttft is not None and timings.ttft_unexplained is not None
+    assert timings.ttft == pytest.approx(sum(p for p in parts if p is not None) + timings.ttft_unexplained)
+    assert timings.ttft_unexplained >= 0 and timings.first_gap is not None and timings.first_gap >= 0.05
+    assert timings.first_gap_unexplained == pytest.approx(timings.first_gap - 0.05)
+    assert timings.e2e is not None and timings.e2e >= timings.ttft + timings.first_gap + 0.02
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "text"),
+    [
+        ("", {}, "at least one token"),
+        ([], {}, "at least one token"),
+        ([1, 129], {}, r"129 is not in \[0, 129\)"),
+        ([1, -1], {}, "-1 is not in"),
+        ([1, "x"], {}, "'x' is not in"),
+        ("x" * 100, {"max_tokens": None}, r"100 tokens.*max_model_len\) is 100"),
+        ("x" * 95, {"max_tokens": 6}, "max_tokens is 6.*95 tokens leave 5"),
+        ("x", {"n": 5}, "max_num_seqs"),
+        ("x" * 95, {"max_tokens": None, "min_tokens": 6}, "min_tokens is 6"),
+    ],
+)
+async def test_invalid_requests(make_cluster: MakeCluster, prompt: Any, params: dict[str, Any], text: str) -> None:
+    cluster = await make_cluster(max_num_seqs=4)
+    with pytest.raises(InvalidRequestError, match=text):
+        await cluster.router.submit(prompt, SamplingParams(**params), request_id="r")
+    assert cluster.decode.received == [] and cluster.metrics.outcomes == [("rejected", None)]
+    cluster.assert_clean()
+
+
+async def test_what_the_router_fills_in(make_cluster: MakeCluster) -> None:
+    """max_tokens up to the context's end, and seeds that differ, unless greedy or given."""
+    cluster = await make_cluster()
+    seeds = []
+    for number, params in enumerate([{}, {}, {"seed": 5}, {"temperature": 0}]):
+        await start(cluster, str(number), SamplingParams(max_tokens=None, **params), prompt="x" * 60)  # type: ignore[arg-type]
+        sent = cluster.decode.received[-1].params
+        assert sent == cluster.prefill.received[-1].params and sent.max_tokens == 40
+        seeds.append(sent.seed)
+    assert seeds[0] is not None and seeds[0] != seeds[1] and seeds[2:] == [5, None]
+
+
+async def test_a_long_text_is_tokenized_beside_the_loop(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    first = submit(cluster, "r", prompt="x" * 10_000)
+    with pytest.raises(InvalidRequestError, match="10000 tokens"):
+        await first
+
+
+async def test_a_request_id_is_unique(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    await start(cluster, "r")
+    with pytest.raises(InvalidRequestError, match="in use"):
+        await cluster.router.submit("x", GREEDY, request_id="r")
+
+
+async def test_no_worker(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster(empty=True)
+    assert not cluster.router.ready and cluster.router.max_model_len is None
+    with pytest.raises(NoWorkerError):
+        await cluster.router.submit("x", GREEDY, request_id="r")
+    await cluster.show(cluster.new_worker("decode-0", "decode"))  # alone it cannot serve
+    await cluster.decode.wait(lambda: cluster.decode.session)
+    with pytest.raises(NoWorkerError):
+        await cluster.router.submit("x", GREEDY, request_id="r")
+
+
+@pytest.mark.parametrize("kind", [LeaseClosed, PrefillFailed])
+async def test_a_failed_leg_fails_the_request(make_cluster: MakeCluster, kind: type) -> None:
+    cluster = await make_cluster()
+    request = await start(cluster, "r")
+    (cluster.decode if kind is LeaseClosed else cluster.prefill).send(kind("r", 0, "the channel broke"))
+    with pytest.raises(WorkerDiedError, match="the channel broke"):
+        await rest(request)
+    await cluster.decode.expect(CloseLease, "r")
+    assert cluster.metrics.outcomes[0][0] == "error"
+    cluster.assert_clean()

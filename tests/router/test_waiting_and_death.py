@@ -1,0 +1,373 @@
+"""Requests that wait, are refused, or lose a worker: each ends, with the right error, and nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from pdray.cluster.messages import CloseLease, Credit, CreditUpdate, LeaseRequest, LegKey, PrefillRequest
+from pdray.errors import InvalidRequestError, NoWorkerError, QueueFullError, WorkerDiedError
+from pdray.router.request import RoutedRequest
+from pdray.sampling_params import SamplingParams
+
+MakeCluster = Callable[..., Awaitable[Any]]
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+FULL = Credit(free_blocks=100, free_places=0, running=1, waiting=0, leases=1)
+ONE_PLACE = Credit(free_blocks=100, free_places=1, running=0, waiting=0, leases=0)
+DEADLINE_S = 10
+
+
+def submit(cluster: Any, name: str, priority: int = 0, prompt: Any = "prompt") -> asyncio.Task[RoutedRequest]:
+    return asyncio.create_task(cluster.router.submit(prompt, GREEDY, request_id=name, priority=priority))
+
+
+async def text_of(request: RoutedRequest) -> str:
+    async with asyncio.timeout(DEADLINE_S):
+        return "".join([delta.text async for deltas in request for delta in deltas])
+
+
+async def make_full(cluster: Any) -> None:
+    cluster.decode.credit = FULL
+    cluster.decode.send(CreditUpdate(FULL))
+    await settled(lambda: cluster.router._links["decode-0"].credit == FULL)
+
+
+async def settled(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_waiting_for_credit_in_order(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    await make_full(cluster)
+    tasks = [submit(cluster, name, priority) for name, priority in (("late", 5), ("a", 0), ("b", 0), ("first", -1))]
+    await settled(lambda: cluster.router.stats()["queue_depth"] == 4)
+    assert cluster.decode.received == [] and 4 in cluster.metrics.depths
+    for name in ("first", "a", "b", "late"):
+        cluster.decode.send(CreditUpdate(ONE_PLACE))
+        await cluster.decode.expect(LeaseRequest, name)
+        assert len(cluster.decode.received) == len({m.request_id for m in cluster.decode.received})
+        cluster.decode.credit = FULL
+        cluster.decode.grant(name)
+    await asyncio.gather(*tasks)
+
+
+async def test_one_place_is_asked_for_once(make_cluster: MakeCluster) -> None:
+    """What was asked for and not answered counts as taken."""
+    cluster = await make_cluster()
+    await make_full(cluster)
+    tasks = [submit(cluster, str(i)) for i in range(5)]
+    await settled(lambda: len(cluster.router._queue) == 5)
+    cluster.decode.send(CreditUpdate(ONE_PLACE))
+    cluster.decode.send(CreditUpdate(ONE_PLACE))
+    await cluster.decode.expect(LeaseRequest, "0")
+    await asyncio.sleep(0.05)
+    assert len(cluster.decode.received) == 1
+    for task in tasks:
+        task.cancel()
+
+
+@pytest.mark.parametrize("size", [0, 3])
+async def test_a_full_queue_refuses_at_once(make_cluster: MakeCluster, size: int) -> None:
+    cluster = await make_cluster(max_queue_size=size)
+    await make_full(cluster)
+    tasks = [submit(cluster, str(i)) for i in range(size)]
+    await settled(lambda: len(cluster.router._queue) == size)
+    with pytest.raises(QueueFullError, match=f"max_queue_size is {size}") as caught:
+        await cluster.router.submit("x", GREEDY, request_id="one more")
+    assert caught.value.retry_after_s >= 1
+    assert cluster.metrics.outcomes == [("rejected", None)] and not any(task.done() for task in tasks)
+
+
+async def test_waiting_too_long(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster(max_queue_wait_s=0.3)
+    await make_full(cluster)
+    with pytest.raises(QueueFullError, match="max_queue_wait_s"):
+        async with asyncio.timeout(DEADLINE_S):
+            await cluster.router.submit("x", GREEDY, request_id="r")
+    assert cluster.decode.received == [] and cluster.metrics.outcomes[0][0] == "rejected"
+    cluster.assert_clean()
+
+
+async def test_a_denied_lease_keeps_its_place_in_the_queue(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    first = submit(cluster, "first")
+    await cluster.decode.expect(LeaseRequest, "first")
+    cluster.decode.credit = FULL
+    cluster.decode.deny("first", "no free blocks or places", retriable=True)
+    await settled(lambda: len(cluster.router._queue) == 1)
+    second = submit(cluster, "second")
+    await settled(lambda: len(cluster.router._queue) == 2)
+    cluster.decode.send(CreditUpdate(ONE_PLACE))
+    assert (await cluster.decode.expect(LeaseRequest, "first", attempt=1)).indices == [0]
+    assert "LeaseRequest" not in cluster.decode.about("second")
+    cluster.decode.grant("first", attempt=1)
+    await asyncio.wait_for(first, DEADLINE_S)
+    assert not second.done()
+    second.cancel()
+
+
+async def test_aborting_a_denied_request_sends_nothing(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    task = submit(cluster, "r")
+    await cluster.decode.expect(LeaseRequest, "r")
+    cluster.decode.credit = FULL
+    cluster.decode.deny("r", "no free blocks or places", retriable=True)
+    await settled(lambda: len(cluster.router._queue) == 1)
+    task.cancel()
+    await asyncio.sleep(0.05)
+    assert cluster.decode.about("r") == ["LeaseRequest"]
+    cluster.assert_clean()
+
+
+async def test_a_final_denial_is_the_requests_fault(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    task = submit(cluster, "r")
+    await cluster.decode.expect(LeaseRequest, "r")
+    cluster.decode.deny("r", "it needs 99 blocks, the pool has 9", retriable=False)
+    with pytest.raises(InvalidRequestError, match="99 blocks"):
+        await asyncio.wait_for(task, DEADLINE_S)
+    cluster.assert_clean()
+
+
+async def test_a_closed_lease_gives_its_place_to_the_next(make_cluster: MakeCluster) -> None:
+    """Without waiting for a heartbeat: the decode worker sends no credit for a lease that the router closes."""
+    cluster = await make_cluster(lease_timeout_s=1000)
+    cluster.decode.credit = FULL
+    first = submit(cluster, "first")
+    await cluster.decode.expect(LeaseRequest, "first")
+    cluster.decode.grant("first")
+    request = await first
+    second = submit(cluster, "second")
+    await settled(lambda: len(cluster.router._queue) == 1)
+    request.abort()
+    await cluster.decode.expect(LeaseRequest, "second")
+    second.cancel()
+
+
+async def test_one_token_requests_do_not_use_up_the_credit(make_cluster: MakeCluster) -> None:
+    """They end at the prefill worker's answer, and no decode step tells of their places."""
+    cluster = await make_cluster(lease_timeout_s=1000)
+    for name in ("a", "b", "c"):
+        cluster.decode.credit = FULL
+        task = submit(cluster, name)
+        await cluster.decode.expect(LeaseRequest, name)
+        cluster.decode.grant(name)
+        await cluster.prefill.expect(PrefillRequest, name)
+        cluster.prefill.first(name, "x", finish="length")
+        assert await text_of(await task) == "x"
+
+
+async def test_a_long_prefill_queue_gets_nothing_more(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster(max_num_batched_tokens=64, max_queue_size=100)
+    tasks = [submit(cluster, str(i), prompt=[1] * 50) for i in range(6)]
+    await settled(lambda: len(cluster.router._queue) == 3)  # those before are more than two batches, asked for or sent
+    for i in range(3):
+        await cluster.decode.expect(LeaseRequest, str(i))
+        cluster.decode.grant(str(i))
+        await cluster.prefill.expect(PrefillRequest, str(i))
+    cluster.prefill.first("0", "x", finish="length")
+    await cluster.decode.expect(LeaseRequest, "3")
+    cluster.decode.deny("3", "no free blocks or places", retriable=False)
+    await cluster.decode.expect(LeaseRequest, "4")
+    assert len(cluster.router._queue) == 1
+    await settled(lambda: cluster.router._links["prefill-0"].prefill_state().queued_tokens == 150)
+    await asyncio.gather(*tasks[:3])
+    for task in tasks:
+        task.cancel()
+        if task is tasks[3]:
+            with pytest.raises(InvalidRequestError):
+                await task
+
+
+async def test_a_queue_of_other_routers_prompts_is_asked_for_while_requests_wait(make_cluster: MakeCluster) -> None:
+    """Long before the next renewal."""
+    cluster = await make_cluster(max_num_batched_tokens=64, lease_timeout_s=1000)
+    cluster.prefill.queued_tokens = 1000
+    cluster.router._ask_for_queues()
+    await settled(lambda: cluster.router._links["prefill-0"].told_queued_tokens == 1000)
+    task = submit(cluster, "r")
+    await settled(lambda: len(cluster.router._queue) == 1)
+    cluster.prefill.queued_tokens = 0
+    await cluster.decode.expect(LeaseRequest, "r")
+    task.cancel()
+
+
+@pytest.mark.parametrize("state", ["asked", "prefilling", "decoding"])
+@pytest.mark.parametrize("how", ["killed", "gone from the view", "restarted"])
+async def test_death_of_the_decode_worker(make_cluster: MakeCluster, state: str, how: str) -> None:
+    cluster = await make_cluster()
+    task = await brought_to(cluster, state)
+    decode, prefill = cluster.decode, cluster.prefill
+    if how == "killed":
+        await decode.die()
+    elif how == "gone from the view":
+        await cluster.show(prefill)
+    else:
+        await cluster.show(prefill, cluster.new_worker("decode-0", "decode", "2"))
+    with pytest.raises(WorkerDiedError, match="decode-0"):
+        await text_of(await asyncio.wait_for(task, DEADLINE_S))
+    cluster.assert_clean()
+    if how == "restarted":
+        await settled(lambda: cluster.router.ready)
+        again = submit(cluster, "again")
+        await cluster.decode.expect(LeaseRequest, "again")
+        cluster.decode.grant("again")
+        await prefill.expect(PrefillRequest, "again")
+        prefill.first("again", "x", finish="length")
+        assert await text_of(await again) == "x"
+    else:
+        assert not cluster.router.ready
+        with pytest.raises(NoWorkerError):
+            await cluster.router.submit("x", GREEDY, request_id="s")
+    await decode.stop()
+
+
+async def test_death_of_the_prefill_worker(make_cluster: MakeCluster) -> None:
+    """Those that it was computing fail and give their leases back; those that it has finished go on."""
+    cluster = await make_cluster()
+    computing, decoding = await brought_to(cluster, "prefilling"), await brought_to(cluster, "decoding", "d")
+    await cluster.prefill.die()
+    with pytest.raises(WorkerDiedError, match="prefill-0"):
+        await text_of(await computing)
+    await cluster.decode.expect(CloseLease, "r")
+    cluster.decode.tokens("d", 2, "c", finish="length")
+    assert await text_of(await decoding) == "abc"
+    cluster.assert_clean()
+
+
+async def brought_to(cluster: Any, state: str, name: str = "r") -> asyncio.Task[RoutedRequest]:
+    task = submit(cluster, name)
+    await cluster.decode.expect(LeaseRequest, name)
+    if state != "asked":
+        cluster.decode.grant(name)
+        await cluster.prefill.expect(PrefillRequest, name)
+    if state == "decoding":
+        cluster.prefill.first(name, "a")
+        cluster.decode.tokens(name, 1, "b")
+        request = await task
+        await settled(lambda: len(request.output.outputs[0].token_ids) == 2)
+    return task
+
+
+async def test_a_lost_session_is_opened_again(make_cluster: MakeCluster) -> None:
+    """Its requests fail, but the worker lives and serves on without a new view."""
+    cluster = await make_cluster()
+    task = await brought_to(cluster, "decoding")
+    await cluster.decode.session.close()
+    with pytest.raises(WorkerDiedError):
+        await text_of(await task)
+    await settled(lambda: cluster.router.ready)
+    await brought_to(cluster, "decoding", "again")
+
+
+async def test_a_worker_that_cannot_be_reached_yet(make_cluster: MakeCluster) -> None:
+    """It does not keep the router from the others, and is tried until it is there."""
+    cluster = await make_cluster(empty=True)
+    late = cluster.new_worker("decode-1", "decode")
+    await late.start()
+    assert late._server._server is not None
+    late._server._server.close()
+    prefill, decode = cluster.new_worker("prefill-0", "prefill"), cluster.new_worker("decode-0", "decode")
+    await prefill.start()
+    await decode.start()
+    late.session = prefill.session = decode.session = object()  # type: ignore[assignment]  # started already
+    await cluster.show(prefill, decode, late)
+    await asyncio.wait_for(cluster.router.wait_ready(), DEADLINE_S)
+    await brought_to(cluster, "decoding")
+    late._server._server = await asyncio.start_server(late._server._accept, "127.0.0.1", late.info.port)
+    await settled(lambda: cluster.router._is_open("decode-1"))
+
+
+async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    running = await (await brought_to(cluster, "decoding"))
+    cluster.decode.credit = FULL
+    await make_full(cluster)
+    waiting = submit(cluster, "waiting")
+    await settled(lambda: len(cluster.router._queue) == 1)
+    await asyncio.wait_for(cluster.router.stop(), DEADLINE_S)
+    assert await text_of(running) == "ab" and running.output.outputs[0].finish_reason == "abort"
+    with pytest.raises(NoWorkerError):
+        await waiting
+    await cluster.decode.wait(lambda: cluster.decode.session is None)
+
+
+async def test_many_requests_leave_nothing(make_cluster: MakeCluster) -> None:
+    """200 at once over 8 places: finished, stopped, aborted, denied. Every text is right, every place comes back."""
+    rng = random.Random(1)
+    cluster = await make_cluster(max_queue_size=200, max_num_seqs=8)
+    decode, prefill = cluster.decode, cluster.prefill
+    held: dict[LegKey, LeaseRequest] = {}
+
+    def credit() -> Credit:
+        return Credit(1000 - len(held), 8 - len(held), len(held), 0, len(held))
+
+    def on_decode(message: Any) -> None:
+        if isinstance(message, LeaseRequest):
+            if len(held) >= 8 or rng.random() < 0.1:
+                decode.deny(message.request_id, "no free blocks or places", retriable=True, attempt=message.attempt)
+                asyncio.get_running_loop().call_later(0.005, lambda: decode.send(CreditUpdate(credit())))
+            else:
+                held[message.key] = message
+                decode.credit = credit()
+                decode.grant(message.request_id, message.attempt)
+        elif isinstance(message, CloseLease):
+            held.pop(message.key, None)
+            decode.credit = credit()
+
+    def on_prefill(message: Any) -> None:
+        if isinstance(message, PrefillRequest):
+            prefill.first(message.request_id, message.request_id[0], attempt=message.attempt)
+            asyncio.get_running_loop().create_task(run(message.key))
+
+    async def run(key: LegKey) -> None:
+        for position in range(1, 8):
+            await asyncio.sleep(rng.uniform(0, 0.003))
+            if key not in held:
+                return
+            if position == 7:
+                del held[key]
+                decode.credit = credit()
+            char = (key.request_id * 8)[position]
+            decode.tokens(
+                key.request_id, position, char, finish="length" if position == 7 else None, attempt=key.attempt
+            )
+
+    decode.on_received, prefill.on_received = on_decode, on_prefill
+    decode.credit = credit()
+    decode.send(CreditUpdate(credit()))
+
+    async def one(number: int) -> str:
+        name = f"{chr(97 + number % 26)}{number:03d}"
+        kind = ("finish", "stop", "abort", "cancel")[number % 4]
+        params = SamplingParams(temperature=0, max_tokens=8, stop=(name[-1] + name[0],) if kind == "stop" else ())
+        waiting = asyncio.create_task(cluster.router.submit("x", params, request_id=name, priority=number % 3))
+        if kind == "cancel":
+            await asyncio.sleep(rng.uniform(0, 0.2))
+            waiting.cancel()
+            if (await asyncio.gather(waiting, return_exceptions=True))[0].__class__ is not RoutedRequest:
+                return kind
+            (await waiting).abort()
+            return kind
+        request = await waiting
+        text = ""
+        async for deltas in request:
+            text += "".join(delta.text for delta in deltas)
+            if kind == "abort" and len(text) > number % 8:
+                request.abort()
+        assert text == request.output.outputs[0].text
+        assert text == {"finish": name * 2, "stop": name[:3]}.get(kind, text) and (name * 2).startswith(text)
+        return kind
+
+    async with asyncio.timeout(60):
+        kinds = await asyncio.gather(*(one(number) for number in range(200)))
+        assert len(kinds) == 200
+        await settled(lambda: not held)
+    cluster.assert_clean()
+    assert len(cluster.metrics.outcomes) == 200
