@@ -19,24 +19,24 @@ class KVAllocator:
         if self.pool.enable_prefix_caching:
             sequence.update_hashes(self.limits.block_size)
 
-    def allocate(self, owners: list[Sequence], num_tokens: int, *, compute: bool, keep_free: int = 0) -> bool:
+    def allocate(self, owners: list[Sequence], num_tokens: int, *, keep_free: int = 0) -> bool:
         """Blocks for sequences that have the same tokens and hold none; all or nothing.
 
         Full blocks are shared; what lies beyond is private. The first owner's num_computed_tokens becomes the number
-        of tokens found in the prefix cache.
+        of tokens found in the prefix cache: all of them only if a private block remains, so that the last token can
+        still be computed here, in a block of its own (leave_last_block_to_compute).
 
         Args:
             num_tokens: room for each owner, at least its tokens.
-            compute: the first owner's last token is to be computed here, so its block must not come from the cache.
         """
         lead, block_size = owners[0], self.limits.block_size
         length = len(lead.token_ids)
         num_shared = length // block_size
         num_private = self.limits.num_blocks_for(num_tokens) - num_shared
         self.hash_prompt(lead)
-        cached = self.pool.lookup(lead.block_hashes[: (length - 1 if compute else length) // block_size])
+        cached = self.pool.lookup(lead.block_hashes)
         if len(cached) * block_size == length and num_private == 0:
-            cached.pop()  # start_prefill() could not put a private block in its place
+            cached.pop()
         fresh = self.pool.acquire(cached, num_shared - len(cached) + len(owners) * num_private, keep_free)
         if fresh is None:
             return False
@@ -57,7 +57,7 @@ class KVAllocator:
         return [sequence] if request.forked or request.prefill_only else request.sequences
 
     def leave_last_block_to_compute(self, request: LiveRequest) -> None:
-        """After allocate(compute=False): if the whole prompt was cached, give its last block up for a private one."""
+        """If the whole prompt was cached, give its last block up for a private one."""
         lead, block_size = request.lead, self.limits.block_size
         if lead.num_computed_tokens < len(lead.token_ids):
             return

@@ -98,7 +98,7 @@ class Scheduler:
         if any(s.preempted for s in self.waiting) or not self._has_places(live):
             return None
         num_tokens = self.limits.num_reserved_tokens(live.request)
-        if not self.allocator.allocate(self.allocator.owners(lead), num_tokens, compute=False):
+        if not self.allocator.allocate(self.allocator.owners(lead), num_tokens):
             return None
         self._enter(live)
         self._take_places(live)
@@ -182,8 +182,9 @@ class Scheduler:
             is_decoding = sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens == 1
             if is_decoding and self._make_room(sequence):
                 plan.add(sequence, 1)
+        # Who gave blocks back in this step would only take them again, unless nobody else can use them.
         has_preempted = self.counters.num_preemptions > num_preemptions
-        self._schedule_prefills(plan, admit=not has_preempted)
+        self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks)
         for chunk in plan.chunks:
             self._note_scheduled(chunk.sequence.request, now)
         if plan.chunks:
@@ -231,7 +232,7 @@ class Scheduler:
             return False
         owners = self.allocator.owners(sequence)
         margin = sum(not s.request.prefill_only for s in self.running)
-        if not self.allocator.allocate(owners, len(sequence.token_ids), compute=True, keep_free=margin):
+        if not self.allocator.allocate(owners, len(sequence.token_ids), keep_free=margin):
             return False
         self._count_prefix_hits(live)
         if not live.has_places:

@@ -34,15 +34,12 @@ from pdray.cluster.messages import (
     PrefillRequest,
     RenewLeases,
     Tokens,
-    WorkerInfo,
 )
 from pdray.cluster.policy import Choice, Demand, choose
 from pdray.cluster.request_tracker import Leg
-from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
 from pdray.errors import (
     ConfigError,
-    HandshakeError,
     InvalidRequestError,
     NoWorkerError,
     PdrayError,
@@ -50,6 +47,7 @@ from pdray.errors import (
     WorkerDiedError,
 )
 from pdray.outputs import RequestOutput, RequestTimings, SampledToken
+from pdray.router.connections import WorkerConnections
 from pdray.router.link import WorkerLink
 from pdray.router.request import RoutedRequest
 from pdray.router.validation import complete_params, tokenize
@@ -57,7 +55,6 @@ from pdray.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-RECONNECT_S = 0.5
 HOUSEKEEPING_S = 0.25
 
 
@@ -97,23 +94,20 @@ class Router:
         self.config = config
         self.tokenizer = tokenizer
         self.router_id = router_id
-        self._secret = secret
-        self._watch = watch
         self._metrics = metrics
         self._queue: AdmissionQueue[RoutedRequest] = AdmissionQueue(config.max_queue_size, config.max_queue_wait_s)
-        self._workers: dict[str, WorkerInfo] = {}  # as the last view names them
-        self._links: dict[str, WorkerLink] = {}
-        self._pairs: dict[tuple[str, str], int] = {}  # (prefill, decode) -> epoch
+        self._connections = WorkerConnections(router_id, secret, watch, config.worker_timeout_s, self)
         self._requests: dict[str, RoutedRequest] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._housekeeper: asyncio.Task[None] | None = None
         self._became_ready = asyncio.Event()
 
     # for the API
 
     async def start(self) -> None:
         """Follow the cluster. Returns at once; see wait_ready()."""
-        for coroutine in (self._follow_view(), self._keep_house()):
-            self._spawn(coroutine)
+        self._connections.start()
+        self._housekeeper = asyncio.create_task(self._keep_house())
+        self._housekeeper.add_done_callback(self._house_left)
 
     async def stop(self) -> None:
         """Abort what runs, refuse what waits, close the sessions."""
@@ -122,19 +116,15 @@ class Router:
                 request.abort()
             else:
                 self._end(request, "rejected", NoWorkerError("this router is stopping; try again shortly"))
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        links, self._links = self._links, {}
-        await asyncio.gather(*(link.session.close() for link in links.values() if link.session is not None))
+        await self._connections.stop()
+        if self._housekeeper is not None:
+            self._housekeeper.cancel()
+            await asyncio.gather(self._housekeeper, return_exceptions=True)
 
     @property
     def ready(self) -> bool:
         """Whether a request could be served: a pair, or a worker that does both, is connected."""
-        return any(
-            link.info.role == "both" or any(self._is_open(p) for p, d in self._pairs if d == link.info.worker_id)
-            for link in self._open_links("decode", "both")
-        )
+        return self._connections.can_serve
 
     async def wait_ready(self) -> None:
         await self._became_ready.wait()
@@ -142,7 +132,7 @@ class Router:
     @property
     def max_model_len(self) -> int | None:
         """Tokens of prompt and output; None before any worker is known."""
-        return min((link.info.max_model_len for link in self._links.values()), default=None)
+        return min((link.info.max_model_len for link in self._connections.links.values()), default=None)
 
     def stats(self) -> dict[str, Any]:
         """For `pdray status`."""
@@ -211,9 +201,9 @@ class Router:
         demand = self._demand(request)
         choice = choose(
             demand,
-            [link.decode_state() for link in self._open_links("decode", "both")],
-            [link.prefill_state() for link in self._open_links("prefill")],
-            set(self._pairs),
+            [link.decode_state() for link in self._connections.open_links("decode", "both")],
+            [link.prefill_state() for link in self._connections.open_links("prefill")],
+            set(self._connections.pairs),
             max_queued_tokens=2 * self.config.max_num_batched_tokens,
             local_prefill_max_tokens=self.config.local_prefill_max_tokens,
         )
@@ -221,11 +211,11 @@ class Router:
             return False
         leg = request.tracker.start() if request.key is None else request.tracker.replace(request.key)[0]
         request.key, request.choice, request.lease_asked_at = leg.key, choice, time.monotonic()
-        link = self._links[choice.decode_worker_id]
+        link = self._connections.links[choice.decode_worker_id]
         link.asked[leg.key] = (demand.blocks, demand.places)
         if choice.prefill_worker_id is not None:
-            self._links[choice.prefill_worker_id].queued[leg.key] = demand.tokens
-        self._send(
+            self._connections.links[choice.prefill_worker_id].queued[leg.key] = demand.tokens
+        self._connections.send(
             choice.decode_worker_id,
             LeaseRequest(
                 *leg.key,
@@ -246,7 +236,7 @@ class Router:
     def _granted(self, link: WorkerLink, message: LeaseGranted) -> None:
         request = self._leg_request(message.key)
         if request is None or request.choice is None:
-            self._send(link.info.worker_id, CloseLease(*message.key, "nobody waits for it"))
+            self._connections.send(link.info.worker_id, CloseLease(*message.key, "nobody waits for it"))
             return
         self._queue.drain_rate.admitted(time.monotonic())
         timings = request.output.timings
@@ -261,14 +251,14 @@ class Router:
     def _start_prefill(self, request: RoutedRequest, choice: Choice, grant: LeaseGranted) -> bool:
         prefill_id = choice.prefill_worker_id
         assert prefill_id is not None
-        epoch = self._pairs.get((prefill_id, choice.decode_worker_id))
-        link = self._links.get(prefill_id)
+        epoch = self._connections.pairs.get((prefill_id, choice.decode_worker_id))
+        link = self._connections.links.get(prefill_id)
         if epoch is None or link is None or not link.is_open:
             self._lose(request, f"{prefill_id} was lost before it could begin")
             return False
         request.prefilling = True
         leg = next(leg for leg in request.tracker.legs if leg.key == grant.key)
-        self._send(
+        self._connections.send(
             prefill_id,
             PrefillRequest(
                 *grant.key,
@@ -296,7 +286,7 @@ class Router:
         else:
             assert request.entry is not None and request.choice is not None
             prefill_id, request.choice = request.choice.prefill_worker_id, None
-            if prefill_id is not None and (prefill := self._links.get(prefill_id)) is not None:
+            if prefill_id is not None and (prefill := self._connections.links.get(prefill_id)) is not None:
                 prefill.queued.pop(message.key, None)
             self._queue.push_back(request.entry)
             self._queue_changed()
@@ -385,39 +375,31 @@ class Router:
     def _close_leg(self, request: RoutedRequest, leg: Leg, reason: str, *, close: bool) -> None:
         assert request.choice is not None
         prefill_id, decode_id = request.choice
-        asked = (link := self._links.get(decode_id)) is not None and link.asked.pop(leg.key, None) is not None
+        asked = (link := self._connections.links.get(decode_id)) is not None and link.asked.pop(
+            leg.key, None
+        ) is not None
         if close:
             if not asked:
                 self._expect_credit(request)
-            self._send(decode_id, CloseLease(*leg.key, reason))
-        if prefill_id is not None and (link := self._links.get(prefill_id)) is not None:
+            self._connections.send(decode_id, CloseLease(*leg.key, reason))
+        if prefill_id is not None and (link := self._connections.links.get(prefill_id)) is not None:
             if asked:  # it was never sent
                 link.queued.pop(leg.key, None)
                 return
             link.prefill_ended(leg.key)
             if close:
-                self._send(prefill_id, CancelPrefill(*leg.key))
+                self._connections.send(prefill_id, CancelPrefill(*leg.key))
 
     def _expect_credit(self, request: RoutedRequest) -> None:
         assert request.choice is not None
-        if (link := self._links.get(request.choice.decode_worker_id)) is not None:
+        if (link := self._connections.links.get(request.choice.decode_worker_id)) is not None:
             demand = self._demand(request)
             link.expect_credit(demand.blocks, demand.places)
 
-    # sessions
+    # workers
 
-    def on_open(self, session: Session) -> None:
-        """See SessionHandler."""
-        link = self._links.get(session.peer.id)
-        if link is not None and link.info.incarnation == session.peer.incarnation:
-            link.session = session
-            session.send(Ping() if link.info.role == "prefill" else RenewLeases([]))
-
-    def on_message(self, session: Session, message: AnyMessage) -> None:
-        """See SessionHandler."""
-        link = self._links.get(session.peer.id)
-        if link is None or link.session is not session:
-            return
+    def on_worker_message(self, link: WorkerLink, message: AnyMessage) -> None:
+        """See ConnectionsOwner."""
         match message:
             case Tokens():
                 link.update_credit(message.credit)
@@ -444,24 +426,13 @@ class Router:
                 self._pump()
             case LeaseClosed() | PrefillFailed():
                 if (request := self._leg_request(message.key)) is not None:
-                    self._lose(request, f"{session.peer.id}: {message.reason}")
+                    self._lose(request, f"{link.info.worker_id}: {message.reason}")
             case _:
-                raise TypeError(f"a router takes no {type(message).__name__} (from {session.peer.id})")
+                raise TypeError(f"a router takes no {type(message).__name__} (from {link.info.worker_id})")
 
-    def on_closed(self, session: Session, reason: str) -> None:
-        """See SessionHandler."""
-        link = self._links.get(session.peer.id)
-        if link is not None and link.session is session:
-            logger.warning("%s: session with %s closed: %s", self.router_id, session.peer.id, reason)
-            self._unlink(link, reason)
-            if self._workers.get(session.peer.id) == link.info:  # perhaps only the session was lost
-                self._link(link.info, RECONNECT_S)
-
-    def _unlink(self, link: WorkerLink, reason: str) -> None:
-        """A worker is lost: so is what it held for this router."""
-        link.session = None
+    def on_worker_lost(self, link: WorkerLink, reason: str) -> None:
+        """See ConnectionsOwner."""
         worker_id = link.info.worker_id
-        self._links.pop(worker_id, None)
         for request in list(self._requests.values()):
             if request.choice is None:
                 continue
@@ -469,60 +440,12 @@ class Router:
             if decode_id == worker_id or (request.prefilling and prefill_id == worker_id):
                 self._lose(request, f"{worker_id} is gone ({reason})")
 
+    def on_view(self) -> None:
+        """See ConnectionsOwner."""
+        self._note_ready()
+        self._pump()
+
     # background
-
-    async def _follow_view(self) -> None:
-        version = -1
-        while True:
-            try:
-                view = await self._watch(version)
-            except WorkerDiedError as error:
-                logger.warning("%s: %s", self.router_id, error)
-                await asyncio.sleep(RECONNECT_S)
-                continue
-            version = view.version
-            self._pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
-            present = {info.worker_id: info for info in view.workers}
-            for link in list(self._links.values()):
-                info = present.get(link.info.worker_id)
-                if info is None or info.incarnation != link.info.incarnation:
-                    session = link.session
-                    self._unlink(link, "it died")
-                    if session is not None:
-                        self._spawn(session.close())
-            self._workers = present
-            for info in view.workers:
-                if info.worker_id not in self._links:
-                    self._link(info)
-            self._note_ready()
-            self._pump()
-
-    def _link(self, info: WorkerInfo, delay_s: float = 0.0) -> None:
-        link = self._links[info.worker_id] = WorkerLink(info)
-        self._spawn(self._connect(link, delay_s))
-
-    async def _connect(self, link: WorkerLink, delay_s: float) -> None:
-        """Open the link's session; tries until it is there or the worker has left the view."""
-        info = link.info
-        await asyncio.sleep(delay_s)
-        while self._links.get(info.worker_id) is link:
-            try:
-                session = await connect(
-                    info.host,
-                    info.port,
-                    me=PeerName(self.router_id, "1"),
-                    expect=PeerName(info.worker_id, info.incarnation),
-                    secret=self._secret,
-                    handler=self,
-                    timeout_s=self.config.worker_timeout_s,
-                )
-            except (OSError, HandshakeError) as error:
-                logger.warning("%s: cannot reach %s: %s", self.router_id, info.worker_id, error)
-                await asyncio.sleep(RECONNECT_S)
-            else:
-                if link.session is not session:  # the view or the session changed meanwhile
-                    await session.close()
-                return
 
     async def _keep_house(self) -> None:
         """Renews leases, asks prefill workers for their queues, ends those who waited too long."""
@@ -545,26 +468,19 @@ class Router:
         for request in self._requests.values():
             if request.choice is not None:
                 keys.setdefault(request.choice.decode_worker_id, []).extend(leg.key for leg in request.tracker.legs)
-        for link in self._open_links("decode", "both"):
-            self._send(link.info.worker_id, RenewLeases(keys.get(link.info.worker_id, [])))
+        for link in self._connections.open_links("decode", "both"):
+            self._connections.send(link.info.worker_id, RenewLeases(keys.get(link.info.worker_id, [])))
         self._ask_for_queues()
 
     def _ask_for_queues(self) -> None:
-        for link in self._open_links("prefill"):
-            self._send(link.info.worker_id, Ping())
+        for link in self._connections.open_links("prefill"):
+            self._connections.send(link.info.worker_id, Ping())
 
     # small things
 
     def _leg_request(self, key: LegKey) -> RoutedRequest | None:
         request = self._requests.get(key.request_id)
         return request if request is not None and any(leg.key == key for leg in request.tracker.legs) else None
-
-    def _open_links(self, *roles: str) -> list[WorkerLink]:
-        return [link for link in self._links.values() if link.is_open and link.info.role in roles]
-
-    def _is_open(self, worker_id: str) -> bool:
-        link = self._links.get(worker_id)
-        return link is not None and link.is_open
 
     def _note_ready(self) -> None:
         if self.ready:
@@ -578,17 +494,6 @@ class Router:
         if self._metrics is not None:
             self._metrics.on_finished(outcome, output)
 
-    def _send(self, worker_id: str, message: AnyMessage) -> None:
-        link = self._links.get(worker_id)
-        if link is not None and link.session is not None:
-            link.session.send(message)
-
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+    def _house_left(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: internal error", self.router_id, exc_info=error)
+            logger.error("%s: internal error; leases are no longer renewed", self.router_id, exc_info=error)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdray.errors import InvalidRequestError, NoWorkerError, PdrayError, QueueFullError
 
@@ -50,7 +51,7 @@ def to_api_error(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case QueueFullError():
-            retry_after = {"Retry-After": str(math.ceil(error.retry_after_s))}
+            retry_after = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return ApiError(429, str(error), type="rate_limit_error", code="rate_limit_exceeded", headers=retry_after)
         case NoWorkerError():
             retry_after = {"Retry-After": str(NO_WORKER_RETRY_S)}
@@ -59,7 +60,8 @@ def to_api_error(error: BaseException) -> ApiError:
             is_length = "context length" in str(error)
             return ApiError(400, str(error), param=error.param, code="context_length_exceeded" if is_length else None)
         case ValidationError():
-            return ApiError(400, *_first_problem(error))
+            problem = _first_problem(error)
+            return ApiError(400, problem.message, param=problem.param)
         case PdrayError():
             return ApiError(500, str(error), type="server_error")
         case HTTPException():
@@ -68,10 +70,45 @@ def to_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "internal error; the server's log says more", type="server_error")
 
 
-def _first_problem(error: ValidationError) -> tuple[str]:
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(part) for part in problem["loc"]) or "body"
-    return (f"{place}: {problem['msg']}",)
+class _Problem(NamedTuple):
+    message: str
+    param: str | None
+
+
+def _first_problem(error: ValidationError) -> _Problem:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    param = str(problem["loc"][0]) if problem["loc"] else None
+    ours = problem.get("ctx", {}).get("error")
+    if isinstance(ours, InvalidRequestError):  # raised by a validator of ours; its text says it all
+        return _Problem(str(ours), ours.param or param)
+    return _Problem(f"{place or 'body'}: {problem['msg']}", param)
+
+
+class InternalErrors:
+    """ASGI middleware that answers what no handler expected, and ends it here.
+
+    A handler for Exception would answer too, but Starlette raises the error again after that, and Serve would log a
+    failed replica call.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = scope["type"] != "http"
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            if started:
+                raise
+            await to_api_error(error).response()(scope, receive, send)
 
 
 def install(app: FastAPI) -> None:
@@ -80,6 +117,6 @@ def install(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> Response:
         return to_api_error(error).response()
 
-    handler: Callable[[Request, Exception], Awaitable[Response]] = answer
-    for kind in (ApiError, PdrayError, ValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, handler)
+    for kind in (ApiError, PdrayError, ValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)
+    app.add_middleware(InternalErrors)

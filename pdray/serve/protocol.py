@@ -2,68 +2,98 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self
 
-from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr, model_validator
 
+from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams
-from pdray.serve.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
-Body = TypeVar("Body", bound="GenerationBody")
-
 MAX_PROMPTS = 128
 MAX_COMPLETIONS = 256
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+MAX_STOP_TOKEN_IDS = 128
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Int32 = Annotated[int, Field(strict=True, ge=-(2**31), lt=2**31)]  # what the wire and the kernels hold
+Stop = Annotated[str | list[str] | None, PlainValidator(lambda value: _stop(value))]
+Prompts = Annotated[list[str | list[int]], PlainValidator(lambda value: _prompts(value))]
+Content = Annotated[str | None, PlainValidator(lambda value: _content(value))]
+
+# They would change the answer, so they are not ignored: anything but null, false or empty is refused.
+NOT_SUPPORTED = (
+    "allowed_token_ids",
+    "audio",
+    "bad_words",
+    "functions",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "logit_bias",
+    "logits_processors",
+    "prompt_logprobs",
+    "structured_outputs",
+    "tools",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+)
 
 
 class StreamOptions(BaseModel):
-    include_usage: StrictBool = False
-    continuous_usage_stats: StrictBool = False
+    include_usage: StrictBool | None = False
+    continuous_usage_stats: StrictBool | None = False
 
 
 class GenerationBody(BaseModel):
-    """What both endpoints take. Ranges are SamplingParams' business."""
+    """What both endpoints take. Ranges are SamplingParams' business.
+
+    Attributes:
+        model: left out, it means the one that is served.
+        priority: lower goes first.
+    """
 
     model_config = ConfigDict(extra="allow")
 
-    model: StrictStr
+    model: StrictStr | None = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
-    n: StrictInt | None = 1
-    max_tokens: StrictInt | None = None
+    n: Int32 | None = 1
+    max_tokens: Int32 | None = None
     temperature: Number | None = None
     top_p: Number | None = None
-    top_k: StrictInt | None = None
+    top_k: Int32 | None = None
     min_p: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
     seed: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
-    min_tokens: StrictInt | None = None
+    stop: Stop = None
+    stop_token_ids: Annotated[list[Annotated[Int32, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    min_tokens: Int32 | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
-    priority: StrictInt = 0
-    logit_bias: dict[str, Any] | None = None
+    priority: Int32 | None = 0
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed with stream=true")
-        if self.logit_bias:
-            raise ValueError("logit_bias is not supported")
-        if self.response_format is not None and self.response_format.get("type", "text") != "text":
-            raise ValueError(f"response_format {self.response_format.get('type')!r} is not supported yet; use text")
-        if self.model_extra:
-            logger.debug("ignored unknown fields: %s", ", ".join(sorted(self.model_extra)))
+            raise InvalidRequestError("stream_options is only allowed with stream=true", "stream_options")
+        if self.response_format is not None and (kind := self.response_format.get("type")) != "text":
+            raise InvalidRequestError(
+                f"response_format of type {kind!r} is not supported yet; use 'text'", "response_format"
+            )
+        ignored = sorted(self.model_extra or {})
+        for name in ignored:
+            value = (self.model_extra or {})[name]
+            if name in NOT_SUPPORTED and value is not None and value is not False and value not in ("", [], {}):
+                raise InvalidRequestError(f"{name} is not supported yet", name)
+        if ignored:
+            logger.debug("ignored unknown fields: %s", ", ".join(ignored))
         return self
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
@@ -78,105 +108,128 @@ class GenerationBody(BaseModel):
 
 
 class CompletionBody(GenerationBody):
-    """POST /v1/completions."""
+    """POST /v1/completions.
 
-    prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
-    logprobs: StrictInt | None = None
+    Attributes:
+        prompt: one or more, each text or token ids.
+    """
+
+    prompt: Prompts
+    logprobs: Int32 | None = None
     echo: StrictBool | None = False
     suffix: StrictStr | None = None
-    best_of: StrictInt | None = None
+    best_of: Int32 | None = None
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
+        n = 1 if self.n is None else self.n
         if self.suffix:
-            raise ValueError("suffix is not supported")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(f"best_of is {self.best_of}; only best_of equal to n ({self.n or 1}) is supported")
+            raise InvalidRequestError("suffix is not supported", "suffix")
+        if self.best_of is not None and self.best_of != n:
+            raise InvalidRequestError(f"best_of is {self.best_of}; only best_of = n ({n}) is supported", "best_of")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo together with logprobs is not supported: prompt logprobs are not computed")
-        if len(self.prompts) > MAX_PROMPTS or len(self.prompts) * (self.n or 1) > MAX_COMPLETIONS:
-            raise ValueError(
-                f"{len(self.prompts)} prompts with n={self.n}; at most {MAX_PROMPTS} prompts and "
-                f"{MAX_COMPLETIONS} completions in one request"
+            raise InvalidRequestError(
+                "echo together with logprobs is not supported: prompt logprobs are not computed", "echo"
+            )
+        if len(self.prompt) > MAX_PROMPTS or len(self.prompt) * n > MAX_COMPLETIONS:
+            raise InvalidRequestError(
+                f"{len(self.prompt)} prompts with n={n}; one request takes at most {MAX_PROMPTS} prompts and "
+                f"{MAX_COMPLETIONS} completions",
+                "prompt",
             )
         return self
 
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]
-        return [*self.prompt]
-
-
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: StrictStr
-
 
 class ChatMessage(BaseModel):
+    """Attributes:
+    content: text parts joined by newlines, as vLLM does; only an assistant's may be null.
+    """
+
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
-    content: StrictStr | list[TextPart] | None = None
+    content: Content = None
+    name: StrictStr | None = None
 
-    def plain(self) -> dict[str, Any]:
-        """For the chat template: content as one text."""
-        parts = self.content if isinstance(self.content, list) else None
-        content = "\n".join(part.text for part in parts) if parts is not None else (self.content or "")
-        return {"role": self.role, "content": content}
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        extra = self.model_extra or {}
+        if extra.get("tool_calls") or extra.get("function_call") or self.role in ("tool", "function"):
+            raise InvalidRequestError("messages with tool calls or their results are not supported yet", "messages")
+        if self.content is None and self.role != "assistant":
+            raise InvalidRequestError(f"a message of role {self.role!r} has no content", "messages")
+        return self
+
+    def plain(self) -> dict[str, str]:
+        """For the chat template."""
+        message = {"role": self.role, "content": self.content or ""}
+        return message if self.name is None else message | {"name": self.name}
 
 
 class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions.
+
+    Attributes:
+        chat_template_kwargs: variables for the model's template, e.g. Qwen3's enable_thinking.
+    """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: StrictInt | None = None
+    max_completion_tokens: Int32 | None = None
     logprobs: StrictBool | None = False
-    top_logprobs: StrictInt | None = None
+    top_logprobs: Int32 | None = None
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False
-    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
-        if self.tools:
-            raise ValueError("tools are not supported yet")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise InvalidRequestError("top_logprobs needs logprobs=true", "top_logprobs")
         if self.add_generation_prompt and self.continue_final_message:
-            raise ValueError("continue_final_message needs add_generation_prompt=false")
+            raise InvalidRequestError(
+                "continue_final_message needs add_generation_prompt=false", "continue_final_message"
+            )
         return self
 
 
-async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
-    """The request's body, checked.
-
-    Raises:
-        ApiError: 413 as soon as it is too large, 400 if it is no JSON object. ValidationError: 400.
-    """
-    raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > max_bytes:
-            raise ApiError(413, f"the body is larger than {max_bytes} bytes (max_request_bytes)")
-    try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no valid JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, f"the body is a JSON {type(body).__name__}; it must be an object")
-    _refuse_surrogates(raw)
-    return kind.model_validate(body)
+def _stop(value: Any) -> str | list[str] | None:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and _all_are(str, value)):
+        return value
+    raise InvalidRequestError("stop must be a string or a list of strings", "stop")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One or more prompts of whatever form as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        if not value:
+            raise InvalidRequestError("prompt is an empty list; it must hold at least one prompt or token id", "prompt")
+        if _all_are(int, value):
+            return [value]
+        if _all_are(str, value) or all(isinstance(each, list) and _all_are(int, each) for each in value):
+            return value
+    raise InvalidRequestError(
+        "prompt must be a string, a list of strings, a list of token ids or a list of such lists", "prompt"
+    )
 
 
-def _refuse_surrogates(raw: bytearray) -> None:
-    """A lone surrogate, written as an escape, is valid JSON and yet no text that could be encoded."""
-    if b"\\u" in raw:
-        try:
-            json.dumps(json.loads(raw.decode("utf-8")), ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ApiError(400, "the body has a lone surrogate; it must be valid Unicode") from None
+def _all_are(kind: type, values: list[Any]) -> bool:
+    """Exactly of this type: true is no token id."""
+    return all(type(value) is kind for value in values)
+
+
+def _content(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise InvalidRequestError("a message's content must be a string or a list of parts", "messages")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise InvalidRequestError(f"content parts of type {kind!r} are not supported; only 'text'", "messages")
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequestError("a content part of type 'text' needs a string in its field text", "messages")
+        texts.append(part["text"])
+    return "\n".join(texts)

@@ -271,6 +271,27 @@ def test_the_youngest_of_the_lowest_priority_is_preempted_and_comes_back_first()
     engine.assert_empty()
 
 
+def test_a_preemption_that_leaves_the_batch_empty_lets_the_next_in_at_once() -> None:
+    """Otherwise the engine would see nothing to do, and sleep."""
+    engine = FakeEngine(13, max_num_seqs=3, caching=False)
+    first, second = make("first", 5, 30), make("second", 20, 28)
+    engine.add(first)
+    engine.step()
+    reservation = engine.reserve(second)
+    assert engine.reserve(make("lease", 4)) is not None
+    engine.run()
+    assert [s.request.key for s in engine.scheduler.waiting] == ["first"], "leases hold the blocks that it needs"
+    receive_and_start(engine, second, reservation)
+    engine.run()
+    assert engine.scheduler.counters.num_preemptions == 2
+    assert engine.finished == {"first"}, "it had room as soon as the second one gave its blocks back"
+    engine.scheduler.release("lease")
+    engine.run()
+    assert_outputs(engine, first)
+    assert_outputs(engine, second)
+    engine.assert_empty()
+
+
 def test_completions_share_the_prompts_full_blocks_and_nothing_else() -> None:
     engine = FakeEngine(40, max_num_seqs=4)
     engine.add(make("a", 10, 8, n=3))

@@ -236,7 +236,7 @@ class Cluster:
     def assert_clean(self) -> None:
         """The router remembers nothing of any request."""
         assert not self.router._requests and not len(self.router._queue)
-        for link in self.router._links.values():
+        for link in self.router._connections.links.values():
             assert not link.asked and not link.queued
 
 

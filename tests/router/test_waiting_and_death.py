@@ -33,7 +33,7 @@ async def text_of(request: RoutedRequest) -> str:
 async def make_full(cluster: Any) -> None:
     cluster.decode.credit = FULL
     cluster.decode.send(CreditUpdate(FULL))
-    await settled(lambda: cluster.router._links["decode-0"].credit == FULL)
+    await settled(lambda: cluster.router._connections.links["decode-0"].credit == FULL)
 
 
 async def settled(condition: Callable[[], Any]) -> None:
@@ -176,7 +176,7 @@ async def test_a_long_prefill_queue_gets_nothing_more(make_cluster: MakeCluster)
     cluster.decode.deny("3", "no free blocks or places", retriable=False)
     await cluster.decode.expect(LeaseRequest, "4")
     assert len(cluster.router._queue) == 1
-    await settled(lambda: cluster.router._links["prefill-0"].prefill_state().queued_tokens == 150)
+    await settled(lambda: cluster.router._connections.links["prefill-0"].prefill_state().queued_tokens == 150)
     await asyncio.gather(*tasks[:3])
     for task in tasks:
         task.cancel()
@@ -190,7 +190,7 @@ async def test_a_queue_of_other_routers_prompts_is_asked_for_while_requests_wait
     cluster = await make_cluster(max_num_batched_tokens=64, lease_timeout_s=1000)
     cluster.prefill.queued_tokens = 1000
     cluster.router._ask_for_queues()
-    await settled(lambda: cluster.router._links["prefill-0"].told_queued_tokens == 1000)
+    await settled(lambda: cluster.router._connections.links["prefill-0"].told_queued_tokens == 1000)
     task = submit(cluster, "r")
     await settled(lambda: len(cluster.router._queue) == 1)
     cluster.prefill.queued_tokens = 0
@@ -281,7 +281,7 @@ async def test_a_worker_that_cannot_be_reached_yet(make_cluster: MakeCluster) ->
     await asyncio.wait_for(cluster.router.wait_ready(), DEADLINE_S)
     await brought_to(cluster, "decoding")
     late._server._server = await asyncio.start_server(late._server._accept, "127.0.0.1", late.info.port)
-    await settled(lambda: cluster.router._is_open("decode-1"))
+    await settled(lambda: cluster.router._connections.is_open("decode-1"))
 
 
 async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:

@@ -1,0 +1,617 @@
+"""A simulated cluster around the real control code: leases, prefill ledger, request tracker, membership.
+
+Time, network, processes, engines and channels are simulated; every decision is taken by the code under test. An action is
+chosen from those that are possible; after each, violations() says what must never be. Puts write straight into
+the decode worker's blocks when they complete, with no check by the receiver: the harshest channel.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdray.cluster.effects import FlushPuts, Release, Send, StartCompute
+from pdray.cluster.lease import LeaseTable
+from pdray.cluster.membership import Connect, Kill, Membership, Start, TellGone
+from pdray.cluster.messages import (
+    AbortPut,
+    BeginPut,
+    BeginPutReply,
+    CancelPrefill,
+    CloseLease,
+    Credit,
+    FirstTokens,
+    LeaseClosed,
+    LeaseDenied,
+    LeaseGranted,
+    LeaseRequest,
+    LegKey,
+    LegTokens,
+    PrefillFailed,
+    PrefillRequest,
+    PutAborted,
+    PutDone,
+    RenewLeases,
+    Tokens,
+    WorkerInfo,
+)
+from pdray.cluster.prefill_ledger import PrefillLedger
+from pdray.cluster.request_tracker import Leg, RequestTracker
+from pdray.engine.request import EngineRequest, Reservation
+from pdray.outputs import SampledToken
+from pdray.sampling_params import SamplingParams
+
+LEASE_TIMEOUT_S = 10.0
+NUM_BLOCKS = 12
+BLOCKS_PER_LEG = 2
+OUTPUT_TOKENS = 4
+LAYER_GROUPS = 3
+PROGRESS_WEIGHT = 8  # or kills and stops would leave nothing to get anywhere
+
+
+def token(request_id: str, index: int, position: int) -> int:
+    """What every worker samples there: replays must agree."""
+    return hash((request_id, index, position)) % 1000
+
+
+def sampled(request_id: str, index: int, position: int) -> SampledToken:
+    finish = "length" if position == OUTPUT_TOKENS - 1 else None
+    return SampledToken(index, position, token(request_id, index, position), finish_reason=finish)
+
+
+class Pool:
+    """An allocator that remembers who owns each block."""
+
+    def __init__(self) -> None:
+        self.owner: dict[int, LegKey] = {}
+        self.requests: dict[LegKey, EngineRequest] = {}
+        self.running: dict[LegKey, dict[int, int]] = {}  # leg -> index -> next position
+
+    def reserve(self, request: EngineRequest) -> Reservation | None:
+        free = [block for block in range(NUM_BLOCKS) if block not in self.owner]
+        if len(free) < BLOCKS_PER_LEG:
+            return None
+        assert request.key not in self.requests
+        blocks = free[:BLOCKS_PER_LEG]
+        self.requests[request.key] = request  # type: ignore[index]
+        self.owner.update(dict.fromkeys(blocks, request.key))  # type: ignore[arg-type]
+        return Reservation(blocks, 0)
+
+    def start_prefill(self, key: LegKey) -> None:
+        request = self.requests[key]
+        self.running[key] = {index: len(request.output_token_ids) for index in request.indices}
+
+    def start_decode(self, key: LegKey, tokens: list[SampledToken]) -> None:
+        assert {t.index for t in tokens} == set(self.requests[key].indices)
+        self.running[key] = {t.index: t.position + 1 for t in tokens if t.finish_reason is None}
+
+    def release(self, key: LegKey) -> None:
+        self.requests.pop(key, None)
+        self.running.pop(key, None)
+        self.owner = {block: owner for block, owner in self.owner.items() if owner != key}
+
+
+@dataclass(eq=False)
+class Process:
+    """name is a worker or router id. A dead process does nothing; a stopped one nothing until it goes on."""
+
+    name: str
+    incarnation: str
+    alive: bool = True
+    stopped: bool = False
+
+    @property
+    def runs(self) -> bool:
+        return self.alive and not self.stopped
+
+
+@dataclass(eq=False)
+class DecodeProcess(Process):
+    pool: Pool = field(default_factory=Pool)
+    table: LeaseTable = field(init=False)
+
+
+@dataclass(eq=False)
+class PutInFlight:
+    key: LegKey
+    decode: DecodeProcess
+    blocks: list[int]
+
+
+@dataclass(eq=False)
+class PrefillProcess(Process):
+    ledger: PrefillLedger = field(default_factory=PrefillLedger)
+    epochs: dict[str, tuple[int, DecodeProcess]] = field(default_factory=dict)
+    computing: dict[LegKey, int] = field(default_factory=dict)  # layer groups left
+    held: dict[LegKey, int] = field(default_factory=dict)
+    puts: list[PutInFlight] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Request:
+    tracker: RequestTracker
+    n: int
+    places: dict[LegKey, tuple[str | None, str]] = field(default_factory=dict)
+    received: dict[int, list[int]] = field(default_factory=dict)
+    outcomes: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class RouterProcess(Process):
+    requests: dict[str, Request] = field(default_factory=dict)
+
+
+class World:
+    """Args:
+    num_prefill: 0 is colocated.
+    table, ledger: the classes under test, or mutants of them.
+    """
+
+    def __init__(
+        self,
+        num_prefill: int = 2,
+        num_decode: int = 2,
+        table: type[LeaseTable] = LeaseTable,
+        ledger: type[PrefillLedger] = PrefillLedger,
+    ) -> None:
+        self.now = 0.0
+        self._table, self._ledger = table, ledger
+        self.membership = Membership(num_prefill, num_decode, backoff_s=1.0)
+        self.processes: dict[str, Process] = {}
+        self.links: dict[tuple[Process, Process], deque[Any]] = {}
+        self.calls: deque[Callable[[], None]] = deque()  # the Coordinator's, through Ray: reliable, in order
+        self.routers = [RouterProcess(f"router-{i}", "1") for i in range(2)]
+        self.processes.update({router.name: router for router in self.routers})
+        self.problems: list[str] = []
+        self.num_requests = 0
+        self.disturb = True
+        self._membership_do(self.membership.tick(self.now))
+
+    # processes
+
+    def workers(self, kind: type[Any]) -> list[Any]:
+        return [process for process in self.processes.values() if isinstance(process, kind)]
+
+    def _start(self, start: Start) -> None:
+        process: Process
+        if start.worker_id.startswith("prefill"):
+            process = PrefillProcess(start.worker_id, start.incarnation, ledger=self._ledger())
+            role = "prefill"
+        else:
+            process = decode = DecodeProcess(start.worker_id, start.incarnation)
+            decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S)
+            role = "decode" if self.membership.num_prefill else "both"
+        self.processes[start.worker_id] = process
+        info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024)  # type: ignore[arg-type]
+        self._membership_do(self.membership.ready(info))
+
+    def _membership_do(self, effects: list[Any]) -> None:
+        for effect in effects:
+            match effect:
+                case Start():
+                    self._start(effect)
+                case Kill(worker_id, incarnation):
+                    self.kill(self.processes[worker_id], incarnation)
+                    self._membership_do(self.membership.died(self.now, worker_id, incarnation))
+                case Connect():
+                    self.calls.append(lambda effect=effect: self._connect(effect))
+                case TellGone(worker_id, gone):
+                    peer = self.processes[worker_id]
+                    self.calls.append(lambda peer=peer, gone=gone: self._tell_gone(peer, gone))
+
+    def _connect(self, connect: Connect) -> None:
+        prefill, decode = self.processes[connect.prefill.worker_id], self.processes[connect.decode.worker_id]
+        current = prefill.incarnation == connect.prefill.incarnation and decode.incarnation == connect.decode.incarnation
+        if not (current and prefill.alive and decode.alive):
+            self._membership_do(self.membership.connect_failed(self.now, prefill.name, decode.name, connect.epoch))
+            return
+        assert isinstance(prefill, PrefillProcess) and isinstance(decode, DecodeProcess)
+        self._send(decode, decode.table.set_writer(prefill.name, prefill.incarnation, connect.epoch))
+        self._disconnect(prefill, decode.name)
+        prefill.epochs[decode.name] = (connect.epoch, decode)
+        self._send(decode, decode.table.link_restored(prefill.name))
+        self._membership_do(self.membership.connected(prefill.name, decode.name, connect.epoch))
+
+    def _disconnect(self, prefill: PrefillProcess, decode_name: str) -> None:
+        """As the worker does it: the channel is closed, which ends its puts, and then the ledger hears."""
+        entry = prefill.epochs.pop(decode_name, None)
+        if entry is not None:
+            for put in [put for put in prefill.puts if put.decode is entry[1]]:
+                self._finish_put(prefill, put, error="closed")
+            self.links.pop((prefill, entry[1]), None)
+            self.links.pop((entry[1], prefill), None)
+        self._ledger_do(prefill, prefill.ledger.decode_worker_gone(decode_name))
+
+    def _tell_gone(self, peer: Process, gone: WorkerInfo) -> None:
+        if not peer.alive:
+            return
+        if isinstance(peer, DecodeProcess):
+            self._send(peer, peer.table.worker_gone(gone.worker_id, gone.incarnation))
+        elif isinstance(peer, PrefillProcess):
+            entry = peer.epochs.get(gone.worker_id)
+            if entry is None or entry[1].incarnation == gone.incarnation:
+                self._disconnect(peer, gone.worker_id)
+
+    def kill(self, process: Process, incarnation: str) -> None:
+        """SIGKILL: nothing of it goes on; its sessions break, and routers hear of it."""
+        if process.incarnation != incarnation or not process.alive:
+            return
+        process.alive = False
+        if isinstance(process, PrefillProcess):
+            process.puts.clear()
+        self.links = {ends: queue for ends, queue in self.links.items() if process not in ends}
+        for router in self.routers:
+            if router.alive and router is not process:
+                self.calls.append(lambda router=router, process=process: self._router_lost(router, process))
+        if isinstance(process, RouterProcess):
+            for worker in (*self.workers(DecodeProcess), *self.workers(PrefillProcess)):
+                self.calls.append(lambda worker=worker: self._worker_lost_router(worker, process.name))
+
+    def _worker_lost_router(self, worker: Process, router_id: str) -> None:
+        if isinstance(worker, DecodeProcess) and worker.alive:
+            self._send(worker, worker.table.router_gone(router_id))
+        elif isinstance(worker, PrefillProcess) and worker.alive:
+            self._ledger_do(worker, worker.ledger.router_gone(router_id))
+
+    # messages
+
+    def _send(self, source: Process, effects: list[Send]) -> None:
+        for effect in effects:
+            destination = self.processes.get(effect.to)
+            if destination is not None and destination.alive and source.alive:
+                if isinstance(source, DecodeProcess) and isinstance(destination, PrefillProcess):
+                    entry = destination.epochs.get(source.name)
+                    if entry is None or entry[1] is not source:
+                        continue  # no session: dropped, and asked again when there is one
+                self.links.setdefault((source, destination), deque()).append(effect.message)
+
+    def deliver(self, ends: tuple[Process, Process]) -> None:
+        source, destination = ends
+        message = self.links[ends].popleft()
+        if not self.links[ends]:
+            del self.links[ends]
+        if isinstance(destination, DecodeProcess):
+            self._decode_receives(destination, source, message)
+        elif isinstance(destination, PrefillProcess):
+            self._prefill_receives(destination, source, message)
+        elif isinstance(destination, RouterProcess):
+            self._router_receives(destination, source, message)
+
+    def _decode_receives(self, decode: DecodeProcess, source: Process, message: Any) -> None:
+        table = decode.table
+        match message:
+            case LeaseRequest():
+                self._send(decode, table.request(self.now, source.name, message))
+            case RenewLeases():
+                table.renew(self.now, source.name, message.keys)
+            case CloseLease():
+                self._send(decode, table.close(message.key))
+            case BeginPut():
+                self._send(decode, table.begin_put(source.name, message))
+            case PutDone():
+                self._send(decode, table.put_done(self.now, source.name, message))
+            case PutAborted():
+                self._send(decode, table.put_aborted(source.name, message.key))
+
+    def _prefill_receives(self, prefill: PrefillProcess, source: Process, message: Any) -> None:
+        ledger = prefill.ledger
+        match message:
+            case PrefillRequest():
+                entry = prefill.epochs.get(message.decode_worker_id)
+                self._ledger_do(prefill, ledger.request(source.name, message, None if entry is None else entry[0]))
+            case CancelPrefill():
+                self._ledger_do(prefill, ledger.cancel(message.key))
+            case BeginPutReply():
+                self._ledger_do(prefill, ledger.begin_put_reply(message.key, message.granted))
+            case AbortPut():
+                self._ledger_do(prefill, ledger.abort_put(source.name, message.key))
+
+    def _ledger_do(self, prefill: PrefillProcess, effects: list[Any]) -> None:
+        for effect in effects:
+            match effect:
+                case Send():
+                    self._send(prefill, [effect])
+                case StartCompute(key):
+                    prefill.computing[key] = LAYER_GROUPS
+                case FlushPuts(key):
+                    for _ in range(prefill.held.pop(key, 0)):
+                        self._put(prefill, key)
+                    self._ledger_do(prefill, prefill.ledger.puts_flushed(self.now, key))
+                case Release(key):
+                    prefill.computing.pop(key, None)
+                    prefill.held.pop(key, None)
+                    if any(put.key == key for put in prefill.puts):
+                        self.problems.append(f"{key}: source blocks unpinned with a put in flight")
+
+    # engines and channels
+
+    def _put(self, prefill: PrefillProcess, key: LegKey) -> None:
+        leg = prefill.ledger.leg(key)
+        assert leg is not None
+        prefill.ledger.put_issued(key)
+        prefill.puts.append(PutInFlight(key, prefill.epochs[leg.decode_worker_id][1], leg.block_ids))
+
+    def compute(self, prefill: PrefillProcess, key: LegKey) -> None:
+        """One layer group of one leg, and the first token after the last."""
+        leg = prefill.ledger.leg(key)
+        if leg is None:
+            del prefill.computing[key]
+            return
+        if prefill.ledger.may_put(key):
+            self._put(prefill, key)
+        elif prefill.ledger.may_hold(key):
+            prefill.held[key] = prefill.held.get(key, 0) + 1
+        prefill.computing[key] -= 1
+        if prefill.computing[key] == 0:
+            del prefill.computing[key]
+            position = len(leg.output_token_ids)
+            tokens = [sampled(leg.request_id, index, position) for index in leg.indices]
+            self._ledger_do(prefill, prefill.ledger.computed(self.now, FirstTokens(*key, tokens, 0, 0.0, 0.0)))
+
+    def finish_put(self, prefill: PrefillProcess, put: PutInFlight) -> None:
+        """The bytes land: in whatever the blocks belong to by now."""
+        self._finish_put(prefill, put, error=None)
+
+    def _finish_put(self, prefill: PrefillProcess, put: PutInFlight, error: str | None) -> None:
+        prefill.puts.remove(put)
+        if put.decode.alive:
+            self._check_target(put.key, put.decode, put.blocks)
+            entry = prefill.epochs.get(put.decode.name)
+            if error is None and entry is not None and put.decode.table.may_write(put.key, prefill.name, entry[0]):
+                self._send(put.decode, put.decode.table.put_received(self.now, put.key))
+        self._ledger_do(prefill, prefill.ledger.put_completed(put.key, error))
+
+    def _check_target(self, key: LegKey, decode: DecodeProcess, blocks: list[int]) -> None:
+        for block in blocks:
+            if decode.pool.owner.get(block) != key:
+                self.problems.append(f"{key} may write block {block}, which belongs to {decode.pool.owner.get(block)}")
+
+    def step(self, decode: DecodeProcess) -> None:
+        """One decode step: a token for every running completion."""
+        by_router: dict[str, list[LegTokens]] = {}
+        for key, positions in list(decode.pool.running.items()):
+            tokens = [sampled(key.request_id, index, position) for index, position in positions.items()]
+            decode.pool.running[key] = {
+                index: position + 1 for index, position in positions.items() if position + 1 < OUTPUT_TOKENS
+            }
+            router_id = decode.table.router_of(key)
+            if router_id is None:
+                self.problems.append(f"{key} runs without a lease")
+                continue
+            by_router.setdefault(router_id, []).append(LegTokens(*key, tokens))
+            if not decode.pool.running[key]:
+                decode.pool.release(key)
+                self._send(decode, decode.table.finished(key))
+        now = credit(decode.pool)
+        self._send(decode, [Send(router_id, Tokens(legs, now)) for router_id, legs in by_router.items()])
+
+    # routers
+
+    def submit(self, router: RouterProcess, n: int) -> None:
+        request_id = f"request-{self.num_requests}"
+        self.num_requests += 1
+        request = Request(RequestTracker(request_id, n), n)
+        router.requests[request_id] = request
+        self._open(router, request, request.tracker.start())
+
+    def _open(self, router: RouterProcess, request: Request, leg: Leg) -> None:
+        view = self.membership.view
+        pairs: list[tuple[str | None, str]] = [(p.prefill_worker_id, p.decode_worker_id) for p in view.pairs]
+        pairs += [(None, worker.worker_id) for worker in view.workers if worker.role == "both"]
+        pairs = [pair for pair in pairs if all(name is None or self.processes[name].alive for name in pair)]
+        if not pairs:
+            self._end(router, request, "failed")
+            return
+        place = request.places[leg.key] = pairs[(self.num_requests + leg.key.attempt) % len(pairs)]
+        ask = LeaseRequest(
+            *leg.key, [1], SamplingParams(n=request.n, seed=1), list(leg.indices), list(leg.output_token_ids), place[0]
+        )
+        self._send(router, [Send(place[1], ask)])
+
+    def _end(self, router: RouterProcess, request: Request, outcome: str) -> None:
+        request.outcomes.append(outcome)
+        for leg in request.tracker.drop():
+            self._close(router, request, leg.key)
+        del router.requests[request.tracker.request_id]
+
+    def _close(self, router: RouterProcess, request: Request, key: LegKey) -> None:
+        place = request.places.get(key)
+        if place is not None:
+            self._send(router, [Send(place[1], CloseLease(*key, "over"))])
+            if place[0] is not None:
+                self._send(router, [Send(place[0], CancelPrefill(*key))])
+
+    def abort(self, router: RouterProcess, request: Request) -> None:
+        self._end(router, request, "aborted")
+
+    def _router_lost(self, router: RouterProcess, dead: Process) -> None:
+        """A session broke: legs that the dead worker had a part in are replayed."""
+        if not router.alive:
+            return
+        for request in list(router.requests.values()):
+            for leg in request.tracker.legs:
+                if dead.name in request.places.get(leg.key, ()):
+                    self._replay(router, request, leg.key)
+
+    def _replay(self, router: RouterProcess, request: Request, key: LegKey) -> None:
+        self._close(router, request, key)
+        for leg in request.tracker.replace(key):
+            if request.outcomes:
+                return
+            self._open(router, request, leg)
+
+    def _router_receives(self, router: RouterProcess, source: Process, message: Any) -> None:
+        if isinstance(message, Tokens):
+            for update in message.updates:
+                self._router_tokens(router, update.key, update.tokens)
+            return
+        request = router.requests.get(message.request_id)
+        leg = next((leg for leg in request.tracker.legs if leg.key == message.key), None) if request else None
+        if request is None or leg is None:
+            if isinstance(message, LeaseGranted):
+                self._send(router, [Send(source.name, CloseLease(*message.key, "nobody waits"))])
+            return
+        place = request.places[leg.key]
+        match message:
+            case LeaseGranted():
+                if place[0] is not None:
+                    pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in self.membership.view.pairs}
+                    ask = PrefillRequest(
+                        *leg.key,
+                        [1],
+                        SamplingParams(n=request.n, seed=1),
+                        list(leg.indices),
+                        list(leg.output_token_ids),
+                        place[1],
+                        pairs.get((place[0], place[1]), 0),
+                        message.block_ids,
+                        0,
+                    )
+                    self._send(router, [Send(place[0], ask)])
+            case LeaseDenied():
+                self._end(router, request, "rejected")
+            case FirstTokens():
+                self._router_tokens(router, message.key, message.tokens)
+            case LeaseClosed() | PrefillFailed():
+                self._replay(router, request, leg.key)
+
+    def _router_tokens(self, router: RouterProcess, key: LegKey, tokens: list[SampledToken]) -> None:
+        request = router.requests.get(key.request_id)
+        if request is None:
+            return
+        for fresh in request.tracker.accept(key, tokens):
+            received = request.received.setdefault(fresh.index, [])
+            if fresh.position != len(received) or fresh.token_id != token(key.request_id, fresh.index, fresh.position):
+                self.problems.append(f"{key}: position {fresh.position} after {len(received)} tokens")
+            received.append(fresh.token_id)
+        request.tracker.ended_legs()
+        if request.tracker.done:
+            if any(len(request.received[index]) != OUTPUT_TOKENS for index in range(request.n)):
+                self.problems.append(f"{key}: ended with {request.received}")
+            self._end(router, request, "finished")
+
+    def renew(self, router: RouterProcess) -> None:
+        keys: dict[str, list[LegKey]] = {}
+        for request in router.requests.values():
+            for leg in request.tracker.legs:
+                keys.setdefault(request.places[leg.key][1], []).append(leg.key)
+        self._send(router, [Send(name, RenewLeases(named)) for name, named in keys.items()])
+
+    # time
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        for decode in self.workers(DecodeProcess):
+            if decode.runs:
+                self._send(decode, decode.table.expire(self.now))
+        for prefill in self.workers(PrefillProcess):
+            if prefill.runs:
+                epochs = {name: epoch for name, (epoch, _) in prefill.epochs.items()}
+                self._membership_do(self.membership.open_channels(prefill.name, epochs))
+        self._membership_do(self.membership.tick(self.now))
+
+    def cut(self, prefill: PrefillProcess, decode_name: str) -> None:
+        """The session between two live workers is lost for good."""
+        self._disconnect(prefill, decode_name)
+
+    # actions
+
+    def actions(self) -> list[Callable[[], None]]:
+        """Everything that could happen next."""
+        result: list[Callable[[], None]] = [lambda: self.advance(0.5)]
+        if self.calls:
+            result += [lambda: self.calls.popleft()()] * 3
+        result += [lambda ends=ends: self.deliver(ends) for ends in self.links if ends[1].runs]
+        for prefill in self.workers(PrefillProcess):
+            if prefill.runs:
+                result += [lambda p=prefill, key=key: self.compute(p, key) for key in prefill.computing]
+                result += [lambda p=prefill, put=put: self.finish_put(p, put) for put in prefill.puts]
+        result += [lambda d=d: self.step(d) for d in self.workers(DecodeProcess) if d.runs and d.pool.running]
+        result += [lambda r=router: self.renew(r) for router in self.routers if router.runs and router.requests]
+        return result * PROGRESS_WEIGHT + self._submissions() + self._disturbances() if self.disturb else result
+
+    def _submissions(self) -> list[Callable[[], None]]:
+        return [lambda r=r, n=n: self.submit(r, n) for r in self.routers if r.runs for n in (1, 2)]
+
+    def _disturbances(self) -> list[Callable[[], None]]:
+        result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2)]
+        for router in self.routers:
+            if router.runs:
+                result += [lambda r=router, q=q: self.abort(r, q) for q in list(router.requests.values())[:2]]
+        for process in self.processes.values():
+            if not process.alive:
+                if not isinstance(process, RouterProcess):
+                    result.append(lambda p=process: self._membership_do(self.membership.suspect(p.name, p.incarnation)))
+                continue
+            result += [lambda p=process: setattr(p, "stopped", not p.stopped)] * (4 if process.stopped else 1)
+            if process is not self.routers[0]:
+                result.append(lambda p=process: self.kill(p, p.incarnation))
+        for prefill in self.workers(PrefillProcess):
+            if prefill.runs:
+                result += [lambda p=prefill, name=name: self.cut(p, name) for name in prefill.epochs]
+        return result
+
+    def _is_idle(self) -> bool:
+        prefills = [worker for worker in self.workers(PrefillProcess) if worker.alive]
+        decodes = [worker for worker in self.workers(DecodeProcess) if worker.alive]
+        at_work = any(p.computing or p.puts for p in prefills) or any(d.pool.running for d in decodes)
+        return not (self.links or self.calls or at_work)
+
+    def violations(self) -> list[str]:
+        """What must never be, now."""
+        for prefill in self.workers(PrefillProcess):
+            if prefill.alive:
+                for put in prefill.puts:
+                    if put.decode.alive:
+                        self._check_target(put.key, put.decode, put.blocks)
+        for decode in self.workers(DecodeProcess):
+            if decode.alive:
+                leased = {LegKey(info.request_id, info.attempt) for info in decode.table.leases(self.now)}
+                if leased != set(decode.pool.requests):
+                    self.problems.append(f"{decode.name}: leases {leased} but reservations {set(decode.pool.requests)}")
+        return self.problems
+
+    def settle(self, rng: random.Random) -> list[str]:
+        """No more disturbances: everybody goes on, the dead are noticed, what is under way arrives. Then nothing is held."""
+        self.disturb = False
+        for process in list(self.processes.values()):
+            process.stopped = False
+        for process in list(self.processes.values()):
+            if not process.alive and not isinstance(process, RouterProcess):
+                self._membership_do(self.membership.suspect(process.name, process.incarnation))
+        for _ in range(4):
+            for _ in range(4000):
+                if self._is_idle():
+                    break
+                rng.choice(self.actions()[1:])()  # the first only lets time pass
+                if self.violations():
+                    return self.problems
+            self.advance(LEASE_TIMEOUT_S + 1)
+        for router in self.routers:
+            if router.alive and router.requests:
+                self.problems.append(f"{router.name}: requests without an outcome: {list(router.requests)}")
+        for decode in self.workers(DecodeProcess):
+            if decode.alive and (decode.pool.owner or decode.table.leases(self.now)):
+                self.problems.append(f"{decode.name} still holds {decode.table.leases(self.now)}")
+        for prefill in self.workers(PrefillProcess):
+            if prefill.alive and (len(prefill.ledger) or prefill.puts or prefill.held):
+                self.problems.append(f"{prefill.name} still holds {prefill.ledger._legs}")
+        return self.problems
+
+
+def credit(pool: Pool) -> Credit:
+    return Credit(NUM_BLOCKS - len(pool.owner), 8, len(pool.running), 0, len(pool.requests))
+
+
+def walk(seed: int, steps: int, **world_options: Any) -> list[str]:
+    """One random interleaving; what was violated, if anything."""
+    rng = random.Random(seed)
+    world = World(**world_options)
+    for _ in range(steps):
+        rng.choice(world.actions())()
+        if problems := world.violations():
+            return problems
+    return world.settle(rng)

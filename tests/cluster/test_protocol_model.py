@@ -1,0 +1,148 @@
+"""The control code against thousands of interleavings of death, stop, delay, loss, abort and reconnection.
+
+PDRAY_MODEL_WALKS sets how many random walks are made (default: a few thousand, some seconds).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from pdray.cluster.effects import LedgerEffect, Release, Send
+from pdray.cluster.lease import LeaseState, LeaseTable
+from pdray.cluster.messages import LegKey, PutAborted
+from pdray.cluster.prefill_ledger import PrefillLedger
+
+_spec = importlib.util.spec_from_file_location("protocol_world", Path(__file__).with_name("protocol_world.py"))
+assert _spec is not None and _spec.loader is not None
+protocol_world = sys.modules["protocol_world"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(protocol_world)
+
+NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "2400"))
+TOPOLOGIES = [{"num_prefill": 2, "num_decode": 2}, {"num_prefill": 1, "num_decode": 1}, {"num_prefill": 0, "num_decode": 2}]
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    """Hypothesis chooses among whatever can happen next, and shrinks what goes wrong."""
+
+    @initialize(topology=st.sampled_from(TOPOLOGIES))
+    def start(self, topology: dict[str, int]) -> None:
+        self.world = protocol_world.World(**topology)
+
+    @rule(choice=st.integers(0, 2**16))
+    def act(self, choice: int) -> None:
+        actions = self.world.actions()
+        actions[choice % len(actions)]()
+
+    @invariant()
+    def nothing_is_violated(self) -> None:
+        if hasattr(self, "world"):
+            assert self.world.violations() == []
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            import random
+
+            assert self.world.settle(random.Random(0)) == []
+
+
+ProtocolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=120, deadline=None)
+TestProtocol = ProtocolMachine.TestCase
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=["2P2D", "1P1D", "colocated"])
+def test_random_walks_violate_nothing(topology: dict[str, int]) -> None:
+    for seed in range(NUM_WALKS // len(TOPOLOGIES)):
+        assert protocol_world.walk(seed, 200, **topology) == [], f"seed {seed}"
+
+
+def test_walks_reach_every_state_and_outcome() -> None:
+    """The walks mean little if they never get anywhere: every lease state, replays and all outcomes are visited."""
+    import random
+
+    states: set[str] = set()
+    outcomes: set[str] = set()
+    attempts = 0
+    end = protocol_world.World._end
+
+    def noting_end(world: Any, router: Any, request: Any, outcome: str) -> None:
+        nonlocal attempts
+        attempts = max(attempts, request.tracker._next_attempt)
+        outcomes.add(outcome)
+        end(world, router, request, outcome)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol_world.World, "_end", noting_end)
+        for seed in range(60):
+            rng, world = random.Random(seed), protocol_world.World()
+            for _ in range(200):
+                rng.choice(world.actions())()
+                for decode in world.workers(protocol_world.DecodeProcess):
+                    states |= {info.state for info in decode.table.leases(world.now)}
+            world.settle(rng)
+    assert states == {str(state) for state in LeaseState}
+    assert outcomes == {"finished", "aborted", "rejected", "failed"}
+    assert attempts >= 3  # a second failure during recovery
+
+
+class FreesFillingLeases(LeaseTable):
+    """The bug of bugs: a timeout or a close frees what another process may still write."""
+
+    def _end(self, key: LegKey, lease: Any) -> list[Send]:
+        self._free(key)
+        return []
+
+
+class ForgetsTheAttempt(LeaseTable):
+    """A dead worker's successor is taken for it: the blocks that it fills are freed."""
+
+    def worker_gone(self, worker_id: str, incarnation: str) -> list[Send]:
+        for key, lease in list(self._leases.items()):
+            if lease.request.prefill_worker_id == worker_id and lease.writer is not None:
+                incarnation = lease.writer.incarnation
+                super().worker_gone(worker_id, incarnation)
+        return []
+
+
+class AcknowledgesTooEarly(PrefillLedger):
+    """PutAborted while a put is in flight."""
+
+    def abort_put(self, decode_worker_id: str, key: LegKey) -> list[LedgerEffect]:
+        return [Send(decode_worker_id, PutAborted(*key)), *super().abort_put(decode_worker_id, key)]
+
+
+class NeverAcknowledges(PrefillLedger):
+    """Quarantine never ends."""
+
+    def _leave_if_idle(self, key: LegKey, leg: Any) -> list[LedgerEffect]:
+        return [effect for effect in super()._leave_if_idle(key, leg) if isinstance(effect, Release)]
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        {"table": FreesFillingLeases},
+        {"table": ForgetsTheAttempt},
+        {"ledger": AcknowledgesTooEarly},
+        {"ledger": NeverAcknowledges},
+    ],
+    ids=lambda mutant: next(iter(mutant.values())).__name__,
+)
+def test_the_check_has_teeth(mutant: dict[str, Any]) -> None:
+    """Each seeded bug is found within some hundred walks."""
+
+    def finds(seed: int) -> bool:
+        try:
+            return bool(protocol_world.walk(seed, 200, **mutant))
+        except (AssertionError, KeyError):
+            return True
+
+    assert any(finds(seed) for seed in range(600))
