@@ -30,7 +30,9 @@ from pdray.cluster.messages import (
     LeaseGranted,
     LeaseRequest,
     LegKey,
+    LegTokens,
     PutDone,
+    Tokens,
 )
 from pdray.engine.request import EngineRequest, Reservation
 from pdray.errors import InvalidRequestError
@@ -318,7 +320,9 @@ class LeaseTable:
         self._allocator.start_decode(key, tokens)
         if all(token.finish_reason is not None for token in tokens):
             self._free(key)
-        return []
+        # The router has the first tokens from the prefill worker, unless that message is late or died with its sender:
+        # told again here, they are before the leg's next ones on the same session.
+        return [Send(lease.router_id, Tokens([LegTokens(*key, tokens)], self._credit()))]
 
     def _end(self, key: LegKey, lease: _Lease) -> list[Send]:
         """Close: at once, or through quarantine if somebody may be writing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import uuid
@@ -15,13 +16,17 @@ import pdray
 from pdray.config import Config
 from pdray.errors import NoWorkerError
 from pdray.router.router import Router
-from pdray.serve.endpoints import Chat, Completion
+from pdray.serve.body import read_body
+from pdray.serve.connection import ClientGone
+from pdray.serve.endpoints import Chat, Completion, render_chat
 from pdray.serve.errors import ApiError, install
-from pdray.serve.generation import ClientGone
-from pdray.serve.protocol import ChatBody, CompletionBody, read_body
+from pdray.serve.protocol import ChatBody, CompletionBody
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CLIENT_CLOSED_REQUEST = 499
+MAX_LOGGED_CHARS = 2000
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastAPI:
@@ -38,14 +43,18 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
             raise NoWorkerError("the server is starting; try again shortly")
         return current
 
-    def check_model(name: str) -> None:
-        if name != config.model_name:
+    def check_model(name: str | None) -> None:
+        if name is not None and name != config.model_name:
             raise ApiError(
                 404,
                 f"the model {name!r} does not exist; this server has {config.model_name!r}",
                 param="model",
                 code="model_not_found",
             )
+
+    def log_prompt(request_id: str, prompt: object) -> None:
+        if config.log_prompts:
+            logger.info("%s: %s", request_id, repr(prompt)[:MAX_LOGGED_CHARS])
 
     def model_card() -> dict[str, Any]:
         current = get_router()
@@ -71,16 +80,22 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, config.max_request_bytes)
         check_model(body.model)
-        generation = Completion(body, _request_id("cmpl", request), config.model_name, router().tokenizer)
+        request_id = _request_id("cmpl", request)
+        log_prompt(request_id, body.prompt)
+        generation = Completion(body, request_id, config.model_name, router().tokenizer)
         return await generation.respond(request, router())
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, config.max_request_bytes)
         check_model(body.model)
-        generation = Chat(body, _request_id("chatcmpl", request), config.model_name, router().tokenizer)
+        request_id = _request_id("chatcmpl", request)
+        log_prompt(request_id, [message.plain() for message in body.messages])
+        prompt_token_ids = await render_chat(body, router().tokenizer)
+        generation = Chat(body, prompt_token_ids, request_id, config.model_name)
         return await generation.respond(request, router())
 
+    @app.get("/ping")
     @app.get("/health")
     async def health() -> Response:
         """200 once a request could be served, else 503."""
@@ -101,7 +116,10 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
 
 
 def _request_id(prefix: str, request: Request) -> str:
-    """The client's X-Request-Id where it is sane, made unique; else a new one."""
+    """The client's X-Request-Id where it is sane, made unique; else a new one.
+
+    Serve gives requests without that header one, and returns it with the response.
+    """
     given = request.headers.get("x-request-id", "")
     unique = uuid.uuid4().hex
     return f"{prefix}-{given}-{unique[:8]}" if REQUEST_ID.fullmatch(given) else f"{prefix}-{unique}"

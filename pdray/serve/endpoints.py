@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import inspect
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pdray.errors import InvalidRequestError
-from pdray.outputs import CompletionOutput
+from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.request import CompletionDelta
+from pdray.router.validation import THREAD_FROM_CHARS
 from pdray.serve.generation import Generation
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.responses import chat_logprobs, completion_logprobs
 
 DEFAULT_COMPLETION_TOKENS = 16
+# Arguments of the renderer, which a request must not set; any other name is the template's own variable.
+TEMPLATE_OPTIONS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 
 
 class Completion(Generation):
@@ -26,29 +32,27 @@ class Completion(Generation):
     ) -> None:
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         params = body.sampling_params(max_tokens=max_tokens, logprobs=body.logprobs)
-        super().__init__(body, body.prompts, params, request_id, model)
+        super().__init__(body, body.prompt, params, request_id, model)
+        if body.echo and tokenizer is None:
+            raise InvalidRequestError("echo needs a tokenizer, and this server has none", "echo")
+        self._tokenizer = tokenizer if body.echo else None
         self._num_top = body.logprobs or 0
-        self._echo = ["" for _ in self.prompts]
-        if body.echo:
-            if tokenizer is None:
-                raise InvalidRequestError("echo needs a tokenizer, and this server has none", "echo")
-            self._echo = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in self.prompts]
         self._text_lengths: dict[int, int] = {}
 
-    def choice(self, index: int, prompt_index: int, completion: CompletionOutput) -> dict[str, Any]:
+    def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         return {
             "index": index,
-            "text": self._echo[prompt_index] + completion.text,
+            "text": self._echo(output) + completion.text,
             "logprobs": completion_logprobs(completion.token_ids, completion.logprobs, self._num_top, 0),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
 
-    def first_choices(self, index: int, prompt_index: int) -> list[dict[str, Any]]:
-        echo = self._echo[prompt_index]
+    def first_choices(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        echo = self._echo(output)
         return [{"index": index, "text": echo, "logprobs": None, "finish_reason": None}] if echo else []
 
-    def delta_choices(self, index: int, prompt_index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
+    def delta_choices(self, index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
         offset = self._text_lengths.get(index, 0)
         if delta.logprobs is not None:
             texts = (step[t].decoded_token for t, step in zip(delta.token_ids, delta.logprobs, strict=True))
@@ -61,6 +65,12 @@ class Completion(Generation):
         }
         return [choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}]
 
+    def _echo(self, output: RequestOutput) -> str:
+        """The prompt's text, if it was asked for. Its ids have been checked: the router has taken them."""
+        if self._tokenizer is None:
+            return ""
+        return output.prompt if output.prompt is not None else str(self._tokenizer.decode(output.prompt_token_ids))
+
 
 class Chat(Generation):
     """/v1/chat/completions."""
@@ -68,13 +78,13 @@ class Chat(Generation):
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, request_id: str, model: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, body: ChatBody, prompt_token_ids: list[int], request_id: str, model: str) -> None:
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         self._num_top = body.top_logprobs or 0
         params = body.sampling_params(max_tokens=max_tokens, logprobs=self._num_top if body.logprobs else None)
-        super().__init__(body, [render_chat(body, tokenizer)], params, request_id, model)
+        super().__init__(body, [prompt_token_ids], params, request_id, model)
 
-    def choice(self, index: int, prompt_index: int, completion: CompletionOutput) -> dict[str, Any]:
+    def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         return {
             "index": index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
@@ -83,11 +93,11 @@ class Chat(Generation):
             "stop_reason": completion.stop_reason,
         }
 
-    def first_choices(self, index: int, prompt_index: int) -> list[dict[str, Any]]:
+    def first_choices(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def delta_choices(self, index: int, prompt_index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
+    def delta_choices(self, index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
         choices: list[dict[str, Any]] = []
         if delta.text or delta.logprobs:
             choices.append(
@@ -111,22 +121,28 @@ class Chat(Generation):
         return choices
 
 
-def render_chat(body: ChatBody, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Token ids of a conversation in the model's own chat template.
+async def render_chat(body: ChatBody, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Token ids of a conversation in the model's own chat template. Long ones are rendered beside the event loop.
 
     Raises:
         InvalidRequestError: there is no template, or it refuses the conversation.
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
+    for name in body.chat_template_kwargs or ():
+        if name in TEMPLATE_OPTIONS:
+            raise InvalidRequestError(f"{name} is no variable of a chat template", "chat_template_kwargs")
+    render = functools.partial(
+        tokenizer.apply_chat_template,
+        [message.plain() for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        return_dict=False,
+        **(body.chat_template_kwargs or {}),
+    )
+    num_chars = sum(len(message.content or "") for message in body.messages)
     try:
-        ids = tokenizer.apply_chat_template(
-            [message.plain() for message in body.messages],
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            return_dict=False,
-        )
+        ids: Any = await asyncio.to_thread(render) if num_chars > THREAD_FROM_CHARS else render()
     except Exception as error:  # templates are programs of the model's authors: any error is the conversation's fault
         raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
-    assert isinstance(ids, list)
-    return [int(token_id) for token_id in ids]  # type: ignore[arg-type]
+    return [int(token_id) for token_id in ids]

@@ -17,6 +17,7 @@ from pdray.errors import InvalidRequestError, NoWorkerError, PdrayError, QueueFu
 logger = logging.getLogger(__name__)
 
 NO_WORKER_RETRY_S = 2
+MAX_MESSAGE_CHARS = 1000  # texts quote what the client sent
 
 
 class ApiError(Exception):
@@ -36,6 +37,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = message if len(message) <= MAX_MESSAGE_CHARS else message[:MAX_MESSAGE_CHARS] + "…"
         super().__init__(message)
         self.status = status
         self.headers = headers

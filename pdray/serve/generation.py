@@ -6,20 +6,19 @@ import asyncio
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import Any, Protocol
 
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
-from pdray.outputs import CompletionOutput
+from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.request import CompletionDelta, RoutedRequest
 from pdray.sampling_params import SamplingParams
+from pdray.serve.connection import EventStream, unless_gone
 from pdray.serve.errors import to_api_error
 from pdray.serve.protocol import GenerationBody
 from pdray.serve.responses import SSE_DONE, encode_json, envelope, sse, timings_ms, usage
-
-T = TypeVar("T")
 
 
 class Submits(Protocol):
@@ -28,10 +27,6 @@ class Submits(Protocol):
     async def submit(
         self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
     ) -> RoutedRequest: ...
-
-
-class ClientGone(Exception):
-    """The client has closed its connection; nobody reads the answer."""
 
 
 class Generation(ABC):
@@ -60,31 +55,38 @@ class Generation(ABC):
         self.created = int(time.time())
 
     @abstractmethod
-    def choice(self, index: int, prompt_index: int, completion: CompletionOutput) -> dict[str, Any]:
-        """A choice of the whole answer."""
+    def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+        """A completion of a prompt's output, as the choice number index of the whole answer."""
 
     @abstractmethod
-    def delta_choices(self, index: int, prompt_index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
+    def delta_choices(self, index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
         """A delta as the choices of chunks, one chunk each."""
 
-    def first_choices(self, index: int, prompt_index: int) -> list[dict[str, Any]]:
+    def first_choices(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
         """Choices of chunks that come before any token."""
         return []
 
     async def respond(self, http: Request, router: Submits) -> Response:
-        """The HTTP answer. Admission is over before a streaming one begins: what is raised here has a status."""
-        requests = await _unless_gone(http, self._submit(router))
-        if self.body.stream:
-            return StreamingResponse(
-                self._stream(requests), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-            )
+        """The HTTP answer. Admission is over before a streaming one begins: what is raised here has a status.
+
+        Raises:
+            PdrayError: see Router.submit and RoutedRequest. ClientGone: it did not wait for the answer.
+        """
+        admitted: dict[int, RoutedRequest] = {}
+        streaming = False
         try:
-            await _unless_gone(http, _drain(requests))
+            await unless_gone(http.receive, self._submit(router, admitted))
+            requests = [admitted[index] for index in range(len(self.prompts))]
+            if self.body.stream:
+                streaming = True
+                return EventStream(self._stream(requests), lambda: _abort(requests))
+            await unless_gone(http.receive, _drain(requests))
         finally:
-            _abort(requests)
+            if not streaming:
+                _abort(admitted.values())
         outputs = [request.output for request in requests]
         choices = [
-            self.choice(p * self.params.n + completion.index, p, completion)
+            self.choice(p * self.params.n + completion.index, output, completion)
             for p, output in enumerate(outputs)
             for completion in output.outputs
         ]
@@ -92,30 +94,28 @@ class Generation(ABC):
         answer |= {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)}
         return Response(encode_json(answer), media_type="application/json")
 
-    async def _submit(self, router: Submits) -> list[RoutedRequest]:
-        """All prompts or none."""
+    async def _submit(self, router: Submits, admitted: dict[int, RoutedRequest]) -> None:
+        """Submit all prompts at once. Whatever happens, `admitted` holds those that the router has taken."""
 
-        async def one(index: int, prompt: str | list[int]) -> RoutedRequest:
+        async def one(index: int, prompt: str | list[int]) -> None:
             suffix = f"-{index}" if len(self.prompts) > 1 else ""
-            return await router.submit(
-                prompt, self.params, request_id=self.request_id + suffix, priority=self.body.priority
+            admitted[index] = await router.submit(
+                prompt, self.params, request_id=self.request_id + suffix, priority=self.body.priority or 0
             )
 
         tasks = [asyncio.ensure_future(one(index, prompt)) for index, prompt in enumerate(self.prompts)]
         try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException:
+            await asyncio.gather(*tasks)
+        finally:
             for task in tasks:
                 task.cancel()
-            settled = await asyncio.gather(*tasks, return_exceptions=True)
-            _abort([result for result in settled if isinstance(result, RoutedRequest)])
-            raise
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _stream(self, requests: list[RoutedRequest]) -> AsyncIterator[bytes]:
+    async def _stream(self, requests: list[RoutedRequest]) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error after the start is an event, for the status has been sent."""
         wrap = envelope(self.chunk_object_name, self.request_id, self.created, self.model)
         options = self.body.stream_options
-        with_usage = options is not None and options.include_usage
+        with_usage = options is not None and bool(options.include_usage)
         outputs = [request.output for request in requests]
 
         def chunk(choices: list[dict[str, Any]]) -> bytes:
@@ -126,34 +126,34 @@ class Generation(ABC):
             return sse(value)
 
         try:
-            for p in range(len(requests)):
+            for p, output in enumerate(outputs):
                 for i in range(self.params.n):
-                    for choice in self.first_choices(p * self.params.n + i, p):
+                    for choice in self.first_choices(p * self.params.n + i, output):
                         yield chunk([choice])
-            async for p, deltas in _merged(requests):
-                for delta in deltas:
-                    for choice in self.delta_choices(p * self.params.n + delta.index, p, delta):
-                        yield chunk([choice])
+            async with contextlib.aclosing(_merged(requests)) as arriving:
+                async for p, deltas in arriving:
+                    for delta in deltas:
+                        for choice in self.delta_choices(p * self.params.n + delta.index, delta):
+                            yield chunk([choice])
             if with_usage:
                 yield sse(wrap([]) | {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)})
             yield SSE_DONE
         except Exception as error:
             yield sse(to_api_error(error).body)
-        finally:
-            _abort(requests)
 
 
-def _abort(requests: Sequence[RoutedRequest]) -> None:
+def _abort(requests: Iterable[RoutedRequest]) -> None:
     for request in requests:
         request.abort()
 
 
 async def _drain(requests: Sequence[RoutedRequest]) -> None:
-    async for _ in _merged(requests):
-        pass
+    async with contextlib.aclosing(_merged(requests)) as arriving:
+        async for _ in arriving:
+            pass
 
 
-async def _merged(requests: Sequence[RoutedRequest]) -> AsyncIterator[tuple[int, list[CompletionDelta]]]:
+async def _merged(requests: Sequence[RoutedRequest]) -> AsyncGenerator[tuple[int, list[CompletionDelta]], None]:
     """Deltas of all requests as they come, each with its request's index."""
     if len(requests) == 1:
         async for deltas in requests[0]:
@@ -183,29 +183,3 @@ async def _merged(requests: Sequence[RoutedRequest]) -> AsyncIterator[tuple[int,
     finally:
         for task in tasks:
             task.cancel()
-
-
-async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result, unless the client goes away first: then the work is cancelled.
-
-    Raises:
-        ClientGone: it went away.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_wait_gone(http))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        for pending in (task, gone):
-            if not pending.done():
-                pending.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await pending
-
-
-async def _wait_gone(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass

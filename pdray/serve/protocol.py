@@ -18,9 +18,6 @@ MAX_STOP_TOKEN_IDS = 128
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Int32 = Annotated[int, Field(strict=True, ge=-(2**31), lt=2**31)]  # what the wire and the kernels hold
-Stop = Annotated[str | list[str] | None, PlainValidator(lambda value: _stop(value))]
-Prompts = Annotated[list[str | list[int]], PlainValidator(lambda value: _prompts(value))]
-Content = Annotated[str | None, PlainValidator(lambda value: _content(value))]
 
 # They would change the answer, so they are not ignored: anything but null, false or empty is refused.
 NOT_SUPPORTED = (
@@ -40,6 +37,61 @@ NOT_SUPPORTED = (
     "truncate_prompt_tokens",
     "use_beam_search",
 )
+
+
+def _stop(value: Any) -> str | list[str] | None:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and _all_are(str, value)):
+        return value
+    raise InvalidRequestError("stop must be a string or a list of strings", "stop")
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One or more prompts of whatever form as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        if not value:
+            raise InvalidRequestError("prompt is an empty list; it must hold at least one prompt or token id", "prompt")
+        if _all_are(int, value):
+            return [value]
+        if _all_are(str, value) or all(isinstance(each, list) and _all_are(int, each) for each in value):
+            return value
+    raise InvalidRequestError(
+        "prompt must be a string, a list of strings, a list of token ids or a list of such lists", "prompt"
+    )
+
+
+def _all_are(kind: type, values: list[Any]) -> bool:
+    """Exactly of this type: true is no token id."""
+    return all(type(value) is kind for value in values)
+
+
+def _shown(value: Any) -> str:
+    """For an error's text; what is no string may be nested too deep for repr()."""
+    return repr(value) if isinstance(value, str) else f"({type(value).__name__})"
+
+
+def _content(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise InvalidRequestError("a message's content must be a string or a list of parts", "messages")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise InvalidRequestError(
+                f"content parts of type {_shown(kind)} are not supported; only 'text'", "messages"
+            )
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequestError("a content part of type 'text' needs a string in its field text", "messages")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+Stop = Annotated[str | list[str] | None, PlainValidator(_stop)]
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts)]
+Content = Annotated[str | None, PlainValidator(_content)]
 
 
 class StreamOptions(BaseModel):
@@ -85,7 +137,7 @@ class GenerationBody(BaseModel):
             raise InvalidRequestError("stream_options is only allowed with stream=true", "stream_options")
         if self.response_format is not None and (kind := self.response_format.get("type")) != "text":
             raise InvalidRequestError(
-                f"response_format of type {kind!r} is not supported yet; use 'text'", "response_format"
+                f"response_format of type {_shown(kind)} is not supported yet; use 'text'", "response_format"
             )
         ignored = sorted(self.model_extra or {})
         for name in ignored:
@@ -190,46 +242,3 @@ class ChatBody(GenerationBody):
                 "continue_final_message needs add_generation_prompt=false", "continue_final_message"
             )
         return self
-
-
-def _stop(value: Any) -> str | list[str] | None:
-    if value is None or isinstance(value, str) or (isinstance(value, list) and _all_are(str, value)):
-        return value
-    raise InvalidRequestError("stop must be a string or a list of strings", "stop")
-
-
-def _prompts(value: Any) -> list[str | list[int]]:
-    """One or more prompts of whatever form as a list of prompts."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        if not value:
-            raise InvalidRequestError("prompt is an empty list; it must hold at least one prompt or token id", "prompt")
-        if _all_are(int, value):
-            return [value]
-        if _all_are(str, value) or all(isinstance(each, list) and _all_are(int, each) for each in value):
-            return value
-    raise InvalidRequestError(
-        "prompt must be a string, a list of strings, a list of token ids or a list of such lists", "prompt"
-    )
-
-
-def _all_are(kind: type, values: list[Any]) -> bool:
-    """Exactly of this type: true is no token id."""
-    return all(type(value) is kind for value in values)
-
-
-def _content(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise InvalidRequestError("a message's content must be a string or a list of parts", "messages")
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise InvalidRequestError(f"content parts of type {kind!r} are not supported; only 'text'", "messages")
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequestError("a content part of type 'text' needs a string in its field text", "messages")
-        texts.append(part["text"])
-    return "\n".join(texts)

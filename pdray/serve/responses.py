@@ -13,6 +13,8 @@ import msgspec
 
 from pdray.outputs import Logprob, RequestOutput, RequestTimings
 
+LOWEST_LOGPROB = -9999.0  # JSON has no -inf; the value is vLLM's
+
 encode_json = msgspec.json.Encoder().encode
 
 
@@ -52,7 +54,7 @@ def chat_logprobs(
 
     def entry(logprob: Logprob) -> dict[str, Any]:
         token = logprob.decoded_token or ""
-        return {"token": token, "logprob": logprob.logprob, "bytes": list(token.encode())}
+        return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode())}
 
     return {
         "content": [
@@ -66,7 +68,10 @@ def chat_logprobs(
 def completion_logprobs(
     token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob]] | None, num_top: int, text_offset: int
 ) -> dict[str, Any] | None:
-    """openai's completion Logprobs of some tokens whose text begins at text_offset."""
+    """openai's completion Logprobs of some tokens whose text begins at text_offset.
+
+    As in OpenAI's API, top_logprobs hold the sampled token too, so they may have num_top + 1 entries.
+    """
     if logprobs is None:
         return None
     tokens = [step[token_id].decoded_token or "" for token_id, step in zip(token_ids, logprobs, strict=True)]
@@ -76,14 +81,23 @@ def completion_logprobs(
         text_offset += len(token)
     return {
         "tokens": tokens,
-        "token_logprobs": [step[token_id].logprob for token_id, step in zip(token_ids, logprobs, strict=True)],
-        "top_logprobs": [{top.decoded_token or "": top.logprob for top in _top(step, num_top)} for step in logprobs],
+        "token_logprobs": [_finite(step[token_id]) for token_id, step in zip(token_ids, logprobs, strict=True)],
+        "top_logprobs": [
+            {top.decoded_token or "": _finite(top) for top in _top(step, num_top, also=token_id)}
+            for token_id, step in zip(token_ids, logprobs, strict=True)
+        ],
         "text_offset": offsets,
     }
 
 
-def _top(step: dict[int, Logprob], num_top: int) -> list[Logprob]:
-    return sorted((logprob for logprob in step.values() if logprob.rank <= num_top), key=lambda entry: entry.rank)
+def _top(step: dict[int, Logprob], num_top: int, *, also: int | None = None) -> list[Logprob]:
+    """The most likely tokens, best first, and one more whatever its rank."""
+    chosen = (entry for token_id, entry in step.items() if entry.rank <= num_top or token_id == also)
+    return sorted(chosen, key=lambda entry: entry.rank)
+
+
+def _finite(entry: Logprob) -> float:
+    return max(entry.logprob, LOWEST_LOGPROB)
 
 
 Envelope = Callable[[list[dict[str, Any]]], dict[str, Any]]

@@ -49,7 +49,7 @@ NUM_BLOCKS = 12
 BLOCKS_PER_LEG = 2
 OUTPUT_TOKENS = 4
 LAYER_GROUPS = 3
-PROGRESS_WEIGHT = 8  # or kills and stops would leave nothing to get anywhere
+PROGRESS_WEIGHT = 30  # or kills and stops would leave nothing that could get anywhere
 
 
 def token(request_id: str, index: int, position: int) -> int:
@@ -159,7 +159,7 @@ class World:
     ) -> None:
         self.now = 0.0
         self._table, self._ledger = table, ledger
-        self.membership = Membership(num_prefill, num_decode, backoff_s=1.0)
+        self.membership = Membership(num_prefill, num_decode, backoff_s=0.01)
         self.processes: dict[str, Process] = {}
         self.links: dict[tuple[Process, Process], deque[Any]] = {}
         self.calls: deque[Callable[[], None]] = deque()  # the Coordinator's, through Ray: reliable, in order
@@ -204,7 +204,9 @@ class World:
 
     def _connect(self, connect: Connect) -> None:
         prefill, decode = self.processes[connect.prefill.worker_id], self.processes[connect.decode.worker_id]
-        current = prefill.incarnation == connect.prefill.incarnation and decode.incarnation == connect.decode.incarnation
+        current = (
+            prefill.incarnation == connect.prefill.incarnation and decode.incarnation == connect.decode.incarnation
+        )
         if not (current and prefill.alive and decode.alive):
             self._membership_do(self.membership.connect_failed(self.now, prefill.name, decode.name, connect.epoch))
             return
@@ -534,7 +536,8 @@ class World:
         return result * PROGRESS_WEIGHT + self._submissions() + self._disturbances() if self.disturb else result
 
     def _submissions(self) -> list[Callable[[], None]]:
-        return [lambda r=r, n=n: self.submit(r, n) for r in self.routers if r.runs for n in (1, 2)]
+        weight = PROGRESS_WEIGHT // 4 if self.membership.serving else 1
+        return [lambda r=r, n=n: self.submit(r, n) for r in self.routers if r.runs for n in (1, 2)] * weight
 
     def _disturbances(self) -> list[Callable[[], None]]:
         result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2)]
@@ -575,7 +578,7 @@ class World:
         return self.problems
 
     def settle(self, rng: random.Random) -> list[str]:
-        """No more disturbances: everybody goes on, the dead are noticed, what is under way arrives. Then nothing is held."""
+        """No more disturbances: all go on, the dead are noticed, what is under way arrives. Then nothing is held."""
         self.disturb = False
         for process in list(self.processes.values()):
             process.stopped = False

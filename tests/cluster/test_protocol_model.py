@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ protocol_world = sys.modules["protocol_world"] = importlib.util.module_from_spec
 _spec.loader.exec_module(protocol_world)
 
 NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "2400"))
-TOPOLOGIES = [{"num_prefill": 2, "num_decode": 2}, {"num_prefill": 1, "num_decode": 1}, {"num_prefill": 0, "num_decode": 2}]
+WALK_STEPS = 300
+TOPOLOGIES = [
+    {"num_prefill": 2, "num_decode": 2},
+    {"num_prefill": 1, "num_decode": 1},
+    {"num_prefill": 0, "num_decode": 2},
+]
 
 
 class ProtocolMachine(RuleBasedStateMachine):
@@ -49,8 +55,6 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
-            import random
-
             assert self.world.settle(random.Random(0)) == []
 
 
@@ -61,13 +65,11 @@ TestProtocol = ProtocolMachine.TestCase
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=["2P2D", "1P1D", "colocated"])
 def test_random_walks_violate_nothing(topology: dict[str, int]) -> None:
     for seed in range(NUM_WALKS // len(TOPOLOGIES)):
-        assert protocol_world.walk(seed, 200, **topology) == [], f"seed {seed}"
+        assert protocol_world.walk(seed, WALK_STEPS, **topology) == [], f"seed {seed}"
 
 
 def test_walks_reach_every_state_and_outcome() -> None:
     """The walks mean little if they never get anywhere: every lease state, replays and all outcomes are visited."""
-    import random
-
     states: set[str] = set()
     outcomes: set[str] = set()
     attempts = 0
@@ -82,8 +84,8 @@ def test_walks_reach_every_state_and_outcome() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(protocol_world.World, "_end", noting_end)
         for seed in range(60):
-            rng, world = random.Random(seed), protocol_world.World()
-            for _ in range(200):
+            rng, world = random.Random(seed), protocol_world.World(**TOPOLOGIES[seed % 2])
+            for _ in range(WALK_STEPS):
                 rng.choice(world.actions())()
                 for decode in world.workers(protocol_world.DecodeProcess):
                     states |= {info.state for info in decode.table.leases(world.now)}
@@ -101,15 +103,14 @@ class FreesFillingLeases(LeaseTable):
         return []
 
 
-class ForgetsTheAttempt(LeaseTable):
-    """A dead worker's successor is taken for it: the blocks that it fills are freed."""
+class ExpiresQuarantine(LeaseTable):
+    """A timeout alone frees: the stopped writer that wakes up finds another request in its target."""
 
-    def worker_gone(self, worker_id: str, incarnation: str) -> list[Send]:
+    def expire(self, now: float) -> list[Send]:
         for key, lease in list(self._leases.items()):
-            if lease.request.prefill_worker_id == worker_id and lease.writer is not None:
-                incarnation = lease.writer.incarnation
-                super().worker_gone(worker_id, incarnation)
-        return []
+            if lease.state is LeaseState.QUARANTINE and lease.expires <= now:
+                self._free(key)
+        return super().expire(now)
 
 
 class AcknowledgesTooEarly(PrefillLedger):
@@ -130,7 +131,7 @@ class NeverAcknowledges(PrefillLedger):
     "mutant",
     [
         {"table": FreesFillingLeases},
-        {"table": ForgetsTheAttempt},
+        {"table": ExpiresQuarantine},
         {"ledger": AcknowledgesTooEarly},
         {"ledger": NeverAcknowledges},
     ],
@@ -141,7 +142,7 @@ def test_the_check_has_teeth(mutant: dict[str, Any]) -> None:
 
     def finds(seed: int) -> bool:
         try:
-            return bool(protocol_world.walk(seed, 200, **mutant))
+            return bool(protocol_world.walk(seed, WALK_STEPS, **mutant))
         except (AssertionError, KeyError):
             return True
 

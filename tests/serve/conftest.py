@@ -1,0 +1,199 @@
+"""The API around a router that is scripted up to its admission, with real requests and a tokenizer of ASCII codes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pdray.config import Config
+from pdray.errors import WorkerDiedError
+from pdray.outputs import Logprob, SampledToken
+from pdray.router.request import RoutedRequest
+from pdray.router.validation import complete_params, tokenize
+from pdray.sampling_params import SamplingParams
+from pdray.serve.api import create_app
+
+EOS = 128
+REPLY = "The capital of France is Paris."
+MAX_MODEL_LEN = 200
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'pirate' %}{{ raise_exception('no pirates') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{{ mood }}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def ascii_tokenizer() -> PreTrainedTokenizerFast:
+    """Token id = ASCII code; EOS is 128."""
+    vocabulary = {chr(code): code for code in range(128)}
+    tokenizer = Tokenizer(models.WordLevel({**vocabulary, "<eos>": EOS}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE)
+
+
+class ScriptedRouter:
+    """Answers every prompt with REPLY and an end-of-sequence token.
+
+    Attributes:
+        refusals: raised by the submissions to come, by their number from 0.
+        admission: submissions wait for it. token: every token waits for it.
+        stop_after: tokens after which an answer stands still. die_after: tokens after which it fails.
+        requests: all that were admitted. aborted: ids of those that were given up before their end.
+    """
+
+    def __init__(self) -> None:
+        self.tokenizer: PreTrainedTokenizerFast | None = ascii_tokenizer()
+        self.max_model_len: int | None = MAX_MODEL_LEN
+        self.ready = True
+        self.reply = REPLY
+        self.refusals: dict[int, Exception] = {}
+        self.admission = asyncio.Event()
+        self.admission.set()
+        self.stop_after: int | None = None
+        self.die_after: int | None = None
+        self.num_submitted = 0
+        self.num_waiting = 0
+        self.priorities: list[int] = []
+        self.requests: list[RoutedRequest] = []
+        self.aborted: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def submit(
+        self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+    ) -> RoutedRequest:
+        number, self.num_submitted = self.num_submitted, self.num_submitted + 1
+        if (refusal := self.refusals.get(number)) is not None:
+            raise refusal
+        ids = await tokenize(self.tokenizer, prompt)
+        params = complete_params(params, len(ids), self.max_model_len or 0)
+        self.num_waiting += 1
+        try:
+            await self.admission.wait()
+        finally:
+            self.num_waiting -= 1
+        text = prompt if isinstance(prompt, str) else None
+        request = RoutedRequest(request_id, text, ids, params, priority, self.tokenizer, time.monotonic(), self._abort)
+        request.output.num_cached_tokens = len(ids) // 2
+        self.requests.append(request)
+        self.priorities.append(priority)
+        task = asyncio.ensure_future(self._run(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return request
+
+    def _abort(self, request: RoutedRequest) -> None:
+        self.aborted.append(request.request_id)
+        request.end()
+
+    async def _run(self, request: RoutedRequest) -> None:
+        params = request.params
+        assert params.max_tokens is not None
+        codes = [ord(char) for char in self.reply]
+        tokens = [codes[i % len(codes)] for i in range(params.max_tokens)] if params.ignore_eos else [*codes, EOS]
+        for position, token_id in enumerate(tokens[: params.max_tokens]):
+            if position == self.stop_after or request.ended:
+                return
+            if position == self.die_after:
+                request.end(WorkerDiedError("decode-0 is gone"))
+                return
+            reason = "stop" if token_id == EOS and not params.ignore_eos else None
+            reason = "length" if reason is None and position + 1 == params.max_tokens else reason
+            request.take(
+                [
+                    SampledToken(index, position, token_id, self._logprobs(token_id, index, params.logprobs), reason)
+                    for index in range(params.n)
+                ]
+            )
+            if all(completion.finished for completion in request.output.outputs):
+                break
+            await asyncio.sleep(0)
+        request.output.timings.queue = 0.001
+        request.end()
+
+    def _logprobs(self, token_id: int, index: int, num_top: int | None) -> dict[int, Logprob] | None:
+        """Completion 0 sampled the likeliest token; the others one that is not among the top."""
+        if num_top is None:
+            return None
+        others = [other for other in range(65, 65 + num_top + 1) if other != token_id]
+        top = [token_id, *others][:num_top] if index == 0 else others[:num_top]
+        step = {token: Logprob(-float(rank), rank) for rank, token in enumerate(top, 1)}
+        return step if token_id in step else step | {token_id: Logprob(float("-inf"), 99)}
+
+    @property
+    def num_running(self) -> int:
+        return sum(not request.ended for request in self.requests)
+
+
+@pytest.fixture
+async def router() -> ScriptedRouter:
+    return ScriptedRouter()
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(served_model_name="smol", max_request_bytes=20_000)
+
+
+@pytest.fixture
+def app(config: Config, router: ScriptedRouter) -> FastAPI:
+    return create_app(config, lambda: router)  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture
+def make_app() -> Callable[..., FastAPI]:
+    """For tests that are no coroutines: the app of a router of its own, made in the running loop."""
+
+    def make(config: Config) -> FastAPI:
+        router = ScriptedRouter()
+        return create_app(config, lambda: router)  # type: ignore[arg-type, return-value]
+
+    return make
+
+
+@pytest.fixture
+async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """The app in-process. What no handler expects is raised here."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://pdray") as client:
+        yield client
+
+
+@pytest.fixture
+async def url(app: FastAPI) -> AsyncIterator[str]:
+    """The app behind a real server."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    serving = asyncio.ensure_future(server.serve())
+    while not server.started:
+        assert not serving.done()
+        await asyncio.sleep(0.01)
+    yield "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+    server.should_exit = server.force_exit = True
+    await serving
+
+
+@pytest.fixture
+async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], Any]], Any]:
+    """Wait until something is true; it must become so."""
+
+    async def wait(condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come true"
+            await asyncio.sleep(0.01)
+
+    return wait
