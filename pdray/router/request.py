@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from pdray.cluster.admission import Waiting
-from pdray.cluster.messages import LegKey, LegTokens
+from pdray.cluster.messages import LegKey
 from pdray.cluster.policy import Choice
 from pdray.cluster.request_tracker import RequestTracker
 from pdray.outputs import CompletionOutput, Logprob, RequestOutput, SampledToken
@@ -83,7 +83,6 @@ class RoutedRequest:
         self.key: LegKey | None = None
         self.lease_asked_at = 0.0
         self.prefilling = False  # sent to a prefill worker that has not answered
-        self.overtaking: list[LegTokens] = []  # decoded tokens that came before the prefill worker's answer
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
 

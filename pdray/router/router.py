@@ -318,9 +318,6 @@ class Router:
             timings.prefill_queue, timings.prefill = message.prefill_queue, message.prefill
             request.output.num_cached_tokens = max(request.output.num_cached_tokens, message.num_cached_tokens)
             self._tokens(request, message.key, message.tokens)
-            overtaking, request.overtaking = request.overtaking, []
-            for update in overtaking:
-                self._leg_tokens(update)
             if request.ended and not request.outruns:
                 self._expect_credit(request)  # it never joined the batch, so no step will tell
         self._pump()
@@ -329,9 +326,7 @@ class Router:
         request = self._leg_request(message.key)
         if request is None:
             return
-        if request.prefilling:
-            request.overtaking.append(message)
-            return
+        request.prefilling = False  # the decode worker has it all, also if the prefill worker's answer never comes
         timings = request.output.timings
         for name in ("prefill_queue", "prefill", "transfer_wait", "first_decode_step"):
             seconds = getattr(message, name)

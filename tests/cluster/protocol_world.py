@@ -1,8 +1,8 @@
 """A simulated cluster around the real control code: leases, prefill ledger, request tracker, membership.
 
-Time, network, processes, engines and channels are simulated; every decision is taken by the code under test. An action is
-chosen from those that are possible; after each, violations() says what must never be. Puts write straight into
-the decode worker's blocks when they complete, with no check by the receiver: the harshest channel.
+Time, network, processes, engines and channels are simulated; every decision is taken by the code under test. An
+action is chosen from those that are possible; after each, violations() says what must never be. Puts write straight
+into the decode worker's blocks when they complete, with no check by the receiver: the harshest channel.
 """
 
 from __future__ import annotations

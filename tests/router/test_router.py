@@ -72,14 +72,18 @@ async def test_streaming_in_order(make_cluster: MakeCluster) -> None:
     cluster.assert_clean()
 
 
-async def test_decoded_tokens_may_overtake_the_first(make_cluster: MakeCluster) -> None:
-    """They come through another connection."""
+@pytest.mark.parametrize("comes", [True, False], ids=["late", "never"])
+async def test_the_prefill_workers_answer_may_be_late_or_lost(make_cluster: MakeCluster, comes: bool) -> None:
+    """It comes through another connection than the decode worker's tokens, which begin with the same first one."""
     cluster = await make_cluster()
     request = await start(cluster, "r")
+    cluster.decode.tokens("r", 0, "a")
     cluster.decode.tokens("r", 1, "b")
-    cluster.decode.tokens("r", 2, "c", finish="length")
     await asyncio.sleep(0.05)
-    cluster.prefill.first("r", "a")
+    if comes:
+        cluster.prefill.first("r", "a")
+    await asyncio.sleep(0.05)
+    cluster.decode.tokens("r", 2, "c", finish="length")
     assert "".join(d.text for d in await rest(request)) == "abc"
     assert request.output.outputs[0].finish_reason == "length"
     cluster.assert_clean()

@@ -175,7 +175,7 @@ async def url(app: FastAPI) -> AsyncIterator[str]:
     while not server.started:
         assert not serving.done()
         await asyncio.sleep(0.01)
-    yield "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = server.force_exit = True
     await serving
 
