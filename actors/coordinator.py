@@ -55,12 +55,10 @@ class Coordinator:
             self.secret,
             detached=detached,
             on_change=self._wake_watchers,
-            on_error=self._note_error,
         )
         self._wake = asyncio.Event()
         self._routers: dict[str, dict[str, Any]] = {}
         self._last_watch = time.monotonic()
-        self._error: str | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -89,9 +87,9 @@ class Coordinator:
 
     async def wait_ready(self) -> str | None:
         """None once every worker is ready and every pair connected; else what kept one from it."""
-        while not self._membership.serving and self._error is None:
+        while (view := self._membership.view).error is None and not self._membership.serving:
             await self._changed(WATCH_TIMEOUT_S)
-        return None if self._membership.serving else self._error
+        return view.error
 
     async def describe(self) -> dict[str, Any]:
         """The application's state, for `pdray status`."""
@@ -113,7 +111,7 @@ class Coordinator:
             "model": self.config.model_name,
             "mode": self.config.mode,
             "state": "serving" if self._membership.serving else "not ready",
-            "error": self._error,
+            "error": view.error,
             "workers": list(rows.values()),
             "routers": [{k: v for k, v in router.items() if k != "seen"} for router in self._routers.values()],
             "pairs": [(pair.prefill_worker_id, pair.decode_worker_id, pair.epoch) for pair in view.pairs],
@@ -138,8 +136,6 @@ class Coordinator:
         next_check = time.monotonic() + SERVE_CHECK_INTERVAL_S
         while True:
             self._fleet.tick()
-            if self._membership.serving:
-                self._error = None
             if self.detached and time.monotonic() >= next_check:
                 if await self._is_unwanted():
                     logger.warning("%s is no longer wanted: stopping its workers", self.app_name)
@@ -156,10 +152,6 @@ class Coordinator:
         except (RayError, RayServeException):
             return True  # Serve itself is gone
         return self.app_name not in applications
-
-    def _note_error(self, text: str) -> None:
-        self._error = text
-        self._wake_watchers()
 
     def _wake_watchers(self) -> None:
         self._wake.set()

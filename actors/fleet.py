@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
 from pdray.actors.decode_worker import DecodeWorker
-from pdray.actors.placement import make_dead, worker_options
+from pdray.actors.placement import NAMESPACE, make_dead, worker_options
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.cluster.membership import Connect, Effect, Kill, Membership, Start, TellGone
 from pdray.cluster.messages import WorkerInfo
@@ -37,7 +37,6 @@ class WorkerFleet:
 
     Args:
         on_change: called after every change of the membership.
-        on_error: called with the text of what kept a worker from starting or a pair from connecting.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class WorkerFleet:
         *,
         detached: bool,
         on_change: Callable[[], None],
-        on_error: Callable[[str], None],
     ) -> None:
         self.config = config
         self.app_name = app_name
@@ -57,7 +55,6 @@ class WorkerFleet:
         self.secret = secret
         self.detached = detached
         self._on_change = on_change
-        self._on_error = on_error
         self._processes: dict[str, _Process] = {}  # by incarnation
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -100,13 +97,14 @@ class WorkerFleet:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("%s: internal error", self.app_name, exc_info=error)
-            self._on_error(f"internal error: {error}")
+            self._note_error(f"internal error: {error}")
 
     async def _start(self, start: Start) -> None:
         cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
         options = worker_options(self.config, self.app_name, start.worker_id, detached=self.detached)
         try:
             actor_class: Any = ray.remote(cls)
+            self._end_predecessor(options["name"])
             arguments = (self.config, start.worker_id, start.incarnation, self.secret)
             actor = actor_class.options(**options).remote(*arguments)
             self._processes[start.incarnation] = process = _Process(start.worker_id, actor)
@@ -120,6 +118,15 @@ class WorkerFleet:
         self._perform(self.membership.tick(time.monotonic()))
         self._spawn(self._watch(process))
         self._spawn(self._heartbeat(process))
+
+    def _end_predecessor(self, name: str) -> None:
+        """A detached worker may have outlived the Coordinator that made it."""
+        try:
+            predecessor = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return
+        logger.warning("%s: ending %s, which a former Coordinator left behind", self.app_name, name)
+        ray.kill(predecessor, no_restart=True)
 
     async def _watch(self, process: _Process) -> None:
         """The pending join() ends when the process does: Ray's death notice, in 10-25 ms."""
@@ -183,9 +190,13 @@ class WorkerFleet:
         except RayActorError:
             logger.info("%s died before it heard of %s's death", tell.worker_id, tell.gone.worker_id)
 
+    def _note_error(self, text: str) -> None:
+        self.membership.note_error(text)
+        self._on_change()
+
     def _report(self, what: str, error: BaseException) -> None:
         logger.error("%s: %s: %s", self.app_name, what, error)
-        self._on_error(f"{what}: {_first_line(error)}")
+        self._note_error(f"{what}: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -95,8 +95,7 @@ class PrefillWorker(Worker):
         if session is None or session.peer.incarnation == incarnation:
             await self.disconnect(worker_id)
 
-    async def heartbeat(self) -> dict[str, int]:
-        """See Worker."""
+    def _open_epochs(self) -> dict[str, int]:
         return {decode_worker_id: channel.epoch for decode_worker_id, channel in self._channels.items()}
 
     # sessions

@@ -24,6 +24,7 @@ from pdray.cluster.effects import Send
 from pdray.cluster.messages import AnyMessage, WorkerInfo
 from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
+from pdray.engine.device import select_device
 from pdray.engine.engine import Engine
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
@@ -33,14 +34,8 @@ from pdray.models import load_model
 logger = logging.getLogger(__name__)
 
 METRICS_INTERVAL_S = 1.0
+ORPHANED_AFTER = 6  # worker timeouts without a heartbeat
 SWITCH_INTERVAL_S = 100e-6  # Python's default of 5 ms would be added to every step
-
-
-def select_device(config: Config) -> torch.device:
-    """The device that the configuration names, or CUDA where there is one."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
 
 
 class Worker:
@@ -60,6 +55,7 @@ class Worker:
         self.sessions: dict[str, Session] = {}
         self.metrics: WorkerMetrics | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._last_heartbeat = self._now()
         self._stopped = asyncio.Event()
         self._fatal: BaseException | None = None
 
@@ -83,6 +79,7 @@ class Worker:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.collect()
         gc.freeze()
+        self._last_heartbeat = self._now()
         self.info = WorkerInfo(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -100,6 +97,7 @@ class Worker:
         if in_ray:
             self.metrics = WorkerMetrics(self.worker_id, self.role)
             self._background(self._report_metrics(self.metrics))
+            self._background(self._end_if_orphaned())
         return self.info
 
     def _build_engine(self) -> Engine:
@@ -123,7 +121,14 @@ class Worker:
             raise self._fatal
 
     async def heartbeat(self) -> dict[str, int]:
-        """Answers while the event loop lives: the channels that are open from here, and their epochs."""
+        """Answers while the event loop lives: the channels that are open from here, and their epochs.
+
+        Called by the Coordinator; a worker that hears nothing of it for ORPHANED_AFTER timeouts ends itself.
+        """
+        self._last_heartbeat = self._now()
+        return self._open_epochs()
+
+    def _open_epochs(self) -> dict[str, int]:
         return {}
 
     async def check_integrity(self) -> list[str]:
@@ -165,6 +170,14 @@ class Worker:
         while True:
             metrics.update(self.engine.stats())
             await asyncio.sleep(METRICS_INTERVAL_S)
+
+    async def _end_if_orphaned(self) -> None:
+        """A detached actor outlives its Coordinator; it must not do so for ever."""
+        limit = ORPHANED_AFTER * self.config.worker_timeout_s
+        while self._now() - self._last_heartbeat < limit:
+            await asyncio.sleep(self.config.worker_timeout_s)
+        logger.error("%s: no word of its Coordinator for %g s: ending", self.worker_id, limit)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     def _background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run beside; an error in it fails the worker, so that it is never lost."""

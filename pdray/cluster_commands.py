@@ -104,6 +104,8 @@ def format_status(applications: list[dict[str, Any]]) -> str:
         lines += _table(
             [{title: _cell(worker.get(key)) for title, key in WORKER_COLUMNS.items()} for worker in workers]
         )
+        if error := application.get("error"):
+            lines.append(f"error: {error}")
         for router in application.get("routers", []):
             facts = ", ".join(
                 f"{key.replace('_', ' ')} {_cell(value)}" for key, value in router.items() if key != "router_id"

@@ -149,7 +149,7 @@ def greedy(output_len: int) -> SamplingParams:
 @contextlib.contextmanager
 def make_engine(config: Config) -> Iterator[Generate]:
     """The engine, stepped by this thread: no Ray, no HTTP."""
-    from pdray.actors.worker import select_device
+    from pdray.engine.device import select_device
     from pdray.engine.engine import Engine
     from pdray.engine.request import EngineRequest
     from pdray.models import load_model
@@ -185,8 +185,8 @@ def make_transformers(config: Config) -> Iterator[Generate]:
     import torch
     from transformers.generation.streamers import BaseStreamer
 
-    from pdray.actors.worker import select_device
     from pdray.bench.transformers_model import transformers_model
+    from pdray.engine.device import select_device
     from pdray.models import load_model
 
     model = transformers_model(load_model(config, select_device(config)))

@@ -89,6 +89,7 @@ class Membership:
     _pairs: dict[tuple[str, str], _Pair] = field(default_factory=dict, init=False)
     _version: int = field(default=0, init=False)
     _num_started: int = field(default=0, init=False)
+    _error: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         prefill = [f"prefill-{i}" for i in range(self.num_prefill)]
@@ -103,6 +104,7 @@ class Membership:
             self._version,
             [w.info for w in self._workers.values() if w.state is WorkerState.READY and w.info is not None],
             [Pair(p, d, pair.epoch) for (p, d), pair in self._pairs.items() if pair.connected],
+            None if self.serving else self._error,
         )
 
     @property
@@ -111,6 +113,11 @@ class Membership:
         return all(w.state is WorkerState.READY for w in self._workers.values()) and all(
             pair.connected for pair in self._pairs.values()
         )
+
+    def note_error(self, text: str) -> None:
+        """Something kept a worker from starting or a pair from connecting."""
+        self._error = text
+        self._version += 1
 
     def states(self) -> dict[str, str]:
         return {worker_id: str(worker.state) for worker_id, worker in self._workers.items()}

@@ -90,11 +90,16 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 class ClusterView(msgspec.Struct, frozen=True):
-    """The cluster at one moment. A higher version is newer."""
+    """The cluster at one moment. A higher version is newer.
+
+    Attributes:
+        error: the last thing that kept a worker from starting or a pair from connecting, while it is not served.
+    """
 
     version: int
     workers: list[WorkerInfo]
     pairs: list[Pair]
+    error: str | None = None
 
 
 # --- router → decode worker ---------------------------------------------------------------------

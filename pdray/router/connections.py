@@ -40,11 +40,13 @@ class WorkerConnections:
     Attributes:
         links: by worker id, open or not.
         pairs: (prefill, decode) worker ids to the epoch of their channel.
+        error: what kept a worker from starting or a pair from connecting, as the last view tells it.
     """
 
     def __init__(self, router_id: str, secret: bytes, watch: Watch, timeout_s: float, owner: ConnectionsOwner) -> None:
         self.links: dict[str, WorkerLink] = {}
         self.pairs: dict[tuple[str, str], int] = {}
+        self.error: str | None = None
         self._router_id = router_id
         self._secret = secret
         self._watch = watch
@@ -125,7 +127,7 @@ class WorkerConnections:
                 logger.warning("%s: %s", self._router_id, error)
                 await asyncio.sleep(RECONNECT_S)
                 continue
-            version = view.version
+            version, self.error = view.version, view.error
             self.pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
             self._workers = {info.worker_id: info for info in view.workers}
             for link in list(self.links.values()):

@@ -126,6 +126,11 @@ class Router:
         """Whether a request could be served: a pair, or a worker that does both, is connected."""
         return self._connections.can_serve
 
+    @property
+    def why_not_ready(self) -> str:
+        reason = self._connections.error
+        return "no prefill and decode worker are connected now; try again shortly" + (f" ({reason})" if reason else "")
+
     async def wait_ready(self) -> None:
         await self._became_ready.wait()
 
@@ -175,7 +180,7 @@ class Router:
     ) -> RoutedRequest:
         max_model_len = self.max_model_len
         if max_model_len is None or not self.ready:
-            raise NoWorkerError("no prefill and decode worker are connected now; try again shortly")
+            raise NoWorkerError(self.why_not_ready)
         if params.n > self.config.max_num_seqs:
             raise InvalidRequestError(
                 f"n is {params.n}, but a worker runs {self.config.max_num_seqs} sequences (max_num_seqs); lower n",

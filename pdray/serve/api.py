@@ -99,9 +99,8 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
     @app.get("/health")
     async def health() -> Response:
         """200 once a request could be served, else 503."""
-        current = get_router()
-        if current is None or not current.ready:
-            raise NoWorkerError("no prefill and decode worker are connected")
+        if not (current := router()).ready:
+            raise NoWorkerError(current.why_not_ready)
         return JSONResponse({"status": "ok"})
 
     @app.get("/version")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 
 from pdray.actors.client import CoordinatorClient
+from pdray.cluster.messages import ClusterView
 from pdray.config import Config
+from pdray.errors import WorkerDiedError
 from pdray.metrics import RouterMetrics
 from pdray.models import load_tokenizer
 from pdray.router.router import Router
@@ -26,6 +27,7 @@ class RouterReplica:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.router: Router | None = None
+        self._lost: WorkerDiedError | None = None
         self._opening = asyncio.get_running_loop().create_task(self._open())
 
     def __repr__(self) -> str:
@@ -37,8 +39,12 @@ class RouterReplica:
         tokenizer = await asyncio.to_thread(load_tokenizer, self.config)
         coordinator = await CoordinatorClient.open(self.config, app_name, detached=True)
 
-        async def watch(version: int) -> Any:
-            return await coordinator.watch(version, router.stats())
+        async def watch(version: int) -> ClusterView:
+            try:
+                return await coordinator.watch(version, router.stats())
+            except WorkerDiedError as error:
+                self._lost = error
+                raise
 
         router = Router(
             self.config,
@@ -56,9 +62,11 @@ class RouterReplica:
         return create_app(self.config, lambda: self.router)
 
     async def check_health(self) -> None:
-        """Serve's health check: a replica that could not open its router is replaced."""
+        """Serve's health check: a replica that could not open its router, or lost its Coordinator, is replaced."""
         if self._opening.done() and (error := self._opening.exception()) is not None:
             raise error
+        if self._lost is not None:
+            raise self._lost
 
     async def __del__(self) -> None:
         """Serve's shutdown of a replica."""

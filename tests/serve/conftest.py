@@ -55,6 +55,7 @@ class ScriptedRouter:
         self.tokenizer: PreTrainedTokenizerFast | None = ascii_tokenizer()
         self.max_model_len: int | None = MAX_MODEL_LEN
         self.ready = True
+        self.why_not_ready = "no prefill and decode worker are connected now"
         self.reply = REPLY
         self.refusals: dict[int, Exception] = {}
         self.admission = asyncio.Event()
@@ -149,7 +150,7 @@ def app(config: Config, router: ScriptedRouter) -> FastAPI:
     return create_app(config, lambda: router)  # type: ignore[arg-type, return-value]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_app() -> Callable[..., FastAPI]:
     """For tests that are no coroutines: the app of a router of its own, made in the running loop."""
 

@@ -36,7 +36,7 @@ async def test_timings_are_in_milliseconds_and_name_the_remainders(client: opena
     assert {"ttft_unexplained_ms", "first_gap_unexplained_ms"} < timings.keys()
 
 
-async def test_the_synchronous_client_in_a_thread(url: str) -> None:
+async def test_the_synchronous_client(url: str) -> None:
     def ask() -> tuple[str, str]:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client:
             whole = client.completions.create(model="smol", prompt="x", max_tokens=100).choices[0].text

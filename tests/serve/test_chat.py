@@ -1,0 +1,150 @@
+"""/v1/chat/completions, asked by openai's client, parsed by openai's types; and the small endpoints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionChunk
+
+import pdray
+from pdray.config import Config
+from pdray.serve.api import create_app
+
+REPLY = "The capital of France is Paris."
+ASK: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+
+
+def prompt_of(router: Any) -> str:
+    return bytes(router.requests[-1].output.prompt_token_ids).decode()
+
+
+async def test_chat(client: openai.AsyncOpenAI, router: Any) -> None:
+    answer = await client.chat.completions.create(model="smol", messages=ASK)
+    assert prompt_of(router) == "system: Be brief.\nuser: Where?\nassistant: "
+    assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
+    [choice] = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", REPLY, "stop")
+    assert choice.logprobs is None and answer.to_dict()["timings"]
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(prompt_of(router))
+
+
+async def test_without_a_limit_the_context_is_one(client: openai.AsyncOpenAI, router: Any) -> None:
+    answer = await client.chat.completions.create(model="smol", messages=ASK, extra_body={"ignore_eos": True})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None and answer.usage.total_tokens == router.max_model_len
+
+
+async def test_newer_name_of_max_tokens_wins(client: openai.AsyncOpenAI, router: Any) -> None:
+    await client.chat.completions.create(model="smol", messages=ASK, max_tokens=9, max_completion_tokens=5)
+    assert router.requests[0].params.max_tokens == 5
+
+
+async def test_stream(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="smol", messages=ASK, n=2, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    for index in (0, 1):
+        first, *middle, last = [c for chunk in chunks for c in chunk.choices if c.index == index]
+        assert (first.delta.role, first.delta.content, first.finish_reason) == ("assistant", "", None)
+        assert all(choice.delta.role is None and choice.finish_reason is None for choice in middle)
+        assert "".join(choice.delta.content or "" for choice in middle) == REPLY
+        assert last.finish_reason == "stop" and last.delta.to_dict() == {}
+    usage = chunks[-1].usage
+    assert not chunks[-1].choices and usage is not None and usage.completion_tokens == 2 * (len(REPLY) + 1)
+    assert all(chunk.usage is None for chunk in chunks[:-1]) and "timings" in chunks[-1].to_dict()
+
+
+async def test_stream_bytes(http: httpx.AsyncClient) -> None:
+    response = await http.post("/v1/chat/completions", json={"messages": ASK, "stream": True, "logprobs": True})
+    *events, done, end = response.content.split(b"\n\n")
+    assert (done, end) == (b"data: [DONE]", b"")
+    for event in events:
+        assert event.startswith(b"data: {") and b"\n" not in event
+        chunk = json.loads(event[6:])
+        ChatCompletionChunk.model_validate(chunk, strict=True, extra="allow")
+        assert "finish_reason" in chunk["choices"][0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs(client: openai.AsyncOpenAI, stream: bool) -> None:
+    options: dict[str, Any] = {"model": "smol", "messages": ASK, "logprobs": True, "top_logprobs": 3, "max_tokens": 7}
+    if stream:
+        chunks = [chunk async for chunk in await client.chat.completions.create(**options, stream=True)]
+        found = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs is not None]
+    else:
+        logprobs = (await client.chat.completions.create(**options)).choices[0].logprobs
+        found = [] if logprobs is None else [logprobs]
+    entries = [entry for part in found for entry in part.content or []]
+    assert "".join(entry.token for entry in entries) == REPLY[:7]
+    for entry in entries:
+        assert bytes(entry.bytes or []).decode() == entry.token and entry.logprob == -1.0
+        assert [top.logprob for top in entry.top_logprobs] == [-1.0, -2.0, -3.0]
+        assert entry.top_logprobs[0].token == entry.token
+
+
+async def test_logprobs_without_top(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model="smol", messages=ASK, logprobs=True, max_tokens=3)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and [entry.top_logprobs for entry in logprobs.content or []] == [[], [], []]
+
+
+async def test_messages(client: openai.AsyncOpenAI, router: Any) -> None:
+    messages: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "Ann"},
+        {"role": "assistant", "content": None, "refusal": None},
+        {"role": "user", "content": "c"},
+    ]
+    await client.chat.completions.create(model="smol", messages=messages)
+    assert prompt_of(router) == "user: a\nb\nassistant: \nuser: c\nassistant: "
+
+
+async def test_continue_final_message(client: openai.AsyncOpenAI, router: Any) -> None:
+    messages: list[Any] = [*ASK, {"role": "assistant", "content": "The capital"}]
+    extra = {"add_generation_prompt": False, "continue_final_message": True}
+    await client.chat.completions.create(model="smol", messages=messages, extra_body=extra)
+    assert prompt_of(router).endswith("assistant: The capital")
+
+
+async def test_template_variables(http: httpx.AsyncClient, router: Any) -> None:
+    body = {"messages": ASK, "chat_template_kwargs": {"mood": "[calm]"}}
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert "[calm]assistant" in prompt_of(router)
+
+
+async def test_long_conversations_are_rendered_beside_the_loop(http: httpx.AsyncClient, router: Any) -> None:
+    router.max_model_len = 10_000
+    body = {"messages": [{"role": "user", "content": "x" * 6000}], "max_tokens": 2}
+    assert (await http.post("/v1/chat/completions", json=body)).json()["usage"]["prompt_tokens"] > 6000
+
+
+async def test_models(client: openai.AsyncOpenAI) -> None:
+    [model] = (await client.models.list()).data
+    assert model.id == "smol" and model.object == "model" and model.created > 0
+    assert model.to_dict()["max_model_len"] == 200
+    assert await client.models.retrieve("smol") == model
+    with pytest.raises(openai.NotFoundError, match="other/model"):
+        await client.models.retrieve("other/model")
+
+
+async def test_health_tells_whether_the_router_is_ready(http: httpx.AsyncClient, router: Any) -> None:
+    for path in ("/health", "/ping"):
+        assert (await http.get(path)).status_code == 200
+    router.ready = False
+    refused = await http.get("/health")
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+    assert (await http.get("/version")).json() == {"version": pdray.__version__}
+
+
+async def test_before_there_is_a_router() -> None:
+    transport = httpx.ASGITransport(create_app(Config(served_model_name="smol"), lambda: None))
+    async with httpx.AsyncClient(transport=transport, base_url="http://pdray") as http:
+        assert (await http.get("/health")).status_code == 503
+        assert (await http.get("/v1/models")).json()["data"][0]["max_model_len"] is None
+        for path, body in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": ASK})):
+            refused = await http.post(f"/v1/{path}", json=body)
+            assert refused.status_code == 503 and "starting" in refused.json()["error"]["message"]
