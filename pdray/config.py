@@ -70,6 +70,8 @@ class Config(BaseModel):
     # admission
     max_queue_size: NonNegative = Field(256, description="requests that may wait at one router; more get 429")
     max_queue_wait_s: Seconds = Field(60.0, description="a request that waits longer gets 429")
+    request_timeout_s: Seconds | None = Field(None, description="a request that takes longer is ended with 504")
+    max_replays: NonNegative = Field(8, description="times that a request may lose its worker before it fails")
     decode_headroom_tokens: NonNegative = Field(
         64, description="output tokens whose blocks a lease holds from the start"
     )

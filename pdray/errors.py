@@ -45,6 +45,10 @@ class NoWorkerError(PdrayError):
     """No connected worker can serve the request now (HTTP 503)."""
 
 
+class RequestTimeoutError(PdrayError):
+    """The request was not finished within request_timeout_s (HTTP 504)."""
+
+
 class WorkerDiedError(PdrayError):
     """A worker died or stopped answering while it held the request."""
 

@@ -12,6 +12,7 @@ Router (tag `router`):
                                              first_gap_unexplained; a remainder below 0 counts as 0
     pdray_e2e_request_latency_seconds        histogram
     pdray_requests                           counter, tag `outcome`: stop, length, abort, error, rejected, ...
+    pdray_replays                            counter, attempts that were lost with a worker
     pdray_prompt_tokens                      counter, of finished requests
     pdray_generation_tokens                  counter, of finished requests
 
@@ -52,6 +53,7 @@ class RouterMetrics:
         self._timing = _histogram("pdray_request_timing_seconds", "Parts of a request's latency", tags, ("part",))
         self._e2e = _histogram("pdray_e2e_request_latency_seconds", "Arrival until the last token", tags)
         self._requests = _counter("pdray_requests", "Requests by outcome", tags, ("outcome",))
+        self._replays = _counter("pdray_replays", "Attempts lost with a worker and replayed on another", tags)
         self._prompt_tokens = _counter("pdray_prompt_tokens", "Prompt tokens of finished requests", tags)
         self._generation_tokens = _counter("pdray_generation_tokens", "Output tokens of finished requests", tags)
 
@@ -68,6 +70,10 @@ class RouterMetrics:
     def on_inter_token(self, seconds: float) -> None:
         """Seconds between two messages with tokens of one completion."""
         self._inter_token.observe(seconds)
+
+    def on_replay(self) -> None:
+        """A worker was lost under an attempt, and another goes on."""
+        self._replays.inc()
 
     def on_finished(self, outcome: str, output: RequestOutput | None) -> None:
         """A request ended. `output` is None if it never started (rejected, invalid, no worker)."""

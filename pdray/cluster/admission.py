@@ -82,19 +82,26 @@ class AdmissionQueue(Generic[T]):
     def __len__(self) -> int:
         return self._size
 
-    def ticket(self, now: float, item: T, priority: int) -> Waiting[T]:
-        """A place behind those who came before; it does not wait yet."""
-        return Waiting(priority, next(self._order), item, now)
+    def ticket(self, now: float, item: T, priority: int, order: int | None = None) -> Waiting[T]:
+        """A place behind those who came before, or where `order` stood; it does not wait yet."""
+        return Waiting(priority, next(self._order) if order is None else order, item, now)
 
     def push(self, now: float, entry: Waiting[T]) -> None:
         """Wait.
 
         Raises:
-            QueueFullError: with when to come back.
+            QueueFullError: no place, or its turn would come after max_wait_s; with when to come back.
         """
         if self._size >= self.max_size:
             raise QueueFullError(
                 f"{self._size} requests are waiting (max_queue_size is {self.max_size}); try again later",
+                self.retry_after_s(now),
+            )
+        rate = self.drain_rate.per_second(now)
+        if rate is not None and self._size > rate * self.max_wait_s:
+            raise QueueFullError(
+                f"{self._size} requests are waiting and {rate:.3g} a second leave the queue, so this one's turn would "
+                f"come after max_queue_wait_s ({self.max_wait_s:g} s); try again later",
                 self.retry_after_s(now),
             )
         self.push_back(entry)

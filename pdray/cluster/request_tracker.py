@@ -50,6 +50,9 @@ class RequestTracker:
         """Whether every completion has ended."""
         return len(self._finished) == self.n
 
+    def has_ended(self, index: int) -> bool:
+        return index in self._finished
+
     def start(self) -> Leg:
         """The first leg: all completions, from the prompt."""
         assert self._next_attempt == 0, self.request_id

@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from pdray.cluster.admission import Waiting
-from pdray.cluster.messages import LegKey
-from pdray.cluster.policy import Choice
 from pdray.cluster.request_tracker import RequestTracker
 from pdray.outputs import CompletionOutput, Logprob, RequestOutput, SampledToken
 from pdray.router.detokenizer import Detokenizer, Piece, decode_logprobs
@@ -77,12 +74,8 @@ class RoutedRequest:
         # the router's own notes
         self.arrival = arrival
         self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.entry: Waiting[RoutedRequest] | None = None  # its place in the queue, kept while it has a lease
-        self.outruns = False  # its worker still runs what a stop string has ended
-        self.choice: Choice | None = None
-        self.key: LegKey | None = None
-        self.lease_asked_at = 0.0
-        self.prefilling = False  # sent to a prefill worker that has not answered
+        self.outruns: set[int] = set()  # completions ended by a stop string that their worker does not know of
+        self.num_losses = 0
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
 
@@ -133,7 +126,8 @@ class RoutedRequest:
                 piece = detokenizer.feed(token.token_id)
             text = piece.text
             if piece.stop is not None:
-                self.outruns |= token.finish_reason is None
+                if token.finish_reason is None:
+                    self.outruns.add(token.index)
                 self.tracker.finish(token.index)
                 completion.finish_reason, completion.stop_reason = "stop", piece.stop
             elif token.finish_reason is not None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pdray.errors import InvalidRequestError, NoWorkerError, PdrayError, QueueFullError
+from pdray.errors import InvalidRequestError, NoWorkerError, PdrayError, QueueFullError, RequestTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ def to_api_error(error: BaseException) -> ApiError:
         case NoWorkerError():
             retry_after = {"Retry-After": str(NO_WORKER_RETRY_S)}
             return ApiError(503, str(error), type="server_error", code="service_unavailable", headers=retry_after)
+        case RequestTimeoutError():
+            return ApiError(504, str(error), type="server_error", code="timeout")
         case InvalidRequestError():
             is_length = "context length" in str(error)
             return ApiError(400, str(error), param=error.param, code="context_length_exceeded" if is_length else None)

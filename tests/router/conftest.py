@@ -138,9 +138,11 @@ class FakeWorker:
     def deny(self, request_id: str, reason: str, *, retriable: bool, attempt: int = 0) -> None:
         self.send(LeaseDenied(request_id, attempt, reason, retriable, self.credit))
 
-    def first(self, request_id: str, text: str, *, finish: str | None = None, attempt: int = 0) -> None:
+    def first(
+        self, request_id: str, text: str, *, finish: str | None = None, attempt: int = 0, position: int = 0
+    ) -> None:
         """First tokens: one character for each completion."""
-        tokens = [sampled(index, 0, text[index], finish) for index in range(len(text))]
+        tokens = [sampled(index, position, text[index], finish) for index in range(len(text))]
         self.send(FirstTokens(request_id, attempt, tokens, 0, 0.01, 0.02))
 
     def tokens(
@@ -173,6 +175,7 @@ class RecordingMetrics:
         self.depths: list[int] = []
         self.first_tokens: list[RequestTimings] = []
         self.gaps: list[float] = []
+        self.num_replays = 0
 
     def on_queue_depth(self, depth: int) -> None:
         self.depths.append(depth)
@@ -183,6 +186,9 @@ class RecordingMetrics:
 
     def on_inter_token(self, seconds: float) -> None:
         self.gaps.append(seconds)
+
+    def on_replay(self) -> None:
+        self.num_replays += 1
 
     def on_finished(self, outcome: str, output: RequestOutput | None) -> None:
         self.outcomes.append((outcome, output))
@@ -235,7 +241,7 @@ class Cluster:
 
     def assert_clean(self) -> None:
         """The router remembers nothing of any request."""
-        assert not self.router._requests and not len(self.router._queue)
+        assert not self.router._requests and not len(self.router._dispatcher.queue)
         for link in self.router._connections.links.values():
             assert not link.asked and not link.queued
 

@@ -116,9 +116,10 @@ def test_stop_strings(name: str, text: str, stops: list[str], include: bool, min
         tokenizer, prompt, ids, stop=tuple(stops), include_stop_str_in_output=include, min_tokens=min_tokens
     )
     expected, expected_stop, expected_used = whole_text(tokenizer, prompt, ids), None, len(ids)
-    texts_so_far = [""]  # an unfinished character may hide the finished one before it; what was shown stays
+    texts_so_far = [""]  # a token that ends within a character shows nothing, not even whole ones before it
     for count in range(1, len(ids) + 1):
-        texts_so_far.append(max(texts_so_far[-1], whole_text(tokenizer, prompt, ids[:count]), key=len))
+        is_whole = not tokenizer.backend_tokenizer.decode(prompt + ids[:count]).endswith("\N{REPLACEMENT CHARACTER}")
+        texts_so_far.append(whole_text(tokenizer, prompt, ids[:count]) if is_whole else texts_so_far[-1])
     for count in range(min_tokens + 1, len(ids) + 1):
         before, now = texts_so_far[count - 1 : count + 1]
         found = [

@@ -12,13 +12,11 @@ from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
     Credit,
-    LeaseClosed,
     LeaseRequest,
     LegKey,
-    PrefillFailed,
     PrefillRequest,
 )
-from pdray.errors import InvalidRequestError, NoWorkerError, WorkerDiedError
+from pdray.errors import InvalidRequestError, NoWorkerError
 from pdray.router.request import CompletionDelta, RoutedRequest
 from pdray.sampling_params import SamplingParams
 
@@ -163,7 +161,7 @@ async def test_abort_in_every_state(make_cluster: MakeCluster, state: str) -> No
     task = submit(cluster, "r")
     if state == "queued":
         await asyncio.sleep(0.05)
-        assert len(cluster.router._queue) == 1
+        assert len(cluster.router._dispatcher.queue) == 1
     else:
         await cluster.decode.expect(LeaseRequest, "r")
     if state in ("prefilling", "decoding"):
@@ -327,15 +325,3 @@ async def test_no_worker(make_cluster: MakeCluster) -> None:
     await cluster.decode.wait(lambda: cluster.decode.session)
     with pytest.raises(NoWorkerError):
         await cluster.router.submit("x", GREEDY, request_id="r")
-
-
-@pytest.mark.parametrize("kind", [LeaseClosed, PrefillFailed])
-async def test_a_failed_leg_fails_the_request(make_cluster: MakeCluster, kind: type) -> None:
-    cluster = await make_cluster()
-    request = await start(cluster, "r")
-    (cluster.decode if kind is LeaseClosed else cluster.prefill).send(kind("r", 0, "the channel broke"))
-    with pytest.raises(WorkerDiedError, match="the channel broke"):
-        await rest(request)
-    await cluster.decode.expect(CloseLease, "r")
-    assert cluster.metrics.outcomes[0][0] == "error"
-    cluster.assert_clean()

@@ -1,4 +1,4 @@
-"""Requests that wait, are refused, or lose a worker: each ends, with the right error, and nothing stays behind."""
+"""Requests that wait or are refused: each ends, with the right error, and nothing stays behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pdray.cluster.messages import CloseLease, Credit, CreditUpdate, LeaseRequest, LegKey, PrefillRequest
-from pdray.errors import InvalidRequestError, NoWorkerError, QueueFullError, WorkerDiedError
+from pdray.errors import InvalidRequestError, NoWorkerError, QueueFullError
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 
@@ -62,7 +62,7 @@ async def test_one_place_is_asked_for_once(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     await make_full(cluster)
     tasks = [submit(cluster, str(i)) for i in range(5)]
-    await settled(lambda: len(cluster.router._queue) == 5)
+    await settled(lambda: len(cluster.router._dispatcher.queue) == 5)
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     await cluster.decode.expect(LeaseRequest, "0")
@@ -77,7 +77,7 @@ async def test_a_full_queue_refuses_at_once(make_cluster: MakeCluster, size: int
     cluster = await make_cluster(max_queue_size=size)
     await make_full(cluster)
     tasks = [submit(cluster, str(i)) for i in range(size)]
-    await settled(lambda: len(cluster.router._queue) == size)
+    await settled(lambda: len(cluster.router._dispatcher.queue) == size)
     with pytest.raises(QueueFullError, match=f"max_queue_size is {size}") as caught:
         await cluster.router.submit("x", GREEDY, request_id="one more")
     assert caught.value.retry_after_s >= 1
@@ -100,9 +100,9 @@ async def test_a_denied_lease_keeps_its_place_in_the_queue(make_cluster: MakeClu
     await cluster.decode.expect(LeaseRequest, "first")
     cluster.decode.credit = FULL
     cluster.decode.deny("first", "no free blocks or places", retriable=True)
-    await settled(lambda: len(cluster.router._queue) == 1)
+    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     second = submit(cluster, "second")
-    await settled(lambda: len(cluster.router._queue) == 2)
+    await settled(lambda: len(cluster.router._dispatcher.queue) == 2)
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     assert (await cluster.decode.expect(LeaseRequest, "first", attempt=1)).indices == [0]
     assert "LeaseRequest" not in cluster.decode.about("second")
@@ -118,7 +118,7 @@ async def test_aborting_a_denied_request_sends_nothing(make_cluster: MakeCluster
     await cluster.decode.expect(LeaseRequest, "r")
     cluster.decode.credit = FULL
     cluster.decode.deny("r", "no free blocks or places", retriable=True)
-    await settled(lambda: len(cluster.router._queue) == 1)
+    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     task.cancel()
     await asyncio.sleep(0.05)
     assert cluster.decode.about("r") == ["LeaseRequest"]
@@ -144,7 +144,7 @@ async def test_a_closed_lease_gives_its_place_to_the_next(make_cluster: MakeClus
     cluster.decode.grant("first")
     request = await first
     second = submit(cluster, "second")
-    await settled(lambda: len(cluster.router._queue) == 1)
+    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     request.abort()
     await cluster.decode.expect(LeaseRequest, "second")
     second.cancel()
@@ -166,7 +166,8 @@ async def test_one_token_requests_do_not_use_up_the_credit(make_cluster: MakeClu
 async def test_a_long_prefill_queue_gets_nothing_more(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster(max_num_batched_tokens=64, max_queue_size=100)
     tasks = [submit(cluster, str(i), prompt=[1] * 50) for i in range(6)]
-    await settled(lambda: len(cluster.router._queue) == 3)  # those before are more than two batches, asked for or sent
+    # those before are more than two batches, asked for or sent
+    await settled(lambda: len(cluster.router._dispatcher.queue) == 3)
     for i in range(3):
         await cluster.decode.expect(LeaseRequest, str(i))
         cluster.decode.grant(str(i))
@@ -175,7 +176,7 @@ async def test_a_long_prefill_queue_gets_nothing_more(make_cluster: MakeCluster)
     await cluster.decode.expect(LeaseRequest, "3")
     cluster.decode.deny("3", "no free blocks or places", retriable=False)
     await cluster.decode.expect(LeaseRequest, "4")
-    assert len(cluster.router._queue) == 1
+    assert len(cluster.router._dispatcher.queue) == 1
     await settled(lambda: cluster.router._connections.links["prefill-0"].prefill_state().queued_tokens == 150)
     await asyncio.gather(*tasks[:3])
     for task in tasks:
@@ -192,105 +193,26 @@ async def test_a_queue_of_other_routers_prompts_is_asked_for_while_requests_wait
     cluster.router._ask_for_queues()
     await settled(lambda: cluster.router._connections.links["prefill-0"].told_queued_tokens == 1000)
     task = submit(cluster, "r")
-    await settled(lambda: len(cluster.router._queue) == 1)
+    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     cluster.prefill.queued_tokens = 0
     await cluster.decode.expect(LeaseRequest, "r")
     task.cancel()
 
 
-@pytest.mark.parametrize("state", ["asked", "prefilling", "decoding"])
-@pytest.mark.parametrize("how", ["killed", "gone from the view", "restarted"])
-async def test_death_of_the_decode_worker(make_cluster: MakeCluster, state: str, how: str) -> None:
-    cluster = await make_cluster()
-    task = await brought_to(cluster, state)
-    decode, prefill = cluster.decode, cluster.prefill
-    if how == "killed":
-        await decode.die()
-    elif how == "gone from the view":
-        await cluster.show(prefill)
-    else:
-        await cluster.show(prefill, cluster.new_worker("decode-0", "decode", "2"))
-    with pytest.raises(WorkerDiedError, match="decode-0"):
-        await text_of(await asyncio.wait_for(task, DEADLINE_S))
-    cluster.assert_clean()
-    if how == "restarted":
-        await settled(lambda: cluster.router.ready)
-        again = submit(cluster, "again")
-        await cluster.decode.expect(LeaseRequest, "again")
-        cluster.decode.grant("again")
-        await prefill.expect(PrefillRequest, "again")
-        prefill.first("again", "x", finish="length")
-        assert await text_of(await again) == "x"
-    else:
-        assert not cluster.router.ready
-        with pytest.raises(NoWorkerError):
-            await cluster.router.submit("x", GREEDY, request_id="s")
-    await decode.stop()
-
-
-async def test_death_of_the_prefill_worker(make_cluster: MakeCluster) -> None:
-    """Those that it was computing fail and give their leases back; those that it has finished go on."""
-    cluster = await make_cluster()
-    computing, decoding = await brought_to(cluster, "prefilling"), await brought_to(cluster, "decoding", "d")
-    await cluster.prefill.die()
-    with pytest.raises(WorkerDiedError, match="prefill-0"):
-        await text_of(await computing)
-    await cluster.decode.expect(CloseLease, "r")
-    cluster.decode.tokens("d", 2, "c", finish="length")
-    assert await text_of(await decoding) == "abc"
-    cluster.assert_clean()
-
-
-async def brought_to(cluster: Any, state: str, name: str = "r") -> asyncio.Task[RoutedRequest]:
-    task = submit(cluster, name)
-    await cluster.decode.expect(LeaseRequest, name)
-    if state != "asked":
-        cluster.decode.grant(name)
-        await cluster.prefill.expect(PrefillRequest, name)
-    if state == "decoding":
-        cluster.prefill.first(name, "a")
-        cluster.decode.tokens(name, 1, "b")
-        request = await task
-        await settled(lambda: len(request.output.outputs[0].token_ids) == 2)
-    return task
-
-
-async def test_a_lost_session_is_opened_again(make_cluster: MakeCluster) -> None:
-    """Its requests fail, but the worker lives and serves on without a new view."""
-    cluster = await make_cluster()
-    task = await brought_to(cluster, "decoding")
-    await cluster.decode.session.close()
-    with pytest.raises(WorkerDiedError):
-        await text_of(await task)
-    await settled(lambda: cluster.router.ready)
-    await brought_to(cluster, "decoding", "again")
-
-
-async def test_a_worker_that_cannot_be_reached_yet(make_cluster: MakeCluster) -> None:
-    """It does not keep the router from the others, and is tried until it is there."""
-    cluster = await make_cluster(empty=True)
-    late = cluster.new_worker("decode-1", "decode")
-    await late.start()
-    assert late._server._server is not None
-    late._server._server.close()
-    prefill, decode = cluster.new_worker("prefill-0", "prefill"), cluster.new_worker("decode-0", "decode")
-    await prefill.start()
-    await decode.start()
-    late.session = prefill.session = decode.session = object()  # type: ignore[assignment]  # started already
-    await cluster.show(prefill, decode, late)
-    await asyncio.wait_for(cluster.router.wait_ready(), DEADLINE_S)
-    await brought_to(cluster, "decoding")
-    late._server._server = await asyncio.start_server(late._server._accept, "127.0.0.1", late.info.port)
-    await settled(lambda: cluster.router._connections.is_open("decode-1"))
-
-
 async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
-    running = await (await brought_to(cluster, "decoding"))
+    task = submit(cluster, "r")
+    await cluster.decode.expect(LeaseRequest, "r")
+    cluster.decode.grant("r")
+    await cluster.prefill.expect(PrefillRequest, "r")
+    cluster.prefill.first("r", "a")
+    cluster.decode.tokens("r", 1, "b")
+    running = await task
+    await settled(lambda: len(running.output.outputs[0].token_ids) == 2)
     cluster.decode.credit = FULL
     await make_full(cluster)
     waiting = submit(cluster, "waiting")
-    await settled(lambda: len(cluster.router._queue) == 1)
+    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     await asyncio.wait_for(cluster.router.stop(), DEADLINE_S)
     assert await text_of(running) == "ab" and running.output.outputs[0].finish_reason == "abort"
     with pytest.raises(NoWorkerError):

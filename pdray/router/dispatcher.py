@@ -1,0 +1,236 @@
+"""Gives every leg a lease: who waits, whom to ask, and what a lease that ends leaves behind.
+
+A leg is in one place: resting after a loss, in the queue, with a lease asked for, or with a lease held. Everything runs
+on the router's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+from pdray.cluster.admission import AdmissionQueue
+from pdray.cluster.messages import (
+    CancelPrefill,
+    CloseLease,
+    LeaseDenied,
+    LeaseGranted,
+    LeaseRequest,
+    LegKey,
+    PrefillRequest,
+)
+from pdray.cluster.policy import choose
+from pdray.config import Config
+from pdray.errors import InvalidRequestError, PdrayError
+from pdray.router.connections import WorkerConnections
+from pdray.router.leg import RoutedLeg
+from pdray.router.link import WorkerLink
+
+
+class DispatchOwner(Protocol):
+    """Told what becomes of legs. It may close any leg from within."""
+
+    def on_granted(self, leg: RoutedLeg, message: LeaseGranted) -> None: ...
+
+    def on_rejected(self, leg: RoutedLeg, error: PdrayError) -> None:
+        """It will never get a lease."""
+
+    def on_lost(self, leg: RoutedLeg, reason: str) -> None:
+        """Its lease, or the prefill worker that was to fill it, is gone."""
+
+    def on_queue_changed(self) -> None: ...
+
+
+class Dispatcher:
+    """See the module.
+
+    Attributes:
+        legs: every leg that was submitted and not closed.
+    """
+
+    def __init__(self, config: Config, connections: WorkerConnections, owner: DispatchOwner) -> None:
+        self.legs: dict[LegKey, RoutedLeg] = {}
+        self.queue: AdmissionQueue[RoutedLeg] = AdmissionQueue(config.max_queue_size, config.max_queue_wait_s)
+        self._config = config
+        self._connections = connections
+        self._owner = owner
+
+    def submit(self, leg: RoutedLeg, arrival: float) -> None:
+        """Take a new request's leg.
+
+        Raises:
+            QueueFullError: nobody has credit for it, and it may not wait.
+        """
+        leg.entry = self.queue.ticket(arrival, leg, leg.request.priority)
+        if len(self.queue) or not self._ask(leg):
+            self.queue.push(time.monotonic(), leg.entry)
+        self.legs[leg.key] = leg
+        self.pump()
+
+    def resubmit(self, leg: RoutedLeg, predecessor: RoutedLeg, delay_s: float) -> None:
+        """Take the leg that goes on where a lost one was: in its predecessor's place, and never refused."""
+        leg.entry = self.queue.ticket(time.monotonic(), leg, leg.request.priority, order=predecessor.entry.order)
+        self.legs[leg.key] = leg
+        if delay_s:
+            asyncio.get_running_loop().call_later(delay_s, self._wake, leg)
+        else:
+            self._wake(leg)
+
+    def _wake(self, leg: RoutedLeg) -> None:
+        if self.legs.get(leg.key) is leg:
+            self.queue.push_back(leg.entry)
+            self.pump()
+
+    def pump(self) -> None:
+        """Ask for leases for those who wait, in order, while there is credit."""
+        changed = False
+        while (entry := self.queue.peek()) is not None and self._ask(entry.item):
+            self.queue.remove(entry)
+            changed = True
+        if changed:
+            self._owner.on_queue_changed()
+
+    def close(self, leg: RoutedLeg, reason: str, *, tell: bool = True) -> None:
+        """Forget a leg, in whatever state it is. Idempotent.
+
+        Args:
+            tell: False if its workers have ended it by themselves.
+        """
+        if self.legs.pop(leg.key, None) is None:
+            return
+        self.queue.remove(leg.entry)
+        if leg.choice is None:
+            return
+        prefill_id, decode_id = leg.choice
+        if (decode := self._connections.links.get(decode_id)) is not None:
+            decode.asked.pop(leg.key, None)
+        if tell:
+            if leg.granted:
+                self.expect_credit(leg)
+            self._connections.send(decode_id, CloseLease(*leg.key, reason))
+        if prefill_id is not None and (prefill := self._connections.links.get(prefill_id)) is not None:
+            if not leg.granted:  # it was never sent
+                prefill.queued.pop(leg.key, None)
+                return
+            prefill.prefill_ended(leg.key)
+            if tell:
+                self._connections.send(prefill_id, CancelPrefill(*leg.key))
+
+    def expect_credit(self, leg: RoutedLeg) -> None:
+        """A lease ends of which no step of its worker will tell: count on what it held."""
+        assert leg.choice is not None
+        if (link := self._connections.links.get(leg.choice.decode_worker_id)) is not None:
+            demand = leg.demand(self._config.block_size)
+            link.expect_credit(demand.blocks, demand.places)
+
+    def granted(self, link: WorkerLink, message: LeaseGranted) -> None:
+        """A decode worker's yes."""
+        leg = self._answered(link, message)
+        if leg is None:
+            self._connections.send(link.info.worker_id, CloseLease(*message.key, "nobody waits for it"))
+            return
+        leg.granted = True
+        self.queue.drain_rate.admitted(time.monotonic())
+        self._owner.on_granted(leg, message)
+        self._start_prefill(leg, message)
+
+    def denied(self, link: WorkerLink, message: LeaseDenied) -> None:
+        """A decode worker's no. One that is not final waits in its old place."""
+        leg = self._answered(link, message)
+        if message.retriable:
+            link.denied = True
+        if leg is None:
+            return
+        if not message.retriable:
+            self._owner.on_rejected(leg, InvalidRequestError(message.reason))
+            return
+        assert leg.choice is not None
+        prefill_id, leg.choice = leg.choice.prefill_worker_id, None
+        if prefill_id is not None and (prefill := self._connections.links.get(prefill_id)) is not None:
+            prefill.queued.pop(leg.key, None)
+        self.queue.push_back(leg.entry)
+        self._owner.on_queue_changed()
+
+    def worker_lost(self, worker_id: str, reason: str) -> None:
+        """Whatever depended on that worker is lost."""
+        for leg in list(self.legs.values()):
+            if leg.choice is None or self.legs.get(leg.key) is not leg:
+                continue
+            prefill_id, decode_id = leg.choice
+            if decode_id == worker_id or (leg.filling and prefill_id == worker_id):
+                self._owner.on_lost(leg, f"{worker_id} is gone ({reason})")
+
+    def leases(self) -> dict[str, list[LegKey]]:
+        """Leases asked for or held, by decode worker."""
+        keys: dict[str, list[LegKey]] = {}
+        for leg in self.legs.values():
+            if leg.choice is not None:
+                keys.setdefault(leg.choice.decode_worker_id, []).append(leg.key)
+        return keys
+
+    def _answered(self, link: WorkerLink, message: LeaseGranted | LeaseDenied) -> RoutedLeg | None:
+        link.asked.pop(message.key, None)
+        link.update_credit(message.credit)
+        return self.legs.get(message.key)
+
+    def _ask(self, leg: RoutedLeg) -> bool:
+        """Ask for a lease, if somebody has credit for it."""
+        demand = leg.demand(self._config.block_size)
+        choice = choose(
+            demand,
+            [link.decode_state() for link in self._connections.open_links("decode", "both")],
+            [link.prefill_state() for link in self._connections.open_links("prefill")],
+            set(self._connections.pairs),
+            max_queued_tokens=2 * self._config.max_num_batched_tokens,
+            local_prefill_max_tokens=self._config.local_prefill_max_tokens,
+        )
+        if choice is None:
+            return False
+        if leg.asked_at:  # denied before; a denial and a later grant must not be mixed up
+            self.legs.pop(leg.key)
+            (leg.leg,) = leg.request.tracker.replace(leg.key)
+            self.legs[leg.key] = leg
+        leg.choice, leg.asked_at = choice, time.monotonic()
+        self._connections.links[choice.decode_worker_id].asked[leg.key] = (demand.blocks, demand.places)
+        if choice.prefill_worker_id is not None:
+            self._connections.links[choice.prefill_worker_id].queued[leg.key] = demand.tokens
+        self._connections.send(
+            choice.decode_worker_id,
+            LeaseRequest(
+                *leg.key,
+                leg.request.output.prompt_token_ids,
+                leg.request.params,
+                list(leg.leg.indices),
+                list(leg.leg.output_token_ids),
+                choice.prefill_worker_id,
+                leg.request.priority,
+            ),
+        )
+        return True
+
+    def _start_prefill(self, leg: RoutedLeg, grant: LeaseGranted) -> None:
+        assert leg.choice is not None
+        prefill_id, decode_id = leg.choice
+        if prefill_id is None:
+            return
+        epoch = self._connections.pairs.get((prefill_id, decode_id))
+        if epoch is None or not self._connections.is_open(prefill_id):
+            self._owner.on_lost(leg, f"{prefill_id} was lost before it could begin")
+            return
+        leg.filling = True
+        self._connections.send(
+            prefill_id,
+            PrefillRequest(
+                *leg.key,
+                leg.request.output.prompt_token_ids,
+                leg.request.params,
+                list(leg.leg.indices),
+                list(leg.leg.output_token_ids),
+                decode_id,
+                epoch,
+                grant.block_ids,
+                grant.num_cached_tokens,
+                leg.request.priority,
+            ),
+        )
