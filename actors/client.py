@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import Any, Self
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util import list_named_actors
 
 from pdray.actors.coordinator import Coordinator
@@ -25,11 +26,13 @@ class CoordinatorClient:
 
     Attributes:
         secret: the cluster's; whoever knows it may open sessions to the workers.
+        gone: it was ended, and does not come back.
     """
 
     def __init__(self, actor: ActorHandle, secret: bytes) -> None:
         self._actor = actor
         self.secret = secret
+        self.gone = False
 
     @classmethod
     async def open(cls, config: Config, app_name: str, *, detached: bool) -> Self:
@@ -38,23 +41,26 @@ class CoordinatorClient:
         Args:
             detached: for a Serve application; otherwise it ends with this driver.
         """
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": -1}
         if detached:
             name = f"{PREFIX}{app_name}:{config.fingerprint()}"
             options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         actor: Any = ray.remote(Coordinator).options(**options)
-        actor = actor.remote(config, app_name, detached=detached)
-        return cls(actor, await actor.start.remote())
+        actor = actor.remote(config, app_name, secrets.token_bytes(32), detached=detached)
+        return cls(actor, await actor.get_secret.remote())
 
     async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
         """See Coordinator.watch.
 
         Raises:
-            WorkerDiedError: the Coordinator is gone.
+            WorkerDiedError: the Coordinator is gone, for now or (see `gone`) for ever.
         """
         try:
             view: ClusterView = await self._actor.watch.remote(version, router)
+        except ActorUnavailableError as error:
+            raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
         except RayActorError as error:
+            self.gone = True
             raise WorkerDiedError(f"the Coordinator is gone: {error}") from error
         return view
 

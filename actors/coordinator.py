@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from typing import Any
 
@@ -39,15 +38,19 @@ class Coordinator:
         app_name: prefix of the workers' names; of a Serve application, its name.
         detached: True for a Serve application: actors outlive who created them, and end when the
             application has left Serve, or when no router has watched for UNWATCHED_LIMIT_S.
+        secret: of the cluster. Ray starts a Coordinator that died again, with the same arguments; it then goes on with
+            the workers that are there.
     """
 
-    def __init__(self, config: Config, app_name: str, *, detached: bool) -> None:
+    def __init__(self, config: Config, app_name: str, secret: bytes, *, detached: bool) -> None:
         self.config = config
         self.app_name = app_name
         self.detached = detached
-        self.secret = secrets.token_bytes(32)
+        self.secret = secret
         num_prefill = 0 if config.mode == "colocated" else config.num_prefill_workers
-        self._membership = Membership(num_prefill, config.num_decode_workers, config.restart_backoff_s)
+        self._membership = Membership(
+            num_prefill, config.num_decode_workers, config.restart_backoff_s, generation=int(time.time())
+        )
         self._fleet = WorkerFleet(
             config,
             app_name,
@@ -57,17 +60,17 @@ class Coordinator:
             on_change=self._wake_watchers,
         )
         self._wake = asyncio.Event()
+        self._adopted = asyncio.Event()
         self._routers: dict[str, dict[str, Any]] = {}
         self._last_watch = time.monotonic()
-        self._supervisor: asyncio.Task[None] | None = None
+        self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
+        self._supervisor.add_done_callback(self._supervisor_left)
 
     def __repr__(self) -> str:
         return f"Coordinator({self.app_name})"
 
-    async def start(self) -> bytes:
-        """Begin to create workers. Returns the cluster's secret. Idempotent."""
-        if self._supervisor is None:
-            self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
+    async def get_secret(self) -> bytes:
+        """The cluster's secret: that of whoever was first to create this actor."""
         return self.secret
 
     async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
@@ -76,6 +79,7 @@ class Coordinator:
         Args:
             router: what the router says of itself, for `pdray status`; its call is its sign of life.
         """
+        await self._adopted.wait()
         deadline = time.monotonic() + WATCH_TIMEOUT_S
         if router is not None:
             self._routers[router["router_id"]] = {**router, "seen": time.monotonic()}
@@ -127,12 +131,13 @@ class Coordinator:
 
     async def stop(self) -> None:
         """End every worker and see its process gone; this actor is then killed by the caller. Idempotent."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
+        self._supervisor.cancel()
         await self._fleet.stop()
 
     async def _supervise(self) -> None:
         """Does what is due, and ends a detached application that is no longer wanted."""
+        await self._fleet.adopt()
+        self._adopted.set()
         next_check = time.monotonic() + SERVE_CHECK_INTERVAL_S
         while True:
             self._fleet.tick()
@@ -152,6 +157,13 @@ class Coordinator:
         except (RayError, RayServeException):
             return True  # Serve itself is gone
         return self.app_name not in applications
+
+    def _supervisor_left(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s: internal error; workers are no longer supervised", self.app_name, exc_info=error)
+            self._membership.note_error(f"internal error: {error}")
+            self._adopted.set()
+            self._wake_watchers()
 
     def _wake_watchers(self) -> None:
         self._wake.set()

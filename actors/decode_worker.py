@@ -87,11 +87,16 @@ class DecodeWorker(Worker):
                 f"{prefill.worker_id} ({prefill.fingerprint}) and {self.worker_id} ({self.info.fingerprint}) differ in "
                 "weights, dtype, block size or KV layout; start both from one configuration"
             )
+        self._writers[prefill.incarnation] = prefill
         self._send(self.leases.set_writer(prefill.worker_id, prefill.incarnation, epoch))
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
         """That process was seen dead: nothing can write on its behalf any more."""
+        self._writers.pop(incarnation, None)
         self._send(self.leases.worker_gone(worker_id, incarnation))
+
+    def _epochs(self) -> dict[str, int]:
+        return self.leases.epochs()
 
     async def describe(self) -> dict[str, Any]:
         return await super().describe() | {"leases": [info._asdict() for info in self.leases.leases(self._now())]}

@@ -11,16 +11,18 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from pdray.actors.decode_worker import DecodeWorker
-from pdray.actors.placement import NAMESPACE, make_dead, worker_options
+from pdray.actors.placement import NAMESPACE, make_dead, origin, worker_options
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.cluster.membership import Connect, Effect, Kill, Membership, Start, TellGone
-from pdray.cluster.messages import WorkerInfo
+from pdray.cluster.messages import WorkerIdentity, WorkerInfo
 from pdray.config import Config
 
 logger = logging.getLogger(__name__)
+
+RETRY_S = 0.5
 
 
 @dataclass(slots=True)
@@ -64,6 +66,44 @@ class WorkerFleet:
         if not self._stopping:
             self._perform(self.membership.tick(time.monotonic()))
 
+    async def adopt(self) -> None:
+        """Go on with the workers that a former life of this Coordinator has left; end those that cannot be kept."""
+        found = await asyncio.gather(*(self._find(worker_id) for worker_id in self.membership.worker_ids))
+        identities = []
+        for each in found:
+            if each is not None:
+                identity, actor = each
+                identities.append(identity)
+                self._adopt(_Process(identity.info.worker_id, actor, identity.info))
+        alive = {identity.info.incarnation for identity in identities}
+        writers = {writer.incarnation: writer for identity in identities for writer in identity.writers}
+        await asyncio.gather(*(make_dead(w.pid, w.node_id) for name, w in writers.items() if name not in alive))
+        self._perform(self.membership.adopt(identities))
+
+    def _adopt(self, process: _Process) -> None:
+        assert process.info is not None
+        self._processes[process.info.incarnation] = process
+        self._spawn(self._watch(process))
+        self._spawn(self._heartbeat(process))
+
+    async def _find(self, worker_id: str) -> tuple[WorkerIdentity, ActorHandle] | None:
+        name = worker_options(self.config, self.app_name, worker_id, detached=self.detached)["name"]
+        try:
+            actor: Any = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return None
+        try:
+            async with asyncio.timeout(self.config.worker_timeout_s):
+                identity: WorkerIdentity | None = await actor.identify.remote()
+        except (RayError, TimeoutError) as error:
+            logger.warning("%s: %s does not answer: %r", self.app_name, worker_id, error)
+            identity = None
+        if identity is not None and identity.origin == origin(self.config, self.secret):
+            return identity, actor
+        logger.warning("%s: ending %s, which a former Coordinator left behind", self.app_name, name)
+        ray.kill(actor, no_restart=True)
+        return None
+
     def actor(self, info: WorkerInfo) -> ActorHandle:
         """The handle of a worker of the current view."""
         return self._processes[info.incarnation].actor
@@ -104,7 +144,6 @@ class WorkerFleet:
         options = worker_options(self.config, self.app_name, start.worker_id, detached=self.detached)
         try:
             actor_class: Any = ray.remote(cls)
-            self._end_predecessor(options["name"])
             arguments = (self.config, start.worker_id, start.incarnation, self.secret)
             actor = actor_class.options(**options).remote(*arguments)
             self._processes[start.incarnation] = process = _Process(start.worker_id, actor)
@@ -116,17 +155,7 @@ class WorkerFleet:
             return
         self._perform(self.membership.ready(process.info))
         self._perform(self.membership.tick(time.monotonic()))
-        self._spawn(self._watch(process))
-        self._spawn(self._heartbeat(process))
-
-    def _end_predecessor(self, name: str) -> None:
-        """A detached worker may have outlived the Coordinator that made it."""
-        try:
-            predecessor = ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:
-            return
-        logger.warning("%s: ending %s, which a former Coordinator left behind", self.app_name, name)
-        ray.kill(predecessor, no_restart=True)
+        self._adopt(process)
 
     async def _watch(self, process: _Process) -> None:
         """The pending join() ends when the process does: Ray's death notice, in 10-25 ms."""
@@ -138,13 +167,13 @@ class WorkerFleet:
         self._perform(self.membership.suspect(process.worker_id, process.info.incarnation))
 
     async def _heartbeat(self, process: _Process) -> None:
-        """A process that is stopped or hung never breaks join(); one that stays silent is killed."""
+        """A process that is stopped or hung never breaks join(); one silent for worker_timeout_s is killed."""
         info = process.info
         assert info is not None
         interval = self.config.worker_timeout_s / 4
         while self._processes.get(info.incarnation) is process:
             try:
-                async with asyncio.timeout(self.config.worker_timeout_s):
+                async with asyncio.timeout(self.config.worker_timeout_s - interval):
                     epochs = await process.actor.heartbeat.remote()
             except (RayError, TimeoutError) as error:
                 logger.warning("%s: no heartbeat from %s: %r", self.app_name, process.worker_id, error)
@@ -187,6 +216,9 @@ class WorkerFleet:
             return  # it died too, and took what it knew with it
         try:
             await self.actor(peer).worker_gone.remote(tell.gone.worker_id, tell.gone.incarnation)
+        except ActorUnavailableError:
+            await asyncio.sleep(RETRY_S)
+            self._spawn(self._tell_gone(tell))
         except RayActorError:
             logger.info("%s died before it heard of %s's death", tell.worker_id, tell.gone.worker_id)
 

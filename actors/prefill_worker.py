@@ -95,7 +95,7 @@ class PrefillWorker(Worker):
         if session is None or session.peer.incarnation == incarnation:
             await self.disconnect(worker_id)
 
-    def _open_epochs(self) -> dict[str, int]:
+    def _epochs(self) -> dict[str, int]:
         return {decode_worker_id: channel.epoch for decode_worker_id, channel in self._channels.items()}
 
     # sessions

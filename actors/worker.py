@@ -19,9 +19,9 @@ from typing import Any, Literal
 import ray
 import torch
 
-from pdray.actors.placement import listen_address
+from pdray.actors.placement import listen_address, origin
 from pdray.cluster.effects import Send
-from pdray.cluster.messages import AnyMessage, WorkerInfo
+from pdray.cluster.messages import AnyMessage, WorkerIdentity, WorkerInfo
 from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
 from pdray.engine.device import select_device
@@ -34,7 +34,7 @@ from pdray.models import load_model
 logger = logging.getLogger(__name__)
 
 METRICS_INTERVAL_S = 1.0
-ORPHANED_AFTER = 6  # worker timeouts without a heartbeat
+ORPHANED_AFTER_S = 60.0  # without a heartbeat; longer than Ray needs to start a Coordinator again
 SWITCH_INTERVAL_S = 100e-6  # Python's default of 5 ms would be added to every step
 
 
@@ -56,6 +56,8 @@ class Worker:
         self.metrics: WorkerMetrics | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_heartbeat = self._now()
+        self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
+        self._started = False
         self._stopped = asyncio.Event()
         self._fatal: BaseException | None = None
 
@@ -98,6 +100,7 @@ class Worker:
             self.metrics = WorkerMetrics(self.worker_id, self.role)
             self._background(self._report_metrics(self.metrics))
             self._background(self._end_if_orphaned())
+        self._started = True
         return self.info
 
     def _build_engine(self) -> Engine:
@@ -121,15 +124,22 @@ class Worker:
             raise self._fatal
 
     async def heartbeat(self) -> dict[str, int]:
-        """Answers while the event loop lives: the channels that are open from here, and their epochs.
+        """Answers while the event loop lives: the epochs of this worker's channels, by peer.
 
-        Called by the Coordinator; a worker that hears nothing of it for ORPHANED_AFTER timeouts ends itself.
+        Called by the Coordinator; a worker that hears nothing of it for ORPHANED_AFTER_S ends itself.
         """
         self._last_heartbeat = self._now()
-        return self._open_epochs()
+        return self._epochs()
 
-    def _open_epochs(self) -> dict[str, int]:
-        return {}
+    async def identify(self) -> WorkerIdentity | None:
+        """For a Coordinator that was started again; None before start() has ended."""
+        if not self._started:
+            return None
+        writers = list(self._writers.values())
+        return WorkerIdentity(self.info, origin(self.config, self.secret), self._epochs(), writers)
+
+    def _epochs(self) -> dict[str, int]:
+        raise NotImplementedError
 
     async def check_integrity(self) -> list[str]:
         """What is wrong with the block accounting; empty if nothing is."""
@@ -173,10 +183,9 @@ class Worker:
 
     async def _end_if_orphaned(self) -> None:
         """A detached actor outlives its Coordinator; it must not do so for ever."""
-        limit = ORPHANED_AFTER * self.config.worker_timeout_s
-        while self._now() - self._last_heartbeat < limit:
-            await asyncio.sleep(self.config.worker_timeout_s)
-        logger.error("%s: no word of its Coordinator for %g s: ending", self.worker_id, limit)
+        while (left := self._last_heartbeat + ORPHANED_AFTER_S - self._now()) > 0:
+            await asyncio.sleep(left)
+        logger.error("%s: no word of its Coordinator for %g s: ending", self.worker_id, ORPHANED_AFTER_S)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     def _background(self, coroutine: Coroutine[Any, Any, None]) -> None:

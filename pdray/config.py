@@ -76,7 +76,7 @@ class Config(BaseModel):
         64, description="output tokens whose blocks a lease holds from the start"
     )
     lease_timeout_s: Seconds = Field(10.0, description="a lease not renewed for so long ends")
-    worker_timeout_s: Seconds = Field(10.0, description="a worker silent for so long counts as dead to its peers")
+    worker_timeout_s: Seconds = Field(2.0, description="a worker silent for so long counts as dead to its peers")
     restart_backoff_s: Seconds = Field(
         1.0, description="wait before a dead worker is replaced; doubles with each failure in a row"
     )

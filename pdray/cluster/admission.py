@@ -78,6 +78,8 @@ class AdmissionQueue(Generic[T]):
         self._heap: list[Waiting[T]] = []
         self._order = itertools.count()
         self._size = 0
+        self._congested_since: float | None = None  # since when somebody has always waited
+        self._num_admitted = 0  # since then
 
     def __len__(self) -> int:
         return self._size
@@ -97,14 +99,29 @@ class AdmissionQueue(Generic[T]):
                 f"{self._size} requests are waiting (max_queue_size is {self.max_size}); try again later",
                 self.retry_after_s(now),
             )
-        rate = self.drain_rate.per_second(now)
-        if rate is not None and self._size > rate * self.max_wait_s:
+        if self._congested_since is None:
+            self._congested_since, self._num_admitted = now, 0
+        elif (wait := self.expected_wait_s(now)) is not None and wait > self.max_wait_s:
             raise QueueFullError(
-                f"{self._size} requests are waiting and {rate:.3g} a second leave the queue, so this one's turn would "
-                f"come after max_queue_wait_s ({self.max_wait_s:g} s); try again later",
+                f"{self._size} requests are waiting, and this one's turn would come in {wait:.0f} s, after "
+                f"max_queue_wait_s ({self.max_wait_s:g} s); try again later",
                 self.retry_after_s(now),
             )
         self.push_back(entry)
+
+    def admitted(self, now: float) -> None:
+        """One request was given a place."""
+        self.drain_rate.admitted(now)
+        self._num_admitted += 1
+
+    def expected_wait_s(self, now: float) -> float | None:
+        """Seconds until the turn of a request that came now, from what was admitted since requests began to wait.
+
+        None before that can be said: rates of a time in which nobody waited tell what came, not what could be taken.
+        """
+        if self._congested_since is None or (congested_s := now - self._congested_since) < self.max_wait_s / 4:
+            return None
+        return self._size * congested_s / max(self._num_admitted, 1)
 
     def push_back(self, entry: Waiting[T]) -> None:
         """Wait again, in one's old place: one who was let out already is not refused."""
@@ -122,6 +139,8 @@ class AdmissionQueue(Generic[T]):
         if not entry.left:
             entry.left = True
             self._size -= 1
+            if self._size == 0:
+                self._congested_since = None
             self._heap.remove(entry)
             heapq.heapify(self._heap)
 

@@ -227,6 +227,10 @@ class LeaseTable:
             f"the channel from {worker_id} was reconnected",
         )
 
+    def epochs(self) -> dict[str, int]:
+        """Of the channels accepted, by prefill worker."""
+        return {worker_id: writer.epoch for worker_id, writer in self._writers.items()}
+
     def begin_put(self, worker_id: str, message: BeginPut) -> list[Send]:
         """May this worker write into this lease from now on? Asked again, the answer is the same."""
         lease = self._leases.get(message.key)

@@ -9,13 +9,15 @@ Pure: time and events go in, effects come out. Single-threaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from pdray.cluster.messages import ClusterView, Pair, WorkerInfo
+from pdray.cluster.messages import ClusterView, Pair, WorkerIdentity, WorkerInfo
 
 MAX_BACKOFF_S = 30.0
+VERSIONS_PER_GENERATION = 1_000_000
 
 
 class WorkerState(StrEnum):
@@ -80,11 +82,13 @@ class Membership:
     """Args:
     num_prefill, num_decode: how many of each; num_prefill 0 is colocated.
     backoff_s: wait before the first restart; doubles with every failure in a row, up to 30 s.
+    generation: higher than that of the table whose place this one takes.
     """
 
     num_prefill: int
     num_decode: int
     backoff_s: float
+    generation: int = 0
     _workers: dict[str, _Worker] = field(default_factory=dict, init=False)
     _pairs: dict[tuple[str, str], _Pair] = field(default_factory=dict, init=False)
     _version: int = field(default=0, init=False)
@@ -96,6 +100,7 @@ class Membership:
         decode = [f"decode-{i}" for i in range(self.num_decode)]
         self._workers = {worker_id: _Worker() for worker_id in prefill + decode}
         self._pairs = {(p, d): _Pair() for p in prefill for d in decode}
+        self._version = self.generation * VERSIONS_PER_GENERATION
 
     @property
     def view(self) -> ClusterView:
@@ -119,6 +124,10 @@ class Membership:
         self._error = text
         self._version += 1
 
+    @property
+    def worker_ids(self) -> list[str]:
+        return list(self._workers)
+
     def states(self) -> dict[str, str]:
         return {worker_id: str(worker.state) for worker_id, worker in self._workers.items()}
 
@@ -130,8 +139,7 @@ class Membership:
         effects: list[Effect] = []
         for worker_id, worker in self._workers.items():
             if worker.state is WorkerState.ABSENT and worker.start_at <= now:
-                self._num_started += 1
-                worker.state, worker.incarnation = WorkerState.STARTING, f"{worker_id}.{self._num_started}"
+                worker.state, worker.incarnation = WorkerState.STARTING, self._new_incarnation(worker_id)
                 effects.append(Start(worker_id, worker.incarnation))
         for (prefill_id, decode_id), pair in self._pairs.items():
             prefill, decode = self._workers[prefill_id], self._workers[decode_id]
@@ -141,6 +149,29 @@ class Membership:
                 pair.epoch, pair.connecting = pair.epoch + 1, True
                 effects.append(Connect(prefill.info, decode.info, pair.epoch))
         return effects
+
+    def adopt(self, identities: Sequence[WorkerIdentity]) -> list[Effect]:
+        """Go on from what a former table has left: workers that live, and their channels.
+
+        Every writer of theirs that is not among them must have been seen dead before.
+        """
+        found = {identity.info.worker_id: identity for identity in identities}
+        for worker_id, identity in found.items():
+            worker = self._workers[worker_id]
+            worker.state, worker.incarnation, worker.info = WorkerState.READY, identity.info.incarnation, identity.info
+        for (prefill_id, decode_id), pair in self._pairs.items():
+            opened = found[prefill_id].epochs.get(decode_id, 0) if prefill_id in found else 0
+            accepted = found[decode_id].epochs.get(prefill_id, 0) if decode_id in found else 0
+            pair.epoch = max(opened, accepted)
+            pair.connected = opened == accepted > 0 and found[prefill_id].info in found[decode_id].writers
+        self._version += 1
+        alive = {identity.info.incarnation for identity in identities}
+        return [
+            TellGone(worker_id, writer)
+            for worker_id, identity in found.items()
+            for writer in identity.writers
+            if writer.incarnation not in alive
+        ]
 
     def ready(self, info: WorkerInfo) -> list[Effect]:
         """A started worker is loaded and listens. A late report of an older process is ignored."""
@@ -198,6 +229,10 @@ class Membership:
                 pair.connected = False
                 self._version += 1
         return []
+
+    def _new_incarnation(self, worker_id: str) -> str:
+        self._num_started += 1
+        return f"{worker_id}.{self.generation}.{self._num_started}"
 
     def _disconnect(self, worker_id: str) -> None:
         for ids, pair in self._pairs.items():

@@ -81,6 +81,21 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     max_model_len: int
 
 
+class WorkerIdentity(msgspec.Struct, frozen=True):
+    """What a started worker tells a Coordinator that knows nothing of it.
+
+    Attributes:
+        origin: of its configuration and the cluster's secret; a worker of another origin cannot be kept.
+        epochs: of its channels, by peer: those open from a prefill worker, those accepted by a decode worker.
+        writers: prefill workers, dead ones too, that may have been let into its blocks.
+    """
+
+    info: WorkerInfo
+    origin: str
+    epochs: dict[str, int]
+    writers: list[WorkerInfo]
+
+
 class Pair(msgspec.Struct, frozen=True):
     """A connected channel from a prefill worker to a decode worker."""
 

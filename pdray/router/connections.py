@@ -125,6 +125,7 @@ class WorkerConnections:
                 view = await self._watch(version)
             except WorkerDiedError as error:
                 logger.warning("%s: %s", self._router_id, error)
+                version = -1  # a Coordinator that was started again counts anew
                 await asyncio.sleep(RECONNECT_S)
                 continue
             version, self.error = view.version, view.error

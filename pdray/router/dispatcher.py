@@ -131,7 +131,7 @@ class Dispatcher:
             self._connections.send(link.info.worker_id, CloseLease(*message.key, "nobody waits for it"))
             return
         leg.granted = True
-        self.queue.drain_rate.admitted(time.monotonic())
+        self.queue.admitted(time.monotonic())
         self._owner.on_granted(leg, message)
         self._start_prefill(leg, message)
 

@@ -12,7 +12,6 @@ from ray import serve
 from pdray.actors.client import CoordinatorClient
 from pdray.cluster.messages import ClusterView
 from pdray.config import Config
-from pdray.errors import WorkerDiedError
 from pdray.metrics import RouterMetrics
 from pdray.models import load_tokenizer
 from pdray.router.router import Router
@@ -27,7 +26,7 @@ class RouterReplica:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.router: Router | None = None
-        self._lost: WorkerDiedError | None = None
+        self._coordinator: CoordinatorClient | None = None
         self._opening = asyncio.get_running_loop().create_task(self._open())
 
     def __repr__(self) -> str:
@@ -37,14 +36,10 @@ class RouterReplica:
         app_name = serve.get_replica_context().app_name
         router_id = f"router-{uuid.uuid4().hex[:8]}"
         tokenizer = await asyncio.to_thread(load_tokenizer, self.config)
-        coordinator = await CoordinatorClient.open(self.config, app_name, detached=True)
+        self._coordinator = coordinator = await CoordinatorClient.open(self.config, app_name, detached=True)
 
         async def watch(version: int) -> ClusterView:
-            try:
-                return await coordinator.watch(version, router.stats())
-            except WorkerDiedError as error:
-                self._lost = error
-                raise
+            return await coordinator.watch(version, router.stats())
 
         router = Router(
             self.config,
@@ -65,8 +60,8 @@ class RouterReplica:
         """Serve's health check: a replica that could not open its router, or lost its Coordinator, is replaced."""
         if self._opening.done() and (error := self._opening.exception()) is not None:
             raise error
-        if self._lost is not None:
-            raise self._lost
+        if self._coordinator is not None and self._coordinator.gone:
+            raise RuntimeError("the Coordinator was ended; a new replica will make another")
 
     async def __del__(self) -> None:
         """Serve's shutdown of a replica."""

@@ -36,6 +36,7 @@ from pdray.cluster.messages import (
     PutDone,
     RenewLeases,
     Tokens,
+    WorkerIdentity,
     WorkerInfo,
 )
 from pdray.cluster.prefill_ledger import PrefillLedger
@@ -102,6 +103,7 @@ class Process:
     incarnation: str
     alive: bool = True
     stopped: bool = False
+    info: WorkerInfo | None = None
 
     @property
     def runs(self) -> bool:
@@ -112,6 +114,7 @@ class Process:
 class DecodeProcess(Process):
     pool: Pool = field(default_factory=Pool)
     table: LeaseTable = field(init=False)
+    writers: dict[str, WorkerInfo] = field(default_factory=dict)  # by incarnation, until told of their death
 
 
 @dataclass(eq=False)
@@ -162,7 +165,8 @@ class World:
         self.membership = Membership(num_prefill, num_decode, backoff_s=0.01)
         self.processes: dict[str, Process] = {}
         self.links: dict[tuple[Process, Process], deque[Any]] = {}
-        self.calls: deque[Callable[[], None]] = deque()  # the Coordinator's, through Ray: reliable, in order
+        self.calls: deque[Callable[[], None]] = deque()  # the Coordinator's, through Ray: in order, lost with it
+        self.notices: deque[Callable[[], None]] = deque()  # of broken sessions
         self.routers = [RouterProcess(f"router-{i}", "1") for i in range(2)]
         self.processes.update({router.name: router for router in self.routers})
         self.problems: list[str] = []
@@ -186,7 +190,32 @@ class World:
             role = "decode" if self.membership.num_prefill else "both"
         self.processes[start.worker_id] = process
         info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024)  # type: ignore[arg-type]
+        process.info = info
         self._membership_do(self.membership.ready(info))
+
+    def crash_coordinator(self) -> None:
+        """It dies with all it was about to do, and is started again: it keeps the workers that answer."""
+        self.calls.clear()
+        identities = []
+        for process in list(self.processes.values()):
+            if isinstance(process, RouterProcess) or not process.alive:
+                continue
+            if process.stopped:
+                self.kill(process, process.incarnation)
+                continue
+            assert process.info is not None
+            if isinstance(process, DecodeProcess):
+                identity = WorkerIdentity(process.info, "", process.table.epochs(), list(process.writers.values()))
+            else:
+                assert isinstance(process, PrefillProcess)
+                epochs = {name: epoch for name, (epoch, _) in process.epochs.items()}
+                identity = WorkerIdentity(process.info, "", epochs, [])
+            identities.append(identity)
+        former = self.membership
+        self.membership = Membership(former.num_prefill, former.num_decode, 0.01, former.generation + 1)
+        self._membership_do(self.membership.adopt(identities))
+        assert self.membership.view.version > former.view.version
+        self._membership_do(self.membership.tick(self.now))
 
     def _membership_do(self, effects: list[Any]) -> None:
         for effect in effects:
@@ -211,6 +240,7 @@ class World:
             self._membership_do(self.membership.connect_failed(self.now, prefill.name, decode.name, connect.epoch))
             return
         assert isinstance(prefill, PrefillProcess) and isinstance(decode, DecodeProcess)
+        decode.writers[prefill.incarnation] = connect.prefill
         self._send(decode, decode.table.set_writer(prefill.name, prefill.incarnation, connect.epoch))
         self._disconnect(prefill, decode.name)
         prefill.epochs[decode.name] = (connect.epoch, decode)
@@ -231,6 +261,7 @@ class World:
         if not peer.alive:
             return
         if isinstance(peer, DecodeProcess):
+            peer.writers.pop(gone.incarnation, None)
             self._send(peer, peer.table.worker_gone(gone.worker_id, gone.incarnation))
         elif isinstance(peer, PrefillProcess):
             entry = peer.epochs.get(gone.worker_id)
@@ -247,10 +278,10 @@ class World:
         self.links = {ends: queue for ends, queue in self.links.items() if process not in ends}
         for router in self.routers:
             if router.alive and router is not process:
-                self.calls.append(lambda router=router, process=process: self._router_lost(router, process))
+                self.notices.append(lambda router=router, process=process: self._router_lost(router, process))
         if isinstance(process, RouterProcess):
             for worker in (*self.workers(DecodeProcess), *self.workers(PrefillProcess)):
-                self.calls.append(lambda worker=worker: self._worker_lost_router(worker, process.name))
+                self.notices.append(lambda worker=worker: self._worker_lost_router(worker, process.name))
 
     def _worker_lost_router(self, worker: Process, router_id: str) -> None:
         if isinstance(worker, DecodeProcess) and worker.alive:
@@ -526,6 +557,8 @@ class World:
         result: list[Callable[[], None]] = [lambda: self.advance(0.5)]
         if self.calls:
             result += [lambda: self.calls.popleft()()] * 3
+        if self.notices:
+            result += [lambda: self.notices.popleft()()] * 3
         result += [lambda ends=ends: self.deliver(ends) for ends in self.links if ends[1].runs]
         for prefill in self.workers(PrefillProcess):
             if prefill.runs:
@@ -540,7 +573,7 @@ class World:
         return [lambda r=r, n=n: self.submit(r, n) for r in self.routers if r.runs for n in (1, 2)] * weight
 
     def _disturbances(self) -> list[Callable[[], None]]:
-        result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2)]
+        result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2), self.crash_coordinator]
         for router in self.routers:
             if router.runs:
                 result += [lambda r=router, q=q: self.abort(r, q) for q in list(router.requests.values())[:2]]
@@ -561,7 +594,7 @@ class World:
         prefills = [worker for worker in self.workers(PrefillProcess) if worker.alive]
         decodes = [worker for worker in self.workers(DecodeProcess) if worker.alive]
         at_work = any(p.computing or p.puts for p in prefills) or any(d.pool.running for d in decodes)
-        return not (self.links or self.calls or at_work)
+        return not (self.links or self.calls or self.notices or at_work)
 
     def violations(self) -> list[str]:
         """What must never be, now."""

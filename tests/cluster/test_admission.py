@@ -35,6 +35,11 @@ class QueueMachine(RuleBasedStateMachine):
             with pytest.raises(QueueFullError, match="max_queue_size is 5") as caught:
                 self.queue.push(self.now, entry)
             assert 1.0 <= caught.value.retry_after_s <= MAX_WAIT_S
+            return
+        wait = self.queue.expected_wait_s(self.now)
+        if wait is not None and wait > MAX_WAIT_S:
+            with pytest.raises(QueueFullError, match="max_queue_wait_s"):
+                self.queue.push(self.now, entry)
         else:
             self.queue.push(self.now, entry)
             self.waiting.append(entry)
@@ -46,7 +51,7 @@ class QueueMachine(RuleBasedStateMachine):
         entry = self.queue.peek()
         assert entry is self.waiting.pop(0)
         self.queue.remove(entry)
-        self.queue.drain_rate.admitted(self.now)
+        self.queue.admitted(self.now)
         self.let_out.append(entry)
 
     @precondition(lambda self: self.let_out)
@@ -86,6 +91,24 @@ def test_a_bound_of_zero_lets_nobody_wait() -> None:
     with pytest.raises(QueueFullError) as caught:
         queue.push(0.0, queue.ticket(0.0, "a", 0))
     assert caught.value.retry_after_s == FIRST_GUESS_S and len(queue) == 0
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_who_could_not_be_served_in_time_is_refused_at_once(rate: float) -> None:
+    """After 20 s of congestion with 60 s of patience: as many may wait as the rate seen lets through in that time."""
+    queue: AdmissionQueue[int] = AdmissionQueue(1000, 60.0)
+    entries = [queue.ticket(0.0, number, 0) for number in range(30)]
+    for entry in entries:
+        queue.push(0.0, entry)  # a burst: nothing is known of the rate yet
+    for number in range(int(20 * rate)):
+        queue.admitted(number / rate)
+        queue.remove(entries[number])
+    count = 0
+    with pytest.raises(QueueFullError, match="max_queue_wait_s") as caught:
+        for count in range(1000):  # noqa: B007
+            queue.push(20.0, queue.ticket(20.0, count, 0))
+    assert len(queue) == max(30 - int(20 * rate), int(60 * rate) + 1)
+    assert 1.0 <= caught.value.retry_after_s <= 60.0
 
 
 @pytest.mark.parametrize("rate", [0.5, 2.0, 50.0])

@@ -1,5 +1,7 @@
 """The control code against thousands of interleavings of death, stop, delay, loss, abort and reconnection.
 
+The Coordinator dies too, and is started again without a memory.
+
 PDRAY_MODEL_WALKS sets how many random walks are made (default: a few thousand, some seconds).
 """
 
