@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from typing import Any, Self
 
 import ray
@@ -19,6 +20,7 @@ from pdray.errors import PdrayError, WorkerDiedError
 
 PREFIX = "coordinator:"
 CALL_TIMEOUT_S = 30.0
+RETRY_S = 0.2
 
 
 class CoordinatorClient:
@@ -103,8 +105,7 @@ def describe(app_name: str) -> dict[str, Any]:
     Raises:
         PdrayError: there is no such application.
     """
-    calls: Any = [actor.describe.remote() for actor in _coordinators(app_name)]
-    states: list[dict[str, Any]] = ray.get(calls, timeout=CALL_TIMEOUT_S)
+    states: list[dict[str, Any]] = [_ask(actor.describe) for actor in _coordinators(app_name)]
     if not states:
         raise PdrayError(
             f"no pdray application is called {app_name!r}; running: {', '.join(list_applications()) or 'none'}"
@@ -116,7 +117,7 @@ def check_integrity(app_name: str) -> dict[str, list[str]]:
     """Per worker of an application, what is wrong with its block accounting."""
     problems: dict[str, list[str]] = {}
     for actor in _coordinators(app_name):
-        problems |= ray.get(actor.check_integrity.remote(), timeout=CALL_TIMEOUT_S)
+        problems |= _ask(actor.check_integrity)
     return problems
 
 
@@ -124,10 +125,26 @@ def stop_application(app_name: str) -> None:
     """End an application's workers and its Coordinator, whatever Serve thinks of it."""
     for actor in _coordinators(app_name):
         try:
-            ray.get(actor.stop.remote(), timeout=CALL_TIMEOUT_S)
+            _ask(actor.stop)
         except RayActorError:
             continue  # it was ending by itself
         ray.kill(actor, no_restart=True)
+
+
+def _ask(method: Any) -> Any:
+    """Call a Coordinator; one that Ray is starting again is asked until it answers.
+
+    Raises:
+        RayActorError: it has ended. GetTimeoutError: no answer in CALL_TIMEOUT_S.
+    """
+    deadline = time.monotonic() + CALL_TIMEOUT_S
+    while True:
+        try:
+            return ray.get(method.remote(), timeout=deadline - time.monotonic())
+        except ActorUnavailableError:
+            if time.monotonic() > deadline - RETRY_S:
+                raise
+            time.sleep(RETRY_S)
 
 
 def _coordinator_names() -> list[str]:

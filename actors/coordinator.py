@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from typing import Any
 
@@ -112,6 +113,7 @@ class Coordinator:
         self._routers = {name: router for name, router in self._routers.items() if router["seen"] > horizon}
         return {
             "name": self.app_name,
+            "pid": os.getpid(),
             "model": self.config.model_name,
             "mode": self.config.mode,
             "state": "serving" if self._membership.serving else "not ready",

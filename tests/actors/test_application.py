@@ -6,8 +6,10 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -15,7 +17,7 @@ import openai
 import pytest
 from ray import serve
 
-from pdray.actors.client import describe
+from pdray.actors.client import check_integrity, describe
 from pdray.cli import wait_until_ready
 from pdray.config import Config
 from pdray.serve import build
@@ -145,30 +147,58 @@ async def test_disconnect_frees_both_workers(url: str) -> None:
     wait_for(nothing_in_use)
 
 
-def test_dead_workers_requests_fail_clearly_and_service_comes_back(url: str, client: openai.OpenAI) -> None:
-    """Each worker in turn is killed under a running stream: an error and never a hang, then service again."""
-    for role in ("decode", "prefill"):
-        victim = next(w for w in workers() if w["role"] == role)
-        stream = client.completions.create(
-            model="smol", prompt="Tell me a story", max_tokens=600, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(iter(stream))
-        os.kill(victim["pid"], signal.SIGKILL)
-        if role == "decode":
-            with pytest.raises(openai.APIError):
-                for _ in stream:
-                    pass
-        else:
-            stream.close()  # decode needs no prefill worker any more
+def stream_text(client: openai.OpenAI, seed: int, started: threading.Event | None = None) -> str:
+    """A seeded story, streamed; `started` is set at its fourth piece."""
+    stream = client.completions.create(
+        model="smol",
+        prompt=f"{seed} children went into the woods",
+        max_tokens=120,
+        temperature=0.8,
+        seed=seed,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    text = ""
+    for pieces, chunk in enumerate(stream, 1):
+        text += chunk.choices[0].text
+        if started is not None and pieces == 4:
+            started.set()
+    return text
 
-        def replaced(victim: dict[str, Any] = victim) -> bool:
-            return any(
-                w["worker_id"] == victim["worker_id"] and w.get("pid", victim["pid"]) != victim["pid"]
-                for w in workers()
-            )
 
-        wait_for(replaced, 90)
-        wait_until_ready(url, timeout_s=60)
-        answer = client.chat.completions.create(model="smol", messages=PARIS, max_tokens=24, temperature=0)
-        assert "Paris" in (answer.choices[0].message.content or "")
+@pytest.fixture(scope="module")
+def stories(client: openai.OpenAI) -> list[str]:
+    """What the streams say undisturbed."""
+    return [stream_text(client, seed) for seed in range(4)]
+
+
+@pytest.mark.parametrize("victims", [["decode"], ["coordinator", "prefill"], ["stopped decode"]], ids=" and ".join)
+def test_streams_go_on_when_processes_die(
+    url: str, client: openai.OpenAI, stories: list[str], victims: list[str]
+) -> None:
+    """Four streams, then SIGKILL or SIGSTOP: every text is the undisturbed one, and the dead are replaced."""
+    started = [threading.Event() for _ in stories]
+    with ThreadPoolExecutor(len(stories)) as pool:
+        answers = [pool.submit(stream_text, client, seed, event) for seed, event in enumerate(started)]
+        assert all(event.wait(60) for event in started)
+        before = {row["worker_id"]: row["pid"] for row in workers()}
+        for victim in victims:
+            if victim == "coordinator":
+                os.kill(describe(APP)["pid"], signal.SIGKILL)
+            else:
+                worker_id = f"{victim.removeprefix('stopped ')}-0"
+                os.kill(before[worker_id], signal.SIGSTOP if victim.startswith("stopped") else signal.SIGKILL)
+        assert [answer.result(timeout=120) for answer in answers] == stories
+
+    def replaced() -> bool:
+        """The dead are; the others are not."""
+        return {row["worker_id"] for row in workers() if row.get("pid", 0) not in (0, before[row["worker_id"]])} == {
+            worker_id for worker_id in before if any(worker_id.startswith(victim.split()[-1]) for victim in victims)
+        }
+
+    wait_for(replaced, 90)
+    wait_until_ready(url, timeout_s=60)
+    answer = client.chat.completions.create(model="smol", messages=PARIS, max_tokens=24, temperature=0)
+    assert "Paris" in (answer.choices[0].message.content or "")
     wait_for(nothing_in_use)
+    assert all(not problems for problems in check_integrity(APP).values())
