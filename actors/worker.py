@@ -21,7 +21,7 @@ import torch
 
 from pdray.actors.placement import listen_address, origin
 from pdray.cluster.effects import Send
-from pdray.cluster.messages import AnyMessage, WorkerIdentity, WorkerInfo
+from pdray.cluster.messages import AnyMessage, PrefixUpdate, WorkerIdentity, WorkerInfo, pack_hashes
 from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
 from pdray.engine.device import select_device
@@ -34,6 +34,7 @@ from pdray.models import load_model
 logger = logging.getLogger(__name__)
 
 METRICS_INTERVAL_S = 1.0
+PREFIX_INTERVAL_S = 0.5
 ORPHANED_AFTER_S = 60.0  # without a heartbeat; longer than Ray needs to start a Coordinator again
 SWITCH_INTERVAL_S = 100e-6  # Python's default of 5 ms would be added to every step
 
@@ -57,6 +58,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_heartbeat = self._now()
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
+        self._prefixes: set[int] = set()  # as routers were told
         self._started = False
         self._stopped = asyncio.Event()
         self._fatal: BaseException | None = None
@@ -100,6 +102,8 @@ class Worker:
             self.metrics = WorkerMetrics(self.worker_id, self.role)
             self._background(self._report_metrics(self.metrics))
             self._background(self._end_if_orphaned())
+        if self.config.enable_prefix_caching:
+            self._background(self._publish_prefixes())
         self._started = True
         return self.info
 
@@ -181,6 +185,16 @@ class Worker:
             metrics.update(self.engine.stats())
             await asyncio.sleep(METRICS_INTERVAL_S)
 
+    async def _publish_prefixes(self) -> None:
+        """Tell routers what the prefix cache holds; they send prompts where most of them is cached."""
+        while True:
+            added, removed = self.engine.take_prefix_changes()
+            if added or removed:
+                self._prefixes = (self._prefixes - removed) | added
+                update = PrefixUpdate(pack_hashes(added), pack_hashes(removed))
+                self._send([Send(peer, update) for peer in self.sessions if peer.startswith("router")])
+            await asyncio.sleep(PREFIX_INTERVAL_S)
+
     async def _end_if_orphaned(self) -> None:
         """A detached actor outlives its Coordinator; it must not do so for ever."""
         while (left := self._last_heartbeat + ORPHANED_AFTER_S - self._now()) > 0:
@@ -213,6 +227,8 @@ class Worker:
 
     def on_open(self, session: Session) -> None:
         self.sessions[session.peer.id] = session
+        if session.peer.id.startswith("router") and self._prefixes:
+            session.send(PrefixUpdate(pack_hashes(self._prefixes), is_all=True))
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
         raise NotImplementedError

@@ -8,9 +8,11 @@ in seconds, measured by the sender on its own clock; no message holds a time of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
@@ -210,6 +212,27 @@ class CreditUpdate(Message, frozen=True):
     credit: Credit
 
 
+def pack_hashes(hashes: Iterable[int]) -> bytes:
+    return np.fromiter(hashes, dtype="<u8").tobytes()
+
+
+def unpack_hashes(packed: bytes) -> list[int]:
+    hashes: list[int] = np.frombuffer(packed, dtype="<u8").tolist()
+    return hashes
+
+
+class PrefixUpdate(Message, frozen=True):
+    """What a worker's prefix cache holds, for routing; sent to every router when it connects and now and then.
+
+    Attributes:
+        added, removed: 8 bytes for each block: its short hash, little-endian. is_all: added is everything.
+    """
+
+    added: bytes
+    removed: bytes = b""
+    is_all: bool = False
+
+
 # --- router → prefill worker --------------------------------------------------------------------
 
 
@@ -308,7 +331,9 @@ class AbortPut(LegMessage, frozen=True):
 
 
 RouterToWorker = LeaseRequest | RenewLeases | CloseLease | PrefillRequest | CancelPrefill | Ping
-WorkerToRouter = LeaseGranted | LeaseDenied | LeaseClosed | Tokens | CreditUpdate | FirstTokens | PrefillFailed | Pong
+WorkerToRouter = (
+    LeaseGranted | LeaseDenied | LeaseClosed | Tokens | CreditUpdate | FirstTokens | PrefillFailed | Pong | PrefixUpdate
+)
 PrefillToDecode = BeginPut | PutDone | PutAborted
 DecodeToPrefill = BeginPutReply | AbortPut
 AnyMessage = RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill

@@ -1,7 +1,9 @@
 """Which workers serve a request: pure functions of what a router knows.
 
-Among decode workers with credit the least loaded is taken, and with it the prefill worker with the
-shortest queue. A prefill worker whose queue holds more than two batches gets nothing: a lease would only sit idle.
+Among decode workers with credit the least loaded is taken, where a prompt that is cached there counts as
+CACHED_PROMPT_WORTH sequences less: it need not be sent, or, by a worker that prefills too, computed. With it goes the
+prefill worker that would be done first: whose queue, and what of this prompt it has not cached, are the fewest tokens.
+One whose queue holds more than two batches gets nothing: a lease would only sit idle.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from typing import NamedTuple
 
 from pdray.cluster.messages import Credit
 
+CACHED_PROMPT_WORTH = {False: 1.0, True: 4.0}  # sequences; by whether the worker prefills too
+
 
 class DecodeState(NamedTuple):
     """A decode worker as the router knows it.
 
     Attributes:
         prefills: whether it can prefill by itself (role "both").
+        cached_tokens: leading tokens of the request's prompt that its prefix cache holds.
         asked_blocks, asked_places: of leases asked for and not yet answered, which credit does not show.
     """
 
@@ -26,13 +31,19 @@ class DecodeState(NamedTuple):
     num_blocks: int
     asked_blocks: int = 0
     asked_places: int = 0
+    cached_tokens: int = 0
 
 
 class PrefillState(NamedTuple):
-    """A prefill worker as the router knows it; queued_tokens includes what it was sent since."""
+    """A prefill worker as the router knows it; queued_tokens includes what it was sent since.
+
+    Attributes:
+        cached_tokens: leading tokens of the request's prompt that its prefix cache holds.
+    """
 
     worker_id: str
     queued_tokens: int
+    cached_tokens: int = 0
 
 
 class Demand(NamedTuple):
@@ -64,22 +75,24 @@ def choose(
     Args:
         pairs: connected (prefill, decode) ids.
         max_queued_tokens: a prefill worker with more than this gets nothing.
-        local_prefill_max_tokens: prompts up to this length are prefilled by the decode worker.
+        local_prefill_max_tokens: prompts with at most so many uncached tokens are prefilled by the decode worker.
     """
-    for worker in sorted(decode, key=_load):
-        if not _has_credit(worker, demand):
+    for worker in sorted(decode, key=lambda worker: _cost(worker, demand)):
+        if not has_credit(worker, demand):
             continue
-        if worker.prefills or demand.tokens <= local_prefill_max_tokens:
+        if worker.prefills or demand.tokens - worker.cached_tokens <= local_prefill_max_tokens:
             return Choice(None, worker.worker_id)
         open_queues = [
             p for p in prefill if (p.worker_id, worker.worker_id) in pairs and p.queued_tokens <= max_queued_tokens
         ]
         if open_queues:
-            return Choice(min(open_queues, key=lambda p: (p.queued_tokens, p.worker_id)).worker_id, worker.worker_id)
+            first = min(open_queues, key=lambda p: (p.queued_tokens - p.cached_tokens, p.worker_id))
+            return Choice(first.worker_id, worker.worker_id)
     return None
 
 
-def _has_credit(worker: DecodeState, demand: Demand) -> bool:
+def has_credit(worker: DecodeState, demand: Demand) -> bool:
+    """Whether it can take the request now."""
     credit = worker.credit
     return (
         credit.free_places - worker.asked_places >= demand.places
@@ -87,9 +100,10 @@ def _has_credit(worker: DecodeState, demand: Demand) -> bool:
     )
 
 
-def _load(worker: DecodeState) -> tuple[float, float, str]:
-    """Sequences in or on their way into the batch, then share of blocks in use."""
+def _cost(worker: DecodeState, demand: Demand) -> tuple[float, float, str]:
+    """Sequences in or on their way into the batch, less what the cache is worth; then share of blocks in use."""
     credit = worker.credit
     sequences = credit.running + credit.waiting + worker.asked_places
     used = 1.0 - (credit.free_blocks - worker.asked_blocks) / max(1, worker.num_blocks)
-    return sequences, used, worker.worker_id
+    cached = CACHED_PROMPT_WORTH[worker.prefills] * min(1.0, worker.cached_tokens / max(1, demand.tokens))
+    return sequences - cached, used, worker.worker_id

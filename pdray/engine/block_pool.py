@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,18 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, parent: bytes = b"") 
     return hashes
 
 
+def short_hash(block_hash: bytes) -> int:
+    """64 bits of it: enough to guess where a prefix is cached, and half as long."""
+    return int.from_bytes(block_hash[:8], "little")
+
+
+class PrefixChanges(NamedTuple):
+    """What has entered and left a prefix cache, as short hashes."""
+
+    added: set[int]
+    removed: set[int]
+
+
 class BlockPool:
     """Reference counts, free list and prefix cache of blocks 1 … num_blocks - 1. Not thread-safe.
 
@@ -45,6 +58,7 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}
+        self._changes = PrefixChanges(set(), set())
         # Next one to take first: blocks without a known prefix, then cached ones by last use.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
 
@@ -62,6 +76,18 @@ class BlockPool:
     def num_cached(self) -> int:
         """Blocks that hold a known prefix, in use or free."""
         return len(self._cached)
+
+    def take_changes(self) -> PrefixChanges:
+        """Changes of the prefix cache since the last call. They are never more than twice the blocks."""
+        changes, self._changes = self._changes, PrefixChanges(set(), set())
+        return changes
+
+    def _note(self, block_hash: bytes, into: set[int], out_of: set[int]) -> None:
+        short = short_hash(block_hash)
+        if short in out_of:
+            out_of.remove(short)  # it was not told yet
+        else:
+            into.add(short)
 
     def lookup(self, hashes: Iterable[bytes]) -> list[int]:
         """Blocks that hold the longest known prefix of this chain. Changes nothing; acquire() takes them."""
@@ -117,6 +143,7 @@ class BlockPool:
         if self.enable_prefix_caching and block_hash not in self._cached and self._hashes[block] is None:
             self._cached[block_hash] = block
             self._hashes[block] = block_hash
+            self._note(block_hash, self._changes.added, self._changes.removed)
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)
@@ -124,6 +151,7 @@ class BlockPool:
         if block_hash is not None:
             del self._cached[block_hash]
             self._hashes[block] = None
+            self._note(block_hash, self._changes.removed, self._changes.added)
         self._ref_counts[block] = 1
         return block
 

@@ -10,7 +10,7 @@ import torch
 
 from pdray.config import Config
 from pdray.engine.batch import InputBuffers
-from pdray.engine.block_pool import BlockPool
+from pdray.engine.block_pool import BlockPool, PrefixChanges
 from pdray.engine.integrity import check_integrity
 from pdray.engine.layer_groups import layer_callback
 from pdray.engine.limits import EngineLimits
@@ -192,6 +192,11 @@ class Engine:
                 num_prompt_tokens=self._bookkeeper.num_prompt_tokens,
                 num_output_tokens=self._bookkeeper.num_output_tokens,
             )
+
+    def take_prefix_changes(self) -> PrefixChanges:
+        """What has entered and left the prefix cache since the last call."""
+        with self._lock:
+            return self._scheduler.pool.take_changes()
 
     def check_integrity(self) -> list[str]:
         """What is wrong with the block accounting; empty if nothing is."""

@@ -20,8 +20,9 @@ from pdray.cluster.messages import (
     LegKey,
     PrefillRequest,
 )
-from pdray.cluster.policy import choose
+from pdray.cluster.policy import choose, has_credit
 from pdray.config import Config
+from pdray.engine.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, PdrayError
 from pdray.router.connections import WorkerConnections
 from pdray.router.leg import RoutedLeg
@@ -62,6 +63,7 @@ class Dispatcher:
         Raises:
             QueueFullError: nobody has credit for it, and it may not wait.
         """
+        self._hash(leg)
         leg.entry = self.queue.ticket(arrival, leg, leg.request.priority)
         if len(self.queue) or not self._ask(leg):
             self.queue.push(time.monotonic(), leg.entry)
@@ -70,12 +72,19 @@ class Dispatcher:
 
     def resubmit(self, leg: RoutedLeg, predecessor: RoutedLeg, delay_s: float) -> None:
         """Take the leg that goes on where a lost one was: in its predecessor's place, and never refused."""
+        self._hash(leg)
         leg.entry = self.queue.ticket(time.monotonic(), leg, leg.request.priority, order=predecessor.entry.order)
         self.legs[leg.key] = leg
         if delay_s:
             asyncio.get_running_loop().call_later(delay_s, self._wake, leg)
         else:
             self._wake(leg)
+
+    def _hash(self, leg: RoutedLeg) -> None:
+        if self._config.enable_prefix_caching:
+            token_ids = [*leg.request.output.prompt_token_ids, *leg.leg.output_token_ids]
+            # The last token is always computed, so a block that it completes is of no use.
+            leg.prefix_hashes = [short_hash(h) for h in hash_blocks(token_ids[:-1], self._config.block_size)]
 
     def _wake(self, leg: RoutedLeg) -> None:
         if self.legs.get(leg.key) is leg:
@@ -177,10 +186,15 @@ class Dispatcher:
     def _ask(self, leg: RoutedLeg) -> bool:
         """Ask for a lease, if somebody has credit for it."""
         demand = leg.demand(self._config.block_size)
+        decode = [
+            link for link in self._connections.open_links("decode", "both") if has_credit(link.decode_state(), demand)
+        ]
+        if not decode:
+            return False
         choice = choose(
             demand,
-            [link.decode_state() for link in self._connections.open_links("decode", "both")],
-            [link.prefill_state() for link in self._connections.open_links("prefill")],
+            [link.decode_state(leg.prefix_hashes) for link in decode],
+            [link.prefill_state(leg.prefix_hashes) for link in self._connections.open_links("prefill")],
             set(self._connections.pairs),
             max_queued_tokens=2 * self._config.max_num_batched_tokens,
             local_prefill_max_tokens=self._config.local_prefill_max_tokens,
@@ -194,7 +208,8 @@ class Dispatcher:
         leg.choice, leg.asked_at = choice, time.monotonic()
         self._connections.links[choice.decode_worker_id].asked[leg.key] = (demand.blocks, demand.places)
         if choice.prefill_worker_id is not None:
-            self._connections.links[choice.prefill_worker_id].queued[leg.key] = demand.tokens
+            prefill = self._connections.links[choice.prefill_worker_id]
+            prefill.queued[leg.key] = demand.tokens - prefill.prefill_state(leg.prefix_hashes).cached_tokens
         self._connections.send(
             choice.decode_worker_id,
             LeaseRequest(

@@ -18,6 +18,7 @@ class RoutedLeg:
     entry: its place in the queue, kept while it has a lease.
     choice: who was asked for a lease, or holds it; None while it waits.
     granted: the lease stands.
+    prefix_hashes: short hashes of its full blocks, in order; empty without prefix caching.
     filling: its prefill worker was told to begin, and the decode worker has not shown a token yet.
     """
 
@@ -28,6 +29,7 @@ class RoutedLeg:
     asked_at: float = 0.0
     granted: bool = False
     filling: bool = False
+    prefix_hashes: list[int] = field(default_factory=list)
 
     @property
     def key(self) -> LegKey:

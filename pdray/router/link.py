@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
-from pdray.cluster.messages import Credit, LegKey, WorkerInfo
+from pdray.cluster.messages import Credit, LegKey, PrefixUpdate, WorkerInfo, unpack_hashes
 from pdray.cluster.policy import DecodeState, PrefillState
 from pdray.cluster.session import Session
 
@@ -17,6 +19,7 @@ class WorkerLink:
     credit: the last that a decode worker told; none until it has.
     denied: it refused a lease, and has told no new credit since.
     asked: blocks and places of leases asked for and not answered, by leg.
+    prefixes: short hashes of the blocks in its prefix cache, as it told last.
     queued: tokens for a prefill worker whose first token has not come back, by leg; from when the lease is asked for.
     """
 
@@ -28,6 +31,7 @@ class WorkerLink:
         self.asked: dict[LegKey, tuple[int, int]] = {}
         self.queued: dict[LegKey, int] = {}
         self.told_queued_tokens = 0
+        self.prefixes: set[int] = set()
 
     @property
     def is_open(self) -> bool:
@@ -48,7 +52,17 @@ class WorkerLink:
         """A leg that was sent waits at this prefill worker no longer."""
         self.told_queued_tokens = max(0, self.told_queued_tokens - self.queued.pop(key, 0))
 
-    def decode_state(self) -> DecodeState:
+    def update_prefixes(self, message: PrefixUpdate) -> None:
+        if message.is_all:
+            self.prefixes.clear()
+        self.prefixes.difference_update(unpack_hashes(message.removed))
+        self.prefixes.update(unpack_hashes(message.added))
+
+    def num_cached(self, hashes: Sequence[int]) -> int:
+        """Leading blocks of a prompt, by their short hashes, that it has cached."""
+        return next((i for i, each in enumerate(hashes) if each not in self.prefixes), len(hashes))
+
+    def decode_state(self, hashes: Sequence[int] = ()) -> DecodeState:
         return DecodeState(
             self.info.worker_id,
             self.info.role == "both",
@@ -56,8 +70,13 @@ class WorkerLink:
             self.info.num_blocks,
             asked_blocks=sum(blocks for blocks, _ in self.asked.values()),
             asked_places=sum(places for _, places in self.asked.values()),
+            cached_tokens=self.num_cached(hashes) * self.info.block_size,
         )
 
-    def prefill_state(self) -> PrefillState:
+    def prefill_state(self, hashes: Sequence[int] = ()) -> PrefillState:
         """Other routers' tokens show only in what the worker told; this router's own show at once."""
-        return PrefillState(self.info.worker_id, max(self.told_queued_tokens, sum(self.queued.values())))
+        return PrefillState(
+            self.info.worker_id,
+            max(self.told_queued_tokens, sum(self.queued.values())),
+            self.num_cached(hashes) * self.info.block_size,
+        )

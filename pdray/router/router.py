@@ -25,6 +25,7 @@ from pdray.cluster.messages import (
     Ping,
     Pong,
     PrefillFailed,
+    PrefixUpdate,
     RenewLeases,
     Tokens,
 )
@@ -325,6 +326,9 @@ class Router:
             case Pong():
                 link.told_queued_tokens = message.queued_tokens
                 self._note_ready()
+            case PrefixUpdate():
+                link.update_prefixes(message)
+                return
             case LeaseClosed() | PrefillFailed():
                 if (leg := self._dispatcher.legs.get(message.key)) is not None:
                     self.on_lost(leg, f"{link.info.worker_id}: {message.reason}")

@@ -121,3 +121,28 @@ def test_a_choice_is_possible_and_none_means_that_none_is(
     if choice is not None:
         load = {d.worker_id: d.credit.running + d.asked_places for d in decodes}
         assert load[choice.decode_worker_id] == min(load[c.decode_worker_id] for c in possible)
+
+
+def test_the_prefill_worker_that_would_be_done_first() -> None:
+    """A cached prefix is worth its tokens of queue, and no more."""
+    decodes = [decode("d0")]
+    demand = Demand(blocks=70, places=1, tokens=1100)
+    cached = PrefillState("p0", queued_tokens=900, cached_tokens=1024)
+    assert pick(decodes, [cached, PrefillState("p1", 0)], demand=demand) == Choice("p0", "d0")
+    assert pick(decodes, [cached._replace(queued_tokens=1100), PrefillState("p1", 0)], demand=demand) == Choice(
+        "p1", "d0"
+    )
+
+
+@pytest.mark.parametrize("prefills,worth", [(False, 1), (True, 4)])
+def test_a_cached_prompt_is_worth_a_few_sequences(prefills: bool, worth: int) -> None:
+    """Or a prefix that all requests share would send them all to one worker."""
+    for lead, chosen in ((worth - 1, "d0"), (worth + 1, "d1")):
+        warm = decode("d0", running=2 + lead, cached_tokens=DEMAND.tokens, prefills=prefills)
+        assert pick([warm, decode("d1", running=2, prefills=prefills)], IDLE).decode_worker_id == chosen  # type: ignore[union-attr]
+
+
+def test_a_prompt_that_decode_has_cached_is_prefilled_there() -> None:
+    decodes = [decode("d0", cached_tokens=48)]
+    assert pick(decodes, IDLE, local=12) == Choice(None, "d0")
+    assert pick(decodes, IDLE, local=11) == Choice("p0", "d0")

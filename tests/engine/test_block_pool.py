@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from pdray.engine.block_pool import BlockPool, hash_blocks
+from pdray.engine.block_pool import BlockPool, hash_blocks, short_hash
 
 NUM_BLOCKS = 8
 NAMES = st.lists(st.integers(0, 5), max_size=4, unique=True)
@@ -26,6 +26,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.hash_of: dict[int, bytes] = {}
         self.free_unknown = list(range(1, NUM_BLOCKS))
         self.free_cached: list[int] = []
+        self.told: set[int] = set()
 
     def take(self) -> int:
         if self.free_unknown:
@@ -85,6 +86,14 @@ class PoolMachine(RuleBasedStateMachine):
                     self.free_cached.append(block)
                 else:
                     self.free_unknown.insert(0, block)
+
+    @rule()
+    def tell_changes(self) -> None:
+        """Told changes add up to what is cached, and nothing is told twice."""
+        added, removed = self.pool.take_changes()
+        assert not added & self.told and removed <= self.told and not added & removed
+        self.told = (self.told - removed) | added
+        assert self.told == {short_hash(block_hash) for block_hash in self.hash_of.values()}
 
     @invariant()
     def accounts_agree(self) -> None:

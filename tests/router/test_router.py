@@ -15,7 +15,10 @@ from pdray.cluster.messages import (
     LeaseRequest,
     LegKey,
     PrefillRequest,
+    PrefixUpdate,
+    pack_hashes,
 )
+from pdray.engine.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, NoWorkerError
 from pdray.router.request import CompletionDelta, RoutedRequest
 from pdray.sampling_params import SamplingParams
@@ -325,3 +328,38 @@ async def test_no_worker(make_cluster: MakeCluster) -> None:
     await cluster.decode.wait(lambda: cluster.decode.session)
     with pytest.raises(NoWorkerError):
         await cluster.router.submit("x", GREEDY, request_id="r")
+
+
+async def test_prompts_go_where_their_prefix_is_cached(make_cluster: MakeCluster) -> None:
+    """Workers tell what they have cached: all of it at first, then what has come and gone."""
+    cluster = await make_cluster()
+    other = cluster.new_worker("prefill-1", "prefill")
+    await cluster.show(cluster.prefill, other, cluster.decode)
+    await other.wait(lambda: other.session)
+    prompt = list(range(1, 50))
+    hashes = [short_hash(block_hash) for block_hash in hash_blocks(prompt, 16)]
+
+    async def goes_to(name: str) -> str:
+        task = asyncio.create_task(cluster.router.submit(prompt, GREEDY, request_id=name))
+        lease = await cluster.decode.expect(LeaseRequest, name)
+        task.cancel()
+        return str(lease.prefill_worker_id)
+
+    def known(worker_id: str) -> int:
+        return int(cluster.router._connections.links[worker_id].num_cached(hashes))
+
+    async def told(worker: Any, message: PrefixUpdate, num_blocks: int) -> None:
+        worker.send(message)
+        async with asyncio.timeout(10):
+            while known(worker.worker_id) != num_blocks:
+                await asyncio.sleep(0.005)
+
+    assert await goes_to("a") == "prefill-0"
+    await told(other, PrefixUpdate(pack_hashes(hashes[:2]), is_all=True), 2)
+    assert await goes_to("b") == "prefill-1"
+    await told(cluster.prefill, PrefixUpdate(pack_hashes(hashes)), 3)
+    assert await goes_to("c") == "prefill-0"
+    await told(cluster.prefill, PrefixUpdate(b"", pack_hashes(hashes[1:2])), 1)
+    assert await goes_to("d") == "prefill-1"
+    await told(other, PrefixUpdate(b"", is_all=True), 0)
+    assert await goes_to("e") == "prefill-0"
