@@ -7,6 +7,7 @@ same class with leases that name no prefill worker: the engine prefills them its
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Hashable
 from typing import Any, Literal
 
 import numpy as np
@@ -94,6 +95,9 @@ class DecodeWorker(Worker):
         """That process was seen dead: nothing can write on its behalf any more."""
         self._writers.pop(incarnation, None)
         self._send(self.leases.worker_gone(worker_id, incarnation))
+
+    def _live_keys(self) -> set[Hashable]:
+        return set(self.leases.keys())
 
     def _epochs(self) -> dict[str, int]:
         return self.leases.epochs()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -94,6 +94,9 @@ class PrefillWorker(Worker):
         session = self.sessions.get(worker_id)
         if session is None or session.peer.incarnation == incarnation:
             await self.disconnect(worker_id)
+
+    def _live_keys(self) -> set[Hashable]:
+        return set(self.ledger.keys())
 
     def _epochs(self) -> dict[str, int]:
         return {decode_worker_id: channel.epoch for decode_worker_id, channel in self._channels.items()}

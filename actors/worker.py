@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Hashable, Sequence
 from typing import Any, Literal
 
 import ray
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 METRICS_INTERVAL_S = 1.0
 PREFIX_INTERVAL_S = 0.5
+IDLE_CHECK_INTERVAL_S = 5.0
+SETTLE_S = 0.2
 ORPHANED_AFTER_S = 60.0  # without a heartbeat; longer than Ray needs to start a Coordinator again
 SWITCH_INTERVAL_S = 100e-6  # Python's default of 5 ms would be added to every step
 
@@ -102,6 +104,7 @@ class Worker:
             self.metrics = WorkerMetrics(self.worker_id, self.role)
             self._background(self._report_metrics(self.metrics))
             self._background(self._end_if_orphaned())
+            self._background(self._check_when_idle(self.metrics))
         if self.config.enable_prefix_caching:
             self._background(self._publish_prefixes())
         self._started = True
@@ -146,8 +149,20 @@ class Worker:
         raise NotImplementedError
 
     async def check_integrity(self) -> list[str]:
-        """What is wrong with the block accounting; empty if nothing is."""
-        return self.engine.check_integrity()
+        """What is wrong with the block accounting; empty if nothing is.
+
+        The engine must hold blocks for leases, or legs, and for nothing else. News of a step takes a moment to arrive,
+        so only what stays odd counts.
+        """
+        problems, odd = self.engine.check_integrity(), self._live_keys() ^ self.engine.live_keys()
+        if odd:
+            await asyncio.sleep(SETTLE_S)
+            odd &= self._live_keys() ^ self.engine.live_keys()
+        return problems + [f"{key} is known to the engine or to the control code, not to both" for key in odd]
+
+    def _live_keys(self) -> set[Hashable]:
+        """Of leases or legs that hold blocks."""
+        raise NotImplementedError
 
     async def describe(self) -> dict[str, Any]:
         """State for `pdray status`."""
@@ -184,6 +199,18 @@ class Worker:
         while True:
             metrics.update(self.engine.stats())
             await asyncio.sleep(METRICS_INTERVAL_S)
+
+    async def _check_when_idle(self, metrics: WorkerMetrics) -> None:
+        """Blocks that leak are seen before they are missed."""
+        checked = 0
+        while True:
+            await asyncio.sleep(IDLE_CHECK_INTERVAL_S)
+            stats = self.engine.stats()
+            if stats.num_steps != checked and not stats.running + stats.waiting + stats.reserved:
+                checked, problems = stats.num_steps, await self.check_integrity()
+                metrics.on_integrity_check(len(problems))
+                for problem in problems:
+                    logger.error("%s: integrity: %s", self.worker_id, problem)
 
     async def _publish_prefixes(self) -> None:
         """Tell routers what the prefix cache holds; they send prompts where most of them is cached."""

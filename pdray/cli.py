@@ -59,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show applications, workers, queues, blocks and leases")
     _add_address(status, "Ray cluster to look at; default: the running one")
     status.add_argument("--json", action="store_true", help="everything, for programs")
+    status.add_argument("--leases", action="store_true", help="list every lease of every decode worker")
+    status.add_argument("--check", action="store_true", help="check the workers' block accounting; exit 1 if it is off")
     status.set_defaults(run=_status)
 
     stop = commands.add_parser("stop", help="delete pdray's applications and stop their workers; Ray keeps running")
@@ -101,7 +103,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from pdray.cluster_commands import status
 
-    return status(args.address, as_json=args.json)
+    return status(args.address, as_json=args.json, leases=args.leases, check=args.check)
 
 
 def _stop(args: argparse.Namespace) -> int:

@@ -32,6 +32,14 @@ WORKER_COLUMNS = {
     "preempted": "preemptions",
     "pid": "pid",
 }
+LEASE_COLUMNS = {
+    "request": "request_id",
+    "attempt": "attempt",
+    "state": "state",
+    "router": "router_id",
+    "filled by": "prefill_worker_id",
+    "blocks": "num_blocks",
+}
 
 
 def serve(config: Config, *, name: str, host: str, port: int, address: str | None) -> int:
@@ -82,19 +90,25 @@ def cluster_status() -> list[dict[str, Any]]:
     return [{"name": name} | describe(name) for name in list_applications()]
 
 
-def status(address: str | None, *, as_json: bool) -> int:
-    """Print the state of every application. Returns 0 even if there is none."""
+def status(address: str | None, *, as_json: bool, leases: bool, check: bool) -> int:
+    """Print the state of every application. Returns 1 if `check` finds a worker whose blocks do not add up."""
+    from pdray.actors.client import check_integrity
+
     join(address)
     try:
         applications = cluster_status()
+        if check:
+            for application in applications:
+                application["integrity"] = check_integrity(application["name"])
     finally:
         ray.shutdown()
-    print(json.dumps(applications, indent=1, default=str) if as_json else format_status(applications))
-    return 0
+    print(json.dumps(applications, indent=1, default=str) if as_json else format_status(applications, leases=leases))
+    return int(any(any(application.get("integrity", {}).values()) for application in applications))
 
 
-def format_status(applications: list[dict[str, Any]]) -> str:
-    """A heading and a table of workers for each application, then its routers' queues and its leases by state."""
+def format_status(applications: list[dict[str, Any]], *, leases: bool = False) -> str:
+    """A heading and a table of workers for each application, then its routers' queues, what a check has found, and its
+    leases."""
     if not applications:
         return "no pdray application is running"
     parts = []
@@ -111,8 +125,22 @@ def format_status(applications: list[dict[str, Any]]) -> str:
                 f"{key.replace('_', ' ')} {_cell(value)}" for key, value in router.items() if key != "router_id"
             )
             lines.append(f"router {router.get('router_id', '?')}: {facts}")
+        for worker_id, problems in application.get("integrity", {}).items():
+            lines += [f"integrity {worker_id}: {problem}" for problem in problems or ["ok"]]
+        if leases:
+            lines += _lease_lines(workers)
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _lease_lines(workers: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        {title: _cell(lease[key]) for title, key in LEASE_COLUMNS.items()}
+        | {"on": worker["worker_id"], "expires in": f"{lease['expires_in_s']:.1f} s"}
+        for worker in workers
+        for lease in worker.get("leases", [])
+    ]
+    return ["leases:", *_table(rows)] if rows else ["no leases"]
 
 
 def stop(address: str | None, *, name: str | None, timeout_s: float) -> int:

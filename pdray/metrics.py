@@ -25,6 +25,7 @@ Worker (tags `worker`, `role`):
     pdray_preemptions                        counter
     pdray_engine_prompt_tokens               counter, computed
     pdray_engine_output_tokens               counter, sampled
+    pdray_integrity_problems                 gauge, found by the last check of the block accounting at rest
     pdray_transfers                          counter, completed puts of this worker
     pdray_transfer_bytes                     counter, KV that they pushed
     pdray_transfer_seconds                   counter, time that they took
@@ -116,6 +117,7 @@ class WorkerMetrics:
             field: _counter(name, description, tags) for field, (name, description) in self._COUNTERS.items()
         }
         self._counted = dict.fromkeys(self._COUNTERS, 0)
+        self._integrity_problems = _gauge("pdray_integrity_problems", "Found by the last check at rest", tags)
         self._transfers = _counter("pdray_transfers", "Completed puts", tags)
         self._transfer_bytes = _counter("pdray_transfer_bytes", "KV bytes pushed", tags)
         self._transfer_seconds = _counter("pdray_transfer_seconds", "Time that puts took", tags)
@@ -130,6 +132,10 @@ class WorkerMetrics:
             if total > self._counted[field]:
                 counter.inc(total - self._counted[field])
                 self._counted[field] = total
+
+    def on_integrity_check(self, num_problems: int) -> None:
+        """The block accounting was checked at rest."""
+        self._integrity_problems.set(num_problems)
 
     def on_transfer(self, num_bytes: int, seconds: float) -> None:
         """One put of this worker has completed."""

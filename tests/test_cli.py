@@ -294,4 +294,10 @@ def test_status_table() -> None:
     assert decode == ["decode-0", "decode", "cpu", "2", "0", "7", "90", "100", "3", "41"]
     assert prefill == ["prefill-0", "prefill", "cpu", "-", "-", "-", "5", "-", "-", "40"]
     assert lines[4] == "router router-a: queue depth 4"
+    lease = {"request_id": "r1", "attempt": 2, "state": "quarantine", "router_id": "router-a", "num_blocks": 3}
+    worker["leases"] = [lease | {"prefill_worker_id": "prefill-0", "expires_in_s": 4.25}]
+    application["integrity"] = {"decode-0": [], "prefill-0": ["block 3 is lost"]}
+    listed = format_status([application], leases=True).splitlines()[5:]
+    assert listed[:2] == ["integrity decode-0: ok", "integrity prefill-0: block 3 is lost"]
+    assert listed[-1].split() == ["r1", "2", "quarantine", "router-a", "prefill-0", "3", "decode-0", "4.2", "s"]
     assert format_status([]) == "no pdray application is running"

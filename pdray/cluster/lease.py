@@ -119,6 +119,9 @@ class LeaseTable:
             for key, lease in self._leases.items()
         ]
 
+    def keys(self) -> list[LegKey]:
+        return list(self._leases)
+
     def router_of(self, key: LegKey) -> str | None:
         """Who is to hear of this leg's tokens; None once its lease is closed or quarantined."""
         lease = self._leases.get(key)

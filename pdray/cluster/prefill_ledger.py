@@ -57,6 +57,9 @@ class PrefillLedger:
 
     # routers
 
+    def keys(self) -> list[LegKey]:
+        return list(self._legs)
+
     def request(self, router_id: str, message: PrefillRequest, epoch: int | None) -> list[LedgerEffect]:
         """A new leg. ``epoch`` is the channel's to its decode worker now; None if there is no channel."""
         if message.key in self._legs:

@@ -198,6 +198,11 @@ class Engine:
         with self._lock:
             return self._scheduler.pool.take_changes()
 
+    def live_keys(self) -> set[Hashable]:
+        """Requests that were added or reserved and have neither ended nor been released."""
+        with self._lock:
+            return set(self._scheduler.requests)
+
     def check_integrity(self) -> list[str]:
         """What is wrong with the block accounting; empty if nothing is."""
         with self._lock:

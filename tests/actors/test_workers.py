@@ -288,3 +288,18 @@ async def test_no_credit_is_denied_and_announced(pair: Pair) -> None:
 async def test_other_weights_are_refused(pair: Pair) -> None:
     with pytest.raises(HandshakeError, match="differ"):
         await pair.decode.accept(WorkerInfo("prefill-1", "x", "prefill", "", 0, 0, "", "cpu", "other", 1, 16, 64), 1)
+
+
+async def test_blocks_that_nobody_accounts_for_are_seen(pair: Pair) -> None:
+    """A lease that is forgotten without its blocks, and blocks that are given back without their lease."""
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    for number, lose in enumerate((lambda key: pair.decode.leases._leases.pop(key), pair.decode.engine.release)):
+        key = pair.lease(f"leg-{number}", PROMPT[:20], params, prefill_worker_id=None)
+        await pair.router.first(LeaseGranted, key)
+        assert await pair.decode.check_integrity() == []
+        lose(key)
+        (problem,) = await pair.decode.check_integrity()
+        assert f"leg-{number}" in problem
+        pair.decode.engine.release(key)
+        pair.decode.leases._leases.pop(key, None)
+    await pair.quiet()
