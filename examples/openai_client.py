@@ -1,6 +1,7 @@
 """Talk to a running server (`pdray serve`, or `serve deploy configs/cpu.yaml`) with the openai package."""
 
 import argparse
+import os
 
 from openai import OpenAI
 
@@ -11,7 +12,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="What is the capital of France?")
     args = parser.parse_args()
 
-    client = OpenAI(base_url=args.base_url, api_key="none")
+    client = OpenAI(base_url=args.base_url, api_key=os.environ.get("PDRAY_API_KEY") or "none")
     model = client.models.list().data[0].id
     messages = [{"role": "user", "content": args.prompt}]
 

@@ -7,11 +7,14 @@ the command line's options set.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -21,7 +24,8 @@ Seconds = Annotated[float, Field(gt=0)]
 class Config(BaseModel):
     """Everything that a deployment can be told. Fields are documented where they stand."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # An error's text would show all that was given, and so the key.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     # model
     model: str = Field(
@@ -86,6 +90,11 @@ class Config(BaseModel):
     )
 
     # API
+    api_key: SecretStr | None = Field(
+        None,
+        exclude=True,  # neither a dump nor a result file holds it
+        description="key that /v1 asks for as Authorization: Bearer; a server's default: $PDRAY_API_KEY, else none",
+    )
     max_request_bytes: Positive = Field(4 * 1024 * 1024, description="larger HTTP bodies get 413")
     log_prompts: bool = False
 
@@ -109,6 +118,8 @@ class Config(BaseModel):
             share = getattr(self, name)
             if share > 1:
                 raise ValueError(f"{name} is {share}; tensor parallelism is not there yet: it must be at most 1")
+        if self.api_key is not None and not VISIBLE_ASCII.fullmatch(self.api_key.get_secret_value()):
+            raise ValueError("api_key must be one or more visible ASCII characters, without spaces")
         return self
 
     @property
@@ -117,5 +128,8 @@ class Config(BaseModel):
         return self.served_model_name or self.model
 
     def fingerprint(self) -> str:
-        """16 hex digits that two processes share only if they hold the same configuration."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        """16 hex digits that two processes share only if they hold the same configuration, its API key included."""
+        digest = hashlib.sha256(self.model_dump_json().encode())
+        if self.api_key is not None:
+            digest.update(self.api_key.get_secret_value().encode())
+        return digest.hexdigest()[:16]

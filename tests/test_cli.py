@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pdray import cli
+from pdray.bench.client import authorization
 from pdray.cluster_commands import format_status
 from pdray.config import Config
 from pdray.errors import ConfigError, InvalidRequestError, PdrayError
@@ -142,6 +143,25 @@ def test_wrong_option_value_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pdray serve: --max-num-seqs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--api-key", "two words"], ["--api-key", "key", "--max-num-batched-tokens", "1"]])
+def test_errors_do_not_show_the_api_key(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", *words]) == 2
+    shown = capsys.readouterr().err
+    assert words[1] not in shown.replace("api_key", "")
+
+
+@pytest.mark.parametrize(
+    ("pdray_key", "openai_key", "sent"),
+    [("", "", None), ("a", "", "a"), ("", "b", "b"), ("a", "b", "a"), (" a\n", "", "a")],
+)
+def test_bench_sends_the_environments_key(
+    pdray_key: str, openai_key: str, sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PDRAY_API_KEY", pdray_key)
+    monkeypatch.setenv("OPENAI_API_KEY", openai_key)
+    assert authorization() == ({} if sent is None else {"Authorization": f"Bearer {sent}"})
+
+
 def test_help_needs_neither_torch_nor_ray() -> None:
     code = (
         "import sys\nfrom pdray.cli import build_parser\nbuild_parser().format_help()\n"
@@ -262,6 +282,16 @@ def test_wait_gives_up_and_says_why(health_server: HealthServer, capsys: pytest.
     message = capsys.readouterr().err
     assert "not ready after 0.3 s" in message
     assert "loading weights" in message
+
+
+@pytest.mark.parametrize("health_server", [10**6], indirect=True)
+def test_bench_does_not_show_its_key(
+    health_server: HealthServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PDRAY_API_KEY", "sk-ours")
+    assert cli.main(["bench", "serve", "--base-url", health_server.url, "--num-prompts", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "503" in shown.err and "sk-ours" not in shown.err + shown.out
 
 
 def test_wait_without_a_server_says_so(unused_tcp_port: int, capsys: pytest.CaptureFixture[str]) -> None:

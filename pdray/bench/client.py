@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +15,12 @@ from pdray.bench.timings import timings_of_response
 from pdray.bench.workload import BenchRequest
 
 MAX_ERROR_CHARS = 300
+
+
+def authorization() -> dict[str, str]:
+    """The header that servers with an API key ask for: the key of $PDRAY_API_KEY, else of $OPENAI_API_KEY, if any."""
+    key = (os.environ.get("PDRAY_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 async def sse_data(content: AsyncIterator[bytes]) -> AsyncIterator[str]:

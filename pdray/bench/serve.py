@@ -16,7 +16,7 @@ import aiohttp
 import numpy as np
 from tqdm import tqdm
 
-from pdray.bench.client import send_request
+from pdray.bench.client import authorization, send_request
 from pdray.bench.serving_metrics import RequestRecord, calculate_metrics, format_metrics, parse_goodput
 from pdray.bench.timings import breakdown_table, mean_timings
 from pdray.bench.workload import (
@@ -39,7 +39,7 @@ class Workload(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `pdray bench serve`; names as in `vllm bench serve` where the meaning is the same."""
-    server = parser.add_argument_group("server")
+    server = parser.add_argument_group("server", "its API key is read from $PDRAY_API_KEY, else $OPENAI_API_KEY")
     server.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server")
     server.add_argument("--endpoint", default="/v1/completions", help="path that takes completion requests")
     server.add_argument("--model", help="name in the API; default: the first of /v1/models")
@@ -98,7 +98,9 @@ async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[RequestRec
     base_url = args.base_url.rstrip("/")
     timeout = aiohttp.ClientTimeout(total=args.request_timeout)
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=2**18) as session:
+    async with aiohttp.ClientSession(
+        headers=authorization(), timeout=timeout, connector=connector, read_bufsize=2**18
+    ) as session:
         model = args.model or await _first_model(session, base_url)
         url = base_url + args.endpoint
         trial = await send_request(session, url, model, workload.requests[0], ignore_eos=args.ignore_eos)
@@ -212,5 +214,5 @@ async def _first_model(session: aiohttp.ClientSession, base_url: str) -> str:
             return str((await response.json())["data"][0]["id"])
     except (aiohttp.ClientError, OSError, KeyError, IndexError) as error:
         raise PdrayError(
-            f"{base_url}/v1/models does not name a model ({error!r}); give --base-url or --model"
+            f"{base_url}/v1/models does not name a model ({type(error).__name__}: {error}); give --base-url or --model"
         ) from error

@@ -9,18 +9,20 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 import pdray
 from pdray.config import Config
 from pdray.errors import NoWorkerError
 from pdray.router.router import Router
+from pdray.serve.auth import ApiKey
 from pdray.serve.body import read_body
 from pdray.serve.connection import ClientGone
 from pdray.serve.endpoints import Chat, Completion, render_chat
 from pdray.serve.errors import ApiError, install
 from pdray.serve.protocol import ChatBody, CompletionBody
+from pdray.serve.schema import ERRORS, GENERATED, describe_bodies, request_body
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CLIENT_CLOSED_REQUEST = 499
@@ -33,8 +35,10 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
     """Args:
     get_router: the router, or None while there is none yet.
     """
-    app = FastAPI(title="pdray", version=pdray.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="pdray", version=pdray.__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     install(app)
+    describe_bodies(app)
+    v1 = APIRouter(prefix="/v1", dependencies=[] if config.api_key is None else [Depends(ApiKey(config.api_key))])
     started = int(time.time())
 
     def router() -> Router:
@@ -67,16 +71,16 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
             "max_model_len": None if current is None else current.max_model_len,
         }
 
-    @app.get("/v1/models")
+    @v1.get("/models")
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [model_card()]}
 
-    @app.get("/v1/models/{name:path}")
+    @v1.get("/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:
         check_model(name)
         return model_card()
 
-    @app.post("/v1/completions")
+    @v1.post("/completions", responses=GENERATED, openapi_extra=request_body(CompletionBody))
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, config.max_request_bytes)
         check_model(body.model)
@@ -85,7 +89,7 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
         generation = Completion(body, request_id, config.model_name, router().tokenizer)
         return await generation.respond(request, router())
 
-    @app.post("/v1/chat/completions")
+    @v1.post("/chat/completions", responses=GENERATED, openapi_extra=request_body(ChatBody))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, config.max_request_bytes)
         check_model(body.model)
@@ -94,6 +98,8 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
         prompt_token_ids = await render_chat(body, router().tokenizer)
         generation = Chat(body, prompt_token_ids, request_id, config.model_name)
         return await generation.respond(request, router())
+
+    app.include_router(v1)
 
     @app.get("/ping")
     @app.get("/health")

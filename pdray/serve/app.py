@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 
 from fastapi import FastAPI
+from pydantic import SecretStr
 from ray import serve
 
 from pdray.actors.client import CoordinatorClient
@@ -16,6 +18,8 @@ from pdray.metrics import RouterMetrics
 from pdray.models import load_tokenizer
 from pdray.router.router import Router
 from pdray.serve.api import create_app
+
+API_KEY_VARIABLE = "PDRAY_API_KEY"
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +75,9 @@ class RouterReplica:
 
 
 def build(args: Config) -> serve.Application:
-    """The application of one configuration."""
-
+    """The application of one configuration; $PDRAY_API_KEY, where this runs, is its key if it names none."""
+    if args.api_key is None and (key := os.environ.get(API_KEY_VARIABLE)):
+        args = Config(**args.model_dump(exclude_unset=True), api_key=SecretStr(key))
     num_workers = args.num_decode_workers
     bound = args.max_queue_size + num_workers * args.max_num_seqs + 64
     deployment = serve.deployment(

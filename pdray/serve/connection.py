@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+
+MAX_STALL_S = 300.0  # a client whose connection takes no more bytes for so long is gone
 
 T = TypeVar("T")
 
@@ -50,7 +52,7 @@ async def _wait_gone(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events.
+    """Server-sent events, each made when the connection has room for it.
 
     Args:
         events: encoded events. It may end early, or never be asked for its first one.
@@ -63,9 +65,14 @@ class EventStream(StreamingResponse):
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(MAX_STALL_S):
+                await send(message)
+
         try:
-            with contextlib.suppress(ClientGone, OSError):  # the status has been sent, and nobody reads any more
-                await unless_gone(receive, self.stream_response(send))
+            # What is suppressed (TimeoutError is an OSError) says that nobody reads any more; the status has been sent.
+            with contextlib.suppress(ClientGone, OSError):
+                await unless_gone(receive, self.stream_response(send_in_time))
         finally:
             self._release()
             await self._events.aclose()

@@ -140,7 +140,7 @@ async def render_chat(body: ChatBody, tokenizer: PreTrainedTokenizerBase | None)
         return_dict=False,
         **(body.chat_template_kwargs or {}),
     )
-    num_chars = sum(len(message.content or "") for message in body.messages)
+    num_chars = sum(len(each.role) + len(each.name or "") + len(each.content or "") for each in body.messages)
     try:
         ids: Any = await asyncio.to_thread(render) if num_chars > THREAD_FROM_CHARS else render()
     except Exception as error:  # templates are programs of the model's authors: any error is the conversation's fault

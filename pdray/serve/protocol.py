@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr, model_validator
+import msgspec
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from pdray.errors import InvalidRequestError
-from pdray.sampling_params import SamplingParams
+from pdray.sampling_params import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 MAX_PROMPTS = 128
 MAX_COMPLETIONS = 256
 MAX_STOP_TOKEN_IDS = 128
+MAX_STOP_CHARS = 1024  # every token searches as much text for it
+MAX_MESSAGES = 2048
+MAX_NAME_CHARS = 64
+MAX_TEMPLATE_BYTES = 16 * 1024
+
+MAX_INT32 = 2**31 - 1  # what the wire and the kernels hold
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Int32 = Annotated[int, Field(strict=True, ge=-(2**31), lt=2**31)]  # what the wire and the kernels hold
+Int32 = Annotated[int, Field(strict=True, ge=-(2**31), le=MAX_INT32)]
 
 # They would change the answer, so they are not ignored: anything but null, false or empty is refused.
 NOT_SUPPORTED = (
@@ -39,10 +56,24 @@ NOT_SUPPORTED = (
 )
 
 
+def _in(lowest: float, highest: float, *, above: bool = False) -> FieldInfo:
+    """A range for the API's schema; SamplingParams checks it.
+
+    Args:
+        above: the lowest itself is not allowed.
+    """
+    return Field(json_schema_extra={"exclusiveMinimum" if above else "minimum": lowest, "maximum": highest})
+
+
 def _stop(value: Any) -> str | list[str] | None:
-    if value is None or isinstance(value, str) or (isinstance(value, list) and _all_are(str, value)):
-        return value
-    raise InvalidRequestError("stop must be a string or a list of strings", "stop")
+    if not (value is None or isinstance(value, str) or (isinstance(value, list) and _all_are(str, value))):
+        raise InvalidRequestError("stop must be a string or a list of strings", "stop")
+    longest = max((len(each) for each in ([value] if isinstance(value, str) else value or ())), default=0)
+    if longest > MAX_STOP_CHARS:
+        raise InvalidRequestError(
+            f"a stop string has {longest} characters; it may have at most {MAX_STOP_CHARS}", "stop"
+        )
+    return value
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -89,14 +120,36 @@ def _content(value: Any) -> str | None:
     return "\n".join(texts)
 
 
-Stop = Annotated[str | list[str] | None, PlainValidator(_stop)]
-Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts)]
-Content = Annotated[str | None, PlainValidator(_content)]
+def _format(value: Any) -> str:
+    if value != "text":
+        raise InvalidRequestError(
+            f"response_format of type {_shown(value)} is not supported yet; use 'text'", "response_format"
+        )
+    return "text"
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopInput = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None
+PromptInput = str | list[str] | list[int] | list[list[int]]
+Stop = Annotated[str | list[str] | None, PlainValidator(_stop, json_schema_input_type=StopInput)]
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts, json_schema_input_type=PromptInput)]
+Content = Annotated[str | None, PlainValidator(_content, json_schema_input_type=str | list[TextPart] | None)]
 
 
 class StreamOptions(BaseModel):
     include_usage: StrictBool | None = False
     continuous_usage_stats: StrictBool | None = False
+
+
+class ResponseFormat(BaseModel):
+    type: Annotated[str, PlainValidator(_format, json_schema_input_type=Literal["text"])]
 
 
 class GenerationBody(BaseModel):
@@ -107,45 +160,41 @@ class GenerationBody(BaseModel):
         priority: lower goes first.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow")  # until they have been looked at
 
     model: StrictStr | None = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
-    n: Int32 | None = 1
-    max_tokens: Int32 | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: Int32 | None = None
-    min_p: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    repetition_penalty: Number | None = None
-    seed: StrictInt | None = None
+    n: Annotated[Int32, _in(1, MAX_N)] | None = 1
+    max_tokens: Annotated[Int32, _in(1, MAX_INT32)] | None = None
+    temperature: Annotated[Number, _in(0, 100)] | None = None
+    top_p: Annotated[Number, _in(0, 1, above=True)] | None = None
+    top_k: Annotated[Int32, _in(-1, MAX_INT32)] | None = None
+    min_p: Annotated[Number, _in(0, 1)] | None = None
+    presence_penalty: Annotated[Number, _in(-2, 2)] | None = None
+    frequency_penalty: Annotated[Number, _in(-2, 2)] | None = None
+    repetition_penalty: Annotated[Number, _in(0, 100, above=True)] | None = None
+    seed: Annotated[StrictInt, _in(0, MAX_SEED)] | None = None
     stop: Stop = None
     stop_token_ids: Annotated[list[Annotated[Int32, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
-    min_tokens: Int32 | None = None
+    min_tokens: Annotated[Int32, _in(0, MAX_INT32)] | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
     priority: Int32 | None = 0
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is only allowed with stream=true", "stream_options")
-        if self.response_format is not None and (kind := self.response_format.get("type")) != "text":
-            raise InvalidRequestError(
-                f"response_format of type {_shown(kind)} is not supported yet; use 'text'", "response_format"
-            )
-        ignored = sorted(self.model_extra or {})
-        for name in ignored:
-            value = (self.model_extra or {})[name]
+        extra = self.model_extra or {}
+        for name, value in extra.items():
             if name in NOT_SUPPORTED and value is not None and value is not False and value not in ("", [], {}):
                 raise InvalidRequestError(f"{name} is not supported yet", name)
-        if ignored:
-            logger.debug("ignored unknown fields: %s", ", ".join(ignored))
+        if extra:
+            logger.debug("ignored unknown fields: %s", ", ".join(sorted(extra)))
+            extra.clear()  # the request lives long, and they may be many times the body's size
         return self
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
@@ -167,7 +216,7 @@ class CompletionBody(GenerationBody):
     """
 
     prompt: Prompts
-    logprobs: Int32 | None = None
+    logprobs: Annotated[Int32, _in(0, MAX_LOGPROBS)] | None = None
     echo: StrictBool | None = False
     suffix: StrictStr | None = None
     best_of: Int32 | None = None
@@ -201,7 +250,7 @@ class ChatMessage(BaseModel):
 
     role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
     content: Content = None
-    name: StrictStr | None = None
+    name: Annotated[StrictStr, Field(max_length=MAX_NAME_CHARS)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -210,6 +259,7 @@ class ChatMessage(BaseModel):
             raise InvalidRequestError("messages with tool calls or their results are not supported yet", "messages")
         if self.content is None and self.role != "assistant":
             raise InvalidRequestError(f"a message of role {self.role!r} has no content", "messages")
+        extra.clear()
         return self
 
     def plain(self) -> dict[str, str]:
@@ -225,10 +275,10 @@ class ChatBody(GenerationBody):
         chat_template_kwargs: variables for the model's template, e.g. Qwen3's enable_thinking.
     """
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Int32 | None = None
     logprobs: StrictBool | None = False
-    top_logprobs: Int32 | None = None
+    top_logprobs: Annotated[Int32, _in(0, MAX_LOGPROBS)] | None = None
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -237,6 +287,11 @@ class ChatBody(GenerationBody):
     def _check_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs=true", "top_logprobs")
+        if (size := len(msgspec.json.encode(self.chat_template_kwargs))) > MAX_TEMPLATE_BYTES:
+            raise InvalidRequestError(
+                f"chat_template_kwargs has {size} bytes of JSON; it may have at most {MAX_TEMPLATE_BYTES}",
+                "chat_template_kwargs",
+            )
         if self.add_generation_prompt and self.continue_final_message:
             raise InvalidRequestError(
                 "continue_final_message needs add_generation_prompt=false", "continue_final_message"

@@ -154,8 +154,9 @@ def app(config: Config, router: ScriptedRouter) -> FastAPI:
 def make_app() -> Callable[..., FastAPI]:
     """For tests that are no coroutines: the app of a router of its own, made in the running loop."""
 
-    def make(config: Config) -> FastAPI:
+    def make(config: Config, max_model_len: int = MAX_MODEL_LEN) -> FastAPI:
         router = ScriptedRouter()
+        router.max_model_len = max_model_len
         return create_app(config, lambda: router)  # type: ignore[arg-type, return-value]
 
     return make
@@ -169,16 +170,21 @@ async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def url(app: FastAPI) -> AsyncIterator[str]:
+async def server(app: FastAPI) -> AsyncIterator[uvicorn.Server]:
     """The app behind a real server."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
     serving = asyncio.ensure_future(server.serve())
     while not server.started:
         assert not serving.done()
         await asyncio.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    yield server
     server.should_exit = server.force_exit = True
     await serving
+
+
+@pytest.fixture
+async def url(server: uvicorn.Server) -> str:
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
 
 @pytest.fixture

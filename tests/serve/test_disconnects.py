@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
+from pdray.serve import connection
 from pdray.serve.connection import ClientGone, EventStream, unless_gone
 
 
@@ -122,6 +126,89 @@ async def test_a_send_that_fails_is_a_client_gone() -> None:
 
     await EventStream(events(), released.set)({"type": "http"}, receive, send)
     assert released.is_set() and closed.is_set()
+
+
+async def test_a_client_that_takes_nothing_for_long_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_STALL_S", 0.01)
+    released = asyncio.Event()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"data: x\n\n"
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    await asyncio.wait_for(EventStream(events(), released.set)({"type": "http"}, receive, send), 10)
+    assert released.is_set()
+
+
+ASYNCIO_BUFFER = 64 * 1024  # bytes from which a transport tells its writer to wait
+
+
+@contextlib.asynccontextmanager
+async def slow_client(server: uvicorn.Server, body: dict[str, Any]) -> AsyncGenerator[socket.socket, None]:
+    """A connection whose kernel buffers are small on both sides, and the request sent."""
+    listening = server.servers[0].sockets[0]
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    loop, content = asyncio.get_running_loop(), json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: pdray\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        await loop.sock_connect(client, listening.getsockname())
+        await loop.sock_sendall(client, head.encode() + content)
+        yield client
+
+
+def num_buffered(server: uvicorn.Server, client: socket.socket) -> int:
+    """Bytes for this client that wait in the server's process."""
+    [transport] = [
+        each.transport
+        for each in server.server_state.connections
+        if each.transport.get_extra_info("peername") == client.getsockname()
+    ]
+    return int(transport.get_write_buffer_size())
+
+
+@pytest.mark.parametrize("then", ["close", "read on"])
+async def test_a_slow_reader(server: uvicorn.Server, url: str, router: Any, until: Any, then: str) -> None:
+    """It is sent what it takes, others are served, and what it has not taken is little more than the text itself."""
+    num_tokens = 20_000
+    router.max_model_len = 10 * num_tokens
+    router.stop_after = num_tokens if then == "close" else None
+    body = {"prompt": "x", "stream": True, "ignore_eos": True, "max_tokens": num_tokens + (then == "close")}
+    loop = asyncio.get_running_loop()
+    async with slow_client(server, body) as client, httpx.AsyncClient(base_url=url, timeout=20) as other:
+        received = await loop.sock_recv(client, 1)
+        [request] = router.requests
+        num_seen, most_buffered = 0, 0
+        while len(request.output.outputs[0].token_ids) < num_tokens:
+            received += await loop.sock_recv(client, 1)
+            answer = await other.post("/v1/completions", json={"prompt": "y", "max_tokens": 5})
+            assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 5
+            num_seen += 1
+            most_buffered = max(most_buffered, num_buffered(server, client))
+        assert num_seen > 5
+        assert ASYNCIO_BUFFER < most_buffered < 2 * ASYNCIO_BUFFER + num_tokens, "unmerged, it would be 3 MB"
+        if then == "read on":
+            while not received.endswith(b"0\r\n\r\n"):
+                received += await asyncio.wait_for(loop.sock_recv(client, 1 << 16), 10)
+        else:
+            assert router.num_running == 1
+    await until(lambda: not router.num_running)
+    assert router.aborted == ([request.request_id] if then == "close" else [])
+    if then == "read on":
+        text = "".join(
+            json.loads(line[6:])["choices"][0]["text"]
+            for line in received.decode().splitlines()
+            if line.startswith("data: {")
+        )
+        assert text == request.output.outputs[0].text and len(text) == num_tokens
+        assert b"data: [DONE]" in received
 
 
 async def test_unless_gone() -> None:

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from pdray.errors import NoWorkerError, OutOfMemoryError, QueueFullError, WorkerDiedError
 from pdray.serve.endpoints import TEMPLATE_OPTIONS
 from pdray.serve.errors import MAX_MESSAGE_CHARS
+from pdray.serve.protocol import ChatBody, ChatMessage, CompletionBody, GenerationBody
 
 USER = {"role": "user", "content": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
@@ -80,11 +81,14 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(stop=""), "stop"),
     (completion(stop=["a"] * 17), "stop"),
     (completion(stop=["a", 1]), "stop"),
+    (completion(stop="x" * 1025), "1025"),
+    (completion(stop=["a", "x" * 1025]), "1024"),
     (completion(stop=5), "stop"),
     (completion(stop_token_ids=[-1]), "stop_token_ids"),
     (completion(stop_token_ids=[2**64]), "stop_token_ids"),
     (completion(stop_token_ids=[1] * 129), "stop_token_ids"),
     (completion(min_tokens=17), "min_tokens"),
+    (completion(min_tokens=2**31), "min_tokens"),
     (completion(logprobs=21), "logprobs"),
     (completion(logprobs=-1), "logprobs"),
     (completion(logprobs=True), "logprobs"),
@@ -95,9 +99,12 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(echo=True, logprobs=1), "echo"),
     (completion(suffix="end"), "suffix"),
     (completion(best_of=2), "best_of"),
+    (completion(best_of=2**31), "best_of"),
     (completion(logit_bias={"5": 1}), "logit_bias"),
+    (completion(logit_bias={str(token_id): 1 for token_id in range(301)}), "logit_bias"),
     (completion(response_format={"type": "json_object"}), "json_object"),
     (completion(response_format={"type": DEEP}), "response_format"),
+    (completion(response_format={}), "response_format"),
     (completion(guided_regex="a*"), "guided_regex"),
     (completion(prompt_logprobs=0), "prompt_logprobs"),
 ]
@@ -120,18 +127,27 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (chat(messages=[USER, {"role": "tool", "content": "4", "tool_call_id": "1"}]), "tool"),
     (chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "tool"),
     (chat(messages=[{"role": "user", "content": "x" * 200}]), "context length"),
+    (chat(messages=[{"role": "x" * 65, "content": "hi"}]), "role"),
+    (chat(messages=[{"role": "user", "content": "hi", "name": "x" * 65}]), "name"),
+    (chat(messages=[{}] * 2049), "2048"),
+    (chat(messages=[{"role": "user", "content": DEEP}]), "content"),
+    (chat(messages=[USER, DEEP]), "messages"),
+    (chat(n=65), "n is 65"),
     (chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
     (chat(functions=[{"name": "f"}]), "functions"),
     (chat(response_format={"type": "json_schema", "json_schema": {}}), "json_schema"),
     (chat(logprobs=5), "logprobs"),
     (chat(top_logprobs=2), "top_logprobs"),
     (chat(logprobs=True, top_logprobs=21), "logprobs"),
+    (chat(logprobs=True, top_logprobs=2**31), "logprobs"),
     (chat(max_completion_tokens=0), "max_tokens"),
     (chat(min_tokens=500), "min_tokens"),
     (chat(continue_final_message=True), "continue_final_message"),
     (chat(chat_template_kwargs={"tokenize": False}), "tokenize"),
     (chat(chat_template_kwargs={"chat_template": "x"}), "chat_template"),
     (chat(chat_template_kwargs={"messages": []}), "messages"),
+    (chat(chat_template_kwargs={"mood": "x" * 17_000}), "16384"),
+    (chat(chat_template_kwargs=DEEP), "chat_template_kwargs"),
 ]
 
 
@@ -228,6 +244,16 @@ async def test_routes_and_methods(http: httpx.AsyncClient, method: str, path: st
     response = await http.request(method, path)
     check_shape(response, status)
     assert ("allow" in response.headers) is (status == 405)
+
+
+@pytest.mark.parametrize("kind,body", [(CompletionBody, completion()), (ChatBody, chat())])
+def test_what_is_ignored_is_not_kept(kind: type[GenerationBody], body: dict[str, Any]) -> None:
+    """Not for as long as the request lives: small JSON can be large in memory."""
+    ignored = {"user": "x" * 5000, "metadata": {str(number): [] for number in range(1000)}}
+    checked = kind.model_validate({**body, **ignored, "response_format": {"type": "text", **ignored}})
+    assert checked == kind.model_validate(body | {"response_format": {"type": "text"}})
+    message = ChatMessage.model_validate({**USER, **ignored})
+    assert message == ChatMessage.model_validate(USER) and not message.model_extra
 
 
 async def test_unknown_model(http: httpx.AsyncClient) -> None:

@@ -1,0 +1,50 @@
+"""/openapi.json: the bodies that the handlers read themselves, and the shape of every error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from pdray.serve.protocol import ChatBody, CompletionBody
+
+REF = "#/components/schemas/{model}"
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    error: Error
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer, "description": "An error"}}
+GENERATED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, whole or, with stream=true, in events", "content": {"text/event-stream": {}}}
+}
+
+
+def request_body(kind: type[BaseModel]) -> dict[str, Any]:
+    """A route's openapi_extra: it takes a body of this kind."""
+    schema = {"$ref": REF.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def describe_bodies(app: FastAPI) -> None:
+    """Put into the schema what request_body() refers to."""
+    made_by_fastapi = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _, bodies = models_json_schema([(CompletionBody, "validation"), (ChatBody, "validation")], ref_template=REF)
+            made_by_fastapi()["components"]["schemas"] |= bodies["$defs"]
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
