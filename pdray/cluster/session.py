@@ -1,10 +1,8 @@
 """Sessions: reliable, ordered messages between two processes over TCP, across lost connections.
 
-Frames are a 4-byte length and msgpack. Each data frame has a sequence number and acknowledges what its
-sender has received; what is not acknowledged is kept and sent again after a reconnect, so that the
-layers above see every message exactly once and in order, or the session's end. Before anything else
-both sides prove that they know the cluster's secret (HMAC-SHA256 over nonces; the secret itself never
-travels). Nothing is unpickled.
+Each Data frame has a sequence number and acknowledges what its sender has received; what is not acknowledged is kept
+and sent again after a reconnect, so that the layers above see every message exactly once and in order, or the
+session's end. Every connection begins with the handshake, which proves that both sides know the cluster's secret.
 
 Everything here belongs to one event loop's thread. A handler's on_message must not block.
 """
@@ -13,78 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import secrets
 from collections import deque
 from collections.abc import Coroutine
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import msgspec
-
+from pdray.cluster import handshake
+from pdray.cluster.frames import MAX_FRAME_BYTES, Ack, Close, Data, decode_frame, encode_frame, read_frame
+from pdray.cluster.handshake import Hello, PeerName
 from pdray.cluster.messages import AnyMessage
 from pdray.errors import HandshakeError
 
 logger = logging.getLogger(__name__)
 
-MAX_FRAME_BYTES = 64 * 1024 * 1024
-MAX_HANDSHAKE_BYTES = 4096
-MAX_UNACKED_BYTES = 64 * 1024 * 1024
+MAX_UNACKED_BYTES = MAX_FRAME_BYTES  # not more: no frame that a peer would refuse is ever sent
 MAX_UNACKED_MESSAGES = 256 * 1024
 ACK_DELAY_S = 0.05
 CLOSE_TIMEOUT_S = 1.0
 RECONNECT_INTERVAL_S = 0.05
-
-
-class PeerName(NamedTuple):
-    """Attributes:
-    incarnation: changes with every process that takes the id.
-    """
-
-    id: str
-    incarnation: str
-
-
-class _Challenge(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    peer: PeerName
-    nonce: bytes
-
-
-class _Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    peer: PeerName
-    nonce: bytes
-    session_id: str
-    resume: bool
-    received: int
-    proof: bytes
-
-
-class _Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    received: int
-    proof: bytes
-
-
-class _Reject(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    reason: str
-
-
-class _Data(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    seq: int
-    ack: int
-    message: AnyMessage
-
-
-class _Ack(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    ack: int
-
-
-class _Close(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    reason: str
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decode_handshake = msgspec.msgpack.Decoder(_Challenge | _Hello | _Welcome | _Reject).decode
-_decode_frame = msgspec.msgpack.Decoder(_Data | _Ack | _Close).decode
 
 
 class SessionHandler(Protocol):
@@ -93,26 +38,6 @@ class SessionHandler(Protocol):
     def on_open(self, session: Session) -> None: ...
     def on_message(self, session: Session, message: AnyMessage) -> None: ...
     def on_closed(self, session: Session, reason: str) -> None: ...
-
-
-def _frame(value: msgspec.Struct) -> bytes:
-    body = _encoder.encode(value)
-    return len(body).to_bytes(4, "big") + body
-
-
-async def _read_frame(reader: asyncio.StreamReader, limit: int) -> bytes:
-    size = int.from_bytes(await reader.readexactly(4), "big")
-    if size > limit:
-        raise ConnectionError(f"a frame of {size} bytes is over the limit of {limit}")
-    return await reader.readexactly(size)
-
-
-def _prove(secret: bytes, *parts: bytes | str) -> bytes:
-    mac = hmac.new(secret, digestmod="sha256")
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        mac.update(len(data).to_bytes(4, "big") + data)
-    return mac.digest()
 
 
 class Session:
@@ -151,7 +76,7 @@ class Session:
         """
         if self._closed or self._overflowed:
             return
-        frame = _frame(_Data(self._next_seq, self._received, message))
+        frame = encode_frame(Data(self._next_seq, self._received, message))
         self._unacked.append((self._next_seq, frame))
         self._unacked_bytes += len(frame)
         self._next_seq += 1
@@ -196,7 +121,7 @@ class Session:
             self._ack_timer.cancel()
         if self._writer is not None:
             if tell:
-                self._write(_frame(_Close(reason)))
+                self._write(encode_frame(Close(reason)))
             self._writer.close()
             asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self._writer.transport.abort)
             self._writer = None
@@ -228,30 +153,18 @@ class Session:
         keepalive = self._spawn(self._keep_alive())
         try:
             while not self._closed:
-                async with asyncio.timeout(self._timeout_s):
-                    body = await _read_frame(reader, MAX_FRAME_BYTES)
-                match _decode_frame(body):
-                    case _Data(seq, ack, message):
-                        self._drop_acked(ack)
-                        if seq == self._received + 1:
-                            self._received = seq
-                            self._schedule_ack()
-                            self._handler.on_message(self, message)
-                        elif seq > self._received:
-                            raise RuntimeError(f"message {seq} came after {self._received}")
-                    case _Ack(ack):
-                        self._drop_acked(ack)
-                    case _Close(reason):
-                        self._end(reason, tell=False)
-            return "closed"
-        except TimeoutError:
-            return f"silent for {self._timeout_s:g} s"
-        except (OSError, EOFError) as error:
-            return str(error) or type(error).__name__
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        body = await read_frame(reader, MAX_FRAME_BYTES)
+                except TimeoutError:
+                    return f"silent for {self._timeout_s:g} s"
+                except (OSError, EOFError) as error:
+                    return str(error) or type(error).__name__
+                if not self._closed:  # it may have ended since the frame came
+                    self._take(decode_frame(body))
         except Exception as error:  # the peer would send the same again: a new connection cannot help
             logger.exception("session with %s failed", self.peer.id)
             self._end(f"internal error: {error!r}", tell=True)
-            return "closed"
         finally:
             keepalive.cancel()
             if self._writer is writer:  # else another connection has taken over already
@@ -259,6 +172,22 @@ class Session:
                 self._lost_at = asyncio.get_running_loop().time()
             if writer is not None and not self._closed:
                 writer.transport.abort()  # what the peer has not read is sent again
+        return "closed"
+
+    def _take(self, frame: Data | Ack | Close) -> None:
+        match frame:
+            case Data(seq, ack, message):
+                self._drop_acked(ack)
+                if seq == self._received + 1:
+                    self._received = seq
+                    self._schedule_ack()
+                    self._handler.on_message(self, message)
+                elif seq > self._received:
+                    raise RuntimeError(f"message {seq} came after {self._received}")
+            case Ack(ack):
+                self._drop_acked(ack)
+            case Close(reason):
+                self._end(reason, tell=False)
 
     async def _keep_alive(self) -> None:
         while True:
@@ -275,7 +204,7 @@ class Session:
             self._write_ack()
 
     def _write_ack(self) -> None:
-        self._write(_frame(_Ack(self._received)))
+        self._write(encode_frame(Ack(self._received)))
         self._acked = self._received
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -310,7 +239,11 @@ async def connect(
     """
     session = Session(expect, secrets.token_hex(8), handler, timeout_s)
     reader = await _dial(session, host, port, me, secret, resume=False)
-    handler.on_open(session)
+    try:
+        handler.on_open(session)
+    except BaseException:
+        session._finish("its owner failed to open it", tell=True)
+        raise
     session._spawn(_stay_connected(session, reader, host, port, me, secret))
     return session
 
@@ -345,28 +278,21 @@ async def _dial(
     async with asyncio.timeout(session._timeout_s / 4 if resume else session._timeout_s):
         reader, writer = await asyncio.open_connection(host, port)
         try:
-            challenge = _decode_handshake(await _read_frame(reader, MAX_HANDSHAKE_BYTES))
-            if not isinstance(challenge, _Challenge) or challenge.peer != session.peer:
-                raise HandshakeError(f"{host}:{port} is not {session.peer}: it says {challenge}")
-            nonce = secrets.token_bytes(16)
-            proof = _prove(secret, "hello", challenge.nonce, nonce, *me, session.session_id)
-            writer.write(_frame(_Hello(me, nonce, session.session_id, resume, session._received, proof)))
-            answer = _decode_handshake(await _read_frame(reader, MAX_HANDSHAKE_BYTES))
-            if isinstance(answer, _Reject):
-                raise HandshakeError(f"{session.peer.id} refused the session: {answer.reason}")
-            expected = _prove(secret, "welcome", nonce, *session.peer)
-            if not isinstance(answer, _Welcome) or not hmac.compare_digest(answer.proof, expected):
-                raise HandshakeError(f"{session.peer.id} at {host}:{port} does not know the cluster's secret")
-        except msgspec.DecodeError as error:
-            writer.close()
-            raise HandshakeError(f"{host}:{port} does not speak pdray's protocol: {error}") from error
-        except EOFError as error:
-            writer.close()
-            raise ConnectionError(f"{host}:{port} closed the connection in the handshake") from error
+            peer_received = await handshake.initiate(
+                reader,
+                writer,
+                me=me,
+                expect=session.peer,
+                secret=secret,
+                session_id=session.session_id,
+                resume=resume,
+                received=session._received,
+                address=f"{host}:{port}",
+            )
         except BaseException:
             writer.close()
             raise
-    session._attach(writer, answer.received)
+    session._attach(writer, peer_received)
     return reader
 
 
@@ -385,6 +311,7 @@ class SessionServer:
         self._sessions: dict[str, Session] = {}  # by peer id
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._stopped = False
 
     async def start(self, host: str, port: int = 0) -> int:
         """Listen; returns the port."""
@@ -393,6 +320,7 @@ class SessionServer:
 
     async def stop(self) -> None:
         """Stop listening and end every session (their peers are told). Idempotent."""
+        self._stopped = True
         if self._server is not None:
             self._server.close()
         await asyncio.gather(*(session.close() for session in list(self._sessions.values())))
@@ -405,53 +333,52 @@ class SessionServer:
         assert task is not None
         self._connections.add(task)
         try:
+            if self._stopped:  # it was accepted just before
+                return
             session = await self._handshake(reader, writer)
-            if session is not None:
-                reason = await session._receive(reader)
-                if session.closed:
-                    self._forget(session)
-                elif session._writer is None:
-                    self._wait_for_return(session, reason)
-        except (OSError, EOFError, TimeoutError, msgspec.DecodeError) as error:
+            reason = await session._receive(reader)
+            if session.closed:
+                self._forget(session)
+            elif session._writer is None:
+                self._wait_for_return(session, reason)
+        except HandshakeError as error:
+            logger.warning("%s: refused a connection: %s", self.me.id, error)
+            handshake.reject(writer, str(error))
+        except (OSError, EOFError) as error:
             logger.warning("%s: a connection ended in its handshake: %r", self.me.id, error)
         finally:
             writer.close()
             self._connections.discard(task)
 
-    async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Session | None:
-        nonce = secrets.token_bytes(16)
-        writer.write(_frame(_Challenge(self.me, nonce)))
+    async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Session:
         async with asyncio.timeout(self._timeout_s):
-            hello = _decode_handshake(await _read_frame(reader, MAX_HANDSHAKE_BYTES))
-        reason = None
-        if not isinstance(hello, _Hello) or not hmac.compare_digest(
-            hello.proof, _prove(self._secret, "hello", nonce, hello.nonce, *hello.peer, hello.session_id)
-        ):
-            reason = "wrong secret"
-        else:
-            session = self._find(hello)
-            if session is None:
-                reason = "unknown session"
-        if reason is not None:
-            logger.warning("%s: refused a connection: %s", self.me.id, reason)
-            writer.write(_frame(_Reject(reason)))
-            await writer.drain()
-            return None
-        assert isinstance(hello, _Hello) and session is not None
+            hello = await handshake.accept(reader, writer, me=self.me, secret=self._secret)
+        if self._stopped:
+            raise HandshakeError(f"{self.me.id} stops")
+        session = self._find(hello)
         if session._writer is not None:
             session._writer.transport.abort()  # an older connection that this side has not yet seen lost
-        writer.write(_frame(_Welcome(session._received, _prove(self._secret, "welcome", hello.nonce, *self.me))))
+        handshake.welcome(writer, hello, me=self.me, secret=self._secret, received=session._received)
         session._attach(writer, hello.received)
         if not hello.resume:
-            self._handler.on_open(session)
+            try:
+                self._handler.on_open(session)
+            except Exception as error:
+                logger.exception("session with %s failed", session.peer.id)
+                session._end(f"internal error: {error!r}", tell=True)
         return session
 
-    def _find(self, hello: _Hello) -> Session | None:
-        """The session that the peer means; None if it wants to resume one that is not there."""
+    def _find(self, hello: Hello) -> Session:
+        """The session that the peer means.
+
+        Raises:
+            HandshakeError: it wants to resume one that is not there.
+        """
         existing = self._sessions.get(hello.peer.id)
         if hello.resume:
-            known = existing is not None and existing.session_id == hello.session_id and not existing.closed
-            return existing if known else None
+            if existing is None or existing.session_id != hello.session_id or existing.closed:
+                raise HandshakeError("unknown session")
+            return existing
         if existing is not None:
             existing._end("replaced by a new session", tell=True)
         session = self._sessions[hello.peer.id] = Session(hello.peer, hello.session_id, self._handler, self._timeout_s)

@@ -7,9 +7,12 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import pytest
 
 from pdray.cluster import session as session_module
+from pdray.cluster.frames import MAX_FRAME_BYTES, Data, encode_frame, read_frame
+from pdray.cluster.handshake import Challenge, Welcome, initiate
 from pdray.cluster.messages import AnyMessage, LegKey, RenewLeases
 from pdray.cluster.session import PeerName, Session, SessionServer, connect
 from pdray.errors import HandshakeError
@@ -269,9 +272,9 @@ async def test_the_server_must_know_the_secret_too(link: Connect) -> None:
     seen = bytearray()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(session_module._frame(session_module._Challenge(SERVER, b"n" * 16)))
-        seen.extend(await session_module._read_frame(reader, 4096))
-        writer.write(session_module._frame(session_module._Welcome(0, b"p" * 32)))
+        writer.write(encode_frame(Challenge(SERVER, b"n" * 16)))
+        seen.extend(await read_frame(reader, 4096))
+        writer.write(encode_frame(Welcome(0, b"p" * 32)))
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -473,3 +476,175 @@ async def test_a_failing_handler_ends_the_session_on_both_sides(link: Connect, f
     for side in (each.client_side, each.server_side):
         await side.wait(lambda side=side: side.closed)
         assert "broken handler" in side.closed[0]
+
+
+@pytest.mark.parametrize("fails", ["client_side", "server_side"])
+@pytest.mark.parametrize("error", [ConnectionResetError, TimeoutError, EOFError])
+async def test_a_handlers_network_error_is_no_lost_connection(
+    link: Connect, fails: str, error: type[Exception]
+) -> None:
+    """Else the session would go on without the message that its handler failed to take."""
+    each = await link()
+    client = await each.connect()
+    await each.server_side.wait(lambda: each.server_side.opened)
+
+    def fail(session: Session, message: AnyMessage) -> None:
+        raise error("of another connection")
+
+    getattr(each, fails).on_message = fail
+    client.send(numbered(1))
+    each.server_side.opened[0].send(numbered(1))
+    for side in (each.client_side, each.server_side):
+        await side.wait(lambda side=side: side.closed)
+        assert "of another connection" in side.closed[0]
+
+
+async def test_nothing_is_delivered_after_the_end(link: Connect) -> None:
+    """A frame may have come just before the session ends, and wait for its reader's turn."""
+    each = await link()
+    await each.connect()
+    await each.server_side.wait(lambda: each.server_side.opened)
+    session = each.server_side.opened[0]
+    delivered: list[AnyMessage] = []
+    each.server_side.on_message = lambda session, message: delivered.append(message)  # type: ignore[method-assign]
+    assert session._writer is not None
+    protocol = session._writer.transport.get_protocol()
+    assert isinstance(protocol, asyncio.StreamReaderProtocol)
+    protocol.data_received(encode_frame(Data(1, 0, numbered(1))))
+    session._end("ended here", tell=True)
+    await each.client_side.wait(lambda: each.client_side.closed)
+    assert each.server_side.closed == ["ended here"] and delivered == []
+
+
+async def test_a_failing_on_open_ends_the_session(link: Connect) -> None:
+    """It must not live on, resumed again and again, without an owner."""
+    each = await link()
+
+    def fail(session: Session) -> None:
+        raise ValueError("broken handler")
+
+    each.server_side.on_open = fail  # type: ignore[method-assign]
+    await each.connect()
+    await each.client_side.wait(lambda: each.client_side.closed)
+    assert "broken handler" in each.client_side.closed[0] and each.server._sessions == {}
+
+
+async def test_a_failing_on_open_ends_the_session_of_the_client(link: Connect) -> None:
+    each = await link()
+
+    def fail(session: Session) -> None:
+        raise ValueError("broken handler")
+
+    each.client_side.on_open = fail  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="broken handler"):
+        await each.connect()
+    await each.server_side.wait(lambda: each.server_side.closed)
+    assert "failed to open" in each.server_side.closed[0]
+
+
+async def test_no_session_opens_while_the_server_stops(link: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """stop() waits for a peer that does not read; who is in the handshake then is told, not left behind open."""
+    monkeypatch.setattr(session_module, "CLOSE_TIMEOUT_S", 0.5)
+    each = await link()
+    slow = await each.connect(direct=True)
+    await each.server_side.wait(lambda: each.server_side.opened)
+    assert slow._writer is not None
+    slow._writer.transport.pause_reading()  # type: ignore[attr-defined]
+    for number in range(20):
+        each.server_side.opened[0].send(numbered(number, 1_000_000))
+    reader, writer = await asyncio.open_connection("127.0.0.1", each.port)
+    async with asyncio.timeout(5):
+        while len(each.server._connections) < 2:
+            await asyncio.sleep(0.01)
+    stop = asyncio.create_task(each.server.stop())
+    await asyncio.sleep(0.01)
+    with pytest.raises(HandshakeError, match="stops"):
+        await initiate(
+            reader,
+            writer,
+            me=PeerName("router-1", "r1"),
+            expect=SERVER,
+            secret=SECRET,
+            session_id="new",
+            resume=False,
+            received=0,
+            address="the server",
+        )
+    await stop
+    writer.close()
+    assert len(each.server_side.opened) == 1 and not each.server._connections
+
+
+async def test_a_proof_is_good_for_one_server_only(link: Connect) -> None:
+    """Who took a dead worker's port must not enter elsewhere with the proofs of those who still call it."""
+    each = await link()
+    dead = PeerName("decode-9", "d9")
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        live_reader, live_writer = await asyncio.open_connection("127.0.0.1", each.port)
+        challenge = msgspec.msgpack.decode(await read_frame(live_reader, 4096), type=Challenge)
+        writer.write(encode_frame(Challenge(dead, challenge.nonce)))
+        hello = await read_frame(reader, 4096)
+        live_writer.write(len(hello).to_bytes(4, "big") + hello)
+        answer = await read_frame(live_reader, 4096)
+        writer.write(len(answer).to_bytes(4, "big") + answer)
+        live_writer.close()
+        writer.close()
+
+    server = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(HandshakeError, match="wrong secret"):
+        await connect("127.0.0.1", port, me=CLIENT, expect=dead, secret=SECRET, handler=Recorder(), timeout_s=5)
+    assert each.server_side.opened == []
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"\x93\xa9Challenge\x92\xa1\xff\xa1a\xc4\x00", b"\x94\xa9Challenge\x92\xa1a\xa1b\xc4\x00" + b"\x91" * 4000, b"x"],
+)
+async def test_garbage_fails_as_a_handshake_on_either_side(
+    link: Connect, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not valid UTF-8, nested too deep, no msgpack: each a HandshakeError, for callers try again after that."""
+    frame = len(body).to_bytes(4, "big") + body
+    each = await link(timeout_s=2.0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", each.port)
+    writer.write(frame)
+    async with asyncio.timeout(5):
+        await reader.read()  # until the server closes
+    writer.close()
+    assert "refused a connection" in caplog.text and "does not speak" in caplog.text
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(frame)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(HandshakeError, match="does not speak"):
+        await connect("127.0.0.1", port, me=CLIENT, expect=SERVER, secret=SECRET, handler=Recorder(), timeout_s=2)
+    server.close()
+
+
+async def test_a_server_that_says_nothing_is_given_up(link: Connect) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(TimeoutError):
+        await connect("127.0.0.1", port, me=CLIENT, expect=SERVER, secret=SECRET, handler=Recorder(), timeout_s=0.2)
+    server.close()
+
+
+async def test_a_message_that_no_frame_can_carry_is_never_sent(link: Connect) -> None:
+    """The peer would refuse it on every connection."""
+    each = await link()
+    client = await each.connect()
+    await each.server_side.wait(lambda: each.server_side.opened)
+    client.send(numbered(1, MAX_FRAME_BYTES))
+    await each.client_side.wait(lambda: each.client_side.closed)
+    assert each.client_side.closed[0].startswith("overflow")
+    await each.server_side.wait(lambda: each.server_side.closed)
+    assert each.server_side.numbers == [] and each.proxy.num_connections == 1
