@@ -56,7 +56,7 @@ def serve(config: Config, *, name: str, host: str, port: int, address: str | Non
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     try:
-        join_or_start(address)
+        join_or_start(address, shared=True)
         print(f"Loading {config.model} ...", flush=True)
         ray_serve.start(http_options={"host": host, "port": port})
         try:

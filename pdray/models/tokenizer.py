@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pdray.cache import cache_folder
 from pdray.config import Config
 from pdray.errors import ModelLoadError
 from pdray.models.resolve import TOKENIZER_FILES, SourceKind, download, resolve_local
@@ -76,10 +76,3 @@ def converted_tokenizer(gguf_file: Path) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-def cache_folder() -> Path:
-    """$PDRAY_CACHE, or pdray in $XDG_CACHE_HOME, or in ~/.cache."""
-    if chosen := os.environ.get("PDRAY_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdray"

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from pdray.cache import cache_folder
 from pdray.config import Config
 from pdray.engine.engine import Engine
 from pdray.engine.request import EngineRequest
 from pdray.models import load_model, load_tokenizer
 from pdray.models.resolve import resolve_model
-from pdray.models.tokenizer import cache_folder
 from pdray.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.model

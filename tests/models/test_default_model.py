@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
+from pdray.cache import cache_folder
 from pdray.config import Config
 from pdray.models import LoadedModel, load_model, load_tokenizer
 from pdray.models.resolve import DEFAULT_MODEL_PACKAGE, resolve_local
-from pdray.models.tokenizer import cache_folder
 
 pytestmark = [
     pytest.mark.model,
