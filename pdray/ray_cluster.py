@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import psutil
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from pdray.cache import cache_folder
 from pdray.errors import PdrayError
@@ -36,8 +37,10 @@ def join(address: str | None) -> None:
     shared = find_shared()
     if shared is not None and (address or os.environ.get("RAY_ADDRESS") or shared.address) == shared.address:
         address = shared.address
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", shared.token)
+        # ray.init() does this for an address that it finds by itself, and not for one that it is given.
+        logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
