@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pdray.bench.client import authorization, send_request
 from pdray.bench.serving_metrics import RequestRecord, calculate_metrics, format_metrics, parse_goodput
+from pdray.bench.sweep import run_sweep
 from pdray.bench.timings import breakdown_table, mean_timings
 from pdray.bench.workload import (
     BenchRequest,
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--seed", type=int, default=0, help="of arrivals, lengths and prompts")
     load.add_argument("--ignore-eos", action="store_true", help="let every answer have its full length")
     load.add_argument("--request-timeout", type=float, default=6 * 3600.0, help="seconds for one request")
+    load.add_argument("--sweep", type=float, nargs="+", metavar="RATE", help="run once at each of these request rates")
+    load.add_argument("--sweep-seconds", type=float, default=30.0, help="about how long each rate is offered")
     random = parser.add_argument_group("random prompts")
     random.add_argument("--random-input-len", type=int, default=1024, help="prompt tokens")
     random.add_argument("--random-output-len", type=int, default=128, help="output tokens")
@@ -69,11 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     result.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="e.g. ttft:500 tpot:50 e2el:9000")
     result.add_argument("--save-result", type=Path, metavar="FILE", help="write the figures as JSON")
     result.add_argument("--save-detailed", action="store_true", help="with every request's record")
+    result.add_argument("--plot", type=Path, metavar="FILE", help="of a sweep: completed over offered rate, as SVG")
     result.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run, print, save. Returns 1 if a request failed (a rejected one did not)."""
+    if args.sweep:
+        results = run_sweep(args, run)
+        if args.save_result:
+            args.save_result.write_text(json.dumps(results, indent=1) + "\n")
+        return int(any(result["failed"] for result in results))
+    if args.plot:
+        raise ConfigError("--plot draws a sweep: give --sweep RATE ...")
     result, records = asyncio.run(run(args))
     print(format_metrics(result))
     timings = mean_timings([record.timings for record in records if record.timings])
