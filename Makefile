@@ -6,7 +6,7 @@ STAMP := $(VENV)/.pdray-installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo serve test lint bench clean
+.PHONY: setup demo serve test chaos lint bench clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,10 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Real processes and the default model through kills, stops, storms and overload; about half an hour.
+chaos: $(STAMP)
+	$(BIN)/python tests/chaos/run.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
