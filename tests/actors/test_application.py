@@ -41,6 +41,7 @@ def url(ray_cluster: None) -> Iterator[str]:
         max_num_seqs=8,
         max_queue_size=QUEUE_BOUND,
         restart_backoff_s=0.5,
+        worker_timeout_s=5.0,  # a loaded machine is no failure
     )
     serve.run(build(config), name=APP, route_prefix="/")
     address = f"http://127.0.0.1:{port}"
