@@ -1,0 +1,117 @@
+"""Real processes and the default model through failures: prints one table, exits 1 if something did not hold.
+
+Starts Ray clusters of its own on free ports, one for each configuration, and leaves no process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
+
+from application import Application, application, seconds_until
+from deaths import deaths
+from only_decode import only_decode
+from open_loop import open_loop
+from overload import run_overload
+from rows import Row
+from scale import QUICK, Scale
+from slow_client import slow_client
+from soak import soak
+from storm import storm
+from streams import MODEL
+
+from pdray.config import Config
+
+BASE = Config(
+    device="cpu",
+    served_model_name=MODEL,
+    num_decode_workers=2,
+    num_threads=1,
+    max_model_len=512,
+    num_kv_blocks=600,
+    restart_backoff_s=0.5,
+)
+SMALL_QUEUE = {"max_num_seqs": 8, "max_queue_size": 32, "max_queue_wait_s": 10.0}
+SMALL_POOL = {"num_kv_blocks": 200}
+HEAD = "| test | figure | must hold | ok |\n|---|---|---|---|"
+
+Case = Callable[[Application, Scale], Awaitable[list[Row]]]
+RunsRows = Callable[[Scale], list[Row]]
+
+
+def served(config: Config, case: Case) -> RunsRows:
+    """Run a case with an application of this configuration."""
+
+    async def when_whole(app: Application, scale: Scale) -> list[Row]:
+        """/health is 200 as soon as one decode worker is there; the cases count on all of them."""
+        await seconds_until(lambda: app.whole(set()), time.monotonic(), config.start_timeout_s)
+        return await case(app, scale)
+
+    def run(scale: Scale) -> list[Row]:
+        with application(config) as app:
+            rows = asyncio.run(when_whole(app, scale))
+            if not all(row.ok for row in rows):
+                print(f"Ray's logs are in {app.log_folder}", file=sys.stderr)
+        if app.left:
+            rows.append(Row("processes left", ", ".join(app.left), "none", False))
+        return rows
+
+    return run
+
+
+CASES: dict[str, RunsRows] = {
+    "deaths": served(BASE, deaths),
+    "only-decode": served(BASE.model_copy(update={"num_decode_workers": 1}), only_decode),
+    "storm": served(BASE, storm),
+    "open-loop": served(BASE.model_copy(update=SMALL_QUEUE), open_loop),
+    "slow-client": served(BASE, slow_client),
+    "soak": served(BASE.model_copy(update=SMALL_POOL), soak),
+    "overload": lambda scale: run_overload(scale.paced_overload_s),
+}
+
+
+def rows_of(name: str, scale: Scale) -> list[Row]:
+    """The rows of a case; an exception is a row that failed."""
+    try:
+        with redirect_stdout(sys.stderr):  # Ray tells stdout of every death
+            return CASES[name](scale)
+    except Exception as error:
+        traceback.print_exc()
+        return [Row(name, f"{type(error).__name__}: {error}", "no exception", False)]
+
+
+def line(row: Row) -> str:
+    """Of the table, in Markdown."""
+    cells = (row.name, row.figure, row.limit, "yes" if row.ok else "**no**")
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--soak-minutes", type=float, default=None)
+    parser.add_argument("--soak-kills", action="store_true", help="kill a worker every minute of the soak")
+    parser.add_argument("--quick", action="store_true", help="fewer streams, tokens and requests")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    scale = QUICK if args.quick else Scale()
+    scale = replace(scale, soak_kills=args.soak_kills, soak_minutes=args.soak_minutes or scale.soak_minutes)
+    rows: list[Row] = []
+    print(HEAD, flush=True)
+    for name in args.rows:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        done = rows_of(name, scale)
+        rows += done
+        print("\n".join(line(row) for row in done), flush=True)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
