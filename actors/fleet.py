@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.placement import NAMESPACE, make_dead, origin, worker_options
 from pdray.actors.prefill_worker import PrefillWorker
+from pdray.background import BackgroundTasks
 from pdray.cluster.membership import Connect, Effect, Kill, Membership, Start, TellGone
 from pdray.cluster.messages import WorkerIdentity, WorkerInfo
 from pdray.config import Config
@@ -58,7 +59,7 @@ class WorkerFleet:
         self.detached = detached
         self._on_change = on_change
         self._processes: dict[str, _Process] = {}  # by incarnation
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks(self._failed)
         self._stopping = False
 
     def tick(self) -> None:
@@ -83,8 +84,8 @@ class WorkerFleet:
     def _adopt(self, process: _Process) -> None:
         assert process.info is not None
         self._processes[process.info.incarnation] = process
-        self._spawn(self._watch(process))
-        self._spawn(self._heartbeat(process))
+        self._tasks.spawn(self._watch(process))
+        self._tasks.spawn(self._heartbeat(process))
 
     async def _find(self, worker_id: str) -> tuple[WorkerIdentity, ActorHandle] | None:
         name = worker_options(self.config, self.app_name, worker_id, detached=self.detached)["name"]
@@ -111,33 +112,25 @@ class WorkerFleet:
     async def stop(self) -> None:
         """Kill every worker and return once their processes are gone. Idempotent."""
         self._stopping = True
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         await asyncio.gather(*(self._bury(incarnation) for incarnation in list(self._processes)))
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Start():
-                    self._spawn(self._start(effect))
+                    self._tasks.spawn(self._start(effect))
                 case Kill():
-                    self._spawn(self._kill(effect))
+                    self._tasks.spawn(self._kill(effect))
                 case Connect():
-                    self._spawn(self._connect(effect))
+                    self._tasks.spawn(self._connect(effect))
                 case TellGone():
-                    self._spawn(self._tell_gone(effect))
+                    self._tasks.spawn(self._tell_gone(effect))
         self._on_change()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: internal error", self.app_name, exc_info=error)
-            self._note_error(f"internal error: {error}")
+    def _failed(self, error: BaseException) -> None:
+        logger.error("%s: internal error", self.app_name, exc_info=error)
+        self._note_error(f"internal error: {error}")
 
     async def _start(self, start: Start) -> None:
         cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
@@ -218,7 +211,7 @@ class WorkerFleet:
             await self.actor(peer).worker_gone.remote(tell.gone.worker_id, tell.gone.incarnation)
         except ActorUnavailableError:
             await asyncio.sleep(RETRY_S)
-            self._spawn(self._tell_gone(tell))
+            self._tasks.spawn(self._tell_gone(tell))
         except RayActorError:
             logger.info("%s died before it heard of %s's death", tell.worker_id, tell.gone.worker_id)
 

@@ -125,7 +125,7 @@ class PrefillWorker(Worker):
         peer = session.peer.id
         if peer in self._channels:
             logger.warning("%s: session to %s closed: %s", self.worker_id, peer, reason)
-            self._background(self.disconnect(peer))
+            self._tasks.spawn(self.disconnect(peer))
         else:
             self._perform(self.ledger.router_gone(peer))
 

@@ -13,13 +13,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Coroutine, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import ray
 import torch
 
 from pdray.actors.placement import listen_address, origin
+from pdray.background import BackgroundTasks
 from pdray.cluster.effects import Send
 from pdray.cluster.messages import AnyMessage, PrefixUpdate, WorkerIdentity, WorkerInfo, pack_hashes
 from pdray.cluster.session import PeerName, Session, SessionServer
@@ -57,7 +58,7 @@ class Worker:
         self.secret = secret
         self.sessions: dict[str, Session] = {}
         self.metrics: WorkerMetrics | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks(self._fail)
         self._last_heartbeat = self._now()
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
         self._prefixes: set[int] = set()  # as routers were told
@@ -102,11 +103,11 @@ class Worker:
         )
         if in_ray:
             self.metrics = WorkerMetrics(self.worker_id, self.role)
-            self._background(self._report_metrics(self.metrics))
-            self._background(self._end_if_orphaned())
-            self._background(self._check_when_idle(self.metrics))
+            self._tasks.spawn(self._report_metrics(self.metrics))
+            self._tasks.spawn(self._end_if_orphaned())
+            self._tasks.spawn(self._check_when_idle(self.metrics))
         if self.config.enable_prefix_caching:
-            self._background(self._publish_prefixes())
+            self._tasks.spawn(self._publish_prefixes())
         self._started = True
         return self.info
 
@@ -119,8 +120,7 @@ class Worker:
         """End the sessions and the engine's thread. Idempotent."""
         if not self._stopped.is_set():
             self._stopped.set()
-            for task in self._tasks:
-                task.cancel()
+            self._tasks.cancel()
             await self._server.stop()
             await asyncio.to_thread(self._engine_loop.stop)
 
@@ -228,17 +228,6 @@ class Worker:
             await asyncio.sleep(left)
         logger.error("%s: no word of its Coordinator for %g s: ending", self.worker_id, ORPHANED_AFTER_S)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-
-    def _background(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run beside; an error in it fails the worker, so that it is never lost."""
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._background_done)
-
-    def _background_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """The worker cannot go on: whoever waits in join() learns why, and the process is replaced."""

@@ -14,9 +14,9 @@ import contextlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Protocol
 
+from pdray.background import BackgroundTasks
 from pdray.cluster import handshake
 from pdray.cluster.frames import MAX_FRAME_BYTES, Ack, Close, Data, decode_frame, encode_frame, read_frame
 from pdray.cluster.handshake import Hello, PeerName
@@ -62,7 +62,7 @@ class Session:
         self._closed = False
         self._overflowed = False
         self._lost_at = 0.0  # loop time at which the last connection ended
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = BackgroundTasks(self._failed)
 
     @property
     def closed(self) -> bool:
@@ -126,10 +126,7 @@ class Session:
             asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self._writer.transport.abort)
             self._writer = None
         self._unacked.clear()
-        current = asyncio.current_task()
-        for task in self._tasks:
-            if task is not current:
-                task.cancel()
+        self._tasks.cancel()
 
     def _write(self, frame: bytes) -> None:
         """Without a live connection it is lost, and sent again if it was a message."""
@@ -150,7 +147,7 @@ class Session:
     async def _receive(self, reader: asyncio.StreamReader) -> str:
         """Deliver frames until the connection is lost; returns why. A peer that is alive is never silent."""
         writer = self._writer
-        keepalive = self._spawn(self._keep_alive())
+        keepalive = self._tasks.spawn(self._keep_alive())
         try:
             while not self._closed:
                 try:
@@ -207,17 +204,9 @@ class Session:
         self._write(encode_frame(Ack(self._received)))
         self._acked = self._received
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-        return task
-
-    def _task_done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("session with %s failed", self.peer.id, exc_info=error)
-            self._end(f"internal error: {error}", tell=True)
+    def _failed(self, error: BaseException) -> None:
+        logger.error("session with %s failed", self.peer.id, exc_info=error)
+        self._end(f"internal error: {error}", tell=True)
 
 
 async def connect(
@@ -244,7 +233,7 @@ async def connect(
     except BaseException:
         session._finish("its owner failed to open it", tell=True)
         raise
-    session._spawn(_stay_connected(session, reader, host, port, me, secret))
+    session._tasks.spawn(_stay_connected(session, reader, host, port, me, secret))
     return session
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
+from pdray.background import BackgroundTasks
 from pdray.cluster.messages import AnyMessage, ClusterView, Ping, RenewLeases, WorkerInfo
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.errors import HandshakeError, WorkerDiedError
@@ -53,16 +54,14 @@ class WorkerConnections:
         self._timeout_s = timeout_s
         self._owner = owner
         self._workers: dict[str, WorkerInfo] = {}  # as the last view names them
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks(self._failed)
 
     def start(self) -> None:
-        self._spawn(self._follow_view())
+        self._tasks.spawn(self._follow_view())
 
     async def stop(self) -> None:
         """Close every session. The owner is not told."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.stop()
         links, self.links = self.links, {}
         await asyncio.gather(*(link.session.close() for link in links.values() if link.session is not None))
 
@@ -137,7 +136,7 @@ class WorkerConnections:
                     session = link.session
                     self._unlink(link, "it died")
                     if session is not None:
-                        self._spawn(session.close())
+                        self._tasks.spawn(session.close())
             for info in view.workers:
                 if info.worker_id not in self.links:
                     self._link(info)
@@ -145,7 +144,7 @@ class WorkerConnections:
 
     def _link(self, info: WorkerInfo, delay_s: float = 0.0) -> None:
         link = self.links[info.worker_id] = WorkerLink(info)
-        self._spawn(self._connect(link, delay_s))
+        self._tasks.spawn(self._connect(link, delay_s))
 
     async def _connect(self, link: WorkerLink, delay_s: float) -> None:
         """Open the link's session; tries until it is there or the worker has left the view."""
@@ -170,12 +169,5 @@ class WorkerConnections:
                     await session.close()
                 return
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: internal error", self._router_id, exc_info=error)
+    def _failed(self, error: BaseException) -> None:
+        logger.error("%s: internal error", self._router_id, exc_info=error)

@@ -149,6 +149,7 @@ def application(config: Config) -> Iterator[Application]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     port = free_port()
     start_local(include_dashboard=False, _system_config={"metrics_report_interval_ms": METRICS_INTERVAL_MS})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init(), which sets its own
     session_folder = Path(ray.nodes()[0]["RayletSocketName"]).parent.parent
     app = Application(config, f"http://127.0.0.1:{port}", session_folder / "logs")
     try:

@@ -1,8 +1,8 @@
 """Far more load than a paced server can bear: who is let in is served as before, who is not is told at once.
 
 The server is a process of its own whose engine only keeps a pace; everything else in it is real. Exits 1 if something
-did not hold. Latencies mean something only while the machine has a core to spare for both processes: the lines on
-stderr say how long they waited for one.
+did not hold. The figures mean something only while the machine has a core to spare for both processes: the lines on
+stderr say how long these waited for one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from load_sweep import sweep
-from paced_load import NUM_TOKENS, Load, Phase
+from paced_engine import Pace
+from paced_load import NUM_PROMPT_TOKENS, NUM_TOKENS, Load, Phase
 from paced_process import paced_process
 from rows import Row
 from streams import Clients, new_session
 
-STEP_MS = 20.0  # long beside what the machine adds to it
+PACE = Pace(step_s=0.020)  # a step is long beside what the machine adds to it
 MAX_NUM_SEQS = 16
 MAX_QUEUE_SIZE = 32
 MAX_QUEUE_WAIT_S = 10.0
@@ -28,13 +29,15 @@ NUM_CLIENTS_MORE = 8  # than places, so that the queue is never empty while capa
 NORMAL = 0.8  # of capacity
 MIN_CAPACITY_S = 6.0
 
+MIN_PACE = 0.85  # with less the machine is the bottleneck, and the other figures say nothing
 MAX_ITL_RATIO = 1.5
 MAX_REFUSAL_MS = 100.0
 MIN_GOODPUT = 0.9
 MAX_RSS_GROWTH = 0.10
 
 OPTIONS = {
-    "step_ms": STEP_MS,
+    "step_ms": 1e3 * PACE.step_s,
+    "prompt_token_ms": 1e3 * PACE.prompt_token_s,
     "max_num_seqs": MAX_NUM_SEQS,
     "max_queue_size": MAX_QUEUE_SIZE,
     "max_queue_wait_s": MAX_QUEUE_WAIT_S,
@@ -96,6 +99,7 @@ def rows_of(measured: Measured) -> list[Row]:
         print(describe(name, phase), file=sys.stderr, flush=True)
     name = f"{measured.factor:g}x overload"
     return [
+        _pace_row(measured.capacity),
         _latency_row(name, measured),
         _refusal_row(name, measured.over),
         _retry_after_row(name, measured.over),
@@ -109,6 +113,13 @@ def rows_of(measured: Measured) -> list[Row]:
             not measured.problems,
         ),
     ]
+
+
+def _pace_row(capacity: float) -> Row:
+    possible = PACE.capacity(MAX_NUM_SEQS, NUM_PROMPT_TOKENS, NUM_TOKENS)
+    figure = f"{capacity:.1f} of {possible:.1f} requests/s ({capacity / possible:.0%})"
+    limit = f">= {MIN_PACE:.0%} of what the engine's pace allows; else the machine is too busy to tell"
+    return Row("overload: capacity", figure, limit, capacity >= MIN_PACE * possible)
 
 
 def _latency_row(name: str, measured: Measured) -> Row:

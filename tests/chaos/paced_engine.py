@@ -46,6 +46,10 @@ class Pace:
         """Of a step, by the tokens that it computes of each sequence; one alone is not of a prompt."""
         return self.step_s + self.prompt_token_s * sum(length for length in query_lens if length > 1)
 
+    def capacity(self, num_seqs: int, num_prompt_tokens: int, num_tokens: int) -> float:
+        """Requests a second, if so many sequences always run and nothing else takes time."""
+        return num_seqs / (num_tokens * self.step_s + num_seqs * num_prompt_tokens * self.prompt_token_s)
+
 
 class PacedRunner(Runner):
     """Sleeps in place of the model. Keeps the calls that a model makes."""

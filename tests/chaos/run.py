@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import sys
 import time
 import traceback
@@ -100,7 +99,6 @@ def main() -> int:
     parser.add_argument("--soak-kills", action="store_true", help="kill a worker every minute of the soak")
     parser.add_argument("--quick", action="store_true", help="fewer streams, tokens and requests")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     scale = QUICK if args.quick else Scale()
     scale = replace(scale, soak_kills=args.soak_kills, soak_minutes=args.soak_minutes or scale.soak_minutes)
     rows: list[Row] = []
