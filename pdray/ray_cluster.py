@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,19 @@ def join(address: str | None) -> None:
         logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        _init(address=address or "auto")
     except (ConnectionError, ValueError) as error:
         raise PdrayError(f"no Ray cluster to join at {address or 'this machine'}: {error}") from error
+
+
+def _init(**options: Any) -> None:
+    """ray.init() without its talk. A handler of SIGTERM that was set stays; Ray would put its own in its place."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    finally:
+        if handler is not signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _shared_file() -> Path:
@@ -73,7 +85,7 @@ def start_local(*, shared: bool = False, **options: Any) -> None:
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
     with interrupts_held():
-        ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        _init(address="local", **options)
     if shared:
         address = ray.get_runtime_context().gcs_address
         record = SharedCluster(os.getpid(), address, os.environ.get("RAY_AUTH_TOKEN", ""))

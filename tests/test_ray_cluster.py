@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import msgspec
 import pytest
 
 from pdray import ray_cluster
+from pdray.errors import PdrayError
 from pdray.ray_cluster import SharedCluster, find_shared
 
 
@@ -50,3 +53,20 @@ def test_only_its_user_may_read_the_token(cache: Path, monkeypatch: pytest.Monke
         shared = find_shared()
         assert shared is not None and shared.address == "127.0.0.1:2" and shared.token
         assert stat.S_IMODE((cache / "cluster.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rays_handler_does_not_replace_ours(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if fails:
+            raise ConnectionError("no cluster")
+
+    monkeypatch.setattr(ray_cluster.ray, "init", init)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(PdrayError) if fails else contextlib.nullcontext():
+            ray_cluster.join("127.0.0.1:3")
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
