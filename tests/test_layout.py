@@ -24,9 +24,9 @@ GIT_LS_FILES = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
 
 # What each part of pdray may import from the others; the engine knows no Ray, no HTTP and no peers.
 VALUES = {"pdray", "pdray.config", "pdray.errors", "pdray.outputs", "pdray.sampling_params"}
-MODELS = VALUES | {"pdray.kernels", "pdray.models"}
+MODELS = VALUES | {"pdray.cache", "pdray.kernels", "pdray.models"}
 ENGINE = MODELS | {"pdray.engine"}
-CLUSTER = ENGINE | {"pdray.cluster"}
+CLUSTER = ENGINE | {"pdray.background", "pdray.cluster"}
 ALLOWED = {
     "kernels": {"pdray.kernels"},
     "models": MODELS,
