@@ -114,7 +114,8 @@ class Worker:
     def _build_engine(self) -> Engine:
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
-        return Engine(self.config, load_model(self.config, self.device), self.device)
+        share = self.config.prefill_num_gpus if self.role == "prefill" else self.config.decode_num_gpus
+        return Engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
 
     async def stop(self) -> None:
         """End the sessions and the engine's thread. Idempotent."""
