@@ -19,6 +19,10 @@ class NormedResidual(NamedTuple):
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., H] / rms(x) * weight [H], accumulated in float32, in x's dtype."""
+    if x.is_cuda:
+        from pdray.kernels.layernorm_triton import triton_rms_norm
+
+        return triton_rms_norm(x, weight, eps)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
@@ -26,5 +30,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> NormedResidual:
     """rms_norm of x + residual, both [..., H]."""
+    if x.is_cuda:
+        from pdray.kernels.layernorm_triton import triton_add_rms_norm
+
+        return NormedResidual(*triton_add_rms_norm(x, residual, weight, eps))
     residual = x + residual
     return NormedResidual(rms_norm(residual, weight, eps), residual)

@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT / "tests" / "kernels" / "triton_cases.py"
-CHECKS = ["attention", "num_splits", "store", "gather_and_scatter"]
+CHECKS = ["attention", "num_splits", "store", "norms", "rotary", "gather_and_scatter"]
 
 
 def run_cases(names: list[str], *, interpret: bool) -> None:

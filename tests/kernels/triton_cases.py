@@ -16,6 +16,10 @@ from torch import Tensor
 from pdray.kernels.attention import AttentionMetadata, torch_paged_attention
 from pdray.kernels.attention_triton import choose_num_splits, triton_paged_attention
 from pdray.kernels.kv_store_triton import triton_gather_blocks, triton_scatter_blocks, triton_store_kv
+from pdray.kernels.layernorm import add_rms_norm, rms_norm
+from pdray.kernels.layernorm_triton import triton_add_rms_norm, triton_rms_norm
+from pdray.kernels.rotary import apply_rotary
+from pdray.kernels.rotary_triton import triton_apply_rotary
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -124,6 +128,33 @@ def check_store() -> None:
         assert torch.equal(kv_layer, expected)
 
 
+def check_norms() -> None:
+    """Rows of any width, contiguous or heads within a wider tensor; the reference runs on the CPU."""
+    for dtype, width in itertools.product(DTYPES, (20, 64, 576, 1024)):
+        x, residual = (torch.randn(5, 7, width).to(dtype) for _ in range(2))
+        weight = torch.randn(width).to(dtype)
+        heads = x[:, 2:5]
+        moved = x.to(DEVICE)[:, 2:5]
+        normed = triton_rms_norm(moved, weight.to(DEVICE), 1e-6)
+        torch.testing.assert_close(normed.cpu(), rms_norm(heads, weight, 1e-6), atol=TOLERANCE[dtype], rtol=2e-2)
+        rows, others = x[:, 0].contiguous(), residual[:, 0].contiguous()
+        expected = add_rms_norm(rows, others, weight, 1e-5)
+        normed, total = triton_add_rms_norm(rows.to(DEVICE), others.to(DEVICE), weight.to(DEVICE), 1e-5)
+        assert torch.equal(total.cpu(), expected.residual)
+        torch.testing.assert_close(normed.cpu(), expected.normed, atol=TOLERANCE[dtype], rtol=2e-2)
+    assert triton_rms_norm(torch.empty(0, 64).to(DEVICE), torch.ones(64).to(DEVICE), 1e-6).shape == (0, 64)
+
+
+def check_rotary() -> None:
+    for dtype, (num_heads, head_dim) in itertools.product(DTYPES, ((1, 64), (12, 64), (24, 128), (5, 80))):
+        x = torch.randn(6, num_heads + 3, head_dim).to(dtype)
+        angles = torch.randn(6, head_dim // 2)
+        expected = apply_rotary(x[:, 1 : 1 + num_heads], angles.cos(), angles.sin())
+        moved = x.to(DEVICE)[:, 1 : 1 + num_heads]
+        rotated = triton_apply_rotary(moved, angles.cos().to(DEVICE), angles.sin().to(DEVICE))
+        torch.testing.assert_close(rotated.cpu(), expected, atol=TOLERANCE[dtype], rtol=1e-2)
+
+
 def check_gather_and_scatter() -> None:
     kv = torch.randn(4, 9, 2, 16, 3, 64).to(DEVICE)  # 6,144 elements a block: two pieces, the last one partial
     ids = torch.tensor([7, 2, 5], device=DEVICE)
@@ -142,6 +173,8 @@ CHECKS = {
     "attention": check_all_attention,
     "num_splits": check_num_splits,
     "store": check_store,
+    "norms": check_norms,
+    "rotary": check_rotary,
     "gather_and_scatter": check_gather_and_scatter,
 }
 
