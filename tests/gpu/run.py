@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from models import check_models
 from rows import Row
+from shared_gpu import check_shared
 from text import check_memory, check_text
-
-from actors import check_shared
 
 
 def check_kernels() -> Iterator[Row]:
