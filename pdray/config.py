@@ -55,6 +55,10 @@ class Config(BaseModel):
     max_num_seqs: Positive = Field(64, description="sequences in one decode batch")
     max_num_batched_tokens: Positive = Field(2048, description="token budget of one forward pass")
     enable_prefix_caching: bool = True
+    async_scheduling: bool | None = Field(
+        None, description="plan a step while the one before it runs; default: on CUDA"
+    )
+    enforce_eager: bool = Field(False, description="launch every kernel by itself, without CUDA graphs")
     num_threads: Positive = Field(1, description="torch threads of each CPU worker")
 
     # cluster

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pdray.engine.limits import EngineLimits
-from pdray.engine.sequence import uses_penalties
+from pdray.engine.sequence import Sequence, uses_penalties
 from pdray.engine.step_plan import BlockCopy, StepPlan
 from pdray.kernels.attention import AttentionMetadata
 from pdray.kernels.sampling import SamplingMetadata, SamplingRow
+from pdray.kernels.sampling_metadata import GREEDY_TEMPERATURE
 
 GREEDY = SamplingMetadata()
+
+
+class DrawInputs(NamedTuple):
+    """How each of S plain draws is made; see draw_tokens.
+
+    Attributes:
+        temperature: [S] float32, 0 where greedy. seeds, positions: [S] int64.
+    """
+
+    temperature: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
 
 
 class StepInputs(NamedTuple):
     """One forward pass over T tokens of B sequences, and S draws from its logits.
 
     Attributes:
-        input_ids, positions: [T] int64.
+        input_ids: [T] int64; -1 - i stands for the token that draw i of the step before has drawn.
+        positions: [T] int64.
         logit_rows: [S] int64, the token whose logits each draw uses; a row may occur more than once.
+        draws: on CUDA.
+        sampling: None where ``draws`` says all, on CUDA.
         num_logprobs: for each draw, how many most likely tokens are asked for; None: not even the drawn one.
+        is_decode: one token and one draw for each sequence, in the same order.
     """
 
     copies: list[BlockCopy]
@@ -30,102 +47,202 @@ class StepInputs(NamedTuple):
     positions: torch.Tensor
     attention: AttentionMetadata
     logit_rows: torch.Tensor
-    sampling: SamplingMetadata
+    draws: DrawInputs | None
+    sampling: SamplingMetadata | None
     num_logprobs: list[int | None]
+    is_decode: bool
+
+
+class HostInputs:
+    """The host side of a step's inputs: numpy views of one buffer, with the block tables last.
+
+    Attributes:
+        owners: which block_row each row of the block tables was filled from, and with how many blocks.
+    """
+
+    def __init__(self, buffer: torch.Tensor, sections: dict[str, Section]) -> None:
+        self.buffer = buffer
+        arrays = {name: section.of(buffer).numpy() for name, section in sections.items()}
+        self.ids, self.positions, self.slots = arrays["ids"], arrays["positions"], arrays["slots"]
+        self.rows, self.seeds, self.draw_positions = arrays["rows"], arrays["seeds"], arrays["draw_positions"]
+        self.temperature, self.starts, self.lens = arrays["temperature"], arrays["starts"], arrays["lens"]
+        self.tables = arrays["tables"]
+        self.owners: list[tuple[np.ndarray[Any, Any] | None, int]] = [(None, 0)] * len(self.tables)
+
+    def set_table(self, row: int, sequence: Sequence, num_blocks: int) -> None:
+        """Copy what is new of a sequence's block table; ``owners`` knows what is there already."""
+        owner, known = self.owners[row]
+        if owner is not sequence.block_row:
+            known = 0
+        if known < num_blocks:
+            self.tables[row, known:num_blocks] = sequence.block_row[known:num_blocks]
+            self.owners[row] = (sequence.block_row, num_blocks)
+
+
+class Section(NamedTuple):
+    """A tensor inside a buffer of bytes. start: in bytes."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[self.start : self.end].view(self.dtype).view(self.shape)
+
+
+def lay_out(num_tokens: int, num_seqs: int, max_blocks: int) -> dict[str, Section]:
+    """Sections of a step's buffer, each aligned to 16 bytes."""
+    long, single, int_ = torch.int64, torch.float32, torch.int32
+    wanted = {
+        **{name: (long, (num_tokens,)) for name in ("ids", "positions", "slots")},
+        **{name: (long, (num_seqs,)) for name in ("rows", "seeds", "draw_positions")},
+        "temperature": (single, (num_seqs,)),
+        "starts": (int_, (num_seqs + 1,)),
+        "lens": (int_, (num_seqs,)),
+        "tables": (int_, (num_seqs, max_blocks)),
+    }
+    sections: dict[str, Section] = {}
+    start = 0
+    for name, (dtype, shape) in wanted.items():
+        sections[name] = Section(start, dtype, shape)
+        start = -(-sections[name].end // 16) * 16
+    return sections
 
 
 class InputBuffers:
     """Static inputs of the model, host side and device side. Results of fill() are views, valid until the next fill().
 
-    On CUDA the host side is pinned and goes over in two copies on the current stream, which the caller must have
-    passed before it fills again. On CPU both sides are the same memory.
+    On CUDA the host side is pinned, and there are two of it: one is filled while the copy from the other may still run.
+    What was filled before the last fill() must have been used. On CPU both sides are the same memory.
     """
 
-    def __init__(self, limits: EngineLimits, device: torch.device) -> None:
-        num_tokens, num_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
-        max_blocks = limits.num_blocks_for(limits.max_model_len)
+    def __init__(self, limits: EngineLimits, num_tokens: int, device: torch.device) -> None:
         self.block_size = limits.block_size
         self.device = device
-        self._longs = (num_seqs, num_tokens, num_tokens, num_tokens)
-        self._ints = (num_seqs + 1, num_seqs, num_seqs * max_blocks)
-        pinned = device.type == "cuda"
-        self._host_longs = torch.zeros(sum(self._longs), dtype=torch.int64, pin_memory=pinned)
-        self._host_ints = torch.zeros(sum(self._ints), dtype=torch.int32, pin_memory=pinned)
-        self._device_longs = self._host_longs if not pinned else self._host_longs.to(device)
-        self._device_ints = self._host_ints if not pinned else self._host_ints.to(device)
+        self._sections = lay_out(num_tokens, limits.max_num_seqs, limits.num_blocks_for(limits.max_model_len))
+        size = max(section.end for section in self._sections.values())
+        on_gpu = device.type == "cuda"
+        buffers = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)]
+        self._hosts = [HostInputs(buffer, self._sections) for buffer in buffers]
+        device_buffer = torch.zeros(size, dtype=torch.uint8, device=device) if on_gpu else buffers[0]
+        self._device_buffer = device_buffer
+        self._device = {name: section.of(device_buffer) for name, section in self._sections.items()}
+        self._arange = np.arange(max(limits.max_model_len, limits.max_num_seqs + 1), dtype=np.int64)
 
-        rows, ids, positions, slots = (part.numpy() for part in self._host_longs.split(self._longs))
-        self._rows, self._ids, self._positions, self._slots = rows, ids, positions, slots
-        starts, lens, tables = (part.numpy() for part in self._host_ints.split(self._ints))
-        self._starts, self._lens, self._tables = starts, lens, tables.reshape(num_seqs, max_blocks)
-        self._arange = np.arange(limits.max_model_len, dtype=np.int64)
+    def fill(self, plan: StepPlan, padded_size: int = 0) -> StepInputs:
+        """The plan's tokens, block tables and sampling parameters. Reads the sequences: under the engine's lock.
 
-    def fill(self, plan: StepPlan) -> StepInputs:
-        """The plan's tokens, block tables and sampling parameters. Reads the sequences: under the engine's lock."""
+        Args:
+            padded_size: of a decode step: rows up to it compute one token of a sequence without KV.
+        """
+        host = self._hosts[0]
+        self._hosts.reverse()
+        if plan.is_decode:
+            self._fill_decodes(host, plan, max(padded_size, len(plan.chunks)))
+        else:
+            self._fill_chunks(host, plan)
+        num_seqs = max(padded_size, len(plan.chunks))
+        if self._device_buffer is not host.buffer:
+            self._fill_draws(host, plan, num_seqs)
+            used = self._sections["tables"].start + num_seqs * host.tables.shape[1] * host.tables.itemsize
+            self._device_buffer[:used].copy_(host.buffer[:used], non_blocking=True)
+        inputs = self.views(plan, num_seqs)
+        sampling, num_logprobs = self._sampling(plan)
+        return inputs._replace(copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs)
+
+    def _fill_decodes(self, host: HostInputs, plan: StepPlan, padded_size: int) -> None:
+        """One token for each sequence, most of it without a loop in Python."""
+        chunks, num = plan.chunks, len(plan.chunks)
+        for row, chunk in enumerate(chunks):
+            host.set_table(row, chunk.sequence, -(-chunk.end // self.block_size))
+        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, num)
+        host.ids[:num] = [
+            chunk.sequence.token_ids[chunk.start] if chunk.late_row is None else -1 - chunk.late_row for chunk in chunks
+        ]
+        host.positions[:num] = starts
+        blocks = host.tables[self._arange[:num], starts // self.block_size].astype(np.int64)
+        host.slots[:num] = blocks * self.block_size + starts % self.block_size
+        host.lens[:num] = starts + 1
+        host.rows[:padded_size] = self._arange[:padded_size]
+        host.starts[: padded_size + 1] = self._arange[: padded_size + 1]
+        for padding in (host.ids, host.positions, host.slots, host.lens):
+            padding[num:padded_size] = 0
+
+    def _fill_chunks(self, host: HostInputs, plan: StepPlan) -> None:
         rows: list[int] = []
-        query_lens, kv_lens = [], []
-        token, max_blocks = 0, 0
+        query_lens = []
+        token = 0
         for i, chunk in enumerate(plan.chunks):
             sequence, start, end = chunk.sequence, chunk.start, chunk.end
-            num_blocks = -(-end // self.block_size)
-            self._tables[i, :num_blocks] = sequence.block_row[:num_blocks]
+            host.set_table(i, sequence, -(-end // self.block_size))
             last = token + chunk.num_tokens
-            if chunk.num_tokens == 1:
-                self._ids[token] = sequence.token_ids[start]
-                self._positions[token] = start
-                block = sequence.block_table[start // self.block_size]
-                self._slots[token] = block * self.block_size + start % self.block_size
-            else:
-                self._ids[token:last] = sequence.token_ids[start:end]
-                positions = self._arange[start:end]
-                self._positions[token:last] = positions
-                blocks = sequence.block_row[positions // self.block_size].astype(np.int64)
-                self._slots[token:last] = blocks * self.block_size + positions % self.block_size
+            positions = self._arange[start:end]
+            host.ids[token:last] = sequence.token_ids[start:end] if chunk.late_row is None else -1 - chunk.late_row
+            host.positions[token:last] = positions
+            blocks = sequence.block_row[positions // self.block_size].astype(np.int64)
+            host.slots[token:last] = blocks * self.block_size + positions % self.block_size
+            host.lens[i] = end
             token = last
             rows += [token - 1] * len(chunk.samplers)
             query_lens.append(chunk.num_tokens)
-            kv_lens.append(end)
-            max_blocks = max(max_blocks, num_blocks)
-        num_seqs = len(plan.chunks)
-        self._rows[: len(rows)] = rows
-        self._starts[0] = 0
-        self._starts[1 : num_seqs + 1] = np.cumsum(query_lens)
-        self._lens[:num_seqs] = kv_lens
-        return self._views(plan, query_lens, kv_lens, len(rows), max_blocks)
+        host.rows[: len(rows)] = rows
+        host.starts[0] = 0
+        host.starts[1 : len(query_lens) + 1] = np.cumsum(query_lens)
 
-    def _views(
-        self, plan: StepPlan, query_lens: list[int], kv_lens: list[int], num_rows: int, max_blocks: int
-    ) -> StepInputs:
-        """Copy to the device where there is one, and cut the static tensors to this step's sizes."""
-        num_seqs, num_tokens = len(plan.chunks), plan.num_tokens
-        if self._device_longs is not self._host_longs:
-            self._device_longs.copy_(self._host_longs, non_blocking=True)
-            used = self._ints[0] + self._ints[1] + num_seqs * self._tables.shape[1]
-            self._device_ints[:used].copy_(self._host_ints[:used], non_blocking=True)
-        rows, ids, positions, slots = self._device_longs.split(self._longs)
-        starts, lens, tables = self._device_ints.split(self._ints)
+    def _fill_draws(self, host: HostInputs, plan: StepPlan, padded_size: int) -> None:
+        samplers = [sampler for chunk in plan.chunks for sampler in chunk.samplers]
+        num = len(samplers)
+        host.temperature[:num] = [_temperature(sampler) for sampler in samplers]
+        host.seeds[:num] = [sampler.seed for sampler in samplers]
+        host.draw_positions[:num] = [sampler.draw_position for sampler in samplers]
+        for padding in (host.temperature, host.seeds, host.draw_positions):
+            padding[num:padded_size] = 0
+
+    def views(self, plan: StepPlan, num_seqs: int) -> StepInputs:
+        """The static tensors, cut to this step's sizes, without what fill() adds."""
+        padding = num_seqs - len(plan.chunks)
+        num_tokens, num_draws = plan.num_tokens + padding, plan.num_draws + padding
+        part = self._device
+        max_blocks = -(-max((chunk.end for chunk in plan.chunks), default=1) // self.block_size)
+        tables = part["tables"] if self.device.type == "cuda" else part["tables"][:, :max_blocks]
         attention = AttentionMetadata(
-            slot_mapping=slots[:num_tokens],
-            block_tables=tables.view(self._tables.shape)[:num_seqs, :max_blocks],
-            cu_seqlens_q=starts[: num_seqs + 1],
-            seq_lens=lens[:num_seqs],
-            query_lens=query_lens,
-            kv_lens=kv_lens,
+            slot_mapping=part["slots"][:num_tokens],
+            block_tables=tables[:num_seqs],
+            cu_seqlens_q=part["starts"][: num_seqs + 1],
+            seq_lens=part["lens"][:num_seqs],
+            query_lens=[chunk.num_tokens for chunk in plan.chunks] + [1] * padding,
+            kv_lens=[chunk.end for chunk in plan.chunks] + [1] * padding,
         )
-        sampling, num_logprobs = self._sampling(plan)
+        draws = DrawInputs(
+            part["temperature"][:num_draws], part["seeds"][:num_draws], part["draw_positions"][:num_draws]
+        )
         return StepInputs(
-            plan.copies, ids[:num_tokens], positions[:num_tokens], attention, rows[:num_rows], sampling, num_logprobs
+            copies=[],
+            input_ids=part["ids"][:num_tokens],
+            positions=part["positions"][:num_tokens],
+            attention=attention,
+            logit_rows=part["rows"][:num_draws],
+            draws=draws if self.device.type == "cuda" else None,
+            sampling=None,
+            num_logprobs=[],
+            is_decode=plan.is_decode,
         )
 
-    def _sampling(self, plan: StepPlan) -> tuple[SamplingMetadata, list[int | None]]:
-        """How to draw; a batch of plain greedy rows builds nothing."""
+    def _sampling(self, plan: StepPlan) -> tuple[SamplingMetadata | None, list[int | None]]:
+        """How to draw; a batch of plain rows builds nothing."""
         samplers = [sampler for chunk in plan.chunks for sampler in chunk.samplers]
         num_logprobs = [sampler.request.params.logprobs for sampler in samplers]
-        if all(sampler.request.is_plain_greedy for sampler in samplers):
+        if self.device.type == "cuda" and all(sampler.request.is_plain for sampler in samplers):
+            return None, num_logprobs
+        if all(sampler.request.is_plain and sampler.request.params.greedy for sampler in samplers):
             return GREEDY, num_logprobs
         rows = []
         for sampler in samplers:
-            params, num_outputs = sampler.request.params, sampler.num_output_tokens
+            params, num_outputs = sampler.request.params, sampler.draw_position
             has_penalty = uses_penalties(params)
             rows.append(
                 SamplingRow(
@@ -138,3 +255,9 @@ class InputBuffers:
                 )
             )
         return SamplingMetadata.build(rows, self.device), num_logprobs
+
+
+def _temperature(sequence: Sequence) -> float:
+    """0 where the draw is greedy."""
+    temperature = sequence.request.params.temperature
+    return temperature if temperature >= GREEDY_TEMPERATURE else 0.0

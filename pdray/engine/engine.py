@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from pdray.config import Config
-from pdray.engine.batch import InputBuffers
+from pdray.engine.batch import InputBuffers, StepInputs
 from pdray.engine.block_pool import BlockPool, PrefixChanges
 from pdray.engine.integrity import check_integrity
 from pdray.engine.layer_groups import layer_callback
@@ -18,9 +18,10 @@ from pdray.engine.memory import allocate_pool, choose_num_blocks
 from pdray.engine.profile import profile_model
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
 from pdray.engine.results import Bookkeeper
-from pdray.engine.runner import Runner
+from pdray.engine.runner import Draws, Runner
 from pdray.engine.scheduler import Scheduler
 from pdray.engine.sequence import SequenceStatus
+from pdray.engine.step_plan import StepPlan
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
 
@@ -29,11 +30,13 @@ class Engine:
     """Computes requests in steps, and keeps their KV.
 
     step() belongs to one thread, the engine's. All else may be called from any thread: a short lock guards the
-    state, and is never held while the model runs. What the step in flight uses stays as it is until the step is booked.
+    state, and is never held while the model runs. What a step in flight uses stays as it is until the step is booked.
 
     Args:
         num_kv_blocks: size of the pool, dummy block included; default: as the configuration says.
         gpu_share: part of the GPU that this engine may use (CUDA, measured pool).
+        overlap: launch a step before the tokens of the one before it are read; default: config.async_scheduling, and
+            where that says nothing, on CUDA.
 
     Attributes:
         kv: the pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; block 0 is a dummy.
@@ -53,6 +56,7 @@ class Engine:
         *,
         num_kv_blocks: int | None = None,
         gpu_share: float = 1.0,
+        overlap: bool | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -81,10 +85,17 @@ class Engine:
             vocab_size=model.config.vocab_size,
             eos_token_ids=model.config.eos_token_ids,
         )
-        self.runner = Runner(model.decoder, self.kv)
+        self.overlap = overlap if overlap is not None else config.async_scheduling
+        if self.overlap is None:
+            self.overlap = device.type == "cuda"
+        self.runner = Runner(model.decoder, self.kv, limits.max_num_seqs)
         self._scheduler = Scheduler(limits, BlockPool(self.num_blocks, config.enable_prefix_caching))
         self._bookkeeper = Bookkeeper(self._scheduler)
-        self._buffers = InputBuffers(limits, device)
+        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device)
+        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device)
+        if device.type == "cuda" and not config.enforce_eager:
+            self.runner.capture(self._decode_buffers)
+        self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
         self._lock = threading.Lock()
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
         self._num_steps = 0
@@ -147,29 +158,49 @@ class Engine:
         self._notify()
 
     def step(self) -> list[RequestUpdate]:
-        """Compute the next batch. Returns at once if there is nothing to do. Engine's thread only."""
+        """Launch the next batch, and book the one launched before it (without overlap: this one).
+
+        Returns at once if there is nothing to do. Engine's thread only.
+        """
+        done = self._in_flight
         with self._lock:
             updates, self._scheduler.updates = self._scheduler.updates, []
             plan = self._scheduler.schedule(time.perf_counter())
-            if not plan.chunks:
-                self._is_stuck = True
-                return updates
-            inputs = self._buffers.fill(plan)
-            on_layer = None
-            if self.on_layer_group is not None:
-                num_layers = self.model.config.num_layers
-                group = self.config.transfer_layer_group
-                on_layer = layer_callback(plan, num_layers, group, self.block_size, self.on_layer_group)
-        rows = self.runner.run(inputs, on_layer)
+            self._is_stuck = not plan.chunks and done is None
+            inputs = self._fill(plan) if plan.chunks else None
+            on_layer = self._layer_callback(plan)
+        self._in_flight = (plan, self.runner.launch(inputs, on_layer)) if inputs is not None else None
+        if not self.overlap:
+            done, self._in_flight = self._in_flight, None
+        if done is None:
+            return updates
+        booked, draws = done
+        rows = draws.read()
         with self._lock:
             self._num_steps += 1
-            return updates + self._bookkeeper.update(plan, rows, time.perf_counter())
+            self._is_stuck = False
+            return updates + self._bookkeeper.update(booked, rows, time.perf_counter())
+
+    def _fill(self, plan: StepPlan) -> StepInputs:
+        if not plan.is_decode:
+            return self._buffers.fill(plan)
+        graphs, size = self.runner.graphs, len(plan.chunks)
+        return self._decode_buffers.fill(plan, size if graphs is None else graphs.padded_size(size))
+
+    def _layer_callback(self, plan: StepPlan) -> Callable[[int], None] | None:
+        """What the model calls after each layer, if anyone is to hear of it."""
+        if self.on_layer_group is None:
+            return None
+        num_layers, group = self.model.config.num_layers, self.config.transfer_layer_group
+        on_cuda = self.device.type == "cuda"
+        return layer_callback(plan, num_layers, group, self.block_size, self.on_layer_group, on_cuda=on_cuda)
 
     def has_work(self) -> bool:
         """Whether step() would do something. Requests that wait for others to end are no work."""
         with self._lock:
             scheduler = self._scheduler
-            return bool(scheduler.updates) or (bool(scheduler.running or scheduler.waiting) and not self._is_stuck)
+            has_requests = bool(scheduler.running or scheduler.waiting)
+            return bool(scheduler.updates or scheduler.plans_in_flight) or (has_requests and not self._is_stuck)
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""

@@ -14,15 +14,16 @@ def check_integrity(scheduler: Scheduler) -> list[str]:
     Blocks in use are exactly those of live requests; a block is in two tables only where both hold the same
     prefix; places are counted; queue and batch hold what their statuses say.
     """
-    live = [*scheduler.requests.values(), *scheduler.released_in_flight]
-    sequences = [sequence for request in live for sequence in request.sequences]
+    live = list(scheduler.requests.values())
+    known = {id(sequence): sequence for request in live for sequence in request.sequences}
+    sequences = list((known | {id(sequence): sequence for sequence in scheduler.leaving}).values())
     uses: Counter[int] = Counter()
     for sequence in sequences:
         uses.update(sequence.block_table)
         if sequence.pending_copy is not None:
             uses[sequence.pending_copy.source] += 1
-    if scheduler.plan_in_flight is not None:
-        uses.update(copy.source for copy in scheduler.plan_in_flight.copies)
+    for plan in scheduler.plans_in_flight:
+        uses.update(copy.source for copy in plan.copies)
     problems = scheduler.pool.check(uses)
     problems += _check_sharing(sequences, scheduler.limits.block_size)
     for sequence in sequences:
@@ -63,11 +64,14 @@ def _check_sequence(scheduler: Scheduler, sequence: Sequence) -> list[str]:
             problems.append(f"{name} is{'' if is_running else ' not'} in the batch")
         if is_queued != (status is SequenceStatus.WAITING and owns_queue_entry):
             problems.append(f"{name} is{'' if is_queued else ' not'} in the queue")
-    if status in (SequenceStatus.WAITING, SequenceStatus.FINISHED) and sequence.block_table:
+    holds_nothing = status is SequenceStatus.WAITING or (
+        status is SequenceStatus.FINISHED and not sequence.num_in_flight
+    )
+    if holds_nothing and sequence.block_table:
         problems.append(f"{name} holds {len(sequence.block_table)} blocks")
     if sequence.block_row[: len(sequence.block_table)].tolist() != sequence.block_table:
         problems.append(f"{name} has a block row that differs from its block table")
     room = len(sequence.block_table) * scheduler.limits.block_size
-    if status is SequenceStatus.RUNNING and not sequence.num_computed_tokens <= min(room, len(sequence.token_ids)):
+    if status is SequenceStatus.RUNNING and not sequence.num_computed_tokens <= min(room, sequence.num_tokens):
         problems.append(f"{name} has computed {sequence.num_computed_tokens} tokens in room for {room}")
     return problems

@@ -88,7 +88,7 @@ class KVAllocator:
 
     def needs_block(self, sequence: Sequence) -> bool:
         """Whether the sequence's tokens have outgrown its blocks (by one, while it decodes)."""
-        return len(sequence.block_table) * self.limits.block_size < len(sequence.token_ids)
+        return len(sequence.block_table) * self.limits.block_size < sequence.num_tokens
 
     def grow(self, sequence: Sequence) -> bool:
         """One more block; False if there is none."""
@@ -97,9 +97,9 @@ class KVAllocator:
             sequence.extend_blocks(fresh)
         return fresh is not None
 
-    def cache_computed(self, sequence: Sequence) -> None:
-        """Offer blocks that have become full to the prefix cache."""
-        num_full = sequence.num_computed_tokens // self.limits.block_size
+    def cache_computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """Offer the full blocks of the first ``num_tokens`` tokens, whose KV is there, to the prefix cache."""
+        num_full = num_tokens // self.limits.block_size
         if num_full > sequence.num_hashed_blocks and self.pool.enable_prefix_caching:
             hashes = sequence.update_hashes(self.limits.block_size)
             for i in range(sequence.num_hashed_blocks, num_full):

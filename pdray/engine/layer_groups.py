@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from pdray.engine.request import LayerGroupReady
 from pdray.engine.step_plan import Chunk, StepPlan
 
@@ -30,7 +32,13 @@ def find_final_blocks(chunk: Chunk, num_cached_tokens: int, block_size: int) -> 
 
 
 def layer_callback(
-    plan: StepPlan, num_layers: int, layer_group: int, block_size: int, notify: Callable[[LayerGroupReady], None]
+    plan: StepPlan,
+    num_layers: int,
+    layer_group: int,
+    block_size: int,
+    notify: Callable[[LayerGroupReady], None],
+    *,
+    on_cuda: bool,
 ) -> Callable[[int], None] | None:
     """What the decoder is to call after each layer; None if no request of the plan is prefill_only.
 
@@ -50,7 +58,11 @@ def layer_callback(
         if end % layer_group and end != num_layers:
             return
         layers = range((layer // layer_group) * layer_group, end)
+        ready = None
+        if on_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
         for chunk, first_block, block_ids in final:
-            notify(LayerGroupReady(chunk.sequence.request.key, layers, first_block, block_ids))
+            notify(LayerGroupReady(chunk.sequence.request.key, layers, first_block, block_ids, ready))
 
     return on_layer

@@ -38,6 +38,6 @@ def profile_model(config: Config, decoder: Decoder) -> None:
     )
     hidden = decoder.forward(torch.zeros_like(positions), positions, kv, meta)
     num_rows = config.max_num_seqs
-    logits = decoder.compute_logits(hidden[:num_rows])
+    logits = decoder.compute_logits(hidden[:num_rows]).float()
     params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, repetition_penalty=1.1, logprobs=20)
     sample(logits, SamplingMetadata.build([SamplingRow(params, 0, 0, (0,), (0,))] * len(logits), device))

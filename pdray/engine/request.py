@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
@@ -52,12 +52,14 @@ class LayerGroupReady(NamedTuple):
         layers: half-open range of layers.
         first_block: index, in the request's block list, of block_ids[0].
         block_ids: source blocks; the last one is partial only at the prompt's end.
+        ready: on CUDA, the torch.cuda.Event after which the KV is there; None: it is there.
     """
 
     key: Hashable
     layers: range
     first_block: int
     block_ids: list[int]
+    ready: Any = None
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pdray.engine.request import RequestUpdate
 from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import LiveRequest, Sequence
+from pdray.engine.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.engine.step_plan import Chunk, SampledRow, StepPlan
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
@@ -49,31 +49,32 @@ class Bookkeeper:
         self.num_output_tokens = 0
 
     def update(self, plan: StepPlan, rows: Rows[SampledRow], now: float) -> list[RequestUpdate]:
-        """Book the step in flight.
+        """Book the oldest step in flight.
 
         Args:
             rows: one for each sampler of each chunk, in order.
         """
         scheduler, allocator = self.scheduler, self.scheduler.allocator
-        assert scheduler.plan_in_flight is plan
-        scheduler.plan_in_flight = None
+        assert scheduler.plans_in_flight[0] is plan
+        scheduler.plans_in_flight.popleft()
         scheduler.pool.free([copy.source for copy in plan.copies])
         drawn = iter(rows)
         updates: dict[Hashable, RequestUpdate] = {}
         for chunk in plan.chunks:
             sequence, live = chunk.sequence, chunk.sequence.request
-            live.in_flight = False
-            sequence.num_computed_tokens = chunk.end
-            allocator.cache_computed(sequence)
-            self.num_prompt_tokens += max(0, min(chunk.end, sequence.num_prompt_tokens) - chunk.start)
             tokens = [next(drawn) for _ in chunk.samplers]
-            if tokens and scheduler.requests.get(live.key) is live:
+            for sampler in chunk.samplers:
+                sampler.num_pending -= 1
+            is_over_run = sequence.status is SequenceStatus.FINISHED
+            scheduler.booked(sequence)
+            if is_over_run:
+                continue
+            allocator.cache_computed(sequence, chunk.end)
+            self.num_prompt_tokens += max(0, min(chunk.end, sequence.num_prompt_tokens) - chunk.start)
+            if tokens:
                 update = updates.setdefault(live.key, RequestUpdate(live.key))
                 self._book(chunk, tokens, update)
                 self._note_timings(live, update, now)
-        for live in scheduler.released_in_flight:
-            scheduler.drop(live)
-        scheduler.released_in_flight.clear()
         return list(updates.values())
 
     def _book(self, chunk: Chunk, rows: list[SampledRow], update: RequestUpdate) -> None:

@@ -1,58 +1,133 @@
-"""Runs one step on the device: block copies, the model, sampling, and the one read of the results."""
+"""Runs steps on the device: block copies, the model, sampling, and the one late read of what was drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 
-from pdray.engine.batch import StepInputs
+from pdray.engine.batch import InputBuffers, StepInputs
+from pdray.engine.decode_graphs import DecodeGraphs, graph_sizes
 from pdray.engine.step_plan import SampledRow
 from pdray.kernels.kv_store import copy_blocks
-from pdray.kernels.sampling import SampleOutput, sample
+from pdray.kernels.sampling import RandomRows, SampleOutput, draw, sample
 from pdray.models.decoder import Decoder
 from pdray.outputs import Logprob
+
+
+class Draws(NamedTuple):
+    """What a launched step draws.
+
+    Attributes:
+        packed: on the host, and on CUDA only once ``done`` has passed.
+        num_logprobs: see StepInputs.
+        num_top: most likely tokens that each asking row has in ``packed``; None if no row asked.
+    """
+
+    packed: torch.Tensor
+    num_logprobs: list[int | None]
+    num_top: int | None
+    done: torch.cuda.Event | None = None
+
+    def read(self) -> list[SampledRow]:
+        """One row for each draw, in order. Waits for the step."""
+        if self.done is not None:
+            self.done.synchronize()
+        if self.num_top is None:
+            return [SampledRow(token_id) for token_id in self.packed.tolist()]
+        return unpack_samples(self.packed, self.num_logprobs, self.num_top)
 
 
 class Runner:
     """The model over one KV pool. For the engine's thread alone.
 
+    Args:
+        max_num_draws: of one step.
+
     Attributes:
-        on_logits: sees every step's logits [S, vocab_size] float32 before sampling; for tests and tools.
+        sampled: [max_num_draws] int64 on the device, the last launched step's draws.
+        graphs: of decode steps; None: every step is launched kernel by kernel.
+        on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
 
-    def __init__(self, decoder: Decoder, kv: torch.Tensor) -> None:
+    def __init__(self, decoder: Decoder, kv: torch.Tensor, max_num_draws: int) -> None:
         self.decoder = decoder
         self.kv = kv
+        self.sampled = torch.zeros(max_num_draws, dtype=torch.int64, device=kv.device)
+        self.graphs: DecodeGraphs | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
 
+    def capture(self, buffers: InputBuffers) -> None:
+        """Make the graphs; ``buffers`` are those of all decode steps from now on."""
+        sizes = graph_sizes(len(self.sampled))
+        shape = (sizes[-1], self.decoder.config.vocab_size)
+        logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.kv.device)
+        self.graphs = DecodeGraphs(self.compute, buffers, sizes, logits)
+
     @torch.inference_mode()
-    def run(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> list[SampledRow]:
-        """Compute the step; returns one row for each draw, in order."""
+    def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
+        """Start the step, which reads ``sampled`` and then overwrites it; on CPU, compute it."""
         copy_blocks(self.kv, list(inputs.copies))
-        hidden = self.decoder.forward(inputs.input_ids, inputs.positions, self.kv, inputs.attention, on_layer)
-        if not len(inputs.logit_rows):
-            return []
-        logits = self.decoder.compute_logits(hidden[inputs.logit_rows])
-        if self.on_logits is not None:
-            self.on_logits(logits)
-        return read_samples(sample(logits, inputs.sampling), inputs.num_logprobs)
+        num_draws = len(inputs.num_logprobs)
+        replays = inputs.is_decode and self.graphs is not None and on_layer is None
+        logits = self.graphs.replay(inputs) if replays and self.graphs is not None else None
+        if logits is None:
+            logits = self.compute(inputs, on_layer)[:num_draws]
+        if self.on_logits is not None and num_draws:
+            self.on_logits(logits[:num_draws].float())
+        if inputs.sampling is None:
+            return self._to_host(self.sampled[:num_draws], inputs)
+        output = sample(logits[:num_draws].float(), inputs.sampling)
+        self.sampled[:num_draws] = output.token_ids
+        return self._to_host(pack_samples(output), inputs, output)
+
+    @torch.inference_mode()
+    def compute(
+        self,
+        inputs: StepInputs,
+        on_layer: Callable[[int], None] | None = None,
+        logits_out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of the step's draws; plain draws go to ``sampled``. Can be captured."""
+        ids = inputs.input_ids
+        ids = torch.where(ids < 0, self.sampled[(-1 - ids).clamp(min=0)], ids)
+        hidden = self.decoder.forward(ids, inputs.positions, self.kv, inputs.attention, on_layer)
+        logits = self.decoder.compute_logits(hidden if inputs.is_decode else hidden[inputs.logit_rows], logits_out)
+        if inputs.draws is not None and len(logits):
+            draw_tokens(logits, *inputs.draws, out=self.sampled[: len(logits)])
+        return logits
+
+    def _to_host(self, packed: torch.Tensor, inputs: StepInputs, output: SampleOutput | None = None) -> Draws:
+        logprobs = None if output is None else output.logprobs
+        num_top = None if logprobs is None else logprobs.top_token_ids.shape[1]
+        if packed.device.type == "cpu":
+            return Draws(packed, inputs.num_logprobs, num_top)
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Draws(host, inputs.num_logprobs, num_top, done)
 
 
-def read_samples(output: SampleOutput, num_logprobs: list[int | None]) -> list[SampledRow]:
-    """Bring drawn tokens, and logprobs where asked, to the host in one read.
+def pack_samples(output: SampleOutput) -> torch.Tensor:
+    """All of it as one int64 tensor: ids, ranks, top ids, then float64 bits of the log-probabilities."""
+    if output.logprobs is None:
+        return output.token_ids
+    _, sampled, ranks, top_ids, top_logprobs = output.logprobs
+    floats = torch.cat((sampled, top_logprobs.flatten())).double().view(torch.int64)
+    return torch.cat((output.token_ids, ranks, top_ids.flatten(), floats))
+
+
+def unpack_samples(packed: torch.Tensor, num_logprobs: list[int | None], num_top: int) -> list[SampledRow]:
+    """Rows from what pack_samples() made, on the host.
 
     Args:
         num_logprobs: see StepInputs; must be what the output was computed with.
     """
-    if output.logprobs is None:
-        return [SampledRow(token_id) for token_id in output.token_ids.tolist()]
-    _, sampled, ranks, top_ids, top_logprobs = output.logprobs
-    num_rows, num_asked, width = len(output.token_ids), len(sampled), top_ids.shape[1]
-    floats = torch.cat((sampled, top_logprobs.flatten())).double().view(torch.int64)
-    packed = torch.cat((output.token_ids, ranks, top_ids.flatten(), floats)).cpu()
-    integers, floats = packed.split((num_rows + num_asked * (1 + width), num_asked * (1 + width)))
+    num_rows, num_asked = len(num_logprobs), sum(number is not None for number in num_logprobs)
+    integers, floats = packed.split((num_rows + num_asked * (1 + num_top), num_asked * (1 + num_top)))
     integer, value = iter(integers.tolist()), iter(floats.view(torch.float64).tolist())
     token_ids = list(islice(integer, num_rows))
     sampled_ranks, sampled_logprobs = list(islice(integer, num_asked)), list(islice(value, num_asked))
@@ -65,9 +140,19 @@ def read_samples(output: SampleOutput, num_logprobs: list[int | None]) -> list[S
             continue
         rank, logprob = next(asked)
         entries = {token_id: Logprob(logprob, rank)}
-        tops = zip(islice(integer, width), islice(value, width), strict=True)
+        tops = zip(islice(integer, num_top), islice(value, num_top), strict=True)
         for place, (top_id, top_logprob) in enumerate(tops, start=1):
             if place <= number:
                 entries.setdefault(top_id, Logprob(top_logprob, place))
         rows.append(SampledRow(token_id, entries))
     return rows
+
+
+def draw_tokens(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Plain draws of all rows, on the device."""
+    logits = logits.float()
+    rows = torch.arange(len(logits), device=logits.device)
+    random = RandomRows(rows, torch.where(temperature > 0, temperature, 1.0), seeds, positions)
+    out.copy_(torch.where(temperature > 0, draw(logits, random), logits.argmax(-1)))

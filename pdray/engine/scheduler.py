@@ -4,11 +4,15 @@ Decoding sequences come first, one token each; what is left of the token budget 
 same forward pass (Agrawal et al. 2024, "Sarathi-Serve"). All blocks of a prompt are allocated when it is admitted, so
 only decoding can run out of them; then the youngest sequence of the lowest priority gives its blocks back and is
 computed again later, from prompt and outputs. Pure: no tensors, no clock, no lock.
+
+A step may be planned while the one before it is in flight: its tokens are pending then, and taken for tokens that end
+nothing. Where that is wrong, the step computes one token too many, which nobody hears of.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Hashable
 from itertools import count
 from typing import NamedTuple
@@ -51,7 +55,8 @@ class Scheduler:
         requests: live ones by key; a released one is no longer here, though a step may still use it.
         waiting: queued sequences, next one first. Of a request that is not forked only the first sequence is here.
         running: the batch, in batch_order.
-        released_in_flight: requests to drop when the step in flight is done.
+        plans_in_flight: steps planned and not booked, oldest first; at most two.
+        leaving: finished sequences whose blocks a step in flight still writes to.
         num_places: sequences counted against max_num_seqs.
         updates: news that no step has produced.
     """
@@ -63,8 +68,8 @@ class Scheduler:
         self.requests: dict[Hashable, LiveRequest] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.released_in_flight: list[LiveRequest] = []
-        self.plan_in_flight: StepPlan | None = None
+        self.plans_in_flight: deque[StepPlan] = deque()
+        self.leaving: list[Sequence] = []
         self.num_places = 0
         self.updates: list[RequestUpdate] = []
         self.counters = Counters()
@@ -127,7 +132,7 @@ class Scheduler:
             )
         live.started_at = now
         live.lead.num_computed_tokens = len(live.lead.token_ids)
-        self.allocator.cache_computed(live.lead)
+        self.allocator.cache_computed(live.lead, live.lead.num_computed_tokens)
         self.allocator.fork(live)
         for sequence in live.sequences:
             token = by_index[sequence.index]
@@ -141,24 +146,18 @@ class Scheduler:
             self.updates.append(RequestUpdate(key, finished=True))
 
     def release(self, key: Hashable) -> None:
-        """End a request in any state. What the step in flight holds returns with its update()."""
+        """End a request in any state. What steps in flight write to returns when they are booked."""
         live = self.requests.pop(key, None)
         if live is None:
             return
         self.waiting = [s for s in self.waiting if s.request is not live]
         self.running = [s for s in self.running if s.request is not live]
-        if live.in_flight:
-            self.released_in_flight.append(live)
-        else:
-            self.drop(live)
-
-    def drop(self, live: LiveRequest) -> None:
-        """Free everything that a request holds."""
         for sequence in live.sequences:
             self.finish(sequence)
 
     def finish(self, sequence: Sequence, *, hold_blocks: bool = False) -> None:
-        """The sequence gives up its place, and its blocks unless they are to be held."""
+        """The sequence gives up its place, and its blocks unless they are to be held: at once, or with the last step in
+        flight that computes it."""
         if sequence.status is SequenceStatus.FINISHED:
             return
         if sequence.status is SequenceStatus.RUNNING:
@@ -167,20 +166,30 @@ class Scheduler:
             self.num_places -= 1
         if hold_blocks:
             sequence.status = SequenceStatus.HELD
+            return
+        sequence.status = SequenceStatus.FINISHED
+        if sequence.num_in_flight:
+            self.leaving.append(sequence)
         else:
             self.allocator.free(sequence)
-            sequence.status = SequenceStatus.FINISHED
 
     # the step
 
     def schedule(self, now: float) -> StepPlan:
-        """Choose the next step's work. At most max_num_batched_tokens tokens of max_num_seqs sequences."""
-        assert self.plan_in_flight is None, "a step is in flight"
+        """Choose the next step's work: at most max_num_batched_tokens tokens of max_num_seqs sequences.
+
+        Returns:
+            A plan in flight; without chunks if there is nothing to do before the step in flight is booked.
+        """
+        assert len(self.plans_in_flight) < 2, "two steps are in flight"
         plan = StepPlan()
+        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1 and _may_go_on(s)]
+        num_needed = sum(self.allocator.needs_block(s) for s in decoding)
+        if self.plans_in_flight and num_needed > self.pool.num_free:
+            return plan  # to preempt is to compute again, from tokens that are all known
         num_preemptions = self.counters.num_preemptions
-        for sequence in list(self.running):
-            is_decoding = sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens == 1
-            if is_decoding and self._make_room(sequence):
+        for sequence in decoding:
+            if sequence.status is SequenceStatus.RUNNING and self._make_room(sequence):
                 plan.add(sequence, 1)
         # Who gave blocks back in this step would only take them again, unless nobody else can use them.
         has_preempted = self.counters.num_preemptions > num_preemptions
@@ -188,8 +197,15 @@ class Scheduler:
         for chunk in plan.chunks:
             self._note_scheduled(chunk.sequence.request, now)
         if plan.chunks:
-            self.plan_in_flight = plan
+            self.plans_in_flight.append(plan)
         return plan
+
+    def booked(self, sequence: Sequence) -> None:
+        """One of the steps that compute the sequence is through."""
+        sequence.num_in_flight -= 1
+        if sequence.status is SequenceStatus.FINISHED and not sequence.num_in_flight:
+            self.leaving.remove(sequence)
+            self.allocator.free(sequence)
 
     def _schedule_prefills(self, plan: StepPlan, admit: bool) -> None:
         """Spend what is left of the token budget on prompts: those begun, then, if ``admit``, queued ones."""
@@ -285,8 +301,17 @@ class Scheduler:
 
     @staticmethod
     def _note_scheduled(live: LiveRequest, now: float) -> None:
-        live.in_flight = True
         if live.queued_at is not None and live.scheduled_at is None:
             live.scheduled_at = now
         if live.started_at is not None and live.joined_at is None:
             live.joined_at = now
+
+
+def _may_go_on(sequence: Sequence) -> bool:
+    """Whether its next token can be computed while the one before it is pending."""
+    if not sequence.num_pending:
+        return True
+    live = sequence.request
+    has_forks_to_wait_for = not live.forked and len(live.sequences) > 1
+    will_end = sequence.num_tokens >= sequence.max_total_tokens or live.prefill_only
+    return not (will_end or has_forks_to_wait_for or live.needs_history)

@@ -35,12 +35,16 @@ class Sequence:
     """One completion of one request.
 
     Attributes:
-        token_ids: prompt and outputs. Before the fork, a request's sequences share one list.
+        token_ids: prompt and outputs that the host knows. Before the fork, a request's sequences share one list.
+        num_pending: tokens that steps in flight draw for it: they follow token_ids, and only the device knows them.
+        pending_row: which of the last planned step's draws is its own.
+        num_in_flight: steps in flight that compute tokens of it, and so write to its blocks.
         num_prompt_tokens: of token_ids; what follows are outputs, wherever they were made.
-        num_computed_tokens: leading tokens whose KV is in block_table.
+        num_computed_tokens: leading tokens whose KV is in block_table, or will be after the steps in flight.
         max_total_tokens: length that ends it, prompt included.
         block_table: blocks in order; may reach beyond token_ids. Change it through the methods.
-        block_row: [at least len(block_table)] int32, block_table again, for copying into a batch.
+        block_row: [at least len(block_table)] int32, block_table again, for copying into a batch. What it holds never
+            changes but by growing: where the table does, another array replaces it.
         num_hashed_blocks: leading blocks that were offered to the prefix cache.
         pending_copy: to be done before this sequence's first step; it holds a reference on the source.
         preempted: in the queue to be computed again.
@@ -54,9 +58,12 @@ class Sequence:
         "max_total_tokens",
         "num_computed_tokens",
         "num_hashed_blocks",
+        "num_in_flight",
+        "num_pending",
         "num_prompt_tokens",
         "order",
         "pending_copy",
+        "pending_row",
         "preempted",
         "request",
         "seed",
@@ -72,6 +79,9 @@ class Sequence:
         self.max_total_tokens = max_total_tokens
         self.seed = ((request.params.seed or 0) + index) % (MAX_SEED + 1)
         self.num_computed_tokens = 0
+        self.num_pending = 0
+        self.pending_row = 0
+        self.num_in_flight = 0
         self.block_table: list[int] = []
         self.block_row = np.zeros(0, dtype=np.int32)
         self.block_hashes: list[bytes] = []
@@ -82,12 +92,22 @@ class Sequence:
         self.order = (request.priority, request.arrival, index)
 
     @property
+    def num_tokens(self) -> int:
+        """Known and pending ones."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def draw_position(self) -> int:
+        """Index among the outputs of the token that the last planned step draws."""
+        return len(self.token_ids) + self.num_pending - 1 - self.num_prompt_tokens
 
     def extend_blocks(self, blocks: list[int]) -> None:
         """Append to the block table."""
@@ -101,15 +121,18 @@ class Sequence:
         """Put ``block`` at this place of the block table; returns the one that was there."""
         old = self.block_table[position]
         self.block_table[position] = block
+        self.block_row = self.block_row.copy()
         self.block_row[position] = block
         return old
 
     def pop_block(self) -> int:
+        self.block_row = self.block_row.copy()
         return self.block_table.pop()
 
     def take_blocks(self) -> list[int]:
         """Empty the block table; returns what it held."""
         blocks, self.block_table = self.block_table, []
+        self.block_row = np.zeros(0, dtype=np.int32)
         self.num_computed_tokens = 0
         self.num_hashed_blocks = 0
         return blocks
@@ -130,10 +153,10 @@ class LiveRequest:
         arrival: rank among the engine's requests, from 0.
         sequences: one per index; the first one computes the prompt for all.
         end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
-        is_plain_greedy: its tokens are the arg max of the logits, and nothing else is asked for.
+        is_plain: its draws know no filter, penalty or ban, and nothing but the token is asked for.
         forked: every sequence runs on its own.
+        needs_history: its draws depend on the tokens before them, beyond the KV.
         has_places: its unfinished sequences are counted against max_num_seqs.
-        in_flight: part of the step that is being computed.
         num_cached_tokens: found in the prefix cache when blocks were first allocated.
         queued_at, scheduled_at: s on the engine's clock: add() or start_prefill(), and the first step.
         started_at, joined_at: the same for start_decode(). All are None again once reported.
@@ -144,9 +167,9 @@ class LiveRequest:
         "end_token_ids",
         "forked",
         "has_places",
-        "in_flight",
-        "is_plain_greedy",
+        "is_plain",
         "joined_at",
+        "needs_history",
         "num_cached_tokens",
         "queued_at",
         "request",
@@ -160,13 +183,13 @@ class LiveRequest:
     ) -> None:
         self.request = request
         self.end_token_ids = end_token_ids
-        self.is_plain_greedy = is_plain_greedy(request.params)
+        self.is_plain = is_plain(request.params)
         self.arrival = arrival
         token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.sequences = [Sequence(self, index, token_ids, max_total_tokens) for index in request.indices]
         self.forked = False
         self.has_places = False
-        self.in_flight = False
+        self.needs_history = uses_penalties(request.params)
         self.num_cached_tokens: int | None = None
         self.queued_at: float | None = None
         self.scheduled_at: float | None = None
@@ -209,6 +232,7 @@ def uses_penalties(params: SamplingParams) -> bool:
     return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
-def is_plain_greedy(params: SamplingParams) -> bool:
-    """Whether a draw is the arg max of the logits and no log-probabilities are asked for."""
-    return params.greedy and not uses_penalties(params) and params.min_tokens == 0 and params.logprobs is None
+def is_plain(params: SamplingParams) -> bool:
+    """Whether a draw needs no more than temperature and seed, and no log-probabilities are asked for."""
+    filters = (params.top_p < 1, params.top_k > 0, params.min_p > 0)
+    return not any(filters) and not uses_penalties(params) and params.min_tokens == 0 and params.logprobs is None

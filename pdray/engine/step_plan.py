@@ -15,12 +15,14 @@ class Chunk(NamedTuple):
     Attributes:
         start: position of the first one; all before it are in the KV cache.
         samplers: sequences that draw a token from the last one's logits; none inside a prompt.
+        late_row: which draw of the step before is the chunk's only token; None: the host knows its tokens.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samplers: list[Sequence]
+    late_row: int | None = None
 
     @property
     def end(self) -> int:
@@ -33,20 +35,32 @@ class StepPlan:
 
     Attributes:
         copies: to be done before it; the plan holds a reference on each source until update().
+        num_draws: samplers of all chunks.
+        is_decode: each chunk is one token, and draws one.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     num_tokens: int = 0
+    num_draws: int = 0
+    is_decode: bool = True
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
-        """Compute the sequence's next ``num_tokens`` tokens."""
+        """Compute the sequence's next ``num_tokens`` tokens; from now on it counts as in flight."""
         start = sequence.num_computed_tokens
         samplers: list[Sequence] = []
-        if start + num_tokens == len(sequence.token_ids):
+        if start + num_tokens == sequence.num_tokens:
             samplers = [sequence] if sequence.request.forked else sequence.request.sequences
-        self.chunks.append(Chunk(sequence, start, num_tokens, samplers))
+        late_row = sequence.pending_row if sequence.num_pending else None
+        self.chunks.append(Chunk(sequence, start, num_tokens, samplers, late_row))
         self.num_tokens += num_tokens
+        self.is_decode &= num_tokens == len(samplers) == 1
+        sequence.num_computed_tokens = start + num_tokens
+        sequence.num_in_flight += 1
+        for sampler in samplers:
+            sampler.num_pending += 1
+            sampler.pending_row = self.num_draws
+            self.num_draws += 1
         if sequence.pending_copy is not None:
             self.copies.append(sequence.pending_copy)
             sequence.pending_copy = None

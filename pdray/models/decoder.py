@@ -188,9 +188,11 @@ class Decoder:
         attended = paged_attention(q, kv_layer, meta, self._scale)
         return linear(attended.reshape(-1, num_heads * head_dim), layer.o_weight, layer.o_bias)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[M, hidden_size] -> [M, vocab_size] float32."""
-        return linear(hidden, self.lm_head).float()
+    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA)."""
+        if out is None:
+            return linear(hidden, self.lm_head)
+        return torch.mm(hidden, self.lm_head.t(), out=out)
 
 
 def _dense(weight: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,7 @@ import torch
 from pdray.config import Config
 from pdray.engine.batch import StepInputs
 from pdray.engine.engine import Engine
-from pdray.engine.runner import Runner
-from pdray.engine.step_plan import SampledRow
+from pdray.engine.runner import Draws, Runner
 from pdray.models.decoder import Decoder
 from pdray.models.load import LoadedModel
 from pdray.models.model_config import ModelConfig
@@ -55,19 +54,19 @@ class PacedRunner(Runner):
     """Sleeps in place of the model. Keeps the calls that a model makes."""
 
     def __init__(self, decoder: Decoder, kv: torch.Tensor, pace: Pace) -> None:
-        super().__init__(decoder, kv)
+        super().__init__(decoder, kv, 1)
         self.pace = pace
 
-    def run(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> list[SampledRow]:
-        """One row for each draw, as next_token() says; its log-probabilities are never there."""
+    def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
+        """Tokens as next_token() says; their log-probabilities are never there."""
         ends_at = time.perf_counter() + self.pace.seconds(inputs.attention.query_lens)
         rows = inputs.logit_rows.numpy()
-        token_ids = next_token(inputs.input_ids.numpy()[rows], inputs.positions.numpy()[rows]).tolist()
+        token_ids = next_token(inputs.input_ids.numpy()[rows], inputs.positions.numpy()[rows])
         if on_layer is not None:
             for layer in range(self.decoder.config.num_layers):
                 on_layer(layer)
         time.sleep(max(0.0, ends_at - time.perf_counter()))
-        return [SampledRow(token_id) for token_id in token_ids]
+        return Draws(torch.from_numpy(token_ids), inputs.num_logprobs, None)
 
 
 def next_token(token_id: np.ndarray, position: np.ndarray) -> np.ndarray:

@@ -70,11 +70,9 @@ class RecordingEngine(Engine):
         self.runner.on_logits = self._record_logits
 
     def _record_logits(self, logits: torch.Tensor) -> None:
-        plan = self._scheduler.plan_in_flight
-        assert plan is not None
-        samplers = [sampler for chunk in plan.chunks for sampler in chunk.samplers]
+        samplers = [sampler for chunk in self._scheduler.plans_in_flight[-1].chunks for sampler in chunk.samplers]
         for sampler, row in zip(samplers, logits, strict=True):
-            self.logits[sampler.request.key, sampler.index, sampler.num_output_tokens] = row.clone()
+            self.logits[sampler.request.key, sampler.index, sampler.draw_position] = row.clone()
 
     def step(self) -> list[RequestUpdate]:
         updates = super().step()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdray.engine.request import EngineRequest
-from pdray.engine.runner import read_samples
+from pdray.engine.runner import pack_samples, unpack_samples
 from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
 from pdray.sampling_params import SamplingParams
 
@@ -91,7 +91,7 @@ def test_rows_with_and_without_logprobs_are_read_together() -> None:
     numbers = [2, None, 0, 5]
     params = [SamplingParams(temperature=0.0, logprobs=number) for number in numbers]
     output = sample(logits, SamplingMetadata.build([SamplingRow(p, 0, 0) for p in params]))
-    rows = read_samples(output, numbers)
+    rows = unpack_samples(pack_samples(output), numbers, 5)
     assert [row.token_id for row in rows] == logits.argmax(-1).tolist()
     expected = logits.log_softmax(-1)
     for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):

@@ -18,7 +18,7 @@ from pdray.engine.request import EngineRequest
 from pdray.engine.results import Bookkeeper
 from pdray.engine.scheduler import Scheduler
 from pdray.engine.sequence import LiveRequest
-from pdray.engine.step_plan import SampledRow, StepPlan
+from pdray.engine.step_plan import Chunk, SampledRow, StepPlan
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
@@ -44,6 +44,8 @@ class FakeEngine:
         self.scheduler = Scheduler(self.limits, BlockPool(num_blocks, caching))
         self.bookkeeper = Bookkeeper(self.scheduler)
         self.slots: dict[tuple[int, int], list[int]] = {}
+        self.in_flight: list[tuple[StepPlan, list[SampledRow]]] = []
+        self.sampled: list[int] = []  # by the last step that was computed
         self.outputs: dict[Hashable, dict[int, list[SampledToken]]] = defaultdict(lambda: defaultdict(list))
         self.finished: set[Hashable] = set()
         self.now = 0.0
@@ -67,21 +69,30 @@ class FakeEngine:
         for copy in plan.copies:
             for offset in range(BLOCK_SIZE):
                 self.slots[copy.destination, offset] = self.slots.get((copy.source, offset), [])
-        for chunk in plan.chunks:
-            tokens = chunk.sequence.token_ids
+        inputs = [self.tokens(chunk) for chunk in plan.chunks]
+        for chunk, tokens in zip(plan.chunks, inputs, strict=True):
             for position in range(chunk.start, chunk.end):
                 block = chunk.sequence.block_table[position // BLOCK_SIZE]
                 self.slots[block, position % BLOCK_SIZE] = tokens[: position + 1]
         rows = []
-        for chunk in plan.chunks:
-            tokens = chunk.sequence.token_ids
+        for chunk, tokens in zip(plan.chunks, inputs, strict=True):
             for position in range(chunk.end):
                 block = chunk.sequence.block_table[position // BLOCK_SIZE]
                 assert self.slots[block, position % BLOCK_SIZE] == tokens[: position + 1], "attention over a wrong KV"
             rows += [SampledRow(draw(tokens, sampler.index)) for sampler in chunk.samplers]
+        self.sampled = [row.token_id for row in rows]
         return rows
 
+    def tokens(self, chunk: Chunk) -> list[int]:
+        """What the device knows of the chunk's sequence, the token that the step before drew included."""
+        if chunk.late_row is None:
+            return chunk.sequence.token_ids
+        assert chunk.start == len(chunk.sequence.token_ids) and chunk.num_tokens == 1
+        return [*chunk.sequence.token_ids, self.sampled[chunk.late_row]]
+
     def end(self, plan: StepPlan, rows: list[SampledRow]) -> None:
+        for chunk in plan.chunks:
+            assert len(chunk.sequence.block_table) * BLOCK_SIZE >= chunk.end, "blocks went before their step"
         if not plan.chunks:
             updates, self.scheduler.updates = self.scheduler.updates, []
         else:
@@ -98,9 +109,19 @@ class FakeEngine:
         self.end(plan, self.compute(plan))
         return plan
 
-    def run(self) -> None:
+    def overlap_step(self) -> bool:
+        """Compute the next step, then book the one before it. False once there is nothing to do."""
+        plan = self.begin()
+        had_work = bool(plan.chunks or self.in_flight)
+        if plan.chunks:
+            self.in_flight.append((plan, self.compute(plan)))
+        if len(self.in_flight) == 2 or not plan.chunks:
+            self.end(*(self.in_flight.pop(0) if self.in_flight else (plan, [])))
+        return had_work
+
+    def run(self, overlap: bool = False) -> None:
         for _ in range(2000):
-            if not self.step().chunks:
+            if not (self.overlap_step() if overlap else self.step().chunks):
                 return
         raise AssertionError("the engine does not come to an end")
 
@@ -166,6 +187,7 @@ def test_random_traffic_leaks_nothing_and_gives_everyone_the_tokens_of_running_a
     max_num_seqs = data.draw(st.integers(1, 5), "max_num_seqs")
     budget = data.draw(st.integers(max_num_seqs, 24), "budget")
     engine = FakeEngine(num_blocks, max_num_seqs, budget, caching=data.draw(st.booleans(), "caching"))
+    overlap = data.draw(st.booleans(), "overlap")
     decoder_side = {}
     live: dict[int, EngineRequest] = {}
     released: set[int] = set()
@@ -188,6 +210,8 @@ def test_random_traffic_leaks_nothing_and_gives_everyone_the_tokens_of_running_a
         for _ in range(data.draw(st.integers(0, 4))):
             plan = engine.begin()
             rows = engine.compute(plan)
+            if overlap and plan.chunks:
+                engine.in_flight.append((plan, rows))
             if live and data.draw(st.integers(0, 5)) == 0:
                 victim = data.draw(st.sampled_from(sorted(live)))
                 engine.scheduler.release(victim)  # while its step is in flight
@@ -199,11 +223,14 @@ def test_random_traffic_leaks_nothing_and_gives_everyone_the_tokens_of_running_a
                 arrived = data.draw(st.sampled_from(sorted(decoder_side)))
                 receive_and_start(engine, live[arrived], decoder_side.pop(arrived))
                 engine.assert_clean()
-            engine.end(plan, rows)
+            if not engine.in_flight:
+                engine.end(plan, rows)
+            elif len(engine.in_flight) == 2 or not plan.chunks:
+                engine.end(*engine.in_flight.pop(0))
     for key, reservation in decoder_side.items():
         receive_and_start(engine, live[key], reservation)
     for _ in range(len(live) + 1):  # what holds its blocks after the prefill may keep others waiting
-        engine.run()
+        engine.run(overlap)
         held = [key for key in engine.scheduler.requests if key in engine.finished]
         if not held:
             break
@@ -375,7 +402,7 @@ def test_a_release_in_flight_returns_the_blocks_only_with_the_step() -> None:
     plan = engine.begin()
     rows = engine.compute(plan)
     engine.scheduler.release("a")
-    assert engine.scheduler.pool.num_free == 39 - 4
+    assert engine.scheduler.pool.num_free == 39 - 3, "nothing is written to the other completion's own block"
     engine.add(make("a", 3, 1))  # the key is free again
     engine.end(plan, rows)
     assert engine.scheduler.pool.num_free == 39 and engine.outputs == {}
@@ -400,6 +427,42 @@ def test_timings_are_reported_once() -> None:
     plan = engine.begin()
     (update,) = engine.bookkeeper.update(plan, engine.compute(plan), 103.0)
     assert (update.join_wait, update.first_decode_step, update.prefill) == (1.0, 2.0, None)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_an_over_run_token_is_never_delivered_and_returns_its_block(release: bool) -> None:
+    """A stop token is seen one step late: the step after it has begun, in a block of its own."""
+    tokens = expected_tokens(make("a", 7), 0)
+    stop = next(i for i, token in enumerate(tokens) if (7 + i) % BLOCK_SIZE == 0 and token not in tokens[:i])
+    params = SamplingParams(max_tokens=20, ignore_eos=True, stop_token_ids=() if release else (tokens[stop],))
+    request = replace(make("a", 7), params=params)
+    engine = FakeEngine(40)
+    engine.add(request)
+    while len(engine.outputs["a"][0]) <= stop:
+        engine.overlap_step()
+    if release:
+        engine.scheduler.release("a")
+    ((over_run, _),) = engine.in_flight
+    (chunk,) = over_run.chunks
+    assert chunk.start == 7 + stop and chunk.start % BLOCK_SIZE == 0, "its KV is the first of a block"
+    assert engine.scheduler.leaving == [chunk.sequence] and engine.scheduler.pool.num_free < 39
+    assert engine.scheduler.num_places == 0
+    engine.run(overlap=True)
+    assert [token.token_id for token in engine.outputs["a"][0]] == tokens[: stop + 1]
+    assert engine.scheduler.leaving == []
+    engine.assert_empty()
+
+
+def test_a_sequence_that_must_end_with_a_pending_token_is_not_computed_further() -> None:
+    engine = FakeEngine(40)
+    engine.add(make("a", 5, 3))
+    engine.add(make("b", 5, 3, prefill_only=True))
+    sizes = []
+    while engine.overlap_step():
+        sizes += [plan.num_tokens for plan, _ in engine.in_flight[-1:]]
+    assert engine.finished == {"a", "b"} and sizes == [10, 1, 1]
+    engine.scheduler.release("b")
+    engine.assert_empty()
 
 
 @pytest.mark.parametrize(
