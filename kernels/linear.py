@@ -10,6 +10,8 @@ import torch.nn.functional as F
 ROW_MULTIPLE = 8
 PACKED_ROW_MULTIPLE = 4
 
+LARGEST_STREAMED_WEIGHT = 65536  # rows; beyond it cuBLAS reads as fast as an H100's memory gives
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [M, K] @ weight [N, K]^T + bias [N] -> [M, N]; ``weight`` may come from pack_weight.
@@ -17,7 +19,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     On CPU, M is padded to a multiple of 8 (packed: 4), so that a sequence's activations do not depend on what
     else is in the batch. Rows past M are computed and cut off.
     """
-    if x.device.type != "cpu":
+    if x.is_cuda:
+        if streams_weight(x, weight):
+            from pdray.kernels.skinny_linear_triton import triton_linear
+
+            return triton_linear(x, weight, bias)
         return F.linear(x, weight, bias)
     rows = x.shape[0]
     packed = weight.is_mkldnn
@@ -26,6 +32,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         x = F.pad(x, (0, 0, 0, padding))
     out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if packed else F.linear(x, weight, bias)
     return out[:rows] if padding else out
+
+
+def streams_weight(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product is one for skinny_linear_triton: one row, 16-bit floats, no huge weight."""
+    return x.is_cuda and x.shape[0] == 1 and x.element_size() == 2 and weight.shape[0] <= LARGEST_STREAMED_WEIGHT
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pdray.kernels.activation import silu_and_mul
 from pdray.kernels.attention import AttentionMetadata, paged_attention
 from pdray.kernels.kv_store import store_kv
 from pdray.kernels.layernorm import add_rms_norm, rms_norm
 from pdray.kernels.linear import linear, pack_weight
+from pdray.kernels.norm_linear import norm_linear
 from pdray.kernels.rotary import apply_rotary
 from pdray.models.model_config import ModelConfig
 from pdray.models.rope import build_rotary_table
@@ -151,23 +151,21 @@ class Decoder:
         """
         eps = self.config.rms_norm_eps
         cos, sin = self._cos[positions], self._sin[positions]
-        residual = F.embedding(input_ids, self.embed_tokens)
-        hidden = rms_norm(residual, self.layers[0].input_norm, eps)
+        hidden, residual = F.embedding(input_ids, self.embed_tokens), None
         for i, layer in enumerate(self.layers):
-            hidden = self._attention(layer, hidden, cos, sin, kv[i], meta)
+            qkv, residual = norm_linear(hidden, residual, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
+            hidden = self._attention(layer, qkv, cos, sin, kv[i], meta)
             if on_layer is not None:
                 on_layer(i)
-            hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
-            hidden = silu_and_mul(linear(hidden, layer.gate_up_weight, layer.gate_up_bias))
+            gate_up = layer.gate_up_weight, layer.gate_up_bias
+            hidden, residual = norm_linear(hidden, residual, layer.post_attention_norm, eps, *gate_up, gated=True)
             hidden = linear(hidden, layer.down_weight, layer.down_bias)
-            following = self.layers[i + 1].input_norm if i + 1 < len(self.layers) else self.norm
-            hidden, residual = add_rms_norm(hidden, residual, following, eps)
-        return hidden
+        return add_rms_norm(hidden, residual, self.norm, eps).normed
 
     def _attention(
         self,
         layer: DecoderLayer,
-        hidden: torch.Tensor,
+        qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         kv_layer: torch.Tensor,
@@ -175,7 +173,6 @@ class Decoder:
     ) -> torch.Tensor:
         config = self.config
         num_heads, head_dim = config.num_heads, config.head_dim
-        qkv = linear(hidden, layer.qkv_weight, layer.qkv_bias)
         v = qkv[:, self._qk_size :].view(-1, config.num_kv_heads, head_dim)
         qk = qkv[:, : self._qk_size].view(-1, self._num_qk_heads, head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
