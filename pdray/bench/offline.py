@@ -1,5 +1,7 @@
 """`pdray bench offline`: generation speed of the engine alone, of pdray.LLM, and of transformers.generate.
 
+With --rows, the named workloads of pdray.bench.rows. Without:
+
 All rows of one run use the same weights, the same random prompts and the same number of threads, greedy decoding and
 answers of exactly --output-len tokens. Every repetition has new prompts, so that no prefix cache helps. The ways take
 turns, so that a machine's slow minute hits all of them; the first turn is warm-up, the median of the others counts.
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, measure_rows
 from pdray.config import Config
 from pdray.errors import ConfigError
 from pdray.options import add_config_arguments, config_from_args
@@ -37,7 +40,7 @@ class Generation(NamedTuple):
     token_ids: list[list[int]]
 
 
-Generate = Callable[[list[list[int]], int], Generation]
+Generate = Callable[[list[list[int]], list[SamplingParams]], Generation]
 
 
 class Row(NamedTuple):
@@ -62,6 +65,13 @@ class Row(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `pdray bench offline`."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="as for `pdray serve`")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=[*WORKLOADS, "all"],
+        metavar="NAME",
+        help=f"all, or some of: {', '.join(WORKLOADS)}",
+    )
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="prompts at once (default: 1 8)")
     parser.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: 128)")
     parser.add_argument("--output-len", type=int, default=64, help="output tokens (default: 64)")
@@ -83,8 +93,12 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to measure: give --engine, --transformers or --llm")
     if min(*args.batch_size, args.input_len, args.repeat) < 1 or args.output_len < 2:
         raise ConfigError("--batch-size, --input-len and --repeat must be at least 1, and --output-len at least 2")
-    rows = run(config, args)
-    print(format_rows(rows))
+    rows: list[Any]
+    if args.rows:
+        rows = run_rows(config, args)
+    else:
+        rows = run(config, args)
+        print(format_rows(rows))
     if args.save_result:
         result = {"config": config.model_dump(), "rows": [row._asdict() for row in rows]} | machine()
         args.save_result.write_text(json.dumps(result, indent=1) + "\n")
@@ -108,6 +122,31 @@ def run(config: Config, args: argparse.Namespace) -> list[Row]:
         return [row for batch_size in args.batch_size for row in measure(ways, batch_size, vocab_size, args)]
 
 
+def run_rows(config: Config, args: argparse.Namespace) -> list[Measured]:
+    """The named workloads, one way after the other: two do not fit one GPU. Also how long each took to start."""
+    from pdray.models import load_model_config
+
+    model = load_model_config(config)
+    names = list(WORKLOADS) if "all" in args.rows else args.rows
+    print(HEADER)
+    rows = []
+    for way, make in {"engine": make_engine, "llm": make_llm}.items():
+        if not getattr(args, way):
+            continue
+        started = time.perf_counter()
+        with make(config) as generate:
+            print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | |")
+            rows += measure_rows(names, {way: lambda requests: seconds_of(generate, requests)}, model, args.repeat)
+    return rows
+
+
+def seconds_of(generate: Generate, requests: Requests) -> float:
+    """How long the requests took, whose answers must be as long as asked for."""
+    generation = generate(requests.prompts, requests.params)
+    assert [len(tokens) for tokens in generation.token_ids] == requests.output_lens
+    return generation.seconds
+
+
 def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: argparse.Namespace) -> list[Row]:
     """A row for each way; its answers of the last turn are compared with those of the first way."""
     timed: dict[str, list[Generation]] = {name: [] for name in ways}
@@ -115,7 +154,7 @@ def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: a
         rng = np.random.default_rng((args.prompt_seed, batch_size, turn))
         prompts = rng.integers(min(1000, vocab_size // 2), vocab_size, size=(batch_size, args.input_len)).tolist()
         for name, generate in ways.items():
-            generation = generate(prompts, args.output_len)
+            generation = generate(prompts, [greedy(args.output_len)] * batch_size)
             lengths = [len(tokens) for tokens in generation.token_ids]
             assert lengths == [args.output_len] * batch_size, f"{name}: answers of {lengths} tokens"
             timed[name].append(generation)
@@ -157,12 +196,12 @@ def make_engine(config: Config) -> Iterator[Generate]:
     device = select_device(config)
     engine = Engine(config, load_model(config, device), device)
 
-    def generate(prompts: list[list[int]], output_len: int) -> Generation:
+    def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
         answers: list[list[int]] = [[] for _ in prompts]
         num_finished, first_token_s = 0, None
         started = time.perf_counter()
         for key, prompt in enumerate(prompts):
-            engine.add(EngineRequest(key=key, prompt_token_ids=prompt, params=greedy(output_len)))
+            engine.add(EngineRequest(key=key, prompt_token_ids=prompt, params=params[key]))
         while num_finished < len(prompts):
             for update in engine.step():
                 assert isinstance(update.key, int)
@@ -203,7 +242,7 @@ def make_transformers(config: Config) -> Iterator[Generate]:
         def end(self) -> None:
             pass
 
-    def generate(prompts: list[list[int]], output_len: int) -> Generation:
+    def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
         streamer = FirstToken()
         inputs = torch.tensor(prompts, device=model.device)
         started = time.perf_counter()
@@ -211,7 +250,7 @@ def make_transformers(config: Config) -> Iterator[Generate]:
             output = model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                max_new_tokens=output_len,
+                max_new_tokens=params[0].max_tokens,
                 do_sample=False,
                 pad_token_id=0,
                 streamer=streamer,
@@ -229,9 +268,9 @@ def make_llm(config: Config) -> Iterator[Generate]:
 
     with LLM(**config.model_dump(exclude_unset=True)) as llm:
 
-        def generate(prompts: list[list[int]], output_len: int) -> Generation:
+        def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
             started = time.perf_counter()
-            outputs = llm.generate(prompts, greedy(output_len), use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds = time.perf_counter() - started
             first_token_s = max(output.timings.ttft or 0.0 for output in outputs)
             return Generation(seconds, first_token_s, [output.outputs[0].token_ids for output in outputs])
@@ -249,6 +288,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "num_threads": torch.get_num_threads(),

@@ -151,7 +151,8 @@ class Decoder:
         """
         eps = self.config.rms_norm_eps
         cos, sin = self._cos[positions], self._sin[positions]
-        hidden, residual = F.embedding(input_ids, self.embed_tokens), None
+        hidden = F.embedding(input_ids, self.embed_tokens)
+        residual: torch.Tensor | None = None
         for i, layer in enumerate(self.layers):
             qkv, residual = norm_linear(hidden, residual, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
             hidden = self._attention(layer, qkv, cos, sin, kv[i], meta)
@@ -160,6 +161,7 @@ class Decoder:
             gate_up = layer.gate_up_weight, layer.gate_up_bias
             hidden, residual = norm_linear(hidden, residual, layer.post_attention_norm, eps, *gate_up, gated=True)
             hidden = linear(hidden, layer.down_weight, layer.down_bias)
+        assert residual is not None
         return add_rms_norm(hidden, residual, self.norm, eps).normed
 
     def _attention(

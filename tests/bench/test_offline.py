@@ -13,7 +13,10 @@ import pytest
 from pdray import cli
 from pdray.bench import offline
 from pdray.bench.offline import Generation, Row, format_rows, measure
+from pdray.bench.rows import WORKLOADS, Requests, floor_seconds
 from pdray.errors import ConfigError
+from pdray.models.model_config import ModelConfig
+from pdray.sampling_params import SamplingParams
 
 SHAPE = {
     "vocab_size": 211,
@@ -61,13 +64,13 @@ def test_rates_are_medians_after_the_warm_up_and_differences_are_counted() -> No
     asked: list[list[list[int]]] = []
     seconds = iter([100.0, 4.0, 2.0, 3.0])
 
-    def steady(prompts: list[list[int]], output_len: int) -> Generation:
+    def steady(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
         asked.append(prompts)
         total = next(seconds)
-        return Generation(total, total / 4, [[7] * output_len for _ in prompts])
+        return Generation(total, total / 4, [[7] * (p.max_tokens or 0) for p in params])
 
-    def wrong(prompts: list[list[int]], output_len: int) -> Generation:
-        return Generation(1.0, 0.5, [[7] * output_len, [8] * output_len])
+    def wrong(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
+        return Generation(1.0, 0.5, [[7] * 10, [8] * 10])
 
     args = options("--input-len", "5", "--output-len", "10", "--repeat", "3")
     first, second = measure({"steady": steady, "wrong": wrong}, 2, 500, args)
@@ -80,7 +83,7 @@ def test_rates_are_medians_after_the_warm_up_and_differences_are_counted() -> No
 
 
 def test_answers_of_another_length_are_no_result() -> None:
-    def short(prompts: list[list[int]], output_len: int) -> Generation:
+    def short(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
         return Generation(1.0, 0.5, [[7]])
 
     with pytest.raises(AssertionError, match=r"answers of \[1\] tokens"):
@@ -93,9 +96,9 @@ def test_ways_take_turns_and_are_closed(monkeypatch: pytest.MonkeyPatch) -> None
     def maker(name: str) -> object:
         @contextlib.contextmanager
         def make(_: object) -> Iterator[object]:
-            def generate(prompts: list[list[int]], output_len: int) -> Generation:
+            def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
                 events.append(name)
-                return Generation(1.0, 0.5, [[7] * output_len for _ in prompts])
+                return Generation(1.0, 0.5, [[7] * (p.max_tokens or 0) for p in params])
 
             yield generate
             events.append(f"{name} closed")
@@ -108,6 +111,30 @@ def test_ways_take_turns_and_are_closed(monkeypatch: pytest.MonkeyPatch) -> None
     rows = offline.run(offline.config_from_args(args), args)
     assert [row.name for row in rows] == ["engine", "transformers"]
     assert events == ["engine", "transformers"] * 2 + ["transformers closed", "engine closed"]
+
+
+def test_named_rows_have_their_lengths_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uniform = WORKLOADS["uniform-256"]
+    first, second = uniform.requests(5000, 1), uniform.requests(5000, 2)
+    assert first.output_lens == second.output_lens and first.prompts != second.prompts
+    assert {len(first.prompts), len(first.output_lens)} == {256}
+    assert all(100 <= n <= 1024 for n in (*map(len, first.prompts), *first.output_lens))
+    model = ModelConfig.from_hf(SHAPE | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True})
+    one = Requests([[5] * 10], [3])
+    layer = 48 * (6 + 2 * 2 + 6) * 8 + 3 * 48 * 96
+    weight_bytes = 2 * (2 * layer + 211 * 48)
+    kv_bytes = 2 * 2 * 2 * 8 * 2
+    assert floor_seconds(model, one) == pytest.approx((3 * weight_bytes + kv_bytes * (11 + 12)) / 3e12)
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SHAPE | {"architectures": ["LlamaForCausalLM"]}))
+    words = ["bench", "offline", str(config), "--load-format", "dummy", "--skip-tokenizer-init", "--device", "cpu"]
+    words += ["--num-kv-blocks", "64", "--repeat", "1", "--rows", "first-token", "--save-result", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    (row,) = json.loads((tmp_path / "out").read_text())["rows"]
+    assert (row["name"], row["way"], row["unit"]) == ("first-token", "engine", "ms")
+    assert row["figure"] == pytest.approx(1000 * row["seconds"][0]) and 0 < row["share"] < 1
+    assert "| first-token | engine |" in capsys.readouterr().out
 
 
 def test_table_has_a_line_for_each_row() -> None:

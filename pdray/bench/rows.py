@@ -1,0 +1,159 @@
+"""The named workloads of `pdray bench offline --rows`, and the least time that each can take on a GPU.
+
+They are those that other engines publish figures for: one long answer, batches of equal length, nano-vllm's uniform
+mix, prompts only, and one token. Tokens in, tokens out; temperature 0.6; no end-of-sequence; no prefix cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pdray.models.model_config import ModelConfig
+from pdray.sampling_params import SamplingParams
+
+BYTES_PER_S = 3.0e12  # what an H100's memory gives to a kernel that only reads
+FLOPS_PER_S = 800e12  # dense bfloat16 products of random data on an H100
+BYTES_PER_VALUE = 2
+VOCABULARY_START = 1000  # prompts avoid special tokens
+
+
+class Requests(NamedTuple):
+    """Prompts and how many tokens to answer each with."""
+
+    prompts: list[list[int]]
+    output_lens: list[int]
+
+    @property
+    def params(self) -> list[SamplingParams]:
+        return [
+            SamplingParams(temperature=0.6, seed=i, max_tokens=length, ignore_eos=True)
+            for i, length in enumerate(self.output_lens)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One row.
+
+    Attributes:
+        num_requests: all sent at once.
+        input_len, output_len: tokens of each; (low, high) are drawn uniformly.
+        unit: what the figure counts: "output tok/s", "prompt tok/s", or "ms" until the end.
+    """
+
+    num_requests: int
+    input_len: int | tuple[int, int]
+    output_len: int | tuple[int, int]
+    unit: str = "output tok/s"
+
+    def requests(self, vocab_size: int, seed: int) -> Requests:
+        """The same lengths for every seed; other prompts, so that no cache helps a repetition."""
+        lengths = np.random.default_rng(0)
+        inputs, outputs = (self._draw(lengths, length) for length in (self.input_len, self.output_len))
+        tokens = np.random.default_rng((1, seed))
+        start = min(VOCABULARY_START, vocab_size // 2)
+        return Requests([tokens.integers(start, vocab_size, size=n).tolist() for n in inputs], outputs)
+
+    def _draw(self, rng: np.random.Generator, length: int | tuple[int, int]) -> list[int]:
+        if isinstance(length, int):
+            return [length] * self.num_requests
+        low, high = length
+        return [int(n) for n in rng.integers(low, high + 1, size=self.num_requests)]
+
+    def figure(self, requests: Requests, seconds: float) -> float:
+        """In the workload's unit."""
+        if self.unit == "ms":
+            return seconds * 1000
+        counted = requests.prompts if self.unit == "prompt tok/s" else [range(n) for n in requests.output_lens]
+        return sum(map(len, counted)) / seconds
+
+
+WORKLOADS = {
+    "decode-1": Workload(1, 128, 512),
+    "uniform-256": Workload(256, (100, 1024), (100, 1024)),
+    "batch-16": Workload(16, 512, 257),
+    "batch-64": Workload(64, 512, 257),
+    "batch-256": Workload(256, 512, 257),
+    "prefill-32x2048": Workload(32, 2048, 1, "prompt tok/s"),
+    "first-token": Workload(1, 128, 1, "ms"),
+}
+
+
+def floor_seconds(model: ModelConfig, requests: Requests) -> float:
+    """The least time on one H100: prompts at FLOPS_PER_S, then steps that read every weight and all KV once.
+
+    Every request decodes in every step until it ends; activations, launches and sampling cost nothing. A prompt's
+    products count two operations for each weight, and causal attention half of its square.
+    """
+    weights = num_layer_weights(model)
+    head_weights = model.vocab_size * model.hidden_size
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * BYTES_PER_VALUE
+    flops = 0.0
+    for prompt in requests.prompts:
+        attention = 2 * model.num_layers * model.num_heads * model.head_dim * len(prompt) ** 2
+        flops += 2 * weights * len(prompt) + attention + 2 * head_weights
+    weight_bytes = (weights + head_weights) * BYTES_PER_VALUE
+    total = max(flops / FLOPS_PER_S, weight_bytes / BYTES_PER_S)
+    for step in range(1, max(requests.output_lens)):
+        running = [len(p) + step for p, n in zip(requests.prompts, requests.output_lens, strict=True) if n > step]
+        total += (weight_bytes + kv_bytes * sum(running)) / BYTES_PER_S
+    return total
+
+
+def num_layer_weights(model: ModelConfig) -> int:
+    """Weights of all layers' matrices."""
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_size
+    out = model.num_heads * model.head_dim * model.hidden_size
+    return model.num_layers * (qkv + out + 3 * model.hidden_size * model.intermediate_size)
+
+
+class Measured(NamedTuple):
+    """Attributes:
+    figure: median, in the workload's unit. share: of the floor's speed.
+    """
+
+    name: str
+    way: str
+    figure: float
+    unit: str
+    floor: float
+    share: float
+    seconds: list[float]
+
+
+def measure_rows(
+    names: list[str],
+    ways: dict[str, Callable[[Requests], float]],
+    model: ModelConfig,
+    repeat: int,
+) -> list[Measured]:
+    """Every way at every workload: one warm-up, then the median of ``repeat``.
+
+    Args:
+        ways: run the requests, and say how many seconds it took.
+    """
+    rows = []
+    for name in names:
+        workload = WORKLOADS[name]
+        for way, run in ways.items():
+            taken = [run(workload.requests(model.vocab_size, seed)) for seed in range(repeat + 1)][1:]
+            requests = workload.requests(model.vocab_size, 0)
+            seconds, least = statistics.median(taken), floor_seconds(model, requests)
+            figure, floor = workload.figure(requests, seconds), workload.figure(requests, least)
+            rows.append(Measured(name, way, figure, workload.unit, floor, least / seconds, taken))
+            print(format_row(rows[-1]), flush=True)
+    return rows
+
+
+HEADER = "| work | way | figure | unit | floor | share of it |\n|---|---|---|---|---|---|"
+
+
+def format_row(row: Measured) -> str:
+    digits = 2 if row.unit == "ms" else 0
+    figure, floor = f"{row.figure:,.{digits}f}", f"{row.floor:,.{digits}f}"
+    return f"| {row.name} | {row.way} | {figure} | {row.unit} | {floor} | {row.share:.0%} |"
