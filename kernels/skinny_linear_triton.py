@@ -123,9 +123,9 @@ def choose_tiles(n: int, k: int, gated: bool) -> Tiles:
     """Found by a sweep on one H100, with the projections of Qwen3-0.6B and 8B."""
     if k <= 1024:
         return Tiles(8, 1024, 8) if gated else Tiles(16, 1024, 4)
-    if k <= 2048:
-        return Tiles(8, 1024, 4)
-    return Tiles(8, 2048, 8)
+    if gated:
+        return Tiles(4, 1024, 4)
+    return Tiles(8, 2048, 8) if n <= 1024 and k > 2048 else Tiles(8, 1024, 4)
 
 
 def triton_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import time
@@ -23,6 +24,7 @@ import numpy as np
 from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, measure_rows
 from pdray.config import Config
 from pdray.errors import ConfigError
+from pdray.models.model_config import ModelConfig
 from pdray.options import add_config_arguments, config_from_args
 from pdray.sampling_params import SamplingParams
 
@@ -131,13 +133,24 @@ def run_rows(config: Config, args: argparse.Namespace) -> list[Measured]:
     print(HEADER)
     rows = []
     for way, make in {"engine": make_engine, "llm": make_llm}.items():
-        if not getattr(args, way):
-            continue
-        started = time.perf_counter()
-        with make(config) as generate:
-            print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | |")
-            rows += measure_rows(names, {way: lambda requests: seconds_of(generate, requests)}, model, args.repeat)
+        if getattr(args, way):
+            rows += _rows_of(way, make, config, names, model, args.repeat)
+            gc.collect()  # the engine's memory is needed for the next way's
     return rows
+
+
+def _rows_of(
+    way: str,
+    make: Callable[[Config], contextlib.AbstractContextManager[Generate]],
+    config: Config,
+    names: list[str],
+    model: ModelConfig,
+    repeat: int,
+) -> list[Measured]:
+    started = time.perf_counter()
+    with make(config) as generate:
+        print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | |")
+        return measure_rows(names, {way: lambda requests: seconds_of(generate, requests)}, model, repeat)
 
 
 def seconds_of(generate: Generate, requests: Requests) -> float:
@@ -188,6 +201,8 @@ def greedy(output_len: int) -> SamplingParams:
 @contextlib.contextmanager
 def make_engine(config: Config) -> Iterator[Generate]:
     """The engine, stepped by this thread: no Ray, no HTTP."""
+    import torch
+
     from pdray.engine.device import select_device
     from pdray.engine.engine import Engine
     from pdray.engine.request import EngineRequest
@@ -216,6 +231,11 @@ def make_engine(config: Config) -> Iterator[Generate]:
         return Generation(seconds, first_token_s, answers)
 
     yield generate
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        del engine, generate
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
