@@ -105,6 +105,7 @@ class AttentionMetadata:
         cu_seqlens_q: [B + 1] int32, start of each sequence's rows.
         seq_lens: [B] int32, KV lengths.
         query_lens, kv_lens: host copies; each query_len is between 1 and its kv_len.
+        num_decodes: the first so many sequences have one query token each.
     """
 
     slot_mapping: Tensor
@@ -113,6 +114,7 @@ class AttentionMetadata:
     seq_lens: Tensor
     query_lens: list[int]
     kv_lens: list[int]
+    num_decodes: int = 0
     _cpu_plans: dict[KvShape, CpuPlan] = field(default_factory=dict, init=False, repr=False)
 
 
@@ -127,7 +129,7 @@ def paged_attention(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale:
         scale: factor on the dot products.
 
     Returns:
-        [T, num_heads, head_dim], q's dtype. Rows past the last sequence's are zero.
+        [T, num_heads, head_dim], q's dtype. Rows past the last sequence's are zero, on CUDA left to chance.
     """
     if q.is_cuda:
         from pdray.kernels.attention_triton import triton_paged_attention

@@ -3,19 +3,20 @@
 Both kernels walk a sequence's keys in tiles with an online softmax (Dao et al. 2022, FlashAttention, algorithm 1) and
 pack the query heads that share a KV head into the rows of one tile, so that each key is loaded once per KV head.
 
-- prefill: one program for each (tile of query tokens, KV head, sequence); tiles that need no mask come first.
-- decode, for sequences with one query token: the keys are split over ``num_splits`` programs, whose partial results a
-  second kernel merges by their log-sum-exp (Flash-Decoding). The launch grid depends on the shapes of the tensors
-  alone and the lengths are read on the GPU, so that a captured graph serves any lengths.
+- decode, for the first ``num_decodes`` sequences, of one query token each: the keys are split over ``num_splits``
+  programs, whose partial results a second kernel merges by their log-sum-exp (Flash-Decoding).
+- prefill, for all others: one program for each (tile of query tokens, KV head), which finds its sequence by binary
+  search (as vLLM's unified attention does); tiles that need no mask come first.
 
-In a mixed batch both run over all sequences, and each skips what is not its own. Keys at or past a row's visible length
-are never read.
+The launch grids depend on the shapes of the tensors alone and the lengths are read on the GPU, so that a captured graph
+serves any lengths. Keys at or past a row's visible length are never read.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +29,15 @@ LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
 MIN_TOKENS_PER_SPLIT = 128
 MIN_DOT_ROWS = 16  # tl.dot wants at least so many
+
+
+class Tiles(NamedTuple):
+    """rows: query rows of a prefill program (a decode program has one KV head's). block_n: keys at a time."""
+
+    rows: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
 @triton.jit
@@ -78,7 +88,7 @@ def attend(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_decodes", "num_sequences"])
 def prefill_kernel(
     q_ptr,
     kv_ptr,
@@ -86,6 +96,8 @@ def prefill_kernel(
     table_ptr,
     cu_seqlens_q_ptr,
     seq_lens_ptr,
+    num_decodes,
+    num_sequences,  # decodes included
     scale_log2,
     stride_q_token,
     stride_q_head,
@@ -101,12 +113,23 @@ def prefill_kernel(
     BLOCK_D: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    place = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     kv_head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    # Sequence i's tiles begin at (its first row) // TOKENS + i, which leaves room for all of them.
+    base = tl.load(cu_seqlens_q_ptr + num_decodes)
+    sequence = num_decodes
+    above = num_sequences
+    while sequence + 1 < above:
+        middle = (sequence + above) // 2
+        begins = (tl.load(cu_seqlens_q_ptr + middle) - base) // TOKENS + middle - num_decodes
+        if begins <= place:
+            sequence = middle
+        else:
+            above = middle
     first_row = tl.load(cu_seqlens_q_ptr + sequence)
     query_len = tl.load(cu_seqlens_q_ptr + sequence + 1) - first_row
-    if (query_len > 1) & (tile * TOKENS < query_len):
+    tile = place - (first_row - base) // TOKENS - (sequence - num_decodes)
+    if tile * TOKENS < query_len:
         kv_len = tl.load(seq_lens_ptr + sequence)
         rows = tl.arange(0, ROWS)
         dims = tl.arange(0, BLOCK_D)
@@ -143,10 +166,9 @@ def prefill_kernel(
 def decode_kernel(
     q_ptr,
     kv_ptr,
-    partial_ptr,  # [B, Hq, num_splits, HEAD_DIM] float32, normalised
+    partial_ptr,  # [B, Hq, num_splits, HEAD_DIM] float32, normalised; of one split, the result itself
     lse_ptr,  # [B, Hq, num_splits] float32, base 2; -inf for an empty split
     table_ptr,
-    cu_seqlens_q_ptr,
     seq_lens_ptr,
     scale_log2,
     stride_q_token,
@@ -159,40 +181,43 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
     kv_head = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     sequence = tl.program_id(2)
-    first_row = tl.load(cu_seqlens_q_ptr + sequence)
-    query_len = tl.load(cu_seqlens_q_ptr + sequence + 1) - first_row
-    if query_len == 1:
-        kv_len = tl.load(seq_lens_ptr + sequence)
-        per_split = tl.cdiv(tl.cdiv(kv_len, num_splits), BLOCK_N) * BLOCK_N
-        start = split * per_split
-        end = tl.minimum(start + per_split, kv_len)
-        rows = tl.arange(0, ROWS)
-        dims = tl.arange(0, BLOCK_D)
-        head = kv_head * GROUP + rows
-        io_mask = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-        q_row = first_row.to(tl.int64) * stride_q_token + head * stride_q_head
-        q = tl.load(q_ptr + q_row[:, None] + dims[None, :], mask=io_mask, other=0.0)
+    kv_len = tl.load(seq_lens_ptr + sequence)
+    per_split = tl.cdiv(tl.cdiv(kv_len, num_splits), BLOCK_N) * BLOCK_N
+    start = split * per_split
+    end = tl.minimum(start + per_split, kv_len)
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + rows
+    io_mask = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_row = sequence.to(tl.int64) * stride_q_token + head * stride_q_head
+    q = tl.load(q_ptr + q_row[:, None] + dims[None, :], mask=io_mask, other=0.0)
 
-        visible = tl.zeros([ROWS], tl.int32) + kv_len
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        row_max = tl.full([ROWS], float("-inf"), tl.float32)
-        row_sum = tl.zeros([ROWS], tl.float32)
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q, visible, start, end, kv_ptr + kv_head * HEAD_DIM,
-            table_ptr + sequence.to(tl.int64) * stride_table, stride_token, scale_log2,
-            BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True,
-        )  # fmt: skip
-        divisor = tl.where(row_sum > 0, row_sum, 1.0)
-        lse = tl.where(row_sum > 0, row_max + tl.log2(divisor), float("-inf"))
-        index = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * num_splits + split
-        tl.store(lse_ptr + index, lse, mask=rows < GROUP)
-        tl.store(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=io_mask)
+    visible = tl.zeros([ROWS], tl.int32) + kv_len
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, q, visible, start, end, kv_ptr + kv_head * HEAD_DIM,
+        table_ptr + sequence.to(tl.int64) * stride_table, stride_token, scale_log2,
+        BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True,
+    )  # fmt: skip
+    divisor = tl.where(row_sum > 0, row_sum, 1.0)
+    if WHOLE:
+        out_row = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * HEAD_DIM
+        result = (acc / divisor[:, None]).to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + out_row[:, None] + dims[None, :], result, mask=io_mask)
+        return
+    lse = tl.where(row_sum > 0, row_max + tl.log2(divisor), float("-inf"))
+    index = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * num_splits + split
+    tl.store(lse_ptr + index, lse, mask=rows < GROUP)
+    tl.store(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=io_mask)
 
 
 @triton.jit
@@ -200,7 +225,6 @@ def merge_kernel(
     partial_ptr,
     lse_ptr,
     out_ptr,
-    cu_seqlens_q_ptr,
     stride_out_token,
     stride_out_head,
     num_splits,
@@ -211,87 +235,108 @@ def merge_kernel(
     """One head of one sequence: the splits' results, weighted by their share of the softmax."""
     head = tl.program_id(0)
     sequence = tl.program_id(1)
-    first_row = tl.load(cu_seqlens_q_ptr + sequence)
-    query_len = tl.load(cu_seqlens_q_ptr + sequence + 1) - first_row
-    if query_len == 1:
-        split = tl.arange(0, SPLITS)
-        dims = tl.arange(0, BLOCK_D)
-        index = (sequence.to(tl.int64) * tl.num_programs(0) + head) * num_splits + split
-        lse = tl.load(lse_ptr + index, mask=split < num_splits, other=float("-inf"))
-        largest = tl.max(lse, 0)
-        weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
-        mask = (split < num_splits)[:, None] & (dims < HEAD_DIM)[None, :]
-        partial = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-        total = tl.sum(weights, 0)
-        result = tl.sum(partial * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-        out_row = first_row.to(tl.int64) * stride_out_token + head * stride_out_head
-        tl.store(out_ptr + out_row + dims, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    split = tl.arange(0, SPLITS)
+    dims = tl.arange(0, BLOCK_D)
+    index = (sequence.to(tl.int64) * tl.num_programs(0) + head) * num_splits + split
+    lse = tl.load(lse_ptr + index, mask=split < num_splits, other=float("-inf"))
+    largest = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
+    mask = (split < num_splits)[:, None] & (dims < HEAD_DIM)[None, :]
+    partial = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+    total = tl.sum(weights, 0)
+    result = tl.sum(partial * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    out_row = sequence.to(tl.int64) * stride_out_token + head * stride_out_head
+    tl.store(out_ptr + out_row + dims, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def triton_paged_attention(
-    q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float, num_splits: int | None = None
+    q: Tensor,
+    kv_layer: Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    num_splits: int | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """The Triton path of paged_attention, same contract. Runs on the current stream and never synchronises.
 
     Args:
-        num_splits: programs that share one sequence's decode step; default: enough to fill the GPU twice.
+        num_splits: programs that share one sequence's decode step; default: see choose_num_splits.
     """
     assert q.stride(2) == 1 and kv_layer.is_contiguous(), "q's head_dim and all of kv_layer must be contiguous"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    num_rows = sum(meta.query_lens)
-    if num_rows < len(q):
-        out[num_rows:] = 0
-    if any(length > 1 for length in meta.query_lens):
-        _launch_prefill(q, kv_layer, meta, scale, out)
-    if any(length == 1 for length in meta.query_lens):
-        _launch_decode(q, kv_layer, meta, scale, out, num_splits)
+    if meta.num_decodes < len(meta.seq_lens):
+        _launch_prefill(q, kv_layer, meta, scale, out, tiles)
+    if meta.num_decodes:
+        _launch_decode(q, kv_layer, meta, scale, out, num_splits, tiles)
     return out
 
 
-def _launch_prefill(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float, out: Tensor) -> None:
+def _launch_prefill(
+    q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float, out: Tensor, tiles: Tiles | None
+) -> None:
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
     group = q.shape[1] // num_kv_heads
-    wide = q.element_size() == 4
-    rows = max(64 if wide else 128, triton.next_power_of_2(group))
+    if tiles is None:
+        tiles = Tiles(64, 32, 8, 2) if q.element_size() == 4 else Tiles(64, 64, 4, 2)
+    rows = max(tiles.rows, triton.next_power_of_2(group))
     tokens = rows // group
-    grid = (triton.cdiv(max(meta.query_lens), tokens), num_kv_heads, len(meta.query_lens))
+    num_sequences = len(meta.seq_lens)
+    grid = ((len(q) - meta.num_decodes) // tokens + num_sequences - meta.num_decodes, num_kv_heads)
     prefill_kernel[grid](
-        q, kv_layer, out, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, scale * LOG2_E,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv_layer.stride(2), meta.block_tables.stride(0),
-        GROUP=group, ROWS=rows, BLOCK_SIZE=block_size, BLOCK_N=32 if wide else 64, HEAD_DIM=head_dim,
-        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)), num_warps=8 if head_dim > 64 else 4, num_stages=2,
+        q, kv_layer, out, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, meta.num_decodes, num_sequences,
+        scale * LOG2_E, q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv_layer.stride(2),
+        meta.block_tables.stride(0),
+        GROUP=group, ROWS=rows, BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim,
+        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 
 def _launch_decode(
-    q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float, out: Tensor, num_splits: int | None
+    q: Tensor,
+    kv_layer: Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    out: Tensor,
+    num_splits: int | None,
+    tiles: Tiles | None,
 ) -> None:
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
     num_heads = q.shape[1]
     group = num_heads // num_kv_heads
-    batch = len(meta.query_lens)
+    batch = meta.num_decodes
     if num_splits is None:
         num_splits = choose_num_splits(
             batch * num_kv_heads, meta.block_tables.shape[1] * block_size, _num_processors(q.device)
         )
-    partial = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
+    if tiles is None:
+        tiles = Tiles(0, 32, 4, 2) if q.element_size() == 4 else Tiles(0, 64, 4, 3)
+    whole = num_splits == 1
+    partial = (
+        out if whole else torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
+    )
+    lse = None if whole else torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
     block_d = max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
     decode_kernel[num_splits, num_kv_heads, batch](
-        q, kv_layer, partial, lse, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, scale * LOG2_E,
+        q, kv_layer, partial, lse, meta.block_tables, meta.seq_lens, scale * LOG2_E,
         q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0),
         GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
-        BLOCK_N=32 if q.element_size() == 4 else 64, HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=4, num_stages=2,
+        BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+    if whole:
+        return
     merge_kernel[num_heads, batch](
-        partial, lse, out, meta.cu_seqlens_q, out.stride(0), out.stride(1), num_splits,
+        partial, lse, out, out.stride(0), out.stride(1), num_splits,
         SPLITS=triton.next_power_of_2(num_splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_processors: int) -> int:
-    """Splits that bring the grid to two programs a processor, none shorter than MIN_TOKENS_PER_SPLIT at max_kv_len."""
-    wanted = -(-2 * num_processors // num_programs)
+    """Splits that bring a small grid to four programs a processor, none shorter than MIN_TOKENS_PER_SPLIT at
+    max_kv_len. By a sweep on one H100: more, or splits of a grid of two a processor, cost more in merging.
+    """
+    wanted = -(-4 * num_processors // num_programs) if num_programs < 2 * num_processors else 1
     return max(1, min(wanted, MAX_SPLITS, max_kv_len // MIN_TOKENS_PER_SPLIT))
 
 

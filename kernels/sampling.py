@@ -1,8 +1,6 @@
 """Choosing the next token of each row: penalties, masks, temperature, filters, and a seeded draw.
 
-Order: penalties, banned ids, (greedy rows: argmax), temperature, min_p, top_k, top_p, Gumbel-max. The draw is
-``argmax(logits / T + Gumbel)`` with Gumbel noise from Philox (Gumbel 1954; Maddison et al. 2014, "A* Sampling"), so
-it is a pure function of the logits, the parameters, the seed and the position. Ties go to the lowest id.
+Order: penalties, banned ids, (greedy rows: argmax), and draw.py: temperature, min_p, top_k, top_p, Gumbel-max.
 
 Every operation works within a row, so that a row's result does not depend on the rest of the batch, and each
 group of parameters holds only the rows that need it: a batch of greedy rows costs one argmax.
@@ -15,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdray.kernels.philox import philox_uniform, philox_uniform_at
+from pdray.kernels.draw import draw, draw_filtered, draw_tokens, keep_top_k, keep_top_p
 from pdray.kernels.sampling_metadata import (
     BannedTokens,
     LogprobRows,
@@ -25,9 +23,18 @@ from pdray.kernels.sampling_metadata import (
     SamplingRow,
 )
 
-__all__ = ["Logprobs", "SampleOutput", "SamplingMetadata", "SamplingRow", "sample"]
-
-FIRST_CANDIDATES = 256
+__all__ = [
+    "Logprobs",
+    "RandomRows",
+    "SampleOutput",
+    "SamplingMetadata",
+    "SamplingRow",
+    "draw",
+    "draw_tokens",
+    "keep_top_k",
+    "keep_top_p",
+    "sample",
+]
 
 
 class Logprobs(NamedTuple):
@@ -55,14 +62,16 @@ class SampleOutput(NamedTuple):
 
 
 def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
-    """Choose one token for each row.
+    """Choose one token for each row. On CUDA the host waits for nothing.
 
     Args:
-        logits: [B, V] float32, unchanged on return.
+        logits: [B, V], any float dtype; unchanged on return.
     """
+    if not logits.is_cuda:
+        logits = logits.float()
     raw_logits = logits
     if meta.penalties is not None or meta.banned is not None:
-        logits = logits.clone()
+        logits = logits.to(torch.float32, copy=True)
     if meta.penalties is not None:
         apply_penalties(logits, meta.penalties)
     if meta.banned is not None:
@@ -70,12 +79,23 @@ def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
     if meta.random is None:
         token_ids = logits.argmax(-1)
     elif len(meta.random.rows) == len(logits):
-        token_ids = draw(logits[meta.random.rows], meta.random)
+        token_ids = draw_rows(logits, meta.random)
     else:
         token_ids = logits.argmax(-1)
-        token_ids[meta.random.rows] = draw(logits[meta.random.rows], meta.random)
+        token_ids[meta.random.rows] = draw_rows(logits[meta.random.rows], meta.random)
     logprobs = None if meta.logprobs is None else compute_logprobs(raw_logits, token_ids, meta.logprobs)
     return SampleOutput(token_ids, logprobs)
+
+
+def draw_rows(logits: Tensor, random: RandomRows) -> Tensor:
+    """One token id [R] int64 for each of the R rows of [R, V] logits."""
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    _, temperature, seeds, positions, *filters = random
+    if all(limit is None for limit in filters):
+        draw_tokens(logits, temperature, seeds, positions, out)
+    else:
+        draw_filtered(logits, temperature, seeds, positions, out, *filters)
+    return out
 
 
 def apply_penalties(logits: Tensor, penalties: PenaltyRows) -> None:
@@ -94,76 +114,13 @@ def apply_penalties(logits: Tensor, penalties: PenaltyRows) -> None:
 
 def ban_tokens(logits: Tensor, banned: BannedTokens) -> None:
     """In place on [B, V]: -inf at each (row, token id)."""
-    logits[banned.rows, banned.token_ids] = float("-inf")
-
-
-def draw(logits: Tensor, random: RandomRows) -> Tensor:
-    """One token id [R] int64 for each of the R rows of [R, V] logits."""
-    scaled = logits / random.temperature[:, None]
-    if random.min_p is not None:
-        threshold = scaled.max(-1, keepdim=True).values + random.min_p.log()[:, None]
-        scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
-    if random.top_k is not None:
-        scaled = keep_top_k(scaled, random.top_k)
-    if random.top_p is not None:
-        scaled = keep_top_p(scaled, random.top_p)
-    if random.min_p is None and random.top_k is None and random.top_p is None:
-        return (scaled + gumbel(philox_uniform(random.seeds, random.positions, scaled.shape[1]))).argmax(-1)
-    rows, token_ids = (scaled > float("-inf")).nonzero(as_tuple=True)
-    uniform = philox_uniform_at(random.seeds[rows], random.positions[rows], token_ids)
-    scores = torch.full_like(scaled, float("-inf"))
-    scores[rows, token_ids] = scaled[rows, token_ids] + gumbel(uniform)
-    return scores.argmax(-1)
-
-
-def gumbel(uniform: Tensor) -> Tensor:
-    """Standard Gumbel noise; overwrites its argument. The large values come from small, finely spaced numbers."""
-    return uniform.neg_().log1p_().neg_().log_().neg_()
-
-
-def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
-    """-inf below the top_k-th largest of each row of [R, V]; equals of that one stay. top_k < 1: all stay."""
-    vocab_size = logits.shape[1]
-    active = (top_k > 0) & (top_k < vocab_size)
-    largest = torch.where(active, top_k, 1)
-    values = logits.topk(int(largest.max()), -1).values
-    threshold = values.gather(1, largest[:, None] - 1)
-    return logits.masked_fill((logits < threshold) & active[:, None], float("-inf"))
-
-
-def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """-inf outside the smallest set of most likely tokens whose probabilities reach top_p.
-
-    The token that crosses top_p belongs to the set; among equals, the lowest ids do. top_p >= 1: all stay.
-    The sorted prefix that is looked at grows until it decides every row; its length changes no result.
-    """
-    vocab_size = logits.shape[1]
-    active = top_p < 1
-    probs = logits.softmax(-1)
-    num_candidates = min(FIRST_CANDIDATES, vocab_size)
-    while True:
-        values, token_ids = logits.topk(num_candidates, -1)
-        sorted_probs = probs.gather(1, token_ids).to(torch.float64)
-        mass_before = sorted_probs.cumsum(-1) - sorted_probs
-        num_kept = (mass_before < top_p[:, None]).sum(-1)
-        undecided = active & (num_kept == num_candidates) & (values[:, -1] > float("-inf"))
-        if num_candidates == vocab_size or not bool(undecided.any()):
-            break
-        num_candidates = min(num_candidates * 16, vocab_size)
-    threshold = values.gather(1, num_kept[:, None] - 1).masked_fill_(~active[:, None], float("-inf"))
-    kept = logits >= threshold
-    has_surplus = (kept.sum(-1) > num_kept) & (threshold[:, 0] > float("-inf"))
-    if bool(has_surplus.any()):
-        equal = logits == threshold
-        num_equal_kept = num_kept - (values > threshold).sum(-1)
-        kept &= ~(equal & (equal.cumsum(-1) > num_equal_kept[:, None]) & has_surplus[:, None])
-    return logits.masked_fill(~kept, float("-inf"))
+    logits.index_put_((banned.rows, banned.token_ids), logits.new_full((), float("-inf")))
 
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, asked: LogprobRows) -> Logprobs:
     """Log-probabilities of the sampled and of the most likely tokens, under raw logits [B, V]."""
     rows = asked.rows
-    selected = logits[rows]
+    selected = logits[rows].float()
     sampled = token_ids[rows, None]
     logprobs = selected.log_softmax(-1)
     rank = (selected > selected.gather(1, sampled)).sum(-1) + 1

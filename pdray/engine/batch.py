@@ -29,6 +29,24 @@ class DrawInputs(NamedTuple):
     positions: torch.Tensor
 
 
+class StepShape(NamedTuple):
+    """What a step's launches depend on, padding included.
+
+    Attributes:
+        is_decode: one token and one draw for each sequence, in the same order.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    num_draws: int
+    is_decode: bool
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> StepShape:
+        """Without padding."""
+        return cls(plan.num_tokens, len(plan.chunks), plan.num_draws, plan.is_decode)
+
+
 class StepInputs(NamedTuple):
     """One forward pass over T tokens of B sequences, and S draws from its logits.
 
@@ -39,7 +57,7 @@ class StepInputs(NamedTuple):
         draws: on CUDA.
         sampling: None where ``draws`` says all, on CUDA.
         num_logprobs: for each draw, how many most likely tokens are asked for; None: not even the drawn one.
-        is_decode: one token and one draw for each sequence, in the same order.
+        is_padded: rows, sequences and draws beyond those of the plan are there, for a graph of this shape.
     """
 
     copies: list[BlockCopy]
@@ -50,7 +68,8 @@ class StepInputs(NamedTuple):
     draws: DrawInputs | None
     sampling: SamplingMetadata | None
     num_logprobs: list[int | None]
-    is_decode: bool
+    shape: StepShape
+    is_padded: bool = False
 
 
 class HostInputs:
@@ -133,28 +152,32 @@ class InputBuffers:
         self._device = {name: section.of(device_buffer) for name, section in self._sections.items()}
         self._arange = np.arange(max(limits.max_model_len, limits.max_num_seqs + 1), dtype=np.int64)
 
-    def fill(self, plan: StepPlan, padded_size: int = 0) -> StepInputs:
+    def fill(self, plan: StepPlan, padded: StepShape | None = None) -> StepInputs:
         """The plan's tokens, block tables and sampling parameters. Reads the sequences: under the engine's lock.
 
         Args:
-            padded_size: of a decode step: rows up to it compute one token of a sequence without KV.
+            padded: at least the plan's own shape: what is beyond it holds no KV, and writes to the dummy block.
         """
         host = self._hosts[0]
         self._hosts.reverse()
+        shape = padded or StepShape.of(plan)
         if plan.is_decode:
-            self._fill_decodes(host, plan, max(padded_size, len(plan.chunks)))
+            self._fill_decodes(host, plan)
         else:
             self._fill_chunks(host, plan)
-        num_seqs = max(padded_size, len(plan.chunks))
+        if padded is not None:
+            _pad(host, plan, padded)
         if self._device_buffer is not host.buffer:
-            self._fill_draws(host, plan, num_seqs)
-            used = self._sections["tables"].start + num_seqs * host.tables.shape[1] * host.tables.itemsize
+            self._fill_draws(host, plan, shape.num_draws)
+            used = self._sections["tables"].start + shape.num_seqs * host.tables.shape[1] * host.tables.itemsize
             self._device_buffer[:used].copy_(host.buffer[:used], non_blocking=True)
-        inputs = self.views(plan, num_seqs)
+        inputs = self.views(shape, plan)
         sampling, num_logprobs = self._sampling(plan)
-        return inputs._replace(copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs)
+        return inputs._replace(
+            copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs, is_padded=padded is not None
+        )
 
-    def _fill_decodes(self, host: HostInputs, plan: StepPlan, padded_size: int) -> None:
+    def _fill_decodes(self, host: HostInputs, plan: StepPlan) -> None:
         """One token for each sequence, most of it without a loop in Python."""
         chunks, num = plan.chunks, len(plan.chunks)
         for row, chunk in enumerate(chunks):
@@ -167,10 +190,8 @@ class InputBuffers:
         blocks = host.tables[self._arange[:num], starts // self.block_size].astype(np.int64)
         host.slots[:num] = blocks * self.block_size + starts % self.block_size
         host.lens[:num] = starts + 1
-        host.rows[:padded_size] = self._arange[:padded_size]
-        host.starts[: padded_size + 1] = self._arange[: padded_size + 1]
-        for padding in (host.ids, host.positions, host.slots, host.lens):
-            padding[num:padded_size] = 0
+        host.rows[:num] = self._arange[:num]
+        host.starts[: num + 1] = self._arange[: num + 1]
 
     def _fill_chunks(self, host: HostInputs, plan: StepPlan) -> None:
         rows: list[int] = []
@@ -193,29 +214,32 @@ class InputBuffers:
         host.starts[0] = 0
         host.starts[1 : len(query_lens) + 1] = np.cumsum(query_lens)
 
-    def _fill_draws(self, host: HostInputs, plan: StepPlan, padded_size: int) -> None:
+    @staticmethod
+    def _fill_draws(host: HostInputs, plan: StepPlan, num_draws: int) -> None:
         samplers = [sampler for chunk in plan.chunks for sampler in chunk.samplers]
         num = len(samplers)
         host.temperature[:num] = [_temperature(sampler) for sampler in samplers]
         host.seeds[:num] = [sampler.seed for sampler in samplers]
         host.draw_positions[:num] = [sampler.draw_position for sampler in samplers]
         for padding in (host.temperature, host.seeds, host.draw_positions):
-            padding[num:padded_size] = 0
+            padding[num:num_draws] = 0
 
-    def views(self, plan: StepPlan, num_seqs: int) -> StepInputs:
-        """The static tensors, cut to this step's sizes, without what fill() adds."""
-        padding = num_seqs - len(plan.chunks)
-        num_tokens, num_draws = plan.num_tokens + padding, plan.num_draws + padding
-        part = self._device
-        max_blocks = -(-max((chunk.end for chunk in plan.chunks), default=1) // self.block_size)
-        tables = part["tables"] if self.device.type == "cuda" else part["tables"][:, :max_blocks]
+    def views(self, shape: StepShape, plan: StepPlan) -> StepInputs:
+        """The static tensors, cut to a shape, without what fill() adds."""
+        part, on_gpu = self._device, self.device.type == "cuda"
+        tables = part["tables"]
+        if not on_gpu:
+            max_blocks = -(-max((chunk.end for chunk in plan.chunks), default=1) // self.block_size)
+            tables = tables[:, :max_blocks]
+        num_tokens, num_seqs, num_draws, is_decode = shape
         attention = AttentionMetadata(
             slot_mapping=part["slots"][:num_tokens],
             block_tables=tables[:num_seqs],
             cu_seqlens_q=part["starts"][: num_seqs + 1],
             seq_lens=part["lens"][:num_seqs],
-            query_lens=[chunk.num_tokens for chunk in plan.chunks] + [1] * padding,
-            kv_lens=[chunk.end for chunk in plan.chunks] + [1] * padding,
+            query_lens=[chunk.num_tokens for chunk in plan.chunks],
+            kv_lens=[chunk.end for chunk in plan.chunks],
+            num_decodes=num_seqs if is_decode else plan.num_decodes,
         )
         draws = DrawInputs(
             part["temperature"][:num_draws], part["seeds"][:num_draws], part["draw_positions"][:num_draws]
@@ -226,10 +250,10 @@ class InputBuffers:
             positions=part["positions"][:num_tokens],
             attention=attention,
             logit_rows=part["rows"][:num_draws],
-            draws=draws if self.device.type == "cuda" else None,
+            draws=draws if on_gpu else None,
             sampling=None,
             num_logprobs=[],
-            is_decode=plan.is_decode,
+            shape=shape,
         )
 
     def _sampling(self, plan: StepPlan) -> tuple[SamplingMetadata | None, list[int | None]]:
@@ -261,3 +285,16 @@ def _temperature(sequence: Sequence) -> float:
     """0 where the draw is greedy."""
     temperature = sequence.request.params.temperature
     return temperature if temperature >= GREEDY_TEMPERATURE else 0.0
+
+
+def _pad(host: HostInputs, plan: StepPlan, shape: StepShape) -> None:
+    """Tokens of no sequence, sequences without tokens (a decode step's have one, and no KV), draws from the first row."""
+    for padding in (host.ids, host.positions, host.slots):
+        padding[plan.num_tokens : shape.num_tokens] = 0
+    num_seqs = len(plan.chunks)
+    host.lens[num_seqs : shape.num_seqs] = 0
+    host.rows[plan.num_draws : shape.num_draws] = 0
+    last = host.starts[num_seqs]
+    host.starts[num_seqs + 1 : shape.num_seqs + 1] = last
+    if shape.is_decode:
+        host.starts[num_seqs + 1 : shape.num_seqs + 1] += np.arange(1, shape.num_seqs - num_seqs + 1, dtype=np.int32)

@@ -94,7 +94,7 @@ class Engine:
         self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device)
         self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device)
         if device.type == "cuda" and not config.enforce_eager:
-            self.runner.capture(self._decode_buffers)
+            self.runner.capture(self._decode_buffers, self._buffers, config.max_num_batched_tokens)
         self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
         self._lock = threading.Lock()
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
@@ -182,10 +182,9 @@ class Engine:
             return updates + self._bookkeeper.update(booked, rows, time.perf_counter())
 
     def _fill(self, plan: StepPlan) -> StepInputs:
-        if not plan.is_decode:
-            return self._buffers.fill(plan)
-        graphs, size = self.runner.graphs, len(plan.chunks)
-        return self._decode_buffers.fill(plan, size if graphs is None else graphs.padded_size(size))
+        graphs = self.runner.graphs
+        padded = None if graphs is None else graphs.shape_for(plan)
+        return (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
 
     def _layer_callback(self, plan: StepPlan) -> Callable[[int], None] | None:
         """What the model calls after each layer, if anyone is to hear of it."""

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 
 from pdray.engine.batch import InputBuffers, StepInputs
-from pdray.engine.decode_graphs import DecodeGraphs, graph_sizes
+from pdray.engine.step_graphs import StepGraphs, decode_sizes, prefill_sizes
 from pdray.engine.step_plan import SampledRow
+from pdray.kernels.draw import draw_tokens
 from pdray.kernels.kv_store import copy_blocks
-from pdray.kernels.sampling import RandomRows, SampleOutput, draw, sample
+from pdray.kernels.sampling import SampleOutput, sample
 from pdray.models.decoder import Decoder
 from pdray.outputs import Logprob
 
@@ -48,7 +49,7 @@ class Runner:
 
     Attributes:
         sampled: [max_num_draws] int64 on the device, the last launched step's draws.
-        graphs: of decode steps; None: every step is launched kernel by kernel.
+        graphs: of decode steps and short prompts; None: every step is launched kernel by kernel.
         on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
 
@@ -56,30 +57,35 @@ class Runner:
         self.decoder = decoder
         self.kv = kv
         self.sampled = torch.zeros(max_num_draws, dtype=torch.int64, device=kv.device)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
 
-    def capture(self, buffers: InputBuffers) -> None:
-        """Make the graphs; ``buffers`` are those of all decode steps from now on."""
-        sizes = graph_sizes(len(self.sampled))
-        shape = (sizes[-1], self.decoder.config.vocab_size)
-        logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.kv.device)
-        self.graphs = DecodeGraphs(self.compute, buffers, sizes, logits)
+    def capture(self, decode_buffers: InputBuffers, buffers: InputBuffers, max_num_batched_tokens: int) -> None:
+        """Make the graphs; the buffers are those of decode steps, and of all others, from now on."""
+        max_num_seqs = len(self.sampled)
+        shape = (max_num_seqs, self.decoder.config.vocab_size)
+        self.graphs = StepGraphs(torch.empty(shape, dtype=self.decoder.dtype, device=self.kv.device))
+        self.graphs.capture_prefills(self.compute, buffers, prefill_sizes(max_num_batched_tokens), max_num_seqs)
+        self.graphs.capture_decodes(self.compute, decode_buffers, decode_sizes(max_num_seqs))
 
     @torch.inference_mode()
     def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
         """Start the step, which reads ``sampled`` and then overwrites it; on CPU, compute it."""
         copy_blocks(self.kv, list(inputs.copies))
         num_draws = len(inputs.num_logprobs)
-        replays = inputs.is_decode and self.graphs is not None and on_layer is None
-        logits = self.graphs.replay(inputs) if replays and self.graphs is not None else None
-        if logits is None:
-            logits = self.compute(inputs, on_layer)[:num_draws]
+        if inputs.is_padded:
+            assert self.graphs is not None
+            logits = self.graphs.replay(inputs.shape)
+            if on_layer is not None:
+                for layer in range(self.decoder.config.num_layers):
+                    on_layer(layer)
+        else:
+            logits = self.compute(inputs, on_layer)
         if self.on_logits is not None and num_draws:
             self.on_logits(logits[:num_draws].float())
         if inputs.sampling is None:
             return self._to_host(self.sampled[:num_draws], inputs)
-        output = sample(logits[:num_draws].float(), inputs.sampling)
+        output = sample(logits[:num_draws], inputs.sampling)
         self.sampled[:num_draws] = output.token_ids
         return self._to_host(pack_samples(output), inputs, output)
 
@@ -91,10 +97,11 @@ class Runner:
         logits_out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of the step's draws; plain draws go to ``sampled``. Can be captured."""
-        ids = inputs.input_ids
-        ids = torch.where(ids < 0, self.sampled[(-1 - ids).clamp(min=0)], ids)
-        hidden = self.decoder.forward(ids, inputs.positions, self.kv, inputs.attention, on_layer)
-        logits = self.decoder.compute_logits(hidden if inputs.is_decode else hidden[inputs.logit_rows], logits_out)
+        tokens = inputs.input_ids, inputs.positions
+        hidden = self.decoder.forward(*tokens, self.kv, inputs.attention, on_layer, self.sampled)
+        logits = self.decoder.compute_logits(
+            hidden if inputs.shape.is_decode else hidden[inputs.logit_rows], logits_out
+        )
         if inputs.draws is not None and len(logits):
             draw_tokens(logits, *inputs.draws, out=self.sampled[: len(logits)])
         return logits
@@ -146,13 +153,3 @@ def unpack_samples(packed: torch.Tensor, num_logprobs: list[int | None], num_top
                 entries.setdefault(top_id, Logprob(top_logprob, place))
         rows.append(SampledRow(token_id, entries))
     return rows
-
-
-def draw_tokens(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Plain draws of all rows, on the device."""
-    logits = logits.float()
-    rows = torch.arange(len(logits), device=logits.device)
-    random = RandomRows(rows, torch.where(temperature > 0, temperature, 1.0), seeds, positions)
-    out.copy_(torch.where(temperature > 0, draw(logits, random), logits.argmax(-1)))

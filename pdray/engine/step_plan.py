@@ -37,6 +37,7 @@ class StepPlan:
         copies: to be done before it; the plan holds a reference on each source until update().
         num_draws: samplers of all chunks.
         is_decode: each chunk is one token, and draws one.
+        num_decodes: leading chunks of one token.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -44,6 +45,7 @@ class StepPlan:
     num_tokens: int = 0
     num_draws: int = 0
     is_decode: bool = True
+    num_decodes: int = 0
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
         """Compute the sequence's next ``num_tokens`` tokens; from now on it counts as in flight."""
@@ -53,6 +55,8 @@ class StepPlan:
             samplers = [sequence] if sequence.request.forked else sequence.request.sequences
         late_row = sequence.pending_row if sequence.num_pending else None
         self.chunks.append(Chunk(sequence, start, num_tokens, samplers, late_row))
+        if self.num_decodes == self.num_tokens and num_tokens == 1:
+            self.num_decodes += 1
         self.num_tokens += num_tokens
         self.is_decode &= num_tokens == len(samplers) == 1
         sequence.num_computed_tokens = start + num_tokens

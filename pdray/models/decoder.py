@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from pdray.kernels.attention import AttentionMetadata, paged_attention
-from pdray.kernels.kv_store import store_kv
-from pdray.kernels.layernorm import add_rms_norm, rms_norm
+from pdray.kernels.embedding import embed
+from pdray.kernels.layernorm import add_rms_norm
 from pdray.kernels.linear import linear, pack_weight
 from pdray.kernels.norm_linear import norm_linear
-from pdray.kernels.rotary import apply_rotary
+from pdray.kernels.rotary_store import rotate_and_store
 from pdray.models.model_config import ModelConfig
 from pdray.models.rope import build_rotary_table
 
@@ -55,8 +54,6 @@ class Decoder:
         self.max_len = max_len
         self.dtype = dtype
         self.device = device
-        self._num_qk_heads = config.num_heads + config.num_kv_heads
-        self._qk_size = self._num_qk_heads * config.head_dim
         self._scale = config.head_dim**-0.5
         self._cos, self._sin = build_rotary_table(config, max_len, device)
         self.embed_tokens = self._empty(config.vocab_size, config.hidden_size)
@@ -72,7 +69,7 @@ class Decoder:
         config = self.config
         hidden, inner = config.hidden_size, config.intermediate_size
         q_size = config.num_heads * config.head_dim
-        qkv_size = self._qk_size + config.num_kv_heads * config.head_dim
+        qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
         return DecoderLayer(
             input_norm=self._empty(hidden),
             qkv_weight=self._empty(qkv_size, hidden),
@@ -140,22 +137,23 @@ class Decoder:
         kv: torch.Tensor,
         meta: AttentionMetadata,
         on_layer: Callable[[int], None] | None = None,
+        sampled: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm, [T, hidden_size]; writes the tokens' keys and values into kv.
 
         Args:
-            input_ids: [T] int64.
+            input_ids: [T] int64; -1 - i stands for sampled[i].
             positions: [T] int64, below max_len.
             kv: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
             on_layer: called with i as soon as layer i's KV is stored and its attention done (on CUDA: enqueued).
+            sampled: [R] int64; needed where an id is below 0.
         """
         eps = self.config.rms_norm_eps
-        cos, sin = self._cos[positions], self._sin[positions]
-        hidden = F.embedding(input_ids, self.embed_tokens)
+        hidden = embed(input_ids, self.embed_tokens, input_ids[:0] if sampled is None else sampled)
         residual: torch.Tensor | None = None
         for i, layer in enumerate(self.layers):
             qkv, residual = norm_linear(hidden, residual, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
-            hidden = self._attention(layer, qkv, cos, sin, kv[i], meta)
+            hidden = self._attention(layer, qkv, positions, kv[i], meta)
             if on_layer is not None:
                 on_layer(i)
             gate_up = layer.gate_up_weight, layer.gate_up_bias
@@ -168,24 +166,17 @@ class Decoder:
         self,
         layer: DecoderLayer,
         qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        positions: torch.Tensor,
         kv_layer: torch.Tensor,
         meta: AttentionMetadata,
     ) -> torch.Tensor:
         config = self.config
-        num_heads, head_dim = config.num_heads, config.head_dim
-        v = qkv[:, self._qk_size :].view(-1, config.num_kv_heads, head_dim)
-        qk = qkv[:, : self._qk_size].view(-1, self._num_qk_heads, head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(qk[:, :num_heads], layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(qk[:, num_heads:], layer.k_norm, config.rms_norm_eps)
-            qk = torch.cat((q, k), dim=1)
-        qk = apply_rotary(qk, cos, sin)
-        q, k = qk[:, :num_heads], qk[:, num_heads:]
-        store_kv(k, v, kv_layer, meta.slot_mapping)
+        table = self._cos, self._sin, positions
+        q = rotate_and_store(
+            qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, *table, kv_layer, meta.slot_mapping, config.num_heads
+        )
         attended = paged_attention(q, kv_layer, meta, self._scale)
-        return linear(attended.reshape(-1, num_heads * head_dim), layer.o_weight, layer.o_bias)
+        return linear(attended.reshape(-1, config.num_heads * config.head_dim), layer.o_weight, layer.o_bias)
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA)."""

@@ -8,38 +8,40 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from models import check_models
-from rows import Row
+from nccl_system import check_nccl, check_two
+from rows import Row, print_header, print_rows
 from shared_gpu import check_shared
 from text import check_memory, check_text
 
 
 def check_kernels() -> Iterator[Row]:
     """Triton kernels against their torch references."""
-    path = Path(__file__).parents[1] / "kernels" / "triton_cases.py"
-    spec = importlib.util.spec_from_file_location("triton_cases", path)
-    assert spec is not None and spec.loader is not None
-    cases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cases)
-    torch.manual_seed(0)
-    for name, check in cases.CHECKS.items():
-        try:
-            check()
-        except AssertionError as error:
-            yield Row(f"kernels: {name}", str(error).splitlines()[0] if str(error) else "differs", "reference", False)
-        else:
-            yield Row(f"kernels: {name}", "equal", "reference", True)
+    for path in sorted((Path(__file__).parents[1] / "kernels").glob("*_cases.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        cases = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(cases)
+        torch.manual_seed(0)
+        for name, check in cases.CHECKS.items():
+            try:
+                check()
+            except AssertionError as error:
+                yield Row(
+                    f"kernels: {name}", str(error).splitlines()[0] if str(error) else "differs", "reference", False
+                )
+            else:
+                yield Row(f"kernels: {name}", "equal", "reference", True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gguf", type=Path, help="SmolLM2's weights, for text")
-    parser.add_argument("--rows", nargs="+", choices=["kernels", "models", "text", "memory", "shared"])
+    parser.add_argument("--rows", nargs="+", choices=["kernels", "models", "text", "memory", "shared", "nccl", "two"])
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU here: nothing was checked", file=sys.stderr)
@@ -50,18 +52,12 @@ def main() -> int:
         "text": lambda: check_text(args.gguf),
         "memory": lambda: check_memory(args.gguf),
         "shared": lambda: check_shared(args.gguf),
+        "nccl": lambda: check_nccl(args.gguf),
+        "two": lambda: check_two(args.gguf),
     }
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| check | figure | limit | ok | s |\n|---|---|---|---|---|")
-    failed = False
-    for name in args.rows or checks:
-        started = time.monotonic()
-        for row in checks[name]():
-            took, started = time.monotonic() - started, time.monotonic()
-            ok = {True: "yes", False: "**no**", None: "skipped"}[row.ok]
-            print(f"| {row.name} | {row.figure} | {row.limit} | {ok} | {took:.0f} |", flush=True)
-            failed |= row.ok is False
-    return int(failed)
+    print_header()
+    held = [print_rows(checks[name]()) for name in args.rows or checks]
+    return int(not all(held))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 def batch(lengths: list[tuple[int, int]], block_size: int, num_extra: int = 3) -> tuple[AttentionMetadata, int]:
     """Metadata for (query_len, kv_len) pairs over shuffled blocks, and the number of blocks."""
+    num_decodes = next((i for i, (q, _) in enumerate(lengths) if q > 1), len(lengths))
     query_lens, kv_lens = [q for q, _ in lengths], [kv for _, kv in lengths]
     needed = [-(-kv // block_size) for kv in kv_lens]
     num_blocks = sum(needed) + num_extra
@@ -43,12 +44,22 @@ def batch(lengths: list[tuple[int, int]], block_size: int, num_extra: int = 3) -
         seq_lens=torch.tensor(kv_lens, dtype=torch.int32),
         query_lens=query_lens,
         kv_lens=kv_lens,
+        num_decodes=num_decodes,
     ), num_blocks
 
 
 def to_device(meta: AttentionMetadata) -> AttentionMetadata:
-    tensors = (meta.slot_mapping, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens)
-    return AttentionMetadata(*(t.to(DEVICE) for t in tensors), meta.query_lens, meta.kv_lens)
+    """With two sequences more that have no tokens, as padding has: decodes if all are, else prompts."""
+    starts, num_rows = meta.cu_seqlens_q, int(meta.cu_seqlens_q[-1])
+    only_decodes = meta.num_decodes == len(meta.seq_lens)
+    more = torch.tensor([1, 2] if only_decodes else [0, 0], dtype=torch.int32)
+    tensors = (
+        torch.cat((meta.slot_mapping, meta.slot_mapping.new_zeros(2))),
+        torch.cat((meta.block_tables, meta.block_tables.new_zeros(2, meta.block_tables.shape[1]))),
+        torch.cat((starts, num_rows + more)),
+        torch.cat((meta.seq_lens, meta.seq_lens.new_zeros(2))),
+    )
+    return AttentionMetadata(*(t.to(DEVICE) for t in tensors), [], [], meta.num_decodes + 2 * only_decodes)
 
 
 def check_attention(
@@ -72,8 +83,12 @@ def check_attention(
         for position in range(kv_len):
             used[table[position // block_size], position % block_size] = True
     kv_layer.transpose(1, 2)[~used] = float("nan")
-    out = triton_paged_attention(_strided(q), kv_layer.to(DEVICE), to_device(meta), scale, num_splits)
+    padded = torch.cat((q, q.new_zeros(2, num_heads, head_dim)))
+    out = triton_paged_attention(_strided(padded), kv_layer.to(DEVICE), to_device(meta), scale, num_splits)
     assert out.dtype == dtype
+    if meta.num_decodes == len(meta.seq_lens):
+        assert not out[num_rows:].any()
+    out = out[:num_rows]
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(out.cpu().to(torch.float32), expected, rtol=tolerance, atol=tolerance)
 
@@ -107,7 +122,9 @@ def check_all_attention() -> None:
 def check_num_splits() -> None:
     assert choose_num_splits(8, 40_960, 132) == 32
     assert choose_num_splits(8, 1024, 132) == 8
-    assert choose_num_splits(64, 40_960, 132) == 5
+    assert choose_num_splits(64, 40_960, 132) == 9
+    assert choose_num_splits(128, 40_960, 132) == 5
+    assert choose_num_splits(512, 40_960, 132) == 1
     assert choose_num_splits(2048, 40_960, 132) == 1
     assert choose_num_splits(1, 16, 132) == 1
 

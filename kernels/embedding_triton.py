@@ -1,0 +1,35 @@
+"""The Triton counterpart of embed: one program for each token."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def embed_kernel(ids_ptr, table_ptr, sampled_ptr, out_ptr, WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    token_id = tl.load(ids_ptr + token)
+    late = tl.load(sampled_ptr + (-1 - token_id), mask=token_id < 0, other=0)
+    token_id = tl.where(token_id < 0, late, token_id)
+    element = tl.arange(0, PADDED_WIDTH)
+    mask = element < WIDTH
+    row = tl.load(table_ptr + token_id * WIDTH + element, mask=mask)
+    tl.store(out_ptr + token * WIDTH + element, row, mask=mask)
+
+
+def triton_embed(input_ids: Tensor, table: Tensor, sampled: Tensor) -> Tensor:
+    """See embedding.embed; everything contiguous, on the current stream."""
+    assert input_ids.is_contiguous() and table.is_contiguous() and sampled.is_contiguous()
+    num_tokens, width = len(input_ids), table.shape[1]
+    out = torch.empty((num_tokens, width), dtype=table.dtype, device=table.device)
+    padded = triton.next_power_of_2(width)
+    if num_tokens:
+        embed_kernel[(num_tokens,)](
+            input_ids, table, sampled, out,
+            WIDTH=width, PADDED_WIDTH=padded, num_warps=4 if padded <= 2048 else 8,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,98 @@
+"""CUDA graphs of whole steps, from the embedding to the drawn tokens: one launch instead of hundreds.
+
+Decode steps get a graph for each batch size of a ladder, short prompts one for each number of tokens: what is smaller is
+padded, with rows and sequences that hold no KV.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Protocol
+
+import torch
+
+from pdray.engine.batch import InputBuffers, StepInputs, StepShape
+from pdray.engine.step_plan import StepPlan
+
+PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
+PREFILL_SEQUENCES = 8
+
+
+class Compute(Protocol):
+    """Launches a step on the current stream, and puts the logits of its draws into [num_draws, vocab_size]."""
+
+    def __call__(self, inputs: StepInputs, *, logits_out: torch.Tensor) -> torch.Tensor: ...
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes that get a graph: 1, 2, 4, then steps of 8, beyond 256 of 32, and max_num_seqs itself."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32), max_num_seqs]
+    return sorted({size for size in sizes if size <= max_num_seqs})
+
+
+def prefill_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Numbers of tokens that get a graph; longer prompts keep the device busy while they are launched."""
+    return [size for size in PREFILL_TOKENS if size <= max_num_batched_tokens]
+
+
+class StepGraphs:
+    """Graphs by shape. All read the same static inputs and share one memory pool, for no two of them run at once.
+
+    Args:
+        logits: [largest number of draws, vocab_size], which all graphs write to.
+    """
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._logits = logits
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._decode_sizes: list[int] = []
+        self._prefill_sizes: list[int] = []
+        self._prefill_seqs = 0
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture_decodes(self, compute: Compute, buffers: InputBuffers, sizes: list[int]) -> None:
+        """Capture decode steps of these batch sizes; ``buffers`` hold the inputs of all of them from now on."""
+        self._decode_sizes = sizes
+        self._capture(compute, buffers, [StepShape(size, size, size, True) for size in sizes])
+
+    def capture_prefills(self, compute: Compute, buffers: InputBuffers, sizes: list[int], max_num_seqs: int) -> None:
+        """Capture steps of a few prompts with these numbers of tokens in all."""
+        self._prefill_sizes = sizes
+        self._prefill_seqs = min(PREFILL_SEQUENCES, max_num_seqs)
+        self._capture(compute, buffers, [self._prefill_shape(size) for size in sizes])
+
+    def _prefill_shape(self, num_tokens: int) -> StepShape:
+        return StepShape(num_tokens, self._prefill_seqs, self._prefill_seqs, False)
+
+    def _capture(self, compute: Compute, buffers: InputBuffers, shapes: list[StepShape]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        for shape in reversed(shapes):  # the largest first: smaller ones fit into its memory
+            inputs = buffers.views(shape, StepPlan())
+            with torch.cuda.stream(stream):
+                compute(inputs, logits_out=self._logits[: shape.num_draws])  # compiles kernels and loads libraries
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=self._pool)
+                try:
+                    compute(inputs, logits_out=self._logits[: shape.num_draws])
+                finally:
+                    graph.capture_end()
+            self._graphs[shape] = graph
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def shape_for(self, plan: StepPlan) -> StepShape | None:
+        """What the plan is to be padded to; None if no graph can run it."""
+        if plan.is_decode:
+            at = bisect_left(self._decode_sizes, len(plan.chunks))
+            size = self._decode_sizes[at] if at < len(self._decode_sizes) else 0
+            return StepShape(size, size, size, True) if size else None
+        at = bisect_left(self._prefill_sizes, plan.num_tokens)
+        if at == len(self._prefill_sizes):
+            return None
+        fits = max(len(plan.chunks), plan.num_draws) <= self._prefill_seqs
+        return self._prefill_shape(self._prefill_sizes[at]) if fits else None
+
+    def replay(self, shape: StepShape) -> torch.Tensor:
+        """Launch a step of this shape, whose inputs are in the buffers. Returns the logits of its draws."""
+        self._graphs[shape].replay()
+        return self._logits[: shape.num_draws]

@@ -1,0 +1,132 @@
+"""Runs fused_cases.py, each check in a process of its own, in Triton's interpreter; and on the GPU where there is one.
+
+See test_triton_attention.py for why. rotate_and_store, embed and the draws are tested on the CPU below.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdray.kernels.draw import draw, draw_filtered, draw_tokens
+from pdray.kernels.embedding import embed
+from pdray.kernels.kv_store import store_kv
+from pdray.kernels.layernorm import rms_norm
+from pdray.kernels.rotary import apply_rotary
+from pdray.kernels.rotary_store import rotate_and_store
+from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
+from pdray.kernels.sampling_metadata import RandomRows
+from pdray.sampling_params import SamplingParams
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = ROOT / "tests" / "kernels" / "fused_cases.py"
+ON_ANY_DEVICE = [
+    "rotate and store",
+    "silu and mul",
+    "embed",
+    "uniform bits",
+    "gumbel",
+    "thresholds",
+    "draw",
+    "draw ties",
+    "draw filtered",
+    "kept set",
+    "nothing to draw",
+    "row alone",
+]
+
+
+def run_cases(names: list[str], *, interpret: bool) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if interpret else "0"}
+    result = subprocess.run(
+        [sys.executable, str(CASES), *names], env=env, capture_output=True, text=True, timeout=170, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines() == [f"{name} passed" for name in names]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("name", ON_ANY_DEVICE)
+def test_in_the_interpreter(name: str) -> None:
+    run_cases([name], interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu() -> None:
+    run_cases([*ON_ANY_DEVICE, "no synchronisation"], interpret=False)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_rotate_and_store_is_its_parts(has_norm: bool) -> None:
+    qkv, kv = torch.randn(7, 8 * 16), torch.zeros(3, 2, 16, 2, 16)
+    norms = [torch.rand(16) if has_norm else None for _ in range(2)]
+    angles, positions, slots = torch.randn(30, 8), torch.randint(30, (7,)), torch.randperm(48)[:7]
+    heads, expected = qkv.view(7, 8, 16), kv.clone()
+    cos, sin = angles.cos()[positions], angles.sin()[positions]
+    q, k = (
+        apply_rotary(part if norm is None else rms_norm(part, norm, 1e-5), cos, sin)
+        for part, norm in zip((heads[:, :4], heads[:, 4:6]), norms, strict=True)
+    )
+    store_kv(k, heads[:, 6:], expected, slots)
+    out = rotate_and_store(qkv, *norms, 1e-5, angles.cos(), angles.sin(), positions, kv, slots, 4)
+    assert torch.equal(out, q)
+    assert torch.equal(kv, expected)
+
+
+def test_embed_takes_late_tokens() -> None:
+    table, sampled = torch.randn(9, 4), torch.tensor([8, 5])
+    assert torch.equal(embed(torch.tensor([2, -1, -2, 0]), table, sampled), table[[2, 8, 5, 0]])
+    assert torch.equal(embed(torch.tensor([2, 7]), table, sampled[:0]), table[[2, 7]])
+
+
+def test_draws_of_greedy_and_random_rows() -> None:
+    """Rows at temperature 0 take the argmax and read no filter; the others draw as alone."""
+    logits = torch.randn(6, 200)
+    temperature = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0, 1.0])
+    seeds, positions, top_k = torch.arange(6), torch.arange(6) + 3, torch.tensor([3, 3, 1, 0, 0, 7])
+    for limit in (None, top_k):
+        out = torch.empty(6, dtype=torch.int64)
+        if limit is None:
+            draw_tokens(logits, temperature, seeds, positions, out)
+        else:
+            draw_filtered(logits, temperature, seeds, positions, out, top_k=limit)
+        for i in range(6):
+            row = slice(i, i + 1)
+            k = None if limit is None else limit[row]
+            random = RandomRows(torch.tensor([0]), temperature[row], seeds[row], positions[row], None, k, None)
+            expected = logits[i].argmax() if temperature[i] == 0 else draw(logits[row], random)[0]
+            assert out[i] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sample_takes_the_models_dtype(dtype: torch.dtype) -> None:
+    """As if the logits had been widened first, with penalties and log-probabilities too; and leaves them unchanged."""
+    logits = torch.randn(4, 300).to(dtype)
+    kept = logits.clone()
+    params = [
+        SamplingParams(temperature=0, logprobs=2),
+        SamplingParams(),
+        SamplingParams(top_p=0.8, presence_penalty=0.7),
+        SamplingParams(top_k=4, logprobs=3),
+    ]
+    meta = SamplingMetadata.build([SamplingRow(p, i, i, (1, 2), (3, 4), (5,)) for i, p in enumerate(params)])
+    out, expected = sample(logits, meta), sample(logits.float(), meta)
+    assert torch.equal(out.token_ids, expected.token_ids)
+    assert out.logprobs is not None and expected.logprobs is not None
+    assert all(torch.equal(a, b) for a, b in zip(out.logprobs, expected.logprobs, strict=True))
+    assert torch.equal(logits, kept)
+
+
+def test_the_cpu_path_imports_no_triton() -> None:
+    code = (
+        "import sys, pdray.models.decoder, pdray.kernels.sampling, pdray.kernels.embedding\n"
+        "assert not [name for name in sys.modules if name.startswith('pdray.kernels') and 'triton' in name]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=True)
