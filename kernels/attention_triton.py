@@ -213,11 +213,11 @@ def decode_kernel(
         out_row = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * HEAD_DIM
         result = (acc / divisor[:, None]).to(partial_ptr.dtype.element_ty)
         tl.store(partial_ptr + out_row[:, None] + dims[None, :], result, mask=io_mask)
-        return
-    lse = tl.where(row_sum > 0, row_max + tl.log2(divisor), float("-inf"))
-    index = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * num_splits + split
-    tl.store(lse_ptr + index, lse, mask=rows < GROUP)
-    tl.store(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=io_mask)
+    else:
+        lse = tl.where(row_sum > 0, row_max + tl.log2(divisor), float("-inf"))
+        index = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * num_splits + split
+        tl.store(lse_ptr + index, lse, mask=rows < GROUP)
+        tl.store(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=io_mask)
 
 
 @triton.jit

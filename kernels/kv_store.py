@@ -19,10 +19,6 @@ def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> No
         slot_mapping: [T] int64, block * block_size + offset. Where a slot repeats (only the dummy block's
             should), one of its tokens wins.
     """
-    if kv_layer.is_cuda:
-        from pdray.kernels.kv_store_triton import triton_store_kv
-
-        return triton_store_kv(k, v, kv_layer, slot_mapping)
     block_size = kv_layer.shape[2]
     blocks = slot_mapping // block_size
     offsets = slot_mapping % block_size

@@ -1,4 +1,4 @@
-"""The Triton counterparts of kv_store's functions: one program for each token, or for each piece of a block."""
+"""The Triton counterparts of gather_blocks and scatter_blocks: one program for each piece of a block."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
@@ -9,29 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 PIECE = 4096  # elements of a block that one program copies
-
-
-@triton.jit
-def store_kernel(
-    k_ptr,
-    v_ptr,
-    kv_ptr,
-    slot_mapping_ptr,
-    stride_k,
-    stride_v,
-    BLOCK_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,  # Hkv * d
-    PADDED_WIDTH: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping_ptr + token)
-    element = tl.arange(0, PADDED_WIDTH)
-    mask = element < WIDTH
-    key = kv_ptr + (slot // BLOCK_SIZE * (2 * BLOCK_SIZE) + slot % BLOCK_SIZE) * WIDTH + element
-    k = tl.load(k_ptr + token * stride_k + element, mask=mask)
-    v = tl.load(v_ptr + token * stride_v + element, mask=mask)
-    tl.store(key, k.to(kv_ptr.dtype.element_ty), mask=mask)
-    tl.store(key + BLOCK_SIZE * WIDTH, v.to(kv_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -57,16 +34,6 @@ def copy_kernel(
     mask = element < NUMEL
     data = tl.load(source_ptr + layer * source_stride_layer + source * NUMEL + element, mask=mask)
     tl.store(destination_ptr + layer * destination_stride_layer + destination * NUMEL + element, data, mask=mask)
-
-
-def triton_store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
-    """store_kv; the heads of a token must be contiguous, tokens may be strided."""
-    assert k[0].is_contiguous() and v[0].is_contiguous() and kv_layer.is_contiguous()
-    width = k.shape[1] * k.shape[2]
-    store_kernel[(len(k),)](
-        k, v, kv_layer, slot_mapping, k.stride(0), v.stride(0),
-        BLOCK_SIZE=kv_layer.shape[2], WIDTH=width, PADDED_WIDTH=triton.next_power_of_2(width),
-    )  # fmt: skip
 
 
 def triton_gather_blocks(layers: Tensor, block_ids: Tensor) -> Tensor:

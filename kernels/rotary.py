@@ -10,10 +10,6 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
     Computed in float32, returned in x's dtype.
     """
-    if x.is_cuda:
-        from pdray.kernels.rotary_triton import triton_apply_rotary
-
-        return triton_apply_rotary(x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

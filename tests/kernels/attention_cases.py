@@ -1,6 +1,6 @@
-"""The checks of the Triton kernels on small shapes; test_triton_attention.py runs them in a process of their own.
+"""Checks of attention, norms and block copies on small shapes; test_triton.py runs them in a process of their own.
 
-Usable alone: ``TRITON_INTERPRET=1 python tests/kernels/triton_cases.py`` (interpreter, CPU), or without the variable
+Usable alone: ``TRITON_INTERPRET=1 python tests/kernels/attention_cases.py`` (interpreter, CPU), or without the variable
 on a machine with a GPU. The references are the torch paths, which test_attention.py and test_kv_store.py prove.
 """
 
@@ -15,11 +15,9 @@ from torch import Tensor
 
 from pdray.kernels.attention import AttentionMetadata, torch_paged_attention
 from pdray.kernels.attention_triton import choose_num_splits, triton_paged_attention
-from pdray.kernels.kv_store_triton import triton_gather_blocks, triton_scatter_blocks, triton_store_kv
+from pdray.kernels.kv_store_triton import triton_gather_blocks, triton_scatter_blocks
 from pdray.kernels.layernorm import add_rms_norm, rms_norm
 from pdray.kernels.layernorm_triton import triton_add_rms_norm, triton_rms_norm
-from pdray.kernels.rotary import apply_rotary
-from pdray.kernels.rotary_triton import triton_apply_rotary
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -129,22 +127,6 @@ def check_num_splits() -> None:
     assert choose_num_splits(1, 16, 132) == 1
 
 
-def check_store() -> None:
-    for dtype, width in itertools.product([torch.float32, torch.bfloat16], [(3, 64), (2, 80)]):
-        num_kv_heads, head_dim = width
-        numel = num_kv_heads * head_dim
-        fused = torch.randn(11, 3 * numel).to(dtype).to(DEVICE)
-        k, v = (fused[:, i * numel : (i + 1) * numel].view(11, *width) for i in (1, 2))
-        kv_layer = torch.randn(6, 2, 16, *width).to(dtype).to(DEVICE)
-        expected = kv_layer.clone()
-        slots = torch.randperm(96)[:11]
-        for i, slot in enumerate(slots.tolist()):
-            expected[slot // 16, 0, slot % 16] = k[i]
-            expected[slot // 16, 1, slot % 16] = v[i]
-        triton_store_kv(k, v, kv_layer, slots.to(DEVICE))
-        assert torch.equal(kv_layer, expected)
-
-
 def check_norms() -> None:
     """Rows of any width, contiguous or heads within a wider tensor; the reference runs on the CPU."""
     for dtype, width in itertools.product(DTYPES, (20, 64, 576, 1024)):
@@ -160,16 +142,6 @@ def check_norms() -> None:
         assert torch.equal(total.cpu(), expected.residual)
         torch.testing.assert_close(normed.cpu(), expected.normed, atol=TOLERANCE[dtype], rtol=2e-2)
     assert triton_rms_norm(torch.empty(0, 64).to(DEVICE), torch.ones(64).to(DEVICE), 1e-6).shape == (0, 64)
-
-
-def check_rotary() -> None:
-    for dtype, (num_heads, head_dim) in itertools.product(DTYPES, ((1, 64), (12, 64), (24, 128), (5, 80))):
-        x = torch.randn(6, num_heads + 3, head_dim).to(dtype)
-        angles = torch.randn(6, head_dim // 2)
-        expected = apply_rotary(x[:, 1 : 1 + num_heads], angles.cos(), angles.sin())
-        moved = x.to(DEVICE)[:, 1 : 1 + num_heads]
-        rotated = triton_apply_rotary(moved, angles.cos().to(DEVICE), angles.sin().to(DEVICE))
-        torch.testing.assert_close(rotated.cpu(), expected, atol=TOLERANCE[dtype], rtol=1e-2)
 
 
 def check_gather_and_scatter() -> None:
@@ -189,9 +161,7 @@ def check_gather_and_scatter() -> None:
 CHECKS = {
     "attention": check_all_attention,
     "num_splits": check_num_splits,
-    "store": check_store,
     "norms": check_norms,
-    "rotary": check_rotary,
     "gather_and_scatter": check_gather_and_scatter,
 }
 
