@@ -87,7 +87,7 @@ def one_row_kernel(
         for start in tl.static_range(0, K, BLOCK_K):
             inside = start + k < K
             x = load_normed(x_ptr, residual_ptr, norm_ptr, start + k, inside, 1.0, False, HAS_RESIDUAL)
-            if HAS_RESIDUAL:
+            if HAS_RESIDUAL:  # noqa: SIM102 (a constant, then a value)
                 if tl.program_id(0) == 0:
                     tl.store(residual_out_ptr + start + k, x, mask=inside)
             total += x.to(tl.float32) * x.to(tl.float32)

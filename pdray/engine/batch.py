@@ -288,7 +288,7 @@ def _temperature(sequence: Sequence) -> float:
 
 
 def _pad(host: HostInputs, plan: StepPlan, shape: StepShape) -> None:
-    """Tokens of no sequence, sequences without tokens (a decode step's have one, and no KV), draws from the first row."""
+    """Tokens of no sequence; sequences without tokens (a decode step's have one, and no KV); draws from row 0."""
     for padding in (host.ids, host.positions, host.slots):
         padding[plan.num_tokens : shape.num_tokens] = 0
     num_seqs = len(plan.chunks)

@@ -1,7 +1,7 @@
 """CUDA graphs of whole steps, from the embedding to the drawn tokens: one launch instead of hundreds.
 
-Decode steps get a graph for each batch size of a ladder, short prompts one for each number of tokens: what is smaller is
-padded, with rows and sequences that hold no KV.
+Decode steps get a graph for each batch size of a ladder, short prompts one for each number of tokens: what is smaller
+is padded, with rows and sequences that hold no KV.
 """
 
 from __future__ import annotations
