@@ -1,0 +1,111 @@
+"""A step's inputs: what of them is there, what pads them, and what is copied again only when it has changed."""
+
+from __future__ import annotations
+
+import torch
+
+from pdray.engine.batch import InputBuffers, StepShape
+from pdray.engine.block_pool import BlockPool
+from pdray.engine.limits import EngineLimits
+from pdray.engine.request import EngineRequest
+from pdray.engine.results import Bookkeeper
+from pdray.engine.scheduler import Scheduler
+from pdray.engine.step_graphs import decode_sizes, prefill_sizes
+from pdray.engine.step_plan import SampledRow, StepPlan
+from pdray.sampling_params import SamplingParams
+
+LIMITS = EngineLimits(
+    block_size=4,
+    num_blocks=39,
+    max_model_len=64,
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
+    headroom_tokens=4,
+    vocab_size=97,
+    eos_token_ids=(),
+)
+CPU = torch.device("cpu")
+
+
+class Steps:
+    """A scheduler whose steps are planned ahead, and answered with tokens 50, 51, …"""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler(LIMITS, BlockPool(40, enable_prefix_caching=False))
+        self.bookkeeper = Bookkeeper(self.scheduler)
+
+    def add(self, key: str, prompt: list[int]) -> None:
+        request = EngineRequest(key, prompt, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+        self.scheduler.add(self.scheduler.prepare(request, reserved=False), 0.0)
+
+    def plan(self) -> StepPlan:
+        return self.scheduler.schedule(0.0)
+
+    def book(self, plan: StepPlan) -> None:
+        self.bookkeeper.update(plan, [SampledRow(50 + i) for i in range(plan.num_draws)], 0.0)
+
+
+def test_a_token_that_only_the_device_knows_is_named_by_its_draw() -> None:
+    steps, buffers = Steps(), InputBuffers(LIMITS, 16, CPU)
+    for key in ("a", "b"):
+        steps.add(key, [7, 8, 9])
+    prompts = steps.plan()
+    assert buffers.fill(prompts).input_ids.tolist() == [7, 8, 9, 7, 8, 9]
+    ahead = steps.plan()
+    assert ahead.is_decode and buffers.fill(ahead).input_ids.tolist() == [-1, -2]
+    steps.book(prompts)
+    steps.book(ahead)
+    assert buffers.fill(steps.plan()).input_ids.tolist() == [50, 51]
+
+
+def test_padding_of_a_decode_step_holds_no_kv_and_writes_to_the_dummy_block() -> None:
+    steps, buffers = Steps(), InputBuffers(LIMITS, 4, CPU)
+    buffers.fill(StepPlan(), StepShape(4, 4, 4, True))
+    steps.add("a", list(range(20, 26)))
+    steps.book(steps.plan())
+    plan = steps.plan()
+    inputs = buffers.fill(plan, StepShape(4, 4, 4, True))
+    assert inputs.is_padded and inputs.shape.num_draws == 4
+    block = plan.chunks[0].sequence.block_table[1]
+    assert inputs.input_ids.tolist() == [50, 0, 0, 0]
+    assert inputs.positions.tolist() == [6, 0, 0, 0]
+    assert inputs.attention.slot_mapping.tolist() == [4 * block + 2, 0, 0, 0]
+    assert inputs.attention.seq_lens.tolist() == [7, 0, 0, 0]
+    assert inputs.attention.cu_seqlens_q.tolist() == [0, 1, 2, 3, 4]
+    assert inputs.attention.num_decodes == 4 and len(inputs.num_logprobs) == 1
+
+
+def test_padding_of_a_prompt_belongs_to_no_sequence() -> None:
+    steps, buffers = Steps(), InputBuffers(LIMITS, 16, CPU)
+    steps.add("a", list(range(20, 26)))
+    steps.add("b", [30])
+    inputs = buffers.fill(steps.plan(), StepShape(16, 3, 3, False))
+    assert inputs.input_ids.tolist() == [20, 21, 22, 23, 24, 25, 30] + [0] * 9
+    assert inputs.attention.slot_mapping.tolist()[7:] == [0] * 9
+    assert inputs.attention.cu_seqlens_q.tolist() == [0, 6, 7, 7]
+    assert inputs.attention.seq_lens.tolist() == [6, 1, 0]
+    assert inputs.logit_rows.tolist() == [5, 6, 0]
+    assert inputs.attention.num_decodes == 0
+
+
+def test_block_tables_follow_growth_and_preemption() -> None:
+    steps, buffers = Steps(), InputBuffers(LIMITS, 16, CPU)
+    steps.add("a", [7, 8, 9])
+    steps.book(steps.plan())
+    sequence = steps.scheduler.requests["a"].lead
+    for _ in range(3):
+        plan = steps.plan()
+        tables = buffers.fill(plan).attention.block_tables
+        assert tables[0].tolist() == sequence.block_table[: tables.shape[1]]
+        steps.book(plan)
+    before = list(sequence.block_table)
+    steps.scheduler._preempt(sequence)
+    steps.scheduler.pool.allocate(2)  # so that the sequence comes back to other blocks
+    plan = steps.plan()
+    assert buffers.fill(plan).attention.block_tables[0].tolist() == sequence.block_table != before
+
+
+def test_graph_sizes_reach_the_largest_batch() -> None:
+    assert decode_sizes(1) == [1] and decode_sizes(5) == [1, 2, 4, 5]
+    assert decode_sizes(300)[-4:] == [248, 256, 288, 300]
+    assert prefill_sizes(100) == [16, 32, 64]
