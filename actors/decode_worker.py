@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Hashable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from pdray.cluster.lease import LeaseTable
 from pdray.cluster.messages import (
     AnyMessage,
     BeginPut,
+    ChannelOffer,
     CloseLease,
     Credit,
     CreditUpdate,
@@ -25,9 +27,11 @@ from pdray.cluster.messages import (
     LeaseRequest,
     LegKey,
     LegTokens,
+    OpenChannel,
     PutAborted,
     PutDone,
     RenewLeases,
+    Staged,
     Tokens,
     WorkerInfo,
 )
@@ -37,7 +41,11 @@ from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import HandshakeError
 from pdray.kernels.kv_store import scatter_blocks
 from pdray.transfer.channel import Put
+from pdray.transfer.choose import choose_channel
+from pdray.transfer.communicator import RECEIVER_RANK
+from pdray.transfer.nccl_receiver import NcclReceiver
 from pdray.transfer.object_store import array_to_blocks
+from pdray.transfer.staging import Staging
 
 
 class DecodeWorker(Worker):
@@ -46,17 +54,30 @@ class DecodeWorker(Worker):
     def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
         super().__init__(config, worker_id, incarnation, secret)
         self._waiting_routers: set[str] = set()  # were denied, and hear of credit that comes back
+        self._receiver: NcclReceiver | None = None
+        self._offered: dict[str, tuple[int, Any]] = {}  # epoch and communicator's id, by prefill worker
         self.role: Literal["decode", "both"] = "both" if config.mode == "colocated" else "decode"
 
     async def start(self) -> WorkerInfo:
         info = await super().start()
         self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s)
+        if self.transport is not None and self._stagings:
+            self._receiver = NcclReceiver(
+                Staging(self.engine.kv, self._stagings[0]),
+                self.transport.new_stream,
+                self,
+                name=self.worker_id,
+                timeout_s=self.config.worker_timeout_s,
+                on_fatal=self._fail,
+            )
         self._tasks.spawn(self._expire_leases())
         return info
 
     async def stop(self) -> None:
         if not self._stopped.is_set():
             self._send(self.leases.close_all("the worker is stopping"))
+            if self._receiver is not None:
+                await self._receiver.close()
         await super().stop()
 
     def _credit(self) -> Credit:
@@ -77,24 +98,50 @@ class DecodeWorker(Worker):
 
     # channels
 
-    async def accept(self, prefill: WorkerInfo, epoch: int) -> None:
+    async def accept(self, prefill: WorkerInfo, epoch: int) -> ChannelOffer:
         """A prefill worker will push in this epoch from now on.
 
         Raises:
             HandshakeError: it holds other weights, or lays its blocks out differently.
+            ConfigError: the channel that is configured cannot join the two.
         """
         if prefill.fingerprint != self.info.fingerprint:
             raise HandshakeError(
                 f"{prefill.worker_id} ({prefill.fingerprint}) and {self.worker_id} ({self.info.fingerprint}) differ in "
                 "weights, dtype, block size or KV layout; start both from one configuration"
             )
+        kind = choose_channel(self.config, prefill, self.info)
+        if self._receiver is not None:
+            await self._receiver.close_link(prefill.worker_id)
         self._writers[prefill.incarnation] = prefill
         self._send(self.leases.set_writer(prefill.worker_id, prefill.incarnation, epoch))
+        if kind == "object_store":
+            return ChannelOffer(kind)
+        assert self.transport is not None and self._receiver is not None
+        unique_id = await asyncio.to_thread(self.transport.make_unique_id)
+        self._offered[prefill.worker_id] = (epoch, unique_id)
+        return ChannelOffer(kind, unique_id, self._receiver.piece_bytes)
+
+    def _open_channel(self, session: Session, epoch: int) -> None:
+        """The prefill worker enters the communicator that accept() has offered; so does this one."""
+        transport, peer = self.transport, session.peer.id
+        offered, unique_id = self._offered.pop(peer, (None, None))
+        if offered == epoch and transport is not None and self._receiver is not None:
+            connect = partial(transport.connect, unique_id, RECEIVER_RANK)
+            self._tasks.spawn(self._receiver.join(peer, epoch, connect, session.send))
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
-        """That process was seen dead: nothing can write on its behalf any more."""
+        """That process was seen dead: nothing can write on its behalf any more, once what had arrived is written."""
+        if self._receiver is not None:
+            session = self.sessions.get(worker_id)
+            if session is None or session.peer.incarnation == incarnation:
+                await self._receiver.close_link(worker_id)
+            await self._receiver.settle()
         self._writers.pop(incarnation, None)
         self._send(self.leases.worker_gone(worker_id, incarnation))
+
+    def _num_stagings(self) -> int:
+        return 1
 
     def _live_keys(self) -> set[Hashable]:
         return set(self.leases.keys())
@@ -119,13 +166,32 @@ class DecodeWorker(Worker):
         return self.receive(worker_id, epoch, put, array_to_blocks(array, self.engine.kv.dtype))
 
     def receive(self, worker_id: str, epoch: int, put: Put, blocks: Any) -> bool:
-        """See pdray.transfer.channel.BlockSink."""
-        key = LegKey(*put.key)  # type: ignore[misc]
-        if not self.leases.may_write(key, worker_id, epoch):
+        """See pdray.transfer.channel.BlockSink, as the next two."""
+        if not self.may_write(put.key, worker_id, epoch):
             return False
         scatter_blocks(self.engine.kv, put.layers, put.destination_blocks, blocks)
-        self._send(self.leases.put_received(self._now(), key))
+        return self.put_received(put.key, worker_id, epoch)
+
+    def may_write(self, key: Hashable, worker_id: str, epoch: int) -> bool:
+        return self.leases.may_write(LegKey(*key), worker_id, epoch)  # type: ignore[misc]
+
+    def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
+        if not self.may_write(key, worker_id, epoch):
+            return False
+        self._send(self.leases.put_received(self._now(), LegKey(*key)))  # type: ignore[misc]
         return True
+
+    def _put_aborted(self, peer: str, key: LegKey) -> None:
+        """The writer has stopped; a piece that it had brought may still be on its way from staging into the pool."""
+
+        def free() -> None:
+            self._send(self.leases.put_aborted(peer, key))
+            self._announce_credit()
+
+        if self._receiver is not None:
+            self._receiver.when_written(key, free)
+        else:
+            free()
 
     # sessions
 
@@ -152,13 +218,20 @@ class DecodeWorker(Worker):
             case PutDone():
                 self._send(self.leases.put_done(now, peer, message))
             case PutAborted():
-                self._send(self.leases.put_aborted(peer, message.key))
-                self._announce_credit()
+                self._put_aborted(peer, message.key)
+            case OpenChannel():
+                self._open_channel(session, message.epoch)
+            case Staged():
+                if self._receiver is not None:
+                    self._receiver.on_staged(peer, message)
             case _:
                 raise TypeError(f"{self.worker_id} takes no {type(message).__name__} (from {peer})")
 
     def on_closed(self, session: Session, reason: str) -> None:
+        is_current = self.sessions.get(session.peer.id) is session
         super().on_closed(session, reason)
+        if self._receiver is not None and is_current:
+            self._tasks.spawn(self._receiver.close_link(session.peer.id))
         self._send(self.leases.router_gone(session.peer.id))
         self._waiting_routers.discard(session.peer.id)
 

@@ -14,12 +14,14 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from pdray.actors.decode_worker import DecodeWorker
-from pdray.actors.placement import NAMESPACE, make_dead, origin, worker_options
+from pdray.actors.gpu_groups import GpuGroups
+from pdray.actors.placement import NAMESPACE, make_dead, origin, uses_cuda, worker_options
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.background import BackgroundTasks
 from pdray.cluster.membership import Connect, Effect, Kill, Membership, Start, TellGone
 from pdray.cluster.messages import WorkerIdentity, WorkerInfo
 from pdray.config import Config
+from pdray.errors import PdrayError
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class WorkerFleet:
         self.detached = detached
         self._on_change = on_change
         self._processes: dict[str, _Process] = {}  # by incarnation
+        self._gpus = GpuGroups(config, app_name, detached=detached) if uses_cuda(config) else None
         self._tasks = BackgroundTasks(self._failed)
         self._stopping = False
 
@@ -110,10 +113,12 @@ class WorkerFleet:
         return self._processes[info.incarnation].actor
 
     async def stop(self) -> None:
-        """Kill every worker and return once their processes are gone. Idempotent."""
+        """Kill every worker and return once their processes are gone, and their GPUs free. Idempotent."""
         self._stopping = True
         self._tasks.cancel()
         await asyncio.gather(*(self._bury(incarnation) for incarnation in list(self._processes)))
+        if self._gpus is not None:
+            await self._gpus.release()
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -136,13 +141,16 @@ class WorkerFleet:
         cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
         options = worker_options(self.config, self.app_name, start.worker_id, detached=self.detached)
         try:
-            actor_class: Any = ray.remote(cls)
-            arguments = (self.config, start.worker_id, start.incarnation, self.secret)
-            actor = actor_class.options(**options).remote(*arguments)
-            self._processes[start.incarnation] = process = _Process(start.worker_id, actor)
             async with asyncio.timeout(self.config.start_timeout_s):
+                if self._gpus is not None:
+                    await self._gpus.reserve()
+                    options |= self._gpus.options(start.worker_id)
+                actor_class: Any = ray.remote(cls)
+                arguments = (self.config, start.worker_id, start.incarnation, self.secret)
+                actor = actor_class.options(**options).remote(*arguments)
+                self._processes[start.incarnation] = process = _Process(start.worker_id, actor)
                 process.info = await actor.start.remote()
-        except (RayError, TimeoutError, ValueError) as error:
+        except (RayError, TimeoutError, ValueError, PdrayError) as error:
             self._report(f"{start.worker_id} did not start", error)
             self._perform(self.membership.suspect(start.worker_id, start.incarnation))
             return
@@ -195,8 +203,8 @@ class WorkerFleet:
         prefill, decode, epoch = connect
         try:
             decode_actor = self.actor(decode)
-            await decode_actor.accept.remote(prefill, epoch)
-            await self.actor(prefill).connect.remote(decode, epoch, decode_actor)
+            offer = await decode_actor.accept.remote(prefill, epoch)
+            await self.actor(prefill).connect.remote(decode, epoch, offer, decode_actor)
         except (RayError, KeyError) as error:
             self._report(f"{prefill.worker_id} could not be connected to {decode.worker_id}", error)
             self._perform(self.membership.connect_failed(time.monotonic(), prefill.worker_id, decode.worker_id, epoch))

@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdray.config import Config
+from pdray.transfer.nccl import one_gpu_environment
 
 NAMESPACE = "pdray"
 DEATH_POLL_S = 0.01
@@ -28,18 +29,19 @@ def uses_cuda(config: Config) -> bool:
 
 
 def worker_options(config: Config, app_name: str, worker_id: str, *, detached: bool) -> dict[str, Any]:
-    """Options of one worker's actor: readable name, fractional resources, its own number of threads.
+    """Options of one worker's actor, but for its GPU: readable name, fractional CPUs, its own number of threads.
 
     Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS.
     """
-    share = config.prefill_num_gpus if worker_id.startswith("prefill") else config.decode_num_gpus
+    environment = {"OMP_NUM_THREADS": str(config.num_threads), "TOKENIZERS_PARALLELISM": "false"}
+    if config.nccl_on_one_gpu:
+        environment |= one_gpu_environment(worker_id)
     options: dict[str, Any] = {
         "name": f"{app_name}:{worker_id}",
         "namespace": NAMESPACE,
         "num_cpus": config.worker_num_cpus,
-        "num_gpus": share if uses_cuda(config) else 0,
         "max_restarts": 0,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.num_threads), "TOKENIZERS_PARALLELISM": "false"}},
+        "runtime_env": {"env_vars": environment},
     }
     if detached:
         options["lifetime"] = "detached"

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Hashable, Sequence
+from collections import defaultdict
+from collections.abc import Coroutine, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal
+
+import torch
 
 from pdray.actors.worker import Worker
 from pdray.cluster.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
@@ -20,20 +24,29 @@ from pdray.cluster.messages import (
     AnyMessage,
     BeginPutReply,
     CancelPrefill,
+    ChannelFailed,
+    ChannelOffer,
+    ChannelReply,
     FirstTokens,
+    GrantTransfers,
     LegKey,
     Ping,
     Pong,
     PrefillRequest,
+    RefuseTransfer,
+    TransferDone,
     WorkerInfo,
 )
 from pdray.cluster.prefill_ledger import PrefillLedger
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate
-from pdray.errors import InvalidRequestError
+from pdray.errors import InvalidRequestError, TransferError
 from pdray.transfer.channel import Put, PutResult, SendChannel
+from pdray.transfer.nccl_open import check, open_nccl_channel
+from pdray.transfer.nccl_sender import NcclSendChannel
 from pdray.transfer.object_store import ObjectStoreChannel
+from pdray.transfer.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +60,9 @@ class PrefillWorker(Worker):
         super().__init__(config, worker_id, incarnation, secret)
         self.ledger = PrefillLedger()
         self._channels: dict[str, SendChannel] = {}
+        # By decode worker: what is opened or closed there is so one after the other.
+        self._links: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._staging_of: dict[str, torch.Tensor] = {}  # by decode worker, for every epoch
         self._held: dict[LegKey, list[LayerGroupReady]] = {}
 
     async def stop(self) -> None:
@@ -56,38 +72,89 @@ class PrefillWorker(Worker):
 
     # channels
 
-    async def connect(self, decode: WorkerInfo, epoch: int, decode_actor: Any) -> None:
+    async def connect(self, decode: WorkerInfo, epoch: int, offer: ChannelOffer, decode_actor: Any) -> None:
         """Open a session and a channel to a decode worker that has accepted this epoch.
 
         Args:
-            decode_actor: its handle; blocks go to its receive_blocks().
+            offer: what it accepted with.
+            decode_actor: its handle; blocks of an object store channel go to its receive_blocks().
 
         Raises:
             HandshakeError: it refused the session. OSError: it cannot be reached.
+            TransferError: the channel did not come about, or not even a probe went through.
         """
         await self.disconnect(decode.worker_id)
-        self.sessions[decode.worker_id] = await connect(
+        try:
+            async with self._links[decode.worker_id]:
+                await self._connect(decode, epoch, offer, decode_actor)
+        except BaseException:
+            await self.disconnect(decode.worker_id)
+            raise
+
+    async def _connect(self, decode: WorkerInfo, epoch: int, offer: ChannelOffer, decode_actor: Any) -> None:
+        peer = decode.worker_id
+        self.sessions[peer] = session = await connect(
             decode.host,
             decode.port,
             me=PeerName(self.worker_id, self.incarnation),
-            expect=PeerName(decode.worker_id, decode.incarnation),
+            expect=PeerName(peer, decode.incarnation),
             secret=self.secret,
             handler=self,
             timeout_s=self.config.worker_timeout_s,
         )
-        self._channels[decode.worker_id] = ObjectStoreChannel(
-            self.engine.kv, self.worker_id, epoch, decode_actor.receive_blocks
+        if offer.kind == "object_store":
+            receive_blocks = decode_actor.receive_blocks
+            self._channels[peer] = ObjectStoreChannel(self.engine.kv, self.worker_id, epoch, receive_blocks)
+        else:
+            self._channels[peer] = channel = await self._open_nccl(session, epoch, offer)
+            await check(channel)
+
+    async def _open_nccl(self, session: Session, epoch: int, offer: ChannelOffer) -> NcclSendChannel:
+        assert self.transport is not None
+        peer = session.peer.id
+        if peer not in self._staging_of:
+            self._staging_of[peer] = self._stagings.pop()
+        return await open_nccl_channel(
+            self.transport,
+            Staging(self.engine.kv, self._staging_of[peer]),
+            offer,
+            peer=peer,
+            epoch=epoch,
+            timeout_s=self.config.worker_timeout_s,
+            send=session.send,
+            on_failed=partial(self._channel_failed, peer, epoch),
         )
 
-    async def disconnect(self, decode_worker_id: str) -> None:
-        """Close the channel and the session to a decode worker; its legs fail. Idempotent."""
-        channel = self._channels.pop(decode_worker_id, None)
-        if channel is not None:
-            await asyncio.to_thread(channel.close)
-        session = self.sessions.pop(decode_worker_id, None)
-        if session is not None:
-            await session.close()
-        self._perform(self.ledger.decode_worker_gone(decode_worker_id))
+    def _channel_failed(self, decode_worker_id: str, epoch: int, reason: str) -> None:
+        """The Coordinator sees that the channel is gone, and connects the two in a higher epoch."""
+        channel = self._channels.get(decode_worker_id)
+        if channel is not None and channel.epoch == epoch:
+            logger.warning("%s: the channel to %s failed: %s", self.worker_id, decode_worker_id, reason)
+            self._tasks.spawn(self.disconnect(decode_worker_id))
+
+    def disconnect(self, decode_worker_id: str) -> Coroutine[Any, Any, None]:
+        """Give up the channel and the session to a decode worker, now; with the coroutine's end they are closed, and
+        the legs that used them have failed. Idempotent."""
+        channel, session = self._channels.pop(decode_worker_id, None), self.sessions.pop(decode_worker_id, None)
+        return self._close(decode_worker_id, channel, session)
+
+    async def _close(self, decode_worker_id: str, channel: SendChannel | None, session: Session | None) -> None:
+        async with self._links[decode_worker_id]:
+            try:
+                if channel is not None:
+                    await asyncio.to_thread(channel.close)
+            except TransferError as error:  # its staging is in use for ever
+                self._fail(error)
+                raise
+            if session is not None:
+                await session.close()
+            self._perform(self.ledger.decode_worker_gone(decode_worker_id))
+
+    def _num_stagings(self) -> int:
+        return self.config.num_decode_workers
+
+    async def describe(self) -> dict[str, Any]:
+        return await super().describe() | {"channels": {peer: channel.kind for peer, channel in self._channels.items()}}
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
         """That decode worker's process was seen dead."""
@@ -117,13 +184,23 @@ class PrefillWorker(Worker):
                 self._perform(self.ledger.begin_put_reply(message.key, message.granted))
             case AbortPut():
                 self._perform(self.ledger.abort_put(peer, message.key))
+            case GrantTransfers() | RefuseTransfer() | TransferDone() | ChannelFailed():
+                self._on_channel_reply(peer, message)
             case _:
                 raise TypeError(f"{self.worker_id} takes no {type(message).__name__} (from {peer})")
 
+    def _on_channel_reply(self, peer: str, message: ChannelReply) -> None:
+        channel = self._channels.get(peer)
+        if channel is not None:
+            channel.on_message(message)
+        elif isinstance(message, ChannelFailed):  # connect() sees it by itself
+            logger.warning("%s: %s has no channel of epoch %d: %s", self.worker_id, peer, message.epoch, message.reason)
+
     def on_closed(self, session: Session, reason: str) -> None:
-        super().on_closed(session, reason)
         peer = session.peer.id
-        if peer in self._channels:
+        is_current = self.sessions.get(peer) is session
+        super().on_closed(session, reason)
+        if peer in self._channels and is_current:
             logger.warning("%s: session to %s closed: %s", self.worker_id, peer, reason)
             self._tasks.spawn(self.disconnect(peer))
         else:
@@ -192,7 +269,7 @@ class PrefillWorker(Worker):
         source = ready.block_ids[first - ready.first_block :]
         if not source:
             return
-        put = Put(key, ready.layers, source, leg.block_ids[first : first + len(source)])
+        put = Put(key, ready.layers, source, leg.block_ids[first : first + len(source)], ready.ready)
         self.ledger.put_issued(key)
         future = self._channels[leg.decode_worker_id].put(put)
         future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._on_put_done, key, done))

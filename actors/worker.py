@@ -31,6 +31,9 @@ from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.metrics import WorkerMetrics
 from pdray.models import load_model
+from pdray.transfer.communicator import Transport
+from pdray.transfer.nccl import CudaTransport
+from pdray.transfer.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,8 @@ class Worker:
         self._last_heartbeat = self._now()
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
         self._prefixes: set[int] = set()  # as routers were told
+        self.transport: Transport | None = None  # of the nccl channel
+        self._stagings: list[torch.Tensor] = []
         self._started = False
         self._stopped = asyncio.Event()
         self._fatal: BaseException | None = None
@@ -73,6 +78,7 @@ class Worker:
         """Load, warm up, listen. Returns what peers need to know; raises what loading raises."""
         self._loop = asyncio.get_running_loop()
         self.device = select_device(self.config)
+        self.transport = await asyncio.to_thread(self._make_transport)
         self.engine = await asyncio.to_thread(self._build_engine)
         self.engine.on_layer_group = self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
@@ -100,6 +106,8 @@ class Worker:
             num_blocks=self.engine.num_blocks,
             block_size=self.engine.block_size,
             max_model_len=self.engine.max_model_len,
+            gpu="" if self.transport is None else self.transport.gpu,
+            nccl="" if self.transport is None else self.transport.version,
         )
         if in_ray:
             self.metrics = WorkerMetrics(self.worker_id, self.role)
@@ -111,11 +119,29 @@ class Worker:
         self._started = True
         return self.info
 
+    def _make_transport(self) -> Transport | None:
+        """None where no nccl channel will be."""
+        wanted = self.config.mode == "disaggregated" and self.config.channel != "object_store"
+        return CudaTransport(self.device) if wanted and self.device.type == "cuda" else None
+
+    def _num_stagings(self) -> int:
+        """Buffers that nccl channels need here."""
+        raise NotImplementedError
+
     def _build_engine(self) -> Engine:
+        """All that makes the whole device wait, or takes its memory, happens here, before any channel is open."""
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
+        if self.transport is not None and self.transport.version:
+            size = self.config.transfer_staging_bytes
+            self._stagings = [
+                torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(self._num_stagings())
+            ]
         share = self.config.prefill_num_gpus if self.role == "prefill" else self.config.decode_num_gpus
-        return Engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
+        engine = Engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
+        for buffer in self._stagings:
+            Staging(engine.kv, buffer).warm_up()
+        return engine
 
     async def stop(self) -> None:
         """End the sessions and the engine's thread. Idempotent."""

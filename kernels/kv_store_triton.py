@@ -39,16 +39,17 @@ def copy_kernel(
 def triton_gather_blocks(layers: Tensor, block_ids: Tensor) -> Tensor:
     """layers [L, num_blocks, ...], block_ids [n] int64 → [L, n, ...], contiguous."""
     data = torch.empty(len(layers), len(block_ids), *layers.shape[2:], dtype=layers.dtype, device=layers.device)
-    _copy(layers, data, block_ids, scatter=False)
+    copy_pieces(layers, data, block_ids, scatter=False)
     return data
 
 
 def triton_scatter_blocks(layers: Tensor, block_ids: Tensor, data: Tensor) -> None:
     """Write data [L, n, ...] into layers [L, num_blocks, ...]."""
-    _copy(data.contiguous(), layers, block_ids, scatter=True)
+    copy_pieces(data.contiguous(), layers, block_ids, scatter=True)
 
 
-def _copy(source: Tensor, destination: Tensor, block_ids: Tensor, *, scatter: bool) -> None:
+def copy_pieces(source: Tensor, destination: Tensor, block_ids: Tensor, *, scatter: bool) -> None:
+    """Blocks of a pool [L, num_blocks, ...] to or from [L, n, ...], either of which may be a part of a larger one."""
     assert source[0].is_contiguous() and destination[0].is_contiguous()
     numel = source[0, 0].numel()
     if len(block_ids) == 0 or len(source) == 0:

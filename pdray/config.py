@@ -67,9 +67,25 @@ class Config(BaseModel):
     num_decode_workers: Positive = 1
     prefill_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each prefill worker (CUDA)")
     decode_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each decode worker (CUDA)")
+    prefill_device_id: NonNegative | list[NonNegative] | None = Field(
+        None, description="GPU of the prefill workers, or one for each, on a single host; default: as Ray chooses"
+    )
+    decode_device_id: NonNegative | list[NonNegative] | None = Field(
+        None, description="GPU of the decode workers, or one for each, on a single host; default: as Ray chooses"
+    )
     worker_num_cpus: float = Field(0.25, ge=0, description="Ray CPUs that each worker reserves")
-    channel: Literal["auto", "object_store"] = "auto"
+    channel: Literal["auto", "nccl", "object_store"] = Field(
+        "auto", description="how KV blocks travel; auto: nccl between two GPUs, else object_store"
+    )
     transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
+    transfer_staging_bytes: Positive = Field(
+        128 * 1024 * 1024,
+        description="GPU memory for blocks on their way, for each nccl channel of a prefill worker"
+        " and for each decode worker",
+    )
+    nccl_on_one_gpu: bool = Field(
+        False, description="for tests only: let channel nccl join workers that share a GPU, through the loopback device"
+    )
     host: str = Field(
         "",
         description="address workers listen on; default: loopback while the cluster is one node, else the node's own",
@@ -122,9 +138,39 @@ class Config(BaseModel):
             share = getattr(self, name)
             if share > 1:
                 raise ValueError(f"{name} is {share}; tensor parallelism is not there yet: it must be at most 1")
+        self._check_device_ids()
         if self.api_key is not None and not VISIBLE_ASCII.fullmatch(self.api_key.get_secret_value()):
             raise ValueError("api_key must be one or more visible ASCII characters, without spaces")
         return self
+
+    def _check_device_ids(self) -> None:
+        used: dict[int, float] = {}
+        for role, count in (("prefill", self.num_prefill_workers), ("decode", self.num_decode_workers)):
+            ids, name = getattr(self, f"{role}_device_ids"), f"{role}_device_id"
+            if ids is None or (role == "prefill" and self.mode == "colocated"):
+                continue
+            if self.device == "cpu":
+                raise ValueError(f"{name} names a GPU, but device is cpu; remove one of them")
+            if len(ids) != count:
+                raise ValueError(f"{name} names {len(ids)} GPUs for {count} {role} workers; give one, or one for each")
+            for device_id in ids:
+                used[device_id] = used.get(device_id, 0.0) + getattr(self, f"{role}_num_gpus")
+        for device_id, share in used.items():
+            if share > 1 + 1e-6:
+                raise ValueError(
+                    f"GPU {device_id} is to hold {share:g} GPUs' worth of workers; lower prefill_num_gpus or "
+                    "decode_num_gpus, or name other GPUs in prefill_device_id or decode_device_id"
+                )
+
+    @property
+    def prefill_device_ids(self) -> list[int] | None:
+        """One for each prefill worker; None: as Ray chooses."""
+        return _for_each(self.prefill_device_id, self.num_prefill_workers)
+
+    @property
+    def decode_device_ids(self) -> list[int] | None:
+        """One for each decode worker; None: as Ray chooses."""
+        return _for_each(self.decode_device_id, self.num_decode_workers)
 
     @property
     def model_name(self) -> str:
@@ -137,3 +183,7 @@ class Config(BaseModel):
         if self.api_key is not None:
             digest.update(self.api_key.get_secret_value().encode())
         return digest.hexdigest()[:16]
+
+
+def _for_each(device_id: int | list[int] | None, count: int) -> list[int] | None:
+    return [device_id] * count if isinstance(device_id, int) else device_id

@@ -130,7 +130,9 @@ def test_bad_sampling_value_is_named() -> None:
         parse_sampling("--top-p", "2")
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline", "bench transfer"]
+)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         cli.main([*command.split(), "--help"])

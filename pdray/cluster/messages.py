@@ -9,7 +9,7 @@ in seconds, measured by the sender on its own clock; no message holds a time of 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -67,6 +67,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         worker_id: stable name, e.g. "decode-0"; a restarted worker keeps it.
         incarnation: changes with every process that takes the name.
         fingerprint: of weights, dtype, block size and KV layout; peers must agree.
+        gpu: names the physical GPU, "" on CPU. nccl: NCCL's version, "" if this process cannot use it.
     """
 
     worker_id: str
@@ -81,6 +82,21 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     num_blocks: int
     block_size: int
     max_model_len: int
+    gpu: str = ""
+    nccl: str = ""
+
+
+class ChannelOffer(msgspec.Struct, frozen=True):
+    """What a decode worker answers to a prefill worker that is to connect to it.
+
+    Attributes:
+        unique_id: of the nccl channel's communicator; opaque.
+        piece_bytes: what one transfer of it holds at most.
+    """
+
+    kind: Literal["nccl", "object_store"]
+    unique_id: Any = None
+    piece_bytes: int = 0
 
 
 class WorkerIdentity(msgspec.Struct, frozen=True):
@@ -319,7 +335,60 @@ class PutAborted(LegMessage, frozen=True):
     """No put of this leg is in flight and none will start: a quarantine may end."""
 
 
+class OpenChannel(Message, frozen=True):
+    """The sender enters the init of the communicator that was offered for this epoch; so should the receiver."""
+
+    epoch: int
+
+
+class Staged(LegMessage, frozen=True):
+    """The beginning of a put lies in the sender's staging: asks for a grant.
+
+    Attributes:
+        seq: numbers the puts of one channel.
+        first_layer, last_layer: half-open range.
+        block_ids: the receiver's blocks. None at all: a probe of the channel, of no leg.
+    """
+
+    epoch: int
+    seq: int
+    first_layer: int
+    last_layer: int
+    block_ids: list[int]
+
+
 # --- decode worker → prefill worker -------------------------------------------------------------
+
+
+class GrantTransfers(Message, frozen=True):
+    """The receiver receives these puts now, in this order, and nothing else from anyone until it has them."""
+
+    epoch: int
+    seqs: list[int]
+
+
+class RefuseTransfer(Message, frozen=True):
+    """The lease does not stand: the put is dropped where it is staged."""
+
+    epoch: int
+    seq: int
+
+
+class TransferDone(Message, frozen=True):
+    """Attributes:
+    written: False if the lease ended before all of it was in the pool.
+    """
+
+    epoch: int
+    seq: int
+    written: bool
+
+
+class ChannelFailed(Message, frozen=True):
+    """The receiver has given this epoch's channel up."""
+
+    epoch: int
+    reason: str
 
 
 class BeginPutReply(LegMessage, frozen=True):
@@ -334,6 +403,7 @@ RouterToWorker = LeaseRequest | RenewLeases | CloseLease | PrefillRequest | Canc
 WorkerToRouter = (
     LeaseGranted | LeaseDenied | LeaseClosed | Tokens | CreditUpdate | FirstTokens | PrefillFailed | Pong | PrefixUpdate
 )
-PrefillToDecode = BeginPut | PutDone | PutAborted
-DecodeToPrefill = BeginPutReply | AbortPut
+PrefillToDecode = BeginPut | PutDone | PutAborted | OpenChannel | Staged
+ChannelReply = GrantTransfers | RefuseTransfer | TransferDone | ChannelFailed
+DecodeToPrefill = BeginPutReply | AbortPut | ChannelReply
 AnyMessage = RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
+from pdray.cluster.messages import ChannelReply
 from pdray.errors import TransferError
 from pdray.transfer.channel import Put, PutResult, SendChannel
 
@@ -30,6 +31,7 @@ class FaultInjectingChannel:
 
     def __init__(self, inner: SendChannel, plan: Callable[[int, Put], Fault | None]) -> None:
         self.epoch = inner.epoch
+        self.kind = inner.kind
         self._inner = inner
         self._plan = plan
         self._num_puts = 0
@@ -57,6 +59,9 @@ class FaultInjectingChannel:
             self._timers.append(timer)
             timer.start()
         return future
+
+    def on_message(self, message: ChannelReply) -> None:
+        self._inner.on_message(message)
 
     def _forward(self, put: Put, future: Future[PutResult]) -> None:
         def settle(inner: Future[PutResult]) -> None:

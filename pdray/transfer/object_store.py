@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from pdray.cluster.messages import ChannelReply
 from pdray.errors import TransferError
 from pdray.kernels.kv_store import gather_blocks
 from pdray.transfer.channel import Put, PutResult
+from pdray.transfer.streams import CudaStream
 
 
 def blocks_to_array(blocks: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -35,8 +37,8 @@ class ObjectStoreChannel:
     """SendChannel over Ray's object store.
 
     Contract: put() returns at once; one thread copies and submits in order, so puts arrive in the
-    order they were made; the future completes on a Ray thread when the receiver has answered. No
-    stream and no staging beyond Ray's object store.
+    order they were made; the future completes on a Ray thread when the receiver has answered. Copies
+    from a GPU have a stream of their own. No staging beyond Ray's object store.
 
     Args:
         kv: the sender's pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
@@ -44,11 +46,14 @@ class ObjectStoreChannel:
             (worker_id, epoch, key, layers, destination_blocks, array) and returns whether it wrote.
     """
 
+    kind = "object_store"
+
     def __init__(self, kv: torch.Tensor, worker_id: str, epoch: int, receive_blocks: Any) -> None:
         self.epoch = epoch
         self._kv = kv
         self._worker_id = worker_id
         self._receive_blocks = receive_blocks
+        self._stream = CudaStream(kv.device) if kv.is_cuda else None
         self._closed = False
         self._pending: set[Future[PutResult]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"channel-{worker_id}-{epoch}")
@@ -63,11 +68,14 @@ class ObjectStoreChannel:
         self._thread.submit(self._send, put, future, time.monotonic())
         return future
 
+    def on_message(self, message: ChannelReply) -> None:
+        raise TypeError(f"an object store channel takes no {type(message).__name__}")
+
     def _send(self, put: Put, future: Future[PutResult], started: float) -> None:
         try:
             if self._closed:
                 raise TransferError(f"channel of epoch {self.epoch} is closed")
-            array = blocks_to_array(gather_blocks(self._kv, put.layers, put.source_blocks).cpu())
+            array = blocks_to_array(self._read(put))
             call = self._receive_blocks.remote(
                 self._worker_id,
                 self.epoch,
@@ -79,6 +87,16 @@ class ObjectStoreChannel:
             call.future().add_done_callback(lambda reply: self._settle(future, reply, array.nbytes, started))
         except Exception as error:
             self._resolve(future.set_exception, TransferError(f"put failed: {error}"))
+
+    def _read(self, put: Put) -> torch.Tensor:
+        """The put's blocks on the host."""
+        if self._stream is None:
+            return gather_blocks(self._kv, put.layers, put.source_blocks)
+        if put.ready is not None:
+            self._stream.wait(put.ready)
+        blocks: list[torch.Tensor] = []
+        self._stream.run(lambda: blocks.append(gather_blocks(self._kv, put.layers, put.source_blocks).cpu()))
+        return blocks[0]
 
     def _settle(self, future: Future[PutResult], reply: Future[bool], num_bytes: int, started: float) -> None:
         error = reply.exception()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import pytest
 
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.prefill_worker import PrefillWorker
+from pdray.actors.worker import Worker
 from pdray.cluster.messages import (
     AnyMessage,
     CancelPrefill,
     CloseLease,
+    CreditUpdate,
     FirstTokens,
     LeaseDenied,
     LeaseGranted,
@@ -28,10 +32,16 @@ from pdray.cluster.messages import (
 )
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
-from pdray.errors import HandshakeError
+from pdray.errors import HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
 from pdray.transfer.channel import Put
 from pdray.transfer.fault_injection import Fault, FaultInjectingChannel
+
+_path = Path(__file__).parents[1] / "transfer" / "fake_device.py"
+_spec = importlib.util.spec_from_file_location("fake_device", _path)
+assert _spec is not None and _spec.loader is not None
+fake_device = sys.modules["fake_device"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake_device)
 
 SECRET = b"secret of the test"
 TINY = {
@@ -134,16 +144,21 @@ class Pair:
     """A connected prefill and decode worker, and a router with sessions to both."""
 
     def __init__(self, config: Config) -> None:
+        self.config = config
         self.prefill = PrefillWorker(config, "prefill-0", "p1", SECRET)
         self.decode = DecodeWorker(config, "decode-0", "d1", SECRET)
         self.router = ScriptedRouter()
 
     async def start(self) -> None:
         prefill, decode = await self.prefill.start(), await self.decode.start()
-        await self.decode.accept(prefill, 1)
-        await self.prefill.connect(decode, 1, LocalActor(self.decode))
+        await self.connect(1)
         await self.router.open(prefill)
         await self.router.open(decode)
+
+    async def connect(self, epoch: int) -> None:
+        """As the Coordinator does."""
+        offer = await self.decode.accept(self.prefill.info, epoch)
+        await self.prefill.connect(self.decode.info, epoch, offer, LocalActor(self.decode))
 
     async def stop(self) -> None:
         await self.prefill.stop()
@@ -156,11 +171,19 @@ class Pair:
         self.router.sessions["decode-0"].send(message)
         return message.key
 
-    async def start_prefill(self, key: LegKey, prompt: list[int], params: SamplingParams) -> None:
+    async def start_prefill(self, key: LegKey, prompt: list[int], params: SamplingParams, epoch: int = 1) -> None:
         grant = await self.router.first(LeaseGranted, key)
         self.router.sessions["prefill-0"].send(
             PrefillRequest(
-                *key, prompt, params, list(range(params.n)), [], "decode-0", 1, grant.block_ids, grant.num_cached_tokens
+                *key,
+                prompt,
+                params,
+                list(range(params.n)),
+                [],
+                "decode-0",
+                epoch,
+                grant.block_ids,
+                grant.num_cached_tokens,
             )
         )
 
@@ -179,12 +202,17 @@ class Pair:
         assert await self.prefill.check_integrity() == [] and await self.decode.check_integrity() == []
 
 
-@pytest.fixture
-async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
+@pytest.fixture(params=["object_store", "nccl"])
+async def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    """Two workers over the real object store's half, or over the nccl channel's with a fake device under it."""
+    if request.param == "nccl":
+        monkeypatch.setattr(Worker, "_make_transport", lambda self: fake_device.HostTransport(gpu=self.worker_id))
     model = tmp_path / "config.json"
     model.write_text(json.dumps(TINY))
     pair = Pair(
         Config(
+            channel=request.param,
+            transfer_staging_bytes=160_000,
             model=str(model),
             load_format="dummy",
             skip_tokenizer_init=True,
@@ -276,8 +304,12 @@ async def test_no_credit_is_denied_and_announced(pair: Pair) -> None:
     keys = [pair.lease(f"leg-{i}", PROMPT[:20], params, prefill_worker_id=None) for i in range(5)]
     denied = await pair.router.first(LeaseDenied, keys[4])
     assert denied.retriable
+    since = len(pair.router.messages)
     pair.router.sessions["decode-0"].send(CloseLease(*keys[0], "test"))
-    await pair.router.wait(lambda: any(type(m).__name__ == "CreditUpdate" for m in pair.router.messages))
+    told = (CreditUpdate, Tokens)  # the latter if a step ended in between
+    await pair.router.wait(
+        lambda: any(m.credit.free_places for m in pair.router.messages[since:] if isinstance(m, told))
+    )
     too_long = pair.lease("too-long", [1] * 512, params)
     assert not (await pair.router.first(LeaseDenied, too_long)).retriable
     for key in keys[1:]:
@@ -302,4 +334,73 @@ async def test_blocks_that_nobody_accounts_for_are_seen(pair: Pair) -> None:
         assert f"leg-{number}" in problem
         pair.decode.engine.release(key)
         pair.decode.leases._leases.pop(key, None)
+    await pair.quiet()
+
+
+async def finish(pair: Pair, name: str, epoch: int) -> list[int]:
+    """A leg over the pair's channel of that epoch, to its end."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    key = pair.lease(name, PROMPT, params)
+    await pair.start_prefill(key, PROMPT, params, epoch=epoch)
+    await pair.router.wait(lambda: len(pair.router.tokens(key)) == 6)
+    return pair.router.tokens(key)
+
+
+@pytest.mark.parametrize("pair", ["nccl"], indirect=True)
+async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) -> None:
+    """The bytes of a put never come: its leg fails, the workers go on, and the next epoch works."""
+    expected = await finish(pair, "before", 1)
+    pair.prefill.transport.communicators[0].wire.faults = lambda number: False
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    other = [token + 1 for token in PROMPT]
+    key = pair.lease("lost", other, params)
+    await pair.start_prefill(key, other, params)
+    failed = await pair.router.first(PrefillFailed, key)
+    assert "channel" in failed.reason
+    pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
+    async with asyncio.timeout(10):
+        while (await pair.prefill.heartbeat()).get("decode-0") is not None:
+            await asyncio.sleep(0.02)
+    await pair.connect(2)
+    assert await pair.prefill.heartbeat() == {"decode-0": 2}
+    assert await finish(pair, "after", 2) == expected
+    await pair.quiet()
+    assert pair.decode.transport.most_at_once == 1
+
+
+@pytest.mark.parametrize("pair", ["nccl"], indirect=True)
+async def test_a_dead_prefill_worker_leaves_no_blocks_and_its_successor_connects(pair: Pair) -> None:
+    pair.prefill.transport.communicators[0].wire.faults = lambda number: False
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    key = pair.lease("lost", PROMPT, params)
+    await pair.start_prefill(key, PROMPT, params)
+    await pair.router.wait(lambda: pair.prefill.ledger.leg(key) is not None)
+    await pair.prefill.stop()
+    await pair.decode.worker_gone("prefill-0", "p1")
+    pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
+    pair.prefill = PrefillWorker(pair.config, "prefill-0", "p2", SECRET)
+    await pair.prefill.start()
+    await pair.connect(2)
+    await pair.router.open(pair.prefill.info)
+    await finish(pair, "after", 2)
+    await pair.quiet()
+
+
+@pytest.mark.parametrize("pair", ["nccl"], indirect=True)
+async def test_a_probe_that_does_not_arrive_is_no_connection(pair: Pair) -> None:
+    def wire_without_bytes() -> Any:
+        wire = fake_device.Wire()
+        wire.faults = lambda number: False
+        name = f"broken-{len(fake_device.HostTransport.wires)}"
+        fake_device.HostTransport.wires[name] = wire
+        return name
+
+    make = pair.decode.transport.make_unique_id
+    pair.decode.transport.make_unique_id = wire_without_bytes
+    with pytest.raises(TransferError, match="did not get on|gave up"):
+        await pair.connect(2)
+    assert await pair.prefill.heartbeat() == {}
+    pair.decode.transport.make_unique_id = make
+    await pair.connect(3)
+    await finish(pair, "after", 3)
     await pair.quiet()

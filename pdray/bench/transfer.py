@@ -1,0 +1,248 @@
+"""`pdray bench transfer`: how fast KV blocks get from one worker's pool into another's, scattered to scattered.
+
+Each row pushes the same number of blocks of one group of layers per put, from random places of one pool to random
+places of the other: alone (latency), and several at once (rate). What arrived is compared with what was sent.
+
+On GPUs it is the nccl channel between two processes, and the share of what cudaMemcpyPeer reaches between the two;
+with one GPU they share it, through the loopback device, which says nothing about speed. On CPU it is the object store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pdray.bench.peer_process import PeerProcess
+from pdray.errors import ConfigError, PdrayError
+
+if TYPE_CHECKING:
+    from pdray.bench.transfer_peers import PoolSpec, Rate
+
+MIB = 2**20
+START_TIMEOUT_S = 120.0
+
+# (source blocks, destination blocks, seconds, puts at once) -> rate
+Send = Callable[[list[int], list[int], float, int], "Rate"]
+# (seed, source blocks, destination blocks) -> whether exactly that has arrived; then the pool is empty again
+Check = Callable[[int, list[int], list[int]], bool]
+
+
+class Way(NamedTuple):
+    """One way from pool to pool. peer_copy: bytes per second of one large copy between the devices, if it is known."""
+
+    name: str
+    send: Send
+    holds: Check
+    peer_copy: float | None = None
+
+
+class Row(NamedTuple):
+    """Attributes:
+    block_kib: of one layer. put_mib: of one put. share: of cudaMemcpyPeer's rate.
+    """
+
+    block_kib: int
+    num_blocks: int
+    put_mib: float
+    latency_ms: float
+    gb_per_s: float
+    share: float | None
+    is_right: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `pdray bench transfer`."""
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: CUDA where it is")
+    parser.add_argument(
+        "--block-kib", type=int, nargs="+", default=[16, 64], help="a block's KiB in one layer (default: 16 64)"
+    )
+    parser.add_argument(
+        "--num-blocks", type=int, nargs="+", default=[1, 16, 128, 512], help="blocks of a put (default: 1 16 128 512)"
+    )
+    parser.add_argument("--num-layers", type=int, default=8, help="layers of a put (default: 8)")
+    parser.add_argument("--window", type=int, default=8, help="puts at once, for the rate (default: 8)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (default: 1)")
+    parser.add_argument("--staging-mib", type=int, default=128, help="transfer_staging_bytes in MiB (default: 128)")
+    parser.add_argument("--save-result", type=Path, metavar="FILE", help="write the rows as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print a table, save it; 1 if something arrived wrong."""
+    if min(*args.block_kib, *args.num_blocks, args.num_layers, args.window, args.staging_mib) < 1:
+        raise ConfigError("--block-kib, --num-blocks, --num-layers, --window and --staging-mib must be at least 1")
+    rows: list[Row] = []
+    for block_kib in args.block_kib:
+        with _way(args, block_kib) as way:
+            if not rows:
+                print(way.name)
+                print(format_row(TITLES))
+            for num_blocks in args.num_blocks:
+                rows.append(measure(way, block_kib, num_blocks, args))
+                print(format_row(cells(rows[-1])), flush=True)
+    if args.save_result:
+        result = {"way": way.name, "rows": [row._asdict() for row in rows]}
+        args.save_result.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(row.is_right for row in rows) else 1
+
+
+def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace) -> Row:
+    """Warm up, then latency, then rate, then see what has arrived."""
+    rng = random.Random(num_blocks)
+    total = pool_blocks(args)
+    source, destination = (rng.sample(range(1, total), num_blocks) for _ in range(2))
+    way.send(source, destination, 0.0, 1)
+    latency = way.send(source, destination, args.seconds / 2, 1).latency_s
+    rate = way.send(source, destination, args.seconds, args.window)
+    is_right = way.holds(SEED, source, destination)
+    bytes_per_s = rate.num_bytes / rate.seconds
+    put_mib = rate.num_bytes / rate.num_puts / MIB
+    share = None if way.peer_copy is None else bytes_per_s / way.peer_copy
+    return Row(block_kib, num_blocks, put_mib, 1e3 * latency, bytes_per_s / 1e9, share, is_right)
+
+
+SEED = 5
+TITLES = ["block KiB", "blocks", "put MiB", "latency ms", "GB/s", "of peer copy", "right"]
+
+
+def cells(row: Row) -> list[str]:
+    share = "-" if row.share is None else f"{100 * row.share:.0f} %"
+    figures = [f"{row.put_mib:.2f}", f"{row.latency_ms:.2f}", f"{row.gb_per_s:.2f}", share]
+    return [str(row.block_kib), str(row.num_blocks), *figures, "yes" if row.is_right else "NO"]
+
+
+def format_row(texts: list[str]) -> str:
+    return "".join(f"{text:>{max(9, len(title) + 2)}}" for text, title in zip(texts, TITLES, strict=True))
+
+
+def pool_blocks(args: argparse.Namespace) -> int:
+    """Of each pool: as many again as the largest put, so that they lie scattered, and the dummy block."""
+    return 2 * max(args.num_blocks) + 1
+
+
+def _way(args: argparse.Namespace, block_kib: int) -> contextlib.AbstractContextManager[Way]:
+    import torch
+
+    from pdray.bench.transfer_peers import PoolSpec
+
+    use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if use_cuda and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch sees no GPU")
+    spec = PoolSpec(
+        "receiver",
+        args.num_layers,
+        pool_blocks(args),
+        1024 * block_kib,
+        secrets.token_bytes(32),
+        staging_bytes=args.staging_mib * MIB,
+        timeout_s=10.0,
+        device="cuda" if use_cuda else "cpu",
+    )
+    return nccl_way(spec) if use_cuda else object_store_way(spec)
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    everything = ",".join(str(index) for index in range(torch.cuda.device_count()))
+    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",") if gpu]
+
+
+def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
+    """For a sender and a receiver: each sees one GPU, its own if there are two."""
+    from pdray.transfer.nccl import one_gpu_environment
+
+    if len(gpus) >= 2:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:2]]
+    return [{"CUDA_VISIBLE_DEVICES": gpus[0]} | one_gpu_environment(name) for name in ("sender", "receiver")]
+
+
+@contextlib.contextmanager
+def nccl_way(spec: PoolSpec) -> Iterator[Way]:
+    """Two processes, each on its own GPU where there are two."""
+    from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
+
+    environments = peer_environments(visible_gpus())
+    with contextlib.ExitStack() as stack:
+        sender = PeerProcess(SendingPeer, spec._replace(name="sender"), environment=environments[0])
+        stack.callback(sender.stop)
+        receiver = PeerProcess(ReceivingPeer, spec, environment=environments[1])
+        stack.callback(receiver.stop)
+        (gpu, version), (other, _) = (p.call("describe", timeout_s=START_TIMEOUT_S) for p in (sender, receiver))
+        if not version:
+            raise PdrayError("cupy.cuda.nccl is not there: install pdray[cuda12] or pdray[cuda13]")
+        port = receiver.call("start")
+        offer = receiver.call("accept", "sender", 1)
+        sender.call("connect", "receiver", port, 1, offer)
+        sender.call("fill", SEED)
+        peer_copy = None
+        if gpu != other:
+            copier = PeerProcess(PeerCopy)
+            peer_copy = copier.call("measure", timeout_s=START_TIMEOUT_S)
+            copier.stop()
+        name = f"nccl {version}, " + ("two GPUs" if gpu != other else "one GPU, through the loopback device")
+        if peer_copy is not None:
+            name += f", cudaMemcpyPeer {peer_copy / 1e9:.0f} GB/s"
+        yield Way(
+            name,
+            lambda *send: sender.call("send", *send, timeout_s=START_TIMEOUT_S),
+            lambda *blocks: receiver.call("holds", *blocks, timeout_s=START_TIMEOUT_S),
+            peer_copy,
+        )
+
+
+class PeerCopy:
+    """One process that sees two GPUs."""
+
+    def measure(self) -> float:
+        """Bytes per second of the fastest of a few copies of 1 GiB from the first GPU to the second."""
+        import torch
+
+        source, target = (torch.empty(2**30, dtype=torch.uint8, device=f"cuda:{i}") for i in range(2))
+        seconds = []
+        for _ in range(6):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            target.copy_(source, non_blocking=True)
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        return float(len(source) / min(seconds))
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def object_store_way(spec: PoolSpec) -> Iterator[Way]:
+    """This process sends to a Ray actor."""
+    import ray
+    import torch
+
+    from pdray.bench.object_store_peers import ObjectStoreReceiver
+    from pdray.bench.transfer_peers import send_puts
+    from pdray.ray_cluster import start_local
+    from pdray.transfer.object_store import ObjectStoreChannel
+
+    if not ray.is_initialized():
+        start_local(include_dashboard=False)
+    torch.set_num_threads(1)
+    actor: Any = ray.remote(ObjectStoreReceiver).options(num_cpus=0).remote(spec)
+    pool = ray.get(actor.filled.remote(SEED))
+    channel = ObjectStoreChannel(torch.from_numpy(pool.copy()).view(torch.bfloat16), "sender", 1, actor.receive_blocks)
+    try:
+        yield Way(
+            "object store, CPU",
+            lambda *what: asyncio.run(send_puts(channel, range(spec.num_layers), *what)),
+            lambda *blocks: bool(ray.get(actor.holds.remote(*blocks))),
+        )
+    finally:
+        channel.close()
+        ray.kill(actor)

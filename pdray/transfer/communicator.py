@@ -1,0 +1,167 @@
+"""The two ends of a nccl channel's pipe: what a communicator can do, how one is made, and how one is given up.
+
+NCCL's calls can hang for ever when the peer is gone, and only an abort from another thread ends them. An init cannot
+be aborted at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from pdray.errors import TransferError
+from pdray.transfer.streams import Stream
+
+logger = logging.getLogger(__name__)
+
+INIT_TIMEOUT_S = 30.0
+CALL_GRACE_S = 0.2  # calls take microseconds, unless they hang
+SENDER_RANK, RECEIVER_RANK = 0, 1
+
+
+class Communicator(Protocol):
+    """One rank of two. Whatever one sends, the other must receive, in the same order and sizes."""
+
+    def send(self, pointer: int, num_bytes: int, stream: Stream) -> None:
+        """Enqueue a send of device memory, which is in use until the stream has passed it."""
+
+    def recv(self, pointer: int, num_bytes: int, stream: Stream) -> None:
+        """Enqueue a receive into device memory."""
+
+    def abort(self) -> None:
+        """End everything that was enqueued, and the communicator with it. From any thread, also during a call."""
+
+
+class Transport(Protocol):
+    """What the nccl channel needs of the machine; tests put their own in its place.
+
+    Attributes:
+        gpu: names the physical GPU. version: both ends must have the same.
+    """
+
+    gpu: str
+    version: str
+
+    def make_unique_id(self) -> Any:
+        """Names a new pair of ranks: opaque, to be handed to the peer."""
+        ...
+
+    def connect(self, unique_id: Any, rank: int) -> Communicator:
+        """Blocks until the other rank has come too."""
+        ...
+
+    def new_stream(self) -> Stream: ...
+
+
+class GuardedCommunicator:
+    """A communicator that no call reaches any more once close() has begun."""
+
+    def __init__(self, inner: Communicator) -> None:
+        self._inner = inner
+        self._condition = threading.Condition()
+        self._num_calls = 0
+        self._closed = False
+        self._aborted = threading.Event()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def send(self, pointer: int, num_bytes: int, stream: Stream) -> None:
+        """See Communicator.
+
+        Raises:
+            TransferError: it is closed, or was while this call ran.
+        """
+        with self._call():
+            self._inner.send(pointer, num_bytes, stream)
+
+    def recv(self, pointer: int, num_bytes: int, stream: Stream) -> None:
+        """See send()."""
+        with self._call():
+            self._inner.recv(pointer, num_bytes, stream)
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        with self._condition:
+            self._check()
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._num_calls -= 1
+                self._condition.notify_all()
+        self._check()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise TransferError("the communicator is closed")
+
+    def close(self) -> None:
+        """Refuse what follows, abort what runs. Idempotent; returns when it is done. Takes about half a second."""
+        with self._condition:
+            first, self._closed = not self._closed, True
+            if first:
+                self._condition.wait_for(lambda: not self._num_calls, CALL_GRACE_S)
+        if first:
+            try:
+                self._inner.abort()
+            finally:
+                self._aborted.set()
+        self._aborted.wait()
+
+
+async def open_communicator(
+    connect: Callable[[], Communicator],
+    *,
+    timeout_s: float = INIT_TIMEOUT_S,
+    on_stuck: Callable[[str], None] | None = None,
+) -> GuardedCommunicator:
+    """Call ``connect`` on a thread of its own.
+
+    Args:
+        on_stuck: called if it has not returned after timeout_s; default: this process ends, because the thread would
+            hold the device, and there is no way to end it.
+
+    Raises:
+        TransferError: it failed, or is stuck and on_stuck has returned.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[GuardedCommunicator] = loop.create_future()
+
+    def settle(communicator: GuardedCommunicator | None, error: Exception | None) -> None:
+        if done.done():  # nobody waits any more
+            if communicator is not None:
+                threading.Thread(target=communicator.close, name="nccl-late", daemon=True).start()
+        elif communicator is not None:
+            done.set_result(communicator)
+        else:
+            done.set_exception(TransferError(f"no communicator: {error!r}"))
+
+    def run() -> None:
+        communicator, failure = None, None
+        try:
+            communicator = GuardedCommunicator(connect())
+        except Exception as error:
+            failure = error
+        loop.call_soon_threadsafe(settle, communicator, failure)
+
+    threading.Thread(target=run, name="nccl-init", daemon=True).start()
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await done
+    except TimeoutError:
+        text = f"NCCL's init has not returned after {timeout_s:g} s"
+        (on_stuck or _end_process)(text)
+        raise TransferError(text) from None
+
+
+def _end_process(reason: str) -> None:
+    logger.critical("%s: this process ends, and the Coordinator starts another", reason)
+    os._exit(1)

@@ -1,0 +1,259 @@
+"""The decode worker's half of the nccl channels: one receiver for all its prefill workers.
+
+Senders say what they have staged; the receiver grants one sender's puts at a time, posts the receives with the
+grant, and grants again when it has them. So no device ever holds two receives that wait for different senders, and
+whatever is posted has its data on the way: nothing can wait in a circle, however many pairs share a GPU.
+
+This class belongs to the event loop's thread, where the leases are; the device belongs to a ReceiveThread. Each piece
+goes thread → loop (may it be written?) → thread (unpack) → loop (it is written).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdray.cluster.messages import AnyMessage, ChannelFailed, GrantTransfers, RefuseTransfer, Staged, TransferDone
+from pdray.errors import TransferError
+from pdray.transfer.channel import BlockSink
+from pdray.transfer.communicator import Communicator, open_communicator
+from pdray.transfer.receive_thread import Arrival, Link, ReceiveThread, Transfer
+from pdray.transfer.staging import RING_PIECES, Staging
+from pdray.transfer.streams import Stream
+
+
+@dataclass(eq=False, slots=True)
+class _Sender:
+    """A prefill worker in one epoch. link is None until its communicator is there."""
+
+    worker_id: str
+    epoch: int
+    send: Callable[[AnyMessage], None]
+    link: Link | None = None
+    waiting: deque[Staged] = field(default_factory=deque)
+
+
+class NcclReceiver:
+    """See the module.
+
+    Args:
+        staging: this receiver's alone.
+        sink: asked before a put is granted, and again before each piece of it is written.
+        timeout_s: a granted transfer that does not get on for so long ends its channel.
+        on_fatal: called if the device cannot be relied on any more.
+
+    Attributes:
+        piece_bytes: for the offer to senders.
+    """
+
+    def __init__(
+        self,
+        staging: Staging,
+        new_stream: Callable[[], Stream],
+        sink: BlockSink,
+        *,
+        name: str,
+        timeout_s: float,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.piece_bytes = staging.piece_bytes
+        self._staging = staging
+        self._new_stream = new_stream
+        self._sink = sink
+        self._on_fatal = on_fatal
+        self._senders: dict[str, _Sender] = {}
+        self._turns: deque[str] = deque()  # worker ids; whose turn is next stands first
+        self._granted: Link | None = None
+        self._num_writing: dict[Hashable, int] = {}  # pieces that are being unpacked, by leg
+        self._after_written: dict[Hashable, list[Callable[[], None]]] = {}
+        loop = asyncio.get_running_loop()
+        self._thread = ReceiveThread(
+            staging,
+            new_stream(),
+            self,
+            name=name,
+            timeout_s=timeout_s,
+            call_soon=lambda call: _call_soon(loop, call),
+        )
+
+    async def join(
+        self,
+        worker_id: str,
+        epoch: int,
+        connect: Callable[[], Communicator],
+        send: Callable[[AnyMessage], None],
+        *,
+        on_stuck: Callable[[str], None] | None = None,
+    ) -> None:
+        """Enter the communicator of a sender's new epoch, and serve it. Its older one must have been closed.
+
+        If that fails the sender is told (ChannelFailed).
+
+        Args:
+            connect, on_stuck: see open_communicator(). send: hands the sender a message; does nothing once it is gone.
+        """
+        assert worker_id not in self._senders, worker_id
+        sender = self._senders[worker_id] = _Sender(worker_id, epoch, send)
+        self._turns.append(worker_id)
+        try:
+            communicator = await open_communicator(connect, on_stuck=on_stuck)
+        except TransferError as error:
+            if self._is_current(sender):
+                self._forget(sender)
+                send(ChannelFailed(epoch, str(error)))
+            return
+        if not self._is_current(sender):
+            await asyncio.to_thread(communicator.close)
+            return
+        sender.link = Link(worker_id, epoch, communicator, self._new_stream())
+        self._grant_next()
+
+    def on_staged(self, worker_id: str, message: Staged) -> None:
+        """A sender has staged a put. What belongs to another epoch is ignored."""
+        sender = self._senders.get(worker_id)
+        if sender is not None and sender.epoch == message.epoch:
+            sender.waiting.append(message)
+            self._grant_next()
+
+    def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
+        """End a sender's channel, if there is one: at once for what it says, and with the coroutine's end for what was
+        being written for it."""
+        sender = self._senders.get(worker_id)
+        if sender is not None:
+            self._forget(sender)
+        return self._end_link(None if sender is None else sender.link)
+
+    async def _end_link(self, link: Link | None) -> None:
+        if link is not None:
+            await asyncio.to_thread(self._thread.give_up, link, "closed")
+        await self.settle()
+
+    def senders(self) -> list[str]:
+        """Whose channels are open."""
+        return [sender.worker_id for sender in self._senders.values() if sender.link is not None]
+
+    async def settle(self) -> None:
+        """Return when the pieces that are being written now are in the pool."""
+        loop = asyncio.get_running_loop()
+        for key in list(self._num_writing):
+            done = loop.create_future()
+            self.when_written(key, lambda done=done: done.done() or done.set_result(None))  # type: ignore[misc]
+            await done
+
+    def when_written(self, key: Hashable, call: Callable[[], None]) -> None:
+        """Call once no piece of this leg is being written: now, or later. Its lease must not be freed before."""
+        if key in self._num_writing:
+            self._after_written.setdefault(key, []).append(call)
+        else:
+            call()
+
+    async def close(self) -> None:
+        """End all channels and the thread."""
+        for worker_id in list(self._senders):
+            await self.close_link(worker_id)
+        await asyncio.to_thread(self._thread.stop)
+
+    # grants
+
+    def _grant_next(self) -> None:
+        """Grant the puts of the sender whose turn it is, if nothing is granted."""
+        if self._granted is not None:
+            return
+        for _ in range(len(self._turns)):
+            sender = self._senders[self._turns[0]]
+            self._turns.rotate(-1)
+            transfers = self._take_waiting(sender)
+            if transfers:
+                self._granted = sender.link
+                self._thread.receive(transfers)
+                sender.send(GrantTransfers(sender.epoch, [transfer.staged.seq for transfer in transfers]))
+                return
+
+    def _take_waiting(self, sender: _Sender) -> list[Transfer]:
+        """The sender's next puts that may be written, about as many bytes as the staging holds; refuses the others."""
+        transfers: list[Transfer] = []
+        if sender.link is None:
+            return transfers
+        room = RING_PIECES * self.piece_bytes
+        while sender.waiting and (room > 0 or not transfers):
+            staged = sender.waiting.popleft()
+            if staged.block_ids and not self._sink.may_write(staged.key, sender.worker_id, sender.epoch):
+                sender.send(RefuseTransfer(sender.epoch, staged.seq))
+                continue
+            pieces = []
+            if staged.block_ids:
+                layers = range(staged.first_layer, staged.last_layer)
+                pieces = self._staging.split(layers, len(staged.block_ids), self.piece_bytes)
+            room -= sum(self._staging.num_bytes(piece) for piece in pieces)
+            transfers.append(Transfer(sender.link, staged, pieces, len(pieces)))
+        return transfers
+
+    # what the thread tells
+
+    def arrived(self, arrival: Arrival) -> None:
+        transfer, link = arrival.transfer, arrival.transfer.link
+        key = transfer.staged.key
+        if link.error is None and not transfer.refused and self._sink.may_write(key, link.name, link.epoch):
+            self._num_writing[key] = self._num_writing.get(key, 0) + 1
+            self._thread.unpack(arrival)
+        else:
+            transfer.refused = True
+            self._thread.discard(arrival)
+            self._piece_done(transfer)
+
+    def written(self, arrival: Arrival) -> None:
+        key = arrival.transfer.staged.key
+        self._piece_done(arrival.transfer)
+        self._num_writing[key] -= 1
+        if not self._num_writing[key]:
+            del self._num_writing[key]
+            for call in self._after_written.pop(key, []):
+                call()
+
+    def probed(self, arrival: Arrival) -> None:
+        self._done(arrival.transfer, not arrival.transfer.refused)
+
+    def grant_ended(self) -> None:
+        self._granted = None
+        self._grant_next()
+
+    def link_failed(self, link: Link, reason: str) -> None:
+        sender = self._senders.get(link.name)
+        if sender is not None and sender.link is link:
+            self._forget(sender)
+            sender.send(ChannelFailed(link.epoch, reason))
+
+    def failed(self, error: BaseException) -> None:
+        self._on_fatal(error)
+        self._num_writing.clear()  # nobody is to wait for what never comes
+        for calls in list(self._after_written.values()):
+            for call in calls:
+                call()
+
+    def _piece_done(self, transfer: Transfer) -> None:
+        transfer.num_left -= 1
+        if not transfer.num_left:
+            link = transfer.link
+            counts = not transfer.refused and self._sink.put_received(transfer.staged.key, link.name, link.epoch)
+            self._done(transfer, counts)
+
+    def _done(self, transfer: Transfer, written: bool) -> None:
+        sender = self._senders.get(transfer.link.name)
+        if sender is not None and sender.link is transfer.link:
+            sender.send(TransferDone(sender.epoch, transfer.staged.seq, written))
+
+    def _is_current(self, sender: _Sender) -> bool:
+        return self._senders.get(sender.worker_id) is sender
+
+    def _forget(self, sender: _Sender) -> None:
+        del self._senders[sender.worker_id]
+        self._turns.remove(sender.worker_id)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """A loop that has been closed belongs to a worker that has ended: nobody is to hear it."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)

@@ -1,0 +1,188 @@
+"""A receiver and any number of senders on one event loop, over fake devices (see fake_device.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from collections.abc import AsyncIterator, Hashable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdray.cluster.messages import AnyMessage, LegKey, Staged
+from pdray.transfer.channel import Put, PutResult
+from pdray.transfer.communicator import RECEIVER_RANK, SENDER_RANK, open_communicator
+from pdray.transfer.nccl_receiver import NcclReceiver
+from pdray.transfer.nccl_sender import NcclSendChannel
+from pdray.transfer.staging import INDEX_BYTES, MAX_PIECE_BLOCKS, RING_PIECES, Staging
+
+_spec = importlib.util.spec_from_file_location("fake_device", Path(__file__).with_name("fake_device.py"))
+assert _spec is not None and _spec.loader is not None
+fake_device = sys.modules["fake_device"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake_device)
+
+NUM_LAYERS, NUM_BLOCKS = 6, 60
+BLOCK = (2, 4, 2, 8)  # keys and values, block_size, heads, head_dim
+BLOCK_BYTES = 2 * 4 * 2 * 8 * 4
+PIECE_BYTES = 16 * BLOCK_BYTES
+STAGING_BYTES = RING_PIECES * (PIECE_BYTES + MAX_PIECE_BLOCKS * INDEX_BYTES + 1024)
+TIMEOUT_S = 5.0
+
+
+def make_pool(fill: float | None = None) -> torch.Tensor:
+    shape = (NUM_LAYERS, NUM_BLOCKS, *BLOCK)
+    return torch.randn(shape) if fill is None else torch.full(shape, fill)
+
+
+class Leases:
+    """A BlockSink over a set of open leases."""
+
+    def __init__(self) -> None:
+        self.open: set[Hashable] = set()
+        self.received: list[Hashable] = []
+        self.questions: list[Hashable] = []
+        self.closes_after: int | None = None  # questions until every lease ends
+
+    def may_write(self, key: Hashable, worker_id: str, epoch: int) -> bool:
+        self.questions.append(key)
+        if self.closes_after is not None and len(self.questions) > self.closes_after:
+            self.open.clear()
+        return key in self.open
+
+    def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
+        if key in self.open:
+            self.received.append(key)
+        return key in self.open
+
+    def receive(self, worker_id: str, epoch: int, put: Put, blocks: torch.Tensor) -> bool:
+        raise AssertionError("nccl channels bring pieces")
+
+
+class Sender:
+    """One prefill worker: its pool, its staging, and a channel for each epoch."""
+
+    def __init__(self, world: World, name: str, timeout_s: float = TIMEOUT_S) -> None:
+        self.world = world
+        self.name = name
+        self.timeout_s = timeout_s
+        self.pool = make_pool()
+        self.transport = fake_device.HostTransport(gpu=name)
+        self.buffer = torch.zeros(STAGING_BYTES, dtype=torch.uint8)
+        self.epoch = 0
+        self.failures: list[str] = []
+        self.replies: list[AnyMessage] = []
+        self.channel: NcclSendChannel
+
+    @property
+    def wire(self) -> Any:
+        return self.transport.communicators[-1].wire
+
+    async def connect(self) -> None:
+        """A channel in the next epoch, probed."""
+        self.epoch += 1
+        world, loop = self.world, asyncio.get_running_loop()
+        unique_id = world.transport.make_unique_id()
+        await world.receiver.close_link(self.name)
+        joining = loop.create_task(
+            world.receiver.join(
+                self.name, self.epoch, lambda: world.transport.connect(unique_id, RECEIVER_RANK), self.take
+            )
+        )
+        communicator = await open_communicator(lambda: self.transport.connect(unique_id, SENDER_RANK))
+        self.channel = NcclSendChannel(
+            Staging(self.pool, self.buffer),
+            communicator,
+            self.transport.new_stream,
+            name=self.name,
+            epoch=self.epoch,
+            piece_bytes=world.receiver.piece_bytes,
+            timeout_s=self.timeout_s,
+            send=lambda message: loop.call_soon_threadsafe(self.deliver, message),
+            on_failed=self.failures.append,
+        )
+        await joining
+        assert (await asyncio.wrap_future(self.channel.probe())).accepted
+
+    def deliver(self, message: AnyMessage) -> None:
+        assert isinstance(message, Staged)
+        self.world.staged.append(message)
+        self.world.receiver.on_staged(self.name, message)
+
+    def take(self, message: AnyMessage) -> None:
+        self.replies.append(message)
+        self.channel.on_message(message)  # type: ignore[arg-type]
+
+    def put(
+        self, number: int, layers: range, source: list[int], destination: list[int], **more: Any
+    ) -> Future[PutResult]:
+        return self.channel.put(Put(LegKey(f"{self.name}-{number}", 0), layers, source, destination, **more))
+
+    def lease(self, number: int) -> LegKey:
+        key = LegKey(f"{self.name}-{number}", 0)
+        self.world.leases.open.add(key)
+        return key
+
+
+class World:
+    """The decode worker, and who sends to it."""
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self.pool = make_pool(0.0)
+        self.leases = Leases()
+        self.transport = fake_device.HostTransport(gpu="decode")
+        self.staged: list[Staged] = []
+        self.fatal: list[BaseException] = []
+        self.senders: list[Sender] = []
+        self.staging = Staging(self.pool, torch.zeros(STAGING_BYTES, dtype=torch.uint8))
+        self.receiver = NcclReceiver(
+            self.staging,
+            self.transport.new_stream,
+            self.leases,
+            name="decode",
+            timeout_s=timeout_s,
+            on_fatal=self.fatal.append,
+        )
+        self.unpack_stream = self.transport.streams[0]
+
+    async def sender(self, name: str, **more: Any) -> Sender:
+        sender = Sender(self, name, **more)
+        self.senders.append(sender)
+        await sender.connect()
+        return sender
+
+    async def close(self) -> None:
+        for sender in self.senders:
+            await asyncio.to_thread(sender.channel.close)
+            await self.receiver.close_link(sender.name)
+        async with asyncio.timeout(5):
+            while len(self.staging.ring):  # else staging leaks
+                await asyncio.sleep(0.002)
+        await self.receiver.close()
+
+    def check(self) -> None:
+        """What must hold after every test."""
+        assert self.fatal == []
+        streams = [*self.transport.streams, *(s for sender in self.senders for s in sender.transport.streams)]
+        assert [error for stream in streams for error in stream.errors] == []
+        assert self.transport.most_at_once <= 1, "receives of two senders were posted at once"
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = World()
+    yield world
+    await world.close()
+    world.check()
+
+
+@pytest.fixture
+async def hasty() -> AsyncIterator[World]:
+    """A world with a short deadline."""
+    world = World(timeout_s=0.3)
+    yield world
+    await world.close()
+    world.check()
