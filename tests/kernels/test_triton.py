@@ -1,7 +1,7 @@
 """Runs every *_cases.py in Triton's interpreter, and on the GPU where there is one.
 
-In processes of their own, because TRITON_INTERPRET must be set before triton is imported. The interpreter's bfloat16
-``tl.dot`` is wrong, so that dtype is checked on a GPU only.
+In processes of their own, which conftest.py starts: TRITON_INTERPRET must be set before triton is imported. The
+interpreter's bfloat16 ``tl.dot`` is wrong, so that dtype is checked on a GPU only.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,28 +20,27 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES = sorted(path.name for path in Path(__file__).parent.glob("*_cases.py"))
 
 
-def run_cases(name: str, *, interpret: bool) -> None:
+def assert_passed(process: subprocess.Popen[str]) -> None:
     """Each check of the file prints that it has passed."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if interpret else "0"}
-    command = [sys.executable, str(Path(__file__).parent / name)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = result.stdout.splitlines()
-    assert len(lines) > 1 and all(line.endswith(" passed") for line in lines)
+    output, _ = process.communicate(timeout=280)
+    lines = output.splitlines()
+    assert process.returncode == 0 and len(lines) > 1 and all(line.endswith(" passed") for line in lines), output
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("name", CASES)
-def test_in_the_interpreter(name: str) -> None:
-    run_cases(name, interpret=True)
+@pytest.mark.parametrize("interpreted", CASES)
+def test_in_the_interpreter(interpreted: str, interpreting: Callable[[str], subprocess.Popen[str]]) -> None:
+    assert_passed(interpreting(interpreted))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", CASES)
 def test_on_the_gpu(name: str) -> None:
-    run_cases(name, interpret=False)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / name)]
+    assert_passed(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
 
 def test_the_cpu_path_imports_no_triton() -> None:

@@ -1,0 +1,43 @@
+"""Starts the kernel checks in Triton's interpreter before the first test: they take a minute of a core's time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+STARTED: pytest.StashKey[dict[str, subprocess.Popen[str]]] = pytest.StashKey()
+
+
+def start(name: str) -> subprocess.Popen[str]:
+    """A file of checks, in a process of its own: TRITON_INTERPRET must be set before triton is imported."""
+    env = os.environ | {"PYTHONPATH": str(FOLDER.parents[1]), "TRITON_INTERPRET": "1"}
+    command = ["nice", "-n", "10", sys.executable, "-W", "ignore", str(FOLDER / name)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    names = {item.callspec.params["interpreted"] for item in session.items if _is_interpreted(item)}  # type: ignore[attr-defined]
+    can_run = find_spec("triton") is not None and not session.config.option.collectonly
+    session.config.stash[STARTED] = {name: start(name) for name in sorted(names) if can_run}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for process in session.config.stash.get(STARTED, {}).values():
+        process.kill()
+
+
+def _is_interpreted(item: pytest.Item) -> bool:
+    return "interpreted" in getattr(getattr(item, "callspec", None), "params", {})
+
+
+@pytest.fixture
+def interpreting(request: pytest.FixtureRequest) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """The process that was started for a file of checks."""
+    yield lambda name: request.config.stash[STARTED][name]
