@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdray.kernels.attention import AttentionMetadata
+from pdray.kernels.dependent_launch import begin, dependent_launch
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
@@ -111,6 +112,7 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
     place = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
@@ -129,6 +131,7 @@ def prefill_kernel(
     first_row = tl.load(cu_seqlens_q_ptr + sequence)
     query_len = tl.load(cu_seqlens_q_ptr + sequence + 1) - first_row
     tile = place - (first_row - base) // TOKENS - (sequence - num_decodes)
+    begin(DEPENDENT)  # lengths and block tables, above and below, were there before the step's first kernel
     if tile * TOKENS < query_len:
         kv_len = tl.load(seq_lens_ptr + sequence)
         rows = tl.arange(0, ROWS)
@@ -182,6 +185,7 @@ def decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
@@ -197,6 +201,7 @@ def decode_kernel(
     head = kv_head * GROUP + rows
     io_mask = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_row = sequence.to(tl.int64) * stride_q_token + head * stride_q_head
+    begin(DEPENDENT)
     q = tl.load(q_ptr + q_row[:, None] + dims[None, :], mask=io_mask, other=0.0)
 
     visible = tl.zeros([ROWS], tl.int32) + kv_len
@@ -231,8 +236,10 @@ def merge_kernel(
     SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One head of one sequence: the splits' results, weighted by their share of the softmax."""
+    begin(DEPENDENT)
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.arange(0, SPLITS)
@@ -288,7 +295,7 @@ def _launch_prefill(
         meta.block_tables.stride(0),
         GROUP=group, ROWS=rows, BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim,
         BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
     )  # fmt: skip
 
 
@@ -322,13 +329,14 @@ def _launch_decode(
         q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0),
         GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
         BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
     )  # fmt: skip
     if whole:
         return
     merge_kernel[num_heads, batch](
         partial, lse, out, out.stride(0), out.stride(1), num_splits,
         SPLITS=triton.next_power_of_2(num_splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=4,
+        **dependent_launch(q.device),
     )  # fmt: skip
 
 

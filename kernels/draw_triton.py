@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdray.kernels.dependent_launch import begin, dependent_launch
 from pdray.kernels.philox_triton import gumbel, largest_gumbel, philox_uniform
 
 MANY_PROGRAMS = 4096
@@ -40,7 +41,9 @@ def draw_kernel(
     span,  # token ids of a program, a multiple of TILE
     VOCAB_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    begin(DEPENDENT)
     split, row = tl.program_id(0), tl.program_id(1)
     start = split * span
     at = tl.arange(0, TILE)
@@ -77,7 +80,8 @@ def draw_kernel(
 
 
 @triton.jit(do_not_specialize=["num_splits"])
-def merge_kernel(scores_ptr, token_ids_ptr, out_ptr, num_splits, PADDED_SPLITS: tl.constexpr):
+def merge_kernel(scores_ptr, token_ids_ptr, out_ptr, num_splits, PADDED_SPLITS: tl.constexpr, DEPENDENT: tl.constexpr):
+    begin(DEPENDENT)
     row = tl.program_id(0)
     split = tl.arange(0, PADDED_SPLITS)
     mask = split < num_splits
@@ -103,13 +107,14 @@ def triton_draw_tokens(
     span = span or choose_span(num_rows, vocab_size)
     num_warps = 4 if span == SHORT_SPAN else 1
     num_splits = triton.cdiv(vocab_size, span)
+    launch = dependent_launch(logits.device)
     scores = torch.empty((num_rows, num_splits), dtype=torch.float32, device=logits.device)
     token_ids = torch.empty((num_rows, num_splits), dtype=torch.int32, device=logits.device)
     draw_kernel[(num_splits, num_rows)](
         logits, temperature, seeds, positions, scores, token_ids, logits.stride(0), span,
-        VOCAB_SIZE=vocab_size, TILE=num_warps * IDS_PER_WARP, num_warps=num_warps,
+        VOCAB_SIZE=vocab_size, TILE=num_warps * IDS_PER_WARP, num_warps=num_warps, **launch,
     )  # fmt: skip
     merge_kernel[(num_rows,)](
         scores, token_ids, out, num_splits,
-        PADDED_SPLITS=triton.next_power_of_2(triton.cdiv(vocab_size, SHORT_SPAN)), num_warps=1,
+        PADDED_SPLITS=triton.next_power_of_2(triton.cdiv(vocab_size, SHORT_SPAN)), num_warps=1, **launch,
     )  # fmt: skip

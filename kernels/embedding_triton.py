@@ -8,9 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdray.kernels.dependent_launch import begin, dependent_launch
+
 
 @triton.jit
-def embed_kernel(ids_ptr, table_ptr, sampled_ptr, out_ptr, WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr):
+def embed_kernel(
+    ids_ptr,
+    table_ptr,
+    sampled_ptr,
+    out_ptr,
+    WIDTH: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    begin(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     token_id = tl.load(ids_ptr + token)
     late = tl.load(sampled_ptr + (-1 - token_id), mask=token_id < 0, other=0)
@@ -31,5 +42,6 @@ def triton_embed(input_ids: Tensor, table: Tensor, sampled: Tensor) -> Tensor:
         embed_kernel[(num_tokens,)](
             input_ids, table, sampled, out,
             WIDTH=width, PADDED_WIDTH=padded, num_warps=4 if padded <= 2048 else 8,
+            **dependent_launch(table.device),
         )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdray.kernels.dependent_launch import begin, dependent_launch
 from pdray.kernels.draw_triton import lowest_best
 from pdray.kernels.philox_triton import gumbel, philox_uniform
 
@@ -122,7 +123,9 @@ def draw_filtered_kernel(
     HAS_MIN_P: tl.constexpr,
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    begin(DEPENDENT)
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_row
     temperature = tl.load(temperature_ptr + row)
@@ -215,5 +218,5 @@ def triton_draw_filtered(
             logits, temperature, seeds, positions, min_p, top_k, top_p, out, logits.stride(0),
             VOCAB_SIZE=vocab_size, TILE=TILE, SHIFT=KEY_SHIFT[logits.dtype],
             HAS_MIN_P=min_p is not None, HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None,
-            num_warps=num_warps,
+            num_warps=num_warps, **dependent_launch(logits.device),
         )  # fmt: skip

@@ -13,25 +13,42 @@ PACKED_ROW_MULTIPLE = 4
 LARGEST_STREAMED_WEIGHT = 65536  # rows; beyond it cuBLAS reads as fast as an H100's memory gives
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [M, K] @ weight [N, K]^T + bias [N] -> [M, N]; ``weight`` may come from pack_weight.
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [M, K] @ weight [N, K]^T + bias [N], + residual -> [M, N]; ``weight`` may come from pack_weight.
 
     On CPU, M is padded to a multiple of 8 (packed: 4), so that a sequence's activations do not depend on what
     else is in the batch. Rows past M are computed and cut off.
+
+    Args:
+        residual: [M, N], contiguous. Its memory may be used for the result: it must not be read afterwards.
     """
     if x.is_cuda:
-        if streams_weight(x, weight):
-            from pdray.kernels.skinny_linear_triton import triton_linear
-
-            return triton_linear(x, weight, bias)
-        return F.linear(x, weight, bias)
+        return _cuda_linear(x, weight, bias, residual)
     rows = x.shape[0]
     packed = weight.is_mkldnn
     padding = -rows % (PACKED_ROW_MULTIPLE if packed else ROW_MULTIPLE)
     if padding:
         x = F.pad(x, (0, 0, 0, padding))
     out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if packed else F.linear(x, weight, bias)
-    return out[:rows] if padding else out
+    if padding:
+        out = out[:rows]
+    return out if residual is None else out.add_(residual)
+
+
+def _cuda_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> torch.Tensor:
+    if streams_weight(x, weight):
+        from pdray.kernels.skinny_linear_triton import triton_linear
+
+        return triton_linear(x, weight, bias, residual)
+    if residual is None:
+        return F.linear(x, weight, bias)
+    if bias is not None:
+        residual += bias
+    return residual.addmm_(x, weight.t())
 
 
 def streams_weight(x: torch.Tensor, weight: torch.Tensor) -> bool:

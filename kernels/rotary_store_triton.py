@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdray.kernels.dependent_launch import begin, dependent_launch
+
 PAIRS = 256  # of elements that a program rotates: enough to fill a GPU with long prompts, small enough for one token
 
 
@@ -30,6 +32,7 @@ def rotate_and_store_kernel(
     HEADS: tl.constexpr,  # of a program
     PADDED_HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -39,12 +42,13 @@ def rotate_and_store_kernel(
     is_query = head < NUM_HEADS
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     source = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * (2 * HALF) + at
-    first = tl.load(source, mask=mask, other=0.0)
-    second = tl.load(source + HALF, mask=mask, other=0.0)
     slot = tl.load(slot_mapping_ptr + token)
     angle = tl.load(positions_ptr + token) * HALF + at
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    begin(DEPENDENT)  # the step's inputs, above, were there before its first kernel
+    first = tl.load(source, mask=mask, other=0.0)
+    second = tl.load(source + HALF, mask=mask, other=0.0)
 
     dtype = qkv_ptr.dtype.element_ty
     a, b = first.to(tl.float32), second.to(tl.float32)
@@ -101,5 +105,6 @@ def triton_rotate_and_store(
             qkv, q_norm, k_norm, cos, sin, positions, kv_layer, slot_mapping, q, eps,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, BLOCK_SIZE=block_size,
             HEADS=heads, PADDED_HALF=padded_half, HAS_NORM=q_norm is not None, num_warps=1,
+            **dependent_launch(qkv.device),
         )  # fmt: skip
     return q

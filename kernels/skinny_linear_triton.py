@@ -10,14 +10,14 @@ Measured with 2 to 16 rows, padded to 16 for tl.dot: no faster than cuBLAS and t
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from pdray.kernels.dependent_launch import begin, dependent_launch
 
 
 class Tiles(NamedTuple):
@@ -29,21 +29,10 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def load_normed(
-    x_ptr,
-    residual_ptr,
-    norm_ptr,
-    k,
-    mask,
-    scale,  # 1 / rms
-    HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """x, or norm(x + residual), at columns k, rounded wherever layernorm.py rounds."""
+def load_normed(x_ptr, norm_ptr, k, mask, scale, HAS_NORM: tl.constexpr):
+    """x, or norm(x), at columns k, rounded wherever layernorm.py rounds. scale: 1 / rms."""
     dtype = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + k, mask=mask, other=0.0)
-    if HAS_RESIDUAL:
-        x = (x.to(tl.float32) + tl.load(residual_ptr + k, mask=mask, other=0.0).to(tl.float32)).to(dtype)
     if HAS_NORM:
         weight = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
         x = ((x.to(tl.float32) * scale).to(dtype).to(tl.float32) * weight).to(dtype)
@@ -53,11 +42,10 @@ def load_normed(
 @triton.jit
 def one_row_kernel(
     x_ptr,
-    residual_ptr,
-    residual_out_ptr,
     norm_ptr,
     weight_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     eps,
     N: tl.constexpr,  # of out
@@ -78,19 +66,14 @@ def one_row_kernel(
     up = w
     if GATED:
         up = tl.load(w_ptr + N * K, mask=mask, other=0.0)
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
+    begin(DEPENDENT)
     scale = 1.0
     if HAS_NORM:
         total = tl.zeros([BLOCK_K], tl.float32)
         for start in tl.static_range(0, K, BLOCK_K):
             inside = start + k < K
-            x = load_normed(x_ptr, residual_ptr, norm_ptr, start + k, inside, 1.0, False, HAS_RESIDUAL)
-            if HAS_RESIDUAL:  # noqa: SIM102 (a constant, then a value)
-                if tl.program_id(0) == 0:
-                    tl.store(residual_out_ptr + start + k, x, mask=inside)
-            total += x.to(tl.float32) * x.to(tl.float32)
+            x = tl.load(x_ptr + start + k, mask=inside, other=0.0).to(tl.float32)
+            total += x * x
         scale = tl.rsqrt(tl.sum(total, 0) / K + eps)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_up = acc
@@ -101,7 +84,7 @@ def one_row_kernel(
             w = tl.load(w_ptr + start, mask=mask, other=0.0)
             if GATED:
                 up = tl.load(w_ptr + N * K + start, mask=mask, other=0.0)
-        x = load_normed(x_ptr, residual_ptr, norm_ptr, start + k, inside, scale, HAS_NORM, HAS_RESIDUAL)
+        x = load_normed(x_ptr, norm_ptr, start + k, inside, scale, HAS_NORM)
         x = x.to(tl.float32)[None, :]
         acc += w.to(tl.float32) * x
         if GATED:
@@ -116,6 +99,8 @@ def one_row_kernel(
             out_up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
         gate = out.to(dtype).to(tl.float32)
         out = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * out_up.to(dtype).to(tl.float32)
+    if HAS_RESIDUAL:
+        out = out.to(dtype).to(tl.float32) + tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, out.to(dtype), mask=n < N)
 
 
@@ -128,16 +113,15 @@ def choose_tiles(n: int, k: int, gated: bool) -> Tiles:
     return Tiles(8, 2048, 8) if n <= 1024 and k > 2048 else Tiles(8, 1024, 4)
 
 
-def triton_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
-    """x [1, K] @ weight [N, K]^T + bias [N], all contiguous, on the current stream."""
-    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    _launch(x, None, None, None, 0.0, weight, bias, out, False, tiles)
-    return out
+def triton_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, tiles: Tiles | None = None
+) -> Tensor:
+    """x [1, K] @ weight [N, K]^T + bias [N] + residual [1, N], all contiguous, on the current stream."""
+    return _launch(x, None, 0.0, weight, bias, residual, False, tiles)
 
 
 def triton_norm_linear(
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor,
     eps: float,
     weight: Tensor,
@@ -145,40 +129,30 @@ def triton_norm_linear(
     *,
     gated: bool = False,
     tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """See norm_linear.norm_linear; x is [1, K], all contiguous."""
-    out = torch.empty(len(x), len(weight) // (2 if gated else 1), dtype=x.dtype, device=x.device)
-    total = x if residual is None else torch.empty_like(x)
-    _launch(x, residual, total, norm_weight, eps, weight, bias, out, gated, tiles)
-    return out, total
+    return _launch(x, norm_weight, eps, weight, bias, None, gated, tiles)
 
 
 def _launch(
     x: Tensor,
-    residual: Tensor | None,
-    total: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
     weight: Tensor,
     bias: Tensor | None,
-    out: Tensor,
+    residual: Tensor | None,
     gated: bool,
     tiles: Tiles | None,
-) -> None:
-    n, k = out.shape[1], x.shape[1]
+) -> Tensor:
+    n, k = len(weight) // (2 if gated else 1), x.shape[1]
     assert x.is_contiguous() and weight.is_contiguous() and len(x) == 1
+    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     tiles = tiles or choose_tiles(n, k, gated)
-    dependent = x.is_cuda and _has_dependent_launch(x.device)
-    options = {"launch_pdl": True} if dependent else {}
+    launch = dependent_launch(x.device)
     one_row_kernel[(triton.cdiv(n, tiles.block_n),)](
-        x, residual, total, norm_weight, weight, bias, out, eps,
+        x, norm_weight, weight, bias, residual, out, eps,
         N=n, K=k, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, HAS_NORM=norm_weight is not None,
-        HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, GATED=gated, DEPENDENT=dependent,
-        num_warps=tiles.num_warps, **options,
+        HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, GATED=gated,
+        num_warps=tiles.num_warps, **launch,
     )  # fmt: skip
-
-
-@lru_cache(maxsize=16)
-def _has_dependent_launch(device: torch.device) -> bool:
-    """Programmatic dependent launch: a kernel's start overlaps the end of the one before it."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return out

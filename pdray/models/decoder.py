@@ -9,7 +9,7 @@ import torch
 
 from pdray.kernels.attention import AttentionMetadata, paged_attention
 from pdray.kernels.embedding import embed
-from pdray.kernels.layernorm import add_rms_norm
+from pdray.kernels.layernorm import rms_norm
 from pdray.kernels.linear import linear, pack_weight
 from pdray.kernels.norm_linear import norm_linear
 from pdray.kernels.rotary_store import rotate_and_store
@@ -150,17 +150,16 @@ class Decoder:
         """
         eps = self.config.rms_norm_eps
         hidden = embed(input_ids, self.embed_tokens, input_ids[:0] if sampled is None else sampled)
-        residual: torch.Tensor | None = None
         for i, layer in enumerate(self.layers):
-            qkv, residual = norm_linear(hidden, residual, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
-            hidden = self._attention(layer, qkv, positions, kv[i], meta)
+            qkv = norm_linear(hidden, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
+            attended = self._attention(layer, qkv, positions, kv[i], meta)
+            hidden = linear(attended, layer.o_weight, layer.o_bias, residual=hidden)
             if on_layer is not None:
                 on_layer(i)
             gate_up = layer.gate_up_weight, layer.gate_up_bias
-            hidden, residual = norm_linear(hidden, residual, layer.post_attention_norm, eps, *gate_up, gated=True)
-            hidden = linear(hidden, layer.down_weight, layer.down_bias)
-        assert residual is not None
-        return add_rms_norm(hidden, residual, self.norm, eps).normed
+            inner = norm_linear(hidden, layer.post_attention_norm, eps, *gate_up, gated=True)
+            hidden = linear(inner, layer.down_weight, layer.down_bias, residual=hidden)
+        return rms_norm(hidden, self.norm, eps)
 
     def _attention(
         self,
@@ -175,8 +174,7 @@ class Decoder:
         q = rotate_and_store(
             qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, *table, kv_layer, meta.slot_mapping, config.num_heads
         )
-        attended = paged_attention(q, kv_layer, meta, self._scale)
-        return linear(attended.reshape(-1, config.num_heads * config.head_dim), layer.o_weight, layer.o_bias)
+        return paged_attention(q, kv_layer, meta, self._scale).reshape(-1, config.num_heads * config.head_dim)
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA)."""

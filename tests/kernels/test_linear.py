@@ -44,6 +44,14 @@ def test_strided_rows_and_no_bias(packed: bool) -> None:
         torch.testing.assert_close(out, view @ weight.t(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_residual_is_added_last(packed: bool, rows: int) -> None:
+    weight, bias, x, residual = torch.randn(24, 40), torch.randn(24), torch.randn(rows, 40), torch.randn(rows, 24)
+    used = pack_weight(weight) if packed else weight
+    assert torch.equal(linear(x, used, bias, residual.clone()), linear(x, used, bias) + residual)
+
+
 def test_packing_keeps_the_values_and_leaves_other_dtypes_alone() -> None:
     weight = torch.randn(33, 47)
     assert torch.equal(pack_weight(weight).to_dense(), weight)
