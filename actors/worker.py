@@ -193,7 +193,7 @@ class Worker:
 
     async def describe(self) -> dict[str, Any]:
         """State for `pdray status`."""
-        stats = self.engine.stats()
+        stats, steps = self.engine.stats(), self.engine.step_times()
         return {
             "worker_id": self.worker_id,
             "role": self.role,
@@ -206,6 +206,7 @@ class Worker:
             "free_blocks": stats.free_blocks,
             "num_blocks": stats.num_blocks,
             "preemptions": stats.num_preemptions,
+            "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
             "routers": sorted(peer for peer in self.sessions if peer.startswith("router")),
         }
 

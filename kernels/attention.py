@@ -17,6 +17,7 @@ at every size tried.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -106,6 +107,7 @@ class AttentionMetadata:
         seq_lens: [B] int32, KV lengths.
         query_lens, kv_lens: host copies; each query_len is between 1 and its kv_len.
         num_decodes: the first so many sequences have one query token each.
+        fresh_from: the sequences from this one on have no KV but that of this step's tokens; see find_fresh.
     """
 
     slot_mapping: Tensor
@@ -115,10 +117,26 @@ class AttentionMetadata:
     query_lens: list[int]
     kv_lens: list[int]
     num_decodes: int = 0
+    fresh_from: int = sys.maxsize
     _cpu_plans: dict[KvShape, CpuPlan] = field(default_factory=dict, init=False, repr=False)
 
 
-def paged_attention(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
+def find_fresh(query_lens: list[int], kv_lens: list[int], num_decodes: int) -> int:
+    """Where the last sequences that have no cached prefix begin: AttentionMetadata.fresh_from."""
+    first = len(query_lens)
+    while first > num_decodes and query_lens[first - 1] == kv_lens[first - 1]:
+        first -= 1
+    return first
+
+
+def paged_attention(
+    q: Tensor,
+    kv_layer: Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
+) -> Tensor:
     """Causal attention of each sequence's query tokens over its cached keys and values.
 
     Query token i of a sequence sees the first ``kv_len - query_len + i + 1`` keys.
@@ -127,6 +145,8 @@ def paged_attention(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale:
         q: [T, num_heads, head_dim].
         kv_layer: [num_blocks, 2, block_size, num_kv_heads, head_dim], contiguous; [:, 0] keys, [:, 1] values.
         scale: factor on the dot products.
+        new_k, new_v: [T, num_kv_heads, head_dim], what the cache holds of this step's tokens; on CUDA fresh
+            sequences may then be read from there.
 
     Returns:
         [T, num_heads, head_dim], q's dtype. Rows past the last sequence's are zero, on CUDA left to chance.
@@ -134,7 +154,7 @@ def paged_attention(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale:
     if q.is_cuda:
         from pdray.kernels.attention_triton import triton_paged_attention
 
-        return triton_paged_attention(q, kv_layer, meta, scale)
+        return triton_paged_attention(q, kv_layer, meta, scale, new_k, new_v)
     return torch_paged_attention(q, kv_layer, meta, scale)
 
 

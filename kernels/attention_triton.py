@@ -6,7 +6,8 @@ pack the query heads that share a KV head into the rows of one tile, so that eac
 - decode, for the first ``num_decodes`` sequences, of one query token each: the keys are split over ``num_splits``
   programs, whose partial results a second kernel merges by their log-sum-exp (Flash-Decoding).
 - prefill, for all others: one program for each (tile of query tokens, KV head), which finds its sequence by binary
-  search (as vLLM's unified attention does); tiles that need no mask come first.
+  search (as vLLM's unified attention does); tiles that need no mask come first. Long prompts without a cached prefix
+  go to flash_attention.py where that is available.
 
 The launch grids depend on the shapes of the tensors alone and the lengths are read on the GPU, so that a captured graph
 serves any lengths. Keys at or past a row's visible length are never read.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from pdray.kernels.attention import AttentionMetadata
 from pdray.kernels.dependent_launch import begin, dependent_launch
+from pdray.kernels.flash_attention import first_flash_sequence, flash_prefill
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
@@ -261,6 +263,9 @@ def triton_paged_attention(
     kv_layer: Tensor,
     meta: AttentionMetadata,
     scale: float,
+    new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
+    *,
     num_splits: int | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
@@ -271,24 +276,36 @@ def triton_paged_attention(
     """
     assert q.stride(2) == 1 and kv_layer.is_contiguous(), "q's head_dim and all of kv_layer must be contiguous"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if meta.num_decodes < len(meta.seq_lens):
-        _launch_prefill(q, kv_layer, meta, scale, out, tiles)
+    flash = first_flash_sequence(q, meta) if new_k is not None else len(meta.seq_lens)
+    if meta.num_decodes < flash:
+        _launch_prefill(q, kv_layer, meta, flash, scale, out, tiles)
+    if flash < len(meta.seq_lens):
+        assert new_k is not None and new_v is not None
+        flash_prefill(q, new_k, new_v, meta, flash, scale, out)
     if meta.num_decodes:
         _launch_decode(q, kv_layer, meta, scale, out, num_splits, tiles)
     return out
 
 
 def _launch_prefill(
-    q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, scale: float, out: Tensor, tiles: Tiles | None
+    q: Tensor,
+    kv_layer: Tensor,
+    meta: AttentionMetadata,
+    num_sequences: int,
+    scale: float,
+    out: Tensor,
+    tiles: Tiles | None,
 ) -> None:
+    """Of the sequences between the decodes and ``num_sequences``."""
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
     group = q.shape[1] // num_kv_heads
     if tiles is None:
         tiles = Tiles(64, 32, 8, 2) if q.element_size() == 4 else Tiles(64, 64, 4, 2)
     rows = max(tiles.rows, triton.next_power_of_2(group))
     tokens = rows // group
-    num_sequences = len(meta.seq_lens)
-    grid = ((len(q) - meta.num_decodes) // tokens + num_sequences - meta.num_decodes, num_kv_heads)
+    is_all = num_sequences == len(meta.seq_lens)
+    num_tokens = len(q) - meta.num_decodes if is_all else sum(meta.query_lens[meta.num_decodes : num_sequences])
+    grid = (num_tokens // tokens + num_sequences - meta.num_decodes, num_kv_heads)
     prefill_kernel[grid](
         q, kv_layer, out, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, meta.num_decodes, num_sequences,
         scale * LOG2_E, q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv_layer.stride(2),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pdray.kernels.kv_store import store_kv
 from pdray.kernels.layernorm import rms_norm
 from pdray.kernels.rotary import apply_rotary
+
+
+class Heads(NamedTuple):
+    """Attributes:
+    q: [T, num_heads, d]. k, v: [T, num_kv_heads, d], which are in the cache too. d is contiguous.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 def rotate_and_store(
@@ -21,13 +33,13 @@ def rotate_and_store(
     kv_layer: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
-) -> Tensor:
+) -> Heads:
     """Normalise and rotate queries and keys, and write keys and values into their slots of one layer.
 
     On CUDA one kernel, which rounds wherever rms_norm(), apply_rotary() and store_kv() one by one would.
 
     Args:
-        qkv: [T, (num_heads + 2 * num_kv_heads) * d], heads of queries, keys, values.
+        qkv: [T, (num_heads + 2 * num_kv_heads) * d], heads of queries, keys, values; on CUDA overwritten.
         q_norm, k_norm: [d], of models that normalise each head; both or neither.
         cos, sin: [max_len, d / 2] float32, of all positions.
         positions: [T] int64.
@@ -35,19 +47,21 @@ def rotate_and_store(
         slot_mapping: [T] int64; see store_kv.
 
     Returns:
-        q [T, num_heads, d].
+        The normalised and rotated heads; on CUDA views of ``qkv``.
     """
     assert (q_norm is None) == (k_norm is None)
+    num_kv_heads, head_dim = kv_layer.shape[-2:]
+    heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
     if qkv.is_cuda:
         from pdray.kernels.rotary_store_triton import triton_rotate_and_store
 
-        return triton_rotate_and_store(qkv, q_norm, k_norm, eps, cos, sin, positions, kv_layer, slot_mapping, num_heads)
-    num_kv_heads, head_dim = kv_layer.shape[-2:]
-    heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
+        triton_rotate_and_store(qkv, q_norm, k_norm, eps, cos, sin, positions, kv_layer, slot_mapping, num_heads)
+        return Heads(*heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1))
     qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
     if q_norm is not None and k_norm is not None:
         normed = rms_norm(qk[:, :num_heads], q_norm, eps), rms_norm(qk[:, num_heads:], k_norm, eps)
         qk = torch.cat(normed, dim=1)
     qk = apply_rotary(qk, cos[positions], sin[positions])
-    store_kv(qk[:, num_heads:], v, kv_layer, slot_mapping)
-    return qk[:, :num_heads]
+    q, k = qk[:, :num_heads], qk[:, num_heads:]
+    store_kv(k, v, kv_layer, slot_mapping)
+    return Heads(q, k, v)

@@ -3,7 +3,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +22,6 @@ def rotate_and_store_kernel(
     positions_ptr,
     kv_ptr,
     slot_mapping_ptr,
-    out_ptr,
     eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -61,9 +59,9 @@ def rotate_and_store_kernel(
     rotated_first = (a * cos - b * sin).to(dtype)
     rotated_second = (b * cos + a * sin).to(dtype)
 
-    query = out_ptr + (token * NUM_HEADS + head) * (2 * HALF) + at
-    tl.store(query, rotated_first, mask=mask & is_query)
-    tl.store(query + HALF, rotated_second, mask=mask & is_query)
+    is_rotated = mask & (head < NUM_HEADS + NUM_KV_HEADS)
+    tl.store(source, rotated_first, mask=is_rotated)
+    tl.store(source + HALF, rotated_second, mask=is_rotated)
     kv_head = tl.where(is_value, head - NUM_HEADS - NUM_KV_HEADS, head - NUM_HEADS)
     plane = slot // BLOCK_SIZE * 2 + is_value.to(tl.int64)  # keys or values of a block
     place = (plane * BLOCK_SIZE + slot % BLOCK_SIZE) * NUM_KV_HEADS + kv_head
@@ -93,18 +91,16 @@ def triton_rotate_and_store(
     kv_layer: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
-) -> Tensor:
-    """See rotary_store.rotate_and_store; everything contiguous, on the current stream."""
+) -> None:
+    """See rotary_store.rotate_and_store; rotates in place. Everything contiguous, on the current stream."""
     assert qkv.is_contiguous() and kv_layer.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
-    q = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     padded_half = triton.next_power_of_2(head_dim // 2)
     heads = max(1, PAIRS // padded_half)
     if len(qkv):
         rotate_and_store_kernel[(len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
-            qkv, q_norm, k_norm, cos, sin, positions, kv_layer, slot_mapping, q, eps,
+            qkv, q_norm, k_norm, cos, sin, positions, kv_layer, slot_mapping, eps,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, BLOCK_SIZE=block_size,
             HEADS=heads, PADDED_HALF=padded_half, HAS_NORM=q_norm is not None, num_warps=1,
             **dependent_launch(qkv.device),
         )  # fmt: skip
-    return q

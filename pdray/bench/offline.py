@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, measure_rows
+from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, Timed, measure_rows
 from pdray.config import Config
+from pdray.engine.step_times import Spread, StepSpread
 from pdray.errors import ConfigError
 from pdray.models.model_config import ModelConfig
 from pdray.options import add_config_arguments, config_from_args
@@ -35,11 +36,13 @@ class Generation(NamedTuple):
     Attributes:
         seconds: start until the last token. first_token_s: start until every prompt has its first token.
         token_ids: the answers, to compare the rows with each other.
+        steps: of the engine; of several workers the one with the slowest steps.
     """
 
     seconds: float
     first_token_s: float
     token_ids: list[list[int]]
+    steps: StepSpread | None = None
 
 
 Generate = Callable[[list[list[int]], list[SamplingParams]], Generation]
@@ -149,15 +152,15 @@ def _rows_of(
 ) -> list[Measured]:
     started = time.perf_counter()
     with make(config) as generate:
-        print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | |")
-        return measure_rows(names, {way: lambda requests: seconds_of(generate, requests)}, model, repeat)
+        print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | | | |")
+        return measure_rows(names, {way: lambda requests: time_requests(generate, requests)}, model, repeat)
 
 
-def seconds_of(generate: Generate, requests: Requests) -> float:
+def time_requests(generate: Generate, requests: Requests) -> Timed:
     """How long the requests took, whose answers must be as long as asked for."""
     generation = generate(requests.prompts, requests.params)
     assert [len(tokens) for tokens in generation.token_ids] == requests.output_lens
-    return generation.seconds
+    return Timed(generation.seconds, generation.steps)
 
 
 def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: argparse.Namespace) -> list[Row]:
@@ -200,7 +203,9 @@ def greedy(output_len: int) -> SamplingParams:
 
 @contextlib.contextmanager
 def make_engine(config: Config) -> Iterator[Generate]:
-    """The engine, stepped by this thread: no Ray, no HTTP."""
+    """The engine, stepped by this thread: no Ray, no HTTP. As in a worker, the garbage collector leaves alone what was
+    there before: otherwise it stops a step for tens of milliseconds now and then.
+    """
     import torch
 
     from pdray.engine.device import select_device
@@ -210,6 +215,8 @@ def make_engine(config: Config) -> Iterator[Generate]:
 
     device = select_device(config)
     engine = Engine(config, load_model(config, device), device)
+    gc.collect()
+    gc.freeze()
 
     def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
         answers: list[list[int]] = [[] for _ in prompts]
@@ -228,9 +235,10 @@ def make_engine(config: Config) -> Iterator[Generate]:
         for key in range(len(prompts)):
             engine.release(key)
         assert first_token_s is not None
-        return Generation(seconds, first_token_s, answers)
+        return Generation(seconds, first_token_s, answers, engine.step_times())
 
     yield generate
+    gc.unfreeze()
     if device.type == "cuda":
         torch.cuda.synchronize()
         del engine, generate
@@ -293,9 +301,17 @@ def make_llm(config: Config) -> Iterator[Generate]:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds = time.perf_counter() - started
             first_token_s = max(output.timings.ttft or 0.0 for output in outputs)
-            return Generation(seconds, first_token_s, [output.outputs[0].token_ids for output in outputs])
+            answers = [output.outputs[0].token_ids for output in outputs]
+            return Generation(seconds, first_token_s, answers, slowest_steps(llm.status()))
 
         yield generate
+
+
+def slowest_steps(status: dict[str, Any]) -> StepSpread | None:
+    """Of the workers in LLM.status()."""
+    steps = [worker["step_ms"] for worker in status["workers"] if worker.get("step_ms")]
+    spreads = [StepSpread(Spread(**entry["step"]), Spread(**entry["host"])) for entry in steps]
+    return max(spreads, key=lambda spread: spread.step.p50, default=None)
 
 
 def machine() -> dict[str, Any]:

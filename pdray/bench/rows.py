@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pdray.engine.step_times import StepSpread
 from pdray.models.model_config import ModelConfig
 from pdray.sampling_params import SamplingParams
 
@@ -112,9 +113,17 @@ def num_layer_weights(model: ModelConfig) -> int:
     return model.num_layers * (qkv + out + 3 * model.hidden_size * model.intermediate_size)
 
 
+class Timed(NamedTuple):
+    """One run. steps: the engine's last ones."""
+
+    seconds: float
+    steps: StepSpread | None = None
+
+
 class Measured(NamedTuple):
     """Attributes:
     figure: median, in the workload's unit. share: of the floor's speed.
+    steps: of the last run.
     """
 
     name: str
@@ -124,36 +133,42 @@ class Measured(NamedTuple):
     floor: float
     share: float
     seconds: list[float]
+    steps: StepSpread | None
 
 
 def measure_rows(
     names: list[str],
-    ways: dict[str, Callable[[Requests], float]],
+    ways: dict[str, Callable[[Requests], Timed]],
     model: ModelConfig,
     repeat: int,
 ) -> list[Measured]:
     """Every way at every workload: one warm-up, then the median of ``repeat``.
 
     Args:
-        ways: run the requests, and say how many seconds it took.
+        ways: run the requests, and say how long it took.
     """
     rows = []
     for name in names:
         workload = WORKLOADS[name]
         for way, run in ways.items():
-            taken = [run(workload.requests(model.vocab_size, seed)) for seed in range(repeat + 1)][1:]
+            timed = [run(workload.requests(model.vocab_size, seed)) for seed in range(repeat + 1)][1:]
+            taken = [run.seconds for run in timed]
             requests = workload.requests(model.vocab_size, 0)
             seconds, least = statistics.median(taken), floor_seconds(model, requests)
             figure, floor = workload.figure(requests, seconds), workload.figure(requests, least)
-            rows.append(Measured(name, way, figure, workload.unit, floor, least / seconds, taken))
+            rows.append(Measured(name, way, figure, workload.unit, floor, least / seconds, taken, timed[-1].steps))
             print(format_row(rows[-1]), flush=True)
     return rows
 
 
-HEADER = "| work | way | figure | unit | floor | share of it |\n|---|---|---|---|---|---|"
+HEADER = (
+    "| work | way | figure | unit | floor | share of it | step ms: p50, p99, max | host |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
 
 
 def format_row(row: Measured) -> str:
     digits = 2 if row.unit == "ms" else 0
     figure, floor = f"{row.figure:,.{digits}f}", f"{row.floor:,.{digits}f}"
-    return f"| {row.name} | {row.way} | {figure} | {row.unit} | {floor} | {row.share:.0%} |"
+    steps = ("", "") if row.steps is None else (", ".join(f"{ms:.2f}" for ms in part) for part in row.steps)
+    return f"| {row.name} | {row.way} | {figure} | {row.unit} | {floor} | {row.share:.0%} | {' | '.join(steps)} |"

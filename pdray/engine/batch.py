@@ -10,7 +10,7 @@ import torch
 from pdray.engine.limits import EngineLimits
 from pdray.engine.sequence import Sequence, uses_penalties
 from pdray.engine.step_plan import BlockCopy, StepPlan
-from pdray.kernels.attention import AttentionMetadata
+from pdray.kernels.attention import AttentionMetadata, find_fresh
 from pdray.kernels.sampling import SamplingMetadata, SamplingRow
 from pdray.kernels.sampling_metadata import GREEDY_TEMPERATURE
 
@@ -232,14 +232,16 @@ class InputBuffers:
             max_blocks = -(-max((chunk.end for chunk in plan.chunks), default=1) // self.block_size)
             tables = tables[:, :max_blocks]
         num_tokens, num_seqs, num_draws, is_decode = shape
+        query_lens, kv_lens = [chunk.num_tokens for chunk in plan.chunks], [chunk.end for chunk in plan.chunks]
         attention = AttentionMetadata(
             slot_mapping=part["slots"][:num_tokens],
             block_tables=tables[:num_seqs],
             cu_seqlens_q=part["starts"][: num_seqs + 1],
             seq_lens=part["lens"][:num_seqs],
-            query_lens=[chunk.num_tokens for chunk in plan.chunks],
-            kv_lens=[chunk.end for chunk in plan.chunks],
+            query_lens=query_lens,
+            kv_lens=kv_lens,
             num_decodes=num_seqs if is_decode else plan.num_decodes,
+            fresh_from=find_fresh(query_lens, kv_lens, plan.num_decodes),
         )
         draws = DrawInputs(
             part["temperature"][:num_draws], part["seeds"][:num_draws], part["draw_positions"][:num_draws]

@@ -22,6 +22,7 @@ from pdray.engine.runner import Draws, Runner
 from pdray.engine.scheduler import Scheduler
 from pdray.engine.sequence import SequenceStatus
 from pdray.engine.step_plan import StepPlan
+from pdray.engine.step_times import StepSpread, StepTimes
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
 
@@ -99,6 +100,7 @@ class Engine:
         self._lock = threading.Lock()
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
         self._num_steps = 0
+        self._step_times = StepTimes()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request for prefill here.
@@ -175,11 +177,17 @@ class Engine:
         if done is None:
             return updates
         booked, draws = done
+        wait_began = time.perf_counter()
         rows = draws.read()
+        ended = time.perf_counter()
         with self._lock:
             self._num_steps += 1
             self._is_stuck = False
-            return updates + self._bookkeeper.update(booked, rows, time.perf_counter())
+            updates += self._bookkeeper.update(booked, rows, ended)
+            self._step_times.add(wait_began, ended)
+            if not self._scheduler.running:
+                self._step_times.pause()
+        return updates
 
     def _fill(self, plan: StepPlan) -> StepInputs:
         graphs = self.runner.graphs
@@ -222,6 +230,11 @@ class Engine:
                 num_prompt_tokens=self._bookkeeper.num_prompt_tokens,
                 num_output_tokens=self._bookkeeper.num_output_tokens,
             )
+
+    def step_times(self) -> StepSpread | None:
+        """How long steps take, and what of it is the host's."""
+        with self._lock:
+            return self._step_times.spread()
 
     def take_prefix_changes(self) -> PrefixChanges:
         """What has entered and left the prefix cache since the last call."""

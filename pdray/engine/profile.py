@@ -35,6 +35,7 @@ def profile_model(config: Config, decoder: Decoder) -> None:
         seq_lens=torch.tensor(query_lens, dtype=torch.int32, device=device),
         query_lens=query_lens,
         kv_lens=query_lens,
+        fresh_from=0,
     )
     hidden = decoder.forward(torch.zeros_like(positions), positions, kv, meta)
     num_rows = config.max_num_seqs

@@ -171,10 +171,11 @@ class Decoder:
     ) -> torch.Tensor:
         config = self.config
         table = self._cos, self._sin, positions
-        q = rotate_and_store(
+        q, k, v = rotate_and_store(
             qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, *table, kv_layer, meta.slot_mapping, config.num_heads
         )
-        return paged_attention(q, kv_layer, meta, self._scale).reshape(-1, config.num_heads * config.head_dim)
+        attended = paged_attention(q, kv_layer, meta, self._scale, k, v)
+        return attended.reshape(-1, config.num_heads * config.head_dim)
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA)."""

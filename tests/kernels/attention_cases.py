@@ -13,8 +13,9 @@ import sys
 import torch
 from torch import Tensor
 
-from pdray.kernels.attention import AttentionMetadata, torch_paged_attention
+from pdray.kernels.attention import AttentionMetadata, find_fresh, torch_paged_attention
 from pdray.kernels.attention_triton import choose_num_splits, triton_paged_attention
+from pdray.kernels.flash_attention import first_flash_sequence, is_available
 from pdray.kernels.kv_store_triton import triton_gather_blocks, triton_scatter_blocks
 from pdray.kernels.layernorm import rms_norm
 from pdray.kernels.layernorm_triton import triton_rms_norm
@@ -82,7 +83,7 @@ def check_attention(
             used[table[position // block_size], position % block_size] = True
     kv_layer.transpose(1, 2)[~used] = float("nan")
     padded = torch.cat((q, q.new_zeros(2, num_heads, head_dim)))
-    out = triton_paged_attention(_strided(padded), kv_layer.to(DEVICE), to_device(meta), scale, num_splits)
+    out = triton_paged_attention(_strided(padded), kv_layer.to(DEVICE), to_device(meta), scale, num_splits=num_splits)
     assert out.dtype == dtype
     if meta.num_decodes == len(meta.seq_lens):
         assert not out[num_rows:].any()
@@ -115,6 +116,37 @@ def check_all_attention() -> None:
         lengths = [(1, 5000), (700, 3000), (1, 1), (2048, 2048), (1, 777)]
         for dtype in DTYPES:
             check_attention(lengths, (32, 8, 128), 16, dtype, num_splits=None)
+
+
+def check_flash_attention() -> None:
+    """Long prompts without a prefix, behind decodes and a prompt with one, against the kernel that reads the cache."""
+    lengths = [(1, 300), (100, 900), (2048, 2048), (77, 77), (1500, 1500)]
+    for num_heads, num_kv_heads, head_dim in ((16, 8, 128), (9, 3, 64), (14, 2, 64), (4, 2, 80), (8, 2, 96)):
+        meta, num_blocks = batch(lengths, 16)
+        starts, tables = meta.cu_seqlens_q.tolist(), meta.block_tables
+        assert find_fresh(meta.query_lens, meta.kv_lens, 1) == 2
+        shape = sum(meta.query_lens), num_heads + 2 * num_kv_heads, head_dim
+        heads = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        kv_layer = torch.randn(num_blocks, 2, 16, num_kv_heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        for i, (query_len, kv_len) in enumerate(lengths):
+            position = torch.arange(kv_len - query_len, kv_len)
+            block, offset = tables[i][position // 16].long().to(DEVICE), (position % 16).to(DEVICE)
+            kv_layer[block, 0, offset] = k[starts[i] : starts[i + 1]]
+            kv_layer[block, 1, offset] = v[starts[i] : starts[i + 1]]
+        moved = [t.to(DEVICE) for t in (meta.slot_mapping, tables, meta.cu_seqlens_q, meta.seq_lens)]
+        meta = AttentionMetadata(*moved, meta.query_lens, meta.kv_lens, meta.num_decodes, fresh_from=2)
+        assert first_flash_sequence(q, meta) == 2
+        out = triton_paged_attention(q, kv_layer, meta, head_dim**-0.5, k, v)
+        expected = triton_paged_attention(q, kv_layer, meta, head_dim**-0.5)
+        torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def check_fresh() -> None:
+    assert find_fresh([1, 5, 9], [30, 5, 9], 1) == 1
+    assert find_fresh([1, 5, 9], [30, 5, 12], 1) == 3
+    assert find_fresh([4, 5, 9], [30, 5, 9], 0) == 1
+    assert find_fresh([1, 1], [1, 1], 2) == 2
 
 
 def check_num_splits() -> None:
@@ -154,11 +186,15 @@ def check_gather_and_scatter() -> None:
 
 
 CHECKS = {
+    "fresh": check_fresh,
     "attention": check_all_attention,
     "num_splits": check_num_splits,
     "norms": check_norms,
     "gather_and_scatter": check_gather_and_scatter,
 }
+
+if DEVICE == "cuda" and is_available(torch.device("cuda"), torch.bfloat16):
+    CHECKS["flash attention"] = check_flash_attention
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -61,11 +61,12 @@ def check_rotate_and_store() -> None:
             slots = torch.randperm(64)[:num_tokens]
             stored, expected_stored = kv_layer.to(DEVICE), kv_layer.clone()
             rest = [1e-6, angles.cos(), angles.sin(), positions]
-            expected = rotate_and_store(qkv, *norms, *rest, expected_stored, slots, num_heads)
-            arguments = (qkv, *norms, *rest, stored, slots, num_heads)
-            q = triton_rotate_and_store(*(a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments))
+            expected = torch.cat(rotate_and_store(qkv, *norms, *rest, expected_stored, slots, num_heads), dim=1)
+            rotated = qkv.to(DEVICE, copy=True)
+            arguments = (rotated, *norms, *rest, stored, slots, num_heads)
+            triton_rotate_and_store(*(a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments))
             case = f"{dtype}, heads {(num_heads, num_kv_heads, head_dim)}, norm {has_norm}, {num_tokens} tokens"
-            assert_nearly_equal(q, expected, case)
+            assert_nearly_equal(rotated.view(expected.shape), expected, case)
             assert_nearly_equal(stored, expected_stored, case)
             untouched = torch.ones(64, dtype=torch.bool)
             untouched[slots] = False

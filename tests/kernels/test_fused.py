@@ -29,7 +29,7 @@ def test_rotate_and_store_is_its_parts(has_norm: bool) -> None:
     )
     store_kv(k, heads[:, 6:], expected, slots)
     out = rotate_and_store(qkv, *norms, 1e-5, angles.cos(), angles.sin(), positions, kv, slots, 4)
-    assert torch.equal(out, q)
+    assert torch.equal(out.q, q) and torch.equal(out.k, k) and torch.equal(out.v, heads[:, 6:])
     assert torch.equal(kv, expected)
 
 
