@@ -15,9 +15,7 @@ import time
 from typing import Any
 
 import ray
-from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from pdray.actors.fleet import WorkerFleet
 from pdray.cluster.membership import Membership
@@ -154,6 +152,9 @@ class Coordinator:
     async def _is_unwanted(self) -> bool:
         if time.monotonic() - self._last_watch > UNWATCHED_LIMIT_S:
             return True
+        from ray import serve  # takes a second, which LLM() need not wait for
+        from ray.serve.exceptions import RayServeException
+
         try:
             applications = await asyncio.to_thread(lambda: serve.status().applications)
         except (RayError, RayServeException):

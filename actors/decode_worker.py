@@ -259,6 +259,8 @@ class DecodeWorker(Worker):
             self._waiting_routers.clear()
 
     def _leg_tokens(self, key: LegKey, update: RequestUpdate) -> LegTokens:
+        if update.prefill is None and update.join_wait is None:  # nearly always, and for each sequence of each step
+            return LegTokens(*key, update.tokens)
         transfer_wait = None
         if update.join_wait is not None:
             transfer_wait = update.join_wait + (self.leases.transfer_wait(key) or 0.0)

@@ -8,7 +8,6 @@ engine's thread to the loop by call_soon_threadsafe, in order.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import sys
@@ -29,6 +28,7 @@ from pdray.engine.device import select_device
 from pdray.engine.engine import Engine
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
+from pdray.garbage_collection import quiet_garbage_collection
 from pdray.metrics import WorkerMetrics
 from pdray.models import load_model
 from pdray.transfer.communicator import Transport
@@ -42,7 +42,7 @@ PREFIX_INTERVAL_S = 0.5
 IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
 ORPHANED_AFTER_S = 60.0  # without a heartbeat; longer than Ray needs to start a Coordinator again
-SWITCH_INTERVAL_S = 100e-6  # Python's default of 5 ms would be added to every step
+SWITCH_INTERVAL_S = 20e-6  # Python's default of 5 ms would be added to every launch beside a busy event loop
 
 
 class Worker:
@@ -90,8 +90,7 @@ class Worker:
         host = listen_address(self.config)
         port = await self._server.start(host)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        gc.collect()
-        gc.freeze()
+        quiet_garbage_collection()
         self._last_heartbeat = self._now()
         self.info = WorkerInfo(
             worker_id=self.worker_id,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pdray.kernels.attention import AttentionMetadata
 
-MIN_MEAN_LENGTH = 768  # tokens of the sequence that an average token is in; below it the Triton kernel is as fast
+MIN_MEAN_LENGTH = 256  # tokens of the sequence that an average token is in; below it the Triton kernel is as fast
 
 
 def first_flash_sequence(q: Tensor, meta: AttentionMetadata) -> int:

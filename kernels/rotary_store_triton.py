@@ -41,12 +41,13 @@ def rotate_and_store_kernel(
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     source = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * (2 * HALF) + at
     slot = tl.load(slot_mapping_ptr + token)
-    angle = tl.load(positions_ptr + token) * HALF + at
-    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
+    position = tl.load(positions_ptr + token)
     begin(DEPENDENT)  # the step's inputs, above, were there before its first kernel
     first = tl.load(source, mask=mask, other=0.0)
     second = tl.load(source + HALF, mask=mask, other=0.0)
+    angle = position * HALF + at
+    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
 
     dtype = qkv_ptr.dtype.element_ty
     a, b = first.to(tl.float32), second.to(tl.float32)

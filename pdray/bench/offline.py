@@ -25,6 +25,7 @@ from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, Timed, measu
 from pdray.config import Config
 from pdray.engine.step_times import Spread, StepSpread
 from pdray.errors import ConfigError
+from pdray.garbage_collection import quiet_garbage_collection
 from pdray.models.model_config import ModelConfig
 from pdray.options import add_config_arguments, config_from_args
 from pdray.sampling_params import SamplingParams
@@ -203,9 +204,7 @@ def greedy(output_len: int) -> SamplingParams:
 
 @contextlib.contextmanager
 def make_engine(config: Config) -> Iterator[Generate]:
-    """The engine, stepped by this thread: no Ray, no HTTP. As in a worker, the garbage collector leaves alone what was
-    there before: otherwise it stops a step for tens of milliseconds now and then.
-    """
+    """The engine, stepped by this thread: no Ray, no HTTP. The garbage collector is as quiet as in a worker."""
     import torch
 
     from pdray.engine.device import select_device
@@ -215,8 +214,8 @@ def make_engine(config: Config) -> Iterator[Generate]:
 
     device = select_device(config)
     engine = Engine(config, load_model(config, device), device)
-    gc.collect()
-    gc.freeze()
+    thresholds = gc.get_threshold()
+    quiet_garbage_collection()
 
     def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
         answers: list[list[int]] = [[] for _ in prompts]
@@ -239,6 +238,7 @@ def make_engine(config: Config) -> Iterator[Generate]:
 
     yield generate
     gc.unfreeze()
+    gc.set_threshold(*thresholds)
     if device.type == "cuda":
         torch.cuda.synchronize()
         del engine, generate

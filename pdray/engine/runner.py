@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from pdray.engine.batch import InputBuffers, StepInputs
-from pdray.engine.step_graphs import StepGraphs, decode_sizes, prefill_sizes
+from pdray.engine.step_graphs import StepGraphs, decode_sizes, prefill_shapes
 from pdray.engine.step_plan import SampledRow
 from pdray.kernels.draw import draw_tokens
 from pdray.kernels.kv_store import copy_blocks
@@ -65,7 +65,7 @@ class Runner:
         max_num_seqs = len(self.sampled)
         shape = (max_num_seqs, self.decoder.config.vocab_size)
         self.graphs = StepGraphs(torch.empty(shape, dtype=self.decoder.dtype, device=self.kv.device))
-        self.graphs.capture_prefills(self.compute, buffers, prefill_sizes(max_num_batched_tokens), max_num_seqs)
+        self.graphs.capture_prefills(self.compute, buffers, prefill_shapes(max_num_batched_tokens, max_num_seqs))
         self.graphs.capture_decodes(self.compute, decode_buffers, decode_sizes(max_num_seqs))
 
     @torch.inference_mode()

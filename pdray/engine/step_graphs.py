@@ -1,7 +1,7 @@
 """CUDA graphs of whole steps, from the embedding to the drawn tokens: one launch instead of hundreds.
 
-Decode steps get a graph for each batch size of a ladder, short prompts one for each number of tokens: what is smaller
-is padded, with rows and sequences that hold no KV.
+Decode steps get a graph for each batch size of a ladder, short prompts one for each number of tokens, with room for a
+few sequences, or for many that decode beside them. What is smaller is padded, with rows and sequences that hold no KV.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import torch
 from pdray.engine.batch import InputBuffers, StepInputs, StepShape
 from pdray.engine.step_plan import StepPlan
 
-PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
-PREFILL_SEQUENCES = 8
+# Launched one by one, a step's kernels take 12 ms of the host's time, and ten times that while another thread of the
+# process is busy: more than a GPU needs for 4,096 tokens of a small model.
+PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+FEW_SEQUENCES = 8
+MIXED_TOKENS = (512, 1024, 2048, 4096)  # of prompts beside a batch of any size
 
 
 class Compute(Protocol):
@@ -30,9 +33,12 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size <= max_num_seqs})
 
 
-def prefill_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Numbers of tokens that get a graph; longer prompts keep the device busy while they are launched."""
-    return [size for size in PREFILL_TOKENS if size <= max_num_batched_tokens]
+def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepShape]:
+    """Steps with prompts that get a graph, the smallest first; longer ones keep the device busy while launched."""
+    few = min(FEW_SEQUENCES, max_num_seqs)
+    wanted = {(n, few) for n in PREFILL_TOKENS} | {(n, max_num_seqs) for n in MIXED_TOKENS}
+    sizes = sorted(size for size in wanted if size[0] <= max_num_batched_tokens)
+    return [StepShape(num_tokens, num_seqs, num_seqs, False) for num_tokens, num_seqs in sizes]
 
 
 class StepGraphs:
@@ -46,8 +52,7 @@ class StepGraphs:
         self._logits = logits
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._decode_sizes: list[int] = []
-        self._prefill_sizes: list[int] = []
-        self._prefill_seqs = 0
+        self._prefill_shapes: list[StepShape] = []
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture_decodes(self, compute: Compute, buffers: InputBuffers, sizes: list[int]) -> None:
@@ -55,14 +60,10 @@ class StepGraphs:
         self._decode_sizes = sizes
         self._capture(compute, buffers, [StepShape(size, size, size, True) for size in sizes])
 
-    def capture_prefills(self, compute: Compute, buffers: InputBuffers, sizes: list[int], max_num_seqs: int) -> None:
-        """Capture steps of a few prompts with these numbers of tokens in all."""
-        self._prefill_sizes = sizes
-        self._prefill_seqs = min(PREFILL_SEQUENCES, max_num_seqs)
-        self._capture(compute, buffers, [self._prefill_shape(size) for size in sizes])
-
-    def _prefill_shape(self, num_tokens: int) -> StepShape:
-        return StepShape(num_tokens, self._prefill_seqs, self._prefill_seqs, False)
+    def capture_prefills(self, compute: Compute, buffers: InputBuffers, shapes: list[StepShape]) -> None:
+        """Capture steps with prompts, the smallest shape first."""
+        self._prefill_shapes = shapes
+        self._capture(compute, buffers, shapes)
 
     def _capture(self, compute: Compute, buffers: InputBuffers, shapes: list[StepShape]) -> None:
         stream = torch.cuda.Stream()
@@ -86,11 +87,9 @@ class StepGraphs:
             at = bisect_left(self._decode_sizes, len(plan.chunks))
             size = self._decode_sizes[at] if at < len(self._decode_sizes) else 0
             return StepShape(size, size, size, True) if size else None
-        at = bisect_left(self._prefill_sizes, plan.num_tokens)
-        if at == len(self._prefill_sizes):
-            return None
-        fits = max(len(plan.chunks), plan.num_draws) <= self._prefill_seqs
-        return self._prefill_shape(self._prefill_sizes[at]) if fits else None
+        num_seqs = max(len(plan.chunks), plan.num_draws)
+        fitting = (s for s in self._prefill_shapes if s.num_tokens >= plan.num_tokens and s.num_seqs >= num_seqs)
+        return next(fitting, None)
 
     def replay(self, shape: StepShape) -> torch.Tensor:
         """Launch a step of this shape, whose inputs are in the buffers. Returns the logits of its draws."""

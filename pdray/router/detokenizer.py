@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
 
 from pdray.outputs import Logprob
 from pdray.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 PROMPT_TAIL = range(4, 24)  # prompt tokens that the decoder sees first, so that a leading space is right

@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from pdray.cluster.request_tracker import RequestTracker
 from pdray.outputs import CompletionOutput, Logprob, RequestOutput, SampledToken
 from pdray.router.detokenizer import Detokenizer, Piece, decode_logprobs
 from pdray.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(slots=True)

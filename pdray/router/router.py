@@ -9,9 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pdray.cluster.messages import (
     AnyMessage,
@@ -47,6 +45,9 @@ from pdray.router.link import WorkerLink
 from pdray.router.request import RoutedRequest
 from pdray.router.validation import complete_params, tokenize
 from pdray.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

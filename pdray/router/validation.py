@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from typing import TYPE_CHECKING
 
 import msgspec
-from transformers import PreTrainedTokenizerBase
 
 from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THREAD_FROM_CHARS = 4096  # longer texts are tokenized beside the event loop
 

@@ -10,7 +10,7 @@ from pdray.engine.limits import EngineLimits
 from pdray.engine.request import EngineRequest
 from pdray.engine.results import Bookkeeper
 from pdray.engine.scheduler import Scheduler
-from pdray.engine.step_graphs import decode_sizes, prefill_sizes
+from pdray.engine.step_graphs import decode_sizes, prefill_shapes
 from pdray.engine.step_plan import SampledRow, StepPlan
 from pdray.sampling_params import SamplingParams
 
@@ -108,4 +108,6 @@ def test_block_tables_follow_growth_and_preemption() -> None:
 def test_graph_sizes_reach_the_largest_batch() -> None:
     assert decode_sizes(1) == [1] and decode_sizes(5) == [1, 2, 4, 5]
     assert decode_sizes(300)[-4:] == [248, 256, 288, 300]
-    assert prefill_sizes(100) == [16, 32, 64]
+    assert [shape[:2] for shape in prefill_shapes(100, 256)] == [(16, 8), (32, 8), (64, 8)]
+    assert [shape[:2] for shape in prefill_shapes(600, 40)][-3:] == [(384, 8), (512, 8), (512, 40)]
+    assert prefill_shapes(20, 4) == [StepShape(16, 4, 4, False)]
