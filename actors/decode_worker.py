@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -39,13 +39,12 @@ from pdray.cluster.session import Session
 from pdray.config import Config
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import HandshakeError
-from pdray.kernels.kv_store import scatter_blocks
 from pdray.transfer.channel import Put
 from pdray.transfer.choose import choose_channel
 from pdray.transfer.communicator import RECEIVER_RANK
-from pdray.transfer.nccl_receiver import NcclReceiver
-from pdray.transfer.object_store import array_to_blocks
-from pdray.transfer.staging import Staging
+
+if TYPE_CHECKING:
+    from pdray.transfer.nccl_receiver import NcclReceiver
 
 
 class DecodeWorker(Worker):
@@ -62,6 +61,9 @@ class DecodeWorker(Worker):
         info = await super().start()
         self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s)
         if self.transport is not None and self._stagings:
+            from pdray.transfer.nccl_receiver import NcclReceiver
+            from pdray.transfer.staging import Staging
+
             self._receiver = NcclReceiver(
                 Staging(self.engine.kv, self._stagings[0]),
                 self.transport.new_stream,
@@ -162,6 +164,8 @@ class DecodeWorker(Worker):
         array: np.ndarray[Any, Any],
     ) -> bool:
         """The object store channel's receiving end: the array holds the blocks of these layers."""
+        from pdray.transfer.object_store import array_to_blocks
+
         put = Put(LegKey(*key), range(*layers), [], destination_blocks)
         return self.receive(worker_id, epoch, put, array_to_blocks(array, self.engine.kv.dtype))
 
@@ -169,6 +173,8 @@ class DecodeWorker(Worker):
         """See pdray.transfer.channel.BlockSink, as the next two."""
         if not self.may_write(put.key, worker_id, epoch):
             return False
+        from pdray.kernels.kv_store import scatter_blocks
+
         scatter_blocks(self.engine.kv, put.layers, put.destination_blocks, blocks)
         return self.put_received(put.key, worker_id, epoch)
 

@@ -14,7 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdray.config import Config
-from pdray.transfer.nccl import one_gpu_environment
+from pdray.transfer.one_gpu import one_gpu_environment
 
 NAMESPACE = "pdray"
 DEATH_POLL_S = 0.01

@@ -13,9 +13,7 @@ from collections import defaultdict
 from collections.abc import Coroutine, Hashable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from pdray.actors.worker import Worker
 from pdray.cluster.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
@@ -43,10 +41,11 @@ from pdray.config import Config
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate
 from pdray.errors import InvalidRequestError, TransferError
 from pdray.transfer.channel import Put, PutResult, SendChannel
-from pdray.transfer.nccl_open import check, open_nccl_channel
-from pdray.transfer.nccl_sender import NcclSendChannel
-from pdray.transfer.object_store import ObjectStoreChannel
-from pdray.transfer.staging import Staging
+
+if TYPE_CHECKING:
+    import torch
+
+    from pdray.transfer.nccl_sender import NcclSendChannel
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +102,20 @@ class PrefillWorker(Worker):
             timeout_s=self.config.worker_timeout_s,
         )
         if offer.kind == "object_store":
+            from pdray.transfer.object_store import ObjectStoreChannel
+
             receive_blocks = decode_actor.receive_blocks
             self._channels[peer] = ObjectStoreChannel(self.engine.kv, self.worker_id, epoch, receive_blocks)
         else:
+            from pdray.transfer.nccl_open import check
+
             self._channels[peer] = channel = await self._open_nccl(session, epoch, offer)
             await check(channel)
 
     async def _open_nccl(self, session: Session, epoch: int, offer: ChannelOffer) -> NcclSendChannel:
+        from pdray.transfer.nccl_open import open_nccl_channel
+        from pdray.transfer.staging import Staging
+
         assert self.transport is not None
         peer = session.peer.id
         if peer not in self._staging_of:

@@ -3,6 +3,8 @@
 A worker is a plain class: the Coordinator makes it a Ray actor, tests make it an object. Threads:
 the event loop's (everything public here), and the engine's (steps only). Updates cross from the
 engine's thread to the loop by call_soon_threadsafe, in order.
+
+The Coordinator imports this module only to name the class: what needs torch is imported where a worker uses it.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ import os
 import sys
 import time
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
-import torch
 
 from pdray.actors.placement import listen_address, origin
 from pdray.background import BackgroundTasks
@@ -24,16 +25,16 @@ from pdray.cluster.effects import Send
 from pdray.cluster.messages import AnyMessage, PrefixUpdate, WorkerIdentity, WorkerInfo, pack_hashes
 from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
-from pdray.engine.device import select_device
-from pdray.engine.engine import Engine
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.metrics import WorkerMetrics
-from pdray.models import load_model
 from pdray.transfer.communicator import Transport
-from pdray.transfer.nccl import CudaTransport
-from pdray.transfer.staging import Staging
+
+if TYPE_CHECKING:
+    import torch
+
+    from pdray.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Worker:
     async def start(self) -> WorkerInfo:
         """Load, warm up, listen. Returns what peers need to know; raises what loading raises."""
         self._loop = asyncio.get_running_loop()
-        self.device = select_device(self.config)
+        self.device = await asyncio.to_thread(self._select_device)
         self.transport = await asyncio.to_thread(self._make_transport)
         self.engine = await asyncio.to_thread(self._build_engine)
         self.engine.on_layer_group = self._layer_group_from_engine
@@ -118,8 +119,15 @@ class Worker:
         self._started = True
         return self.info
 
+    def _select_device(self) -> torch.device:
+        from pdray.engine.device import select_device
+
+        return select_device(self.config)
+
     def _make_transport(self) -> Transport | None:
         """None where no nccl channel will be."""
+        from pdray.transfer.nccl import CudaTransport
+
         wanted = self.config.mode == "disaggregated" and self.config.channel != "object_store"
         return CudaTransport(self.device) if wanted and self.device.type == "cuda" else None
 
@@ -129,6 +137,12 @@ class Worker:
 
     def _build_engine(self) -> Engine:
         """All that makes the whole device wait, or takes its memory, happens here, before any channel is open."""
+        import torch
+
+        from pdray.engine.engine import Engine
+        from pdray.models import load_model
+        from pdray.transfer.staging import Staging
+
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
         if self.transport is not None and self.transport.version:

@@ -211,10 +211,16 @@ def test_huggingface_kernels_is_not_hidden() -> None:
     assert Path(found["pdray"]).resolve() == ROOT / "pdray" / "errors.py"
 
 
-def test_import_pdray_is_cheap() -> None:
-    code = (
-        "import json, sys, pdray; print(json.dumps([m for m in ('torch', 'ray', 'transformers') if m in sys.modules]))"
-    )
+@pytest.mark.parametrize(
+    ("module", "spared"),
+    [
+        ("pdray", ["torch", "ray", "transformers"]),
+        ("pdray.llm", ["torch", "transformers", "ray.serve"]),
+        ("pdray.actors.coordinator", ["torch", "transformers", "ray.serve"]),
+    ],
+)
+def test_imports_are_cheap(module: str, spared: list[str]) -> None:
+    code = f"import json, sys, {module}; print(json.dumps([m for m in {spared} if m in sys.modules]))"
     assert run_python(code, ROOT, PYTHONPATH=str(ROOT)) == []
 
 

@@ -158,7 +158,7 @@ def visible_gpus() -> list[str]:
 
 def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
     """For a sender and a receiver: each sees one GPU, its own if there are two."""
-    from pdray.transfer.nccl import one_gpu_environment
+    from pdray.transfer.one_gpu import one_gpu_environment
 
     if len(gpus) >= 2:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:2]]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pdray.engine.engine import Engine
 from pdray.engine.request import RequestUpdate
+
+if TYPE_CHECKING:
+    from pdray.engine.engine import Engine
 
 
 class EngineLoop:

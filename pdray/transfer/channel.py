@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pdray.cluster.messages import ChannelReply
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Put(NamedTuple):

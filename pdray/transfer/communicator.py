@@ -12,10 +12,12 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pdray.errors import TransferError
-from pdray.transfer.streams import Stream
+
+if TYPE_CHECKING:
+    from pdray.transfer.streams import Stream
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from pdray.cluster.messages import WorkerInfo
 from pdray.config import Config
 from pdray.errors import ConfigError
 from pdray.transfer.choose import choose_channel
-from pdray.transfer.nccl import nccl_version, one_gpu_environment
+from pdray.transfer.nccl import nccl_version
+from pdray.transfer.one_gpu import one_gpu_environment
 
 
 def worker(name: str, gpu: str = "", nccl: str = "22809") -> WorkerInfo:
