@@ -188,9 +188,10 @@ class Scheduler:
         if self.plans_in_flight and num_needed > self.pool.num_free:
             return plan  # to preempt is to compute again, from tokens that are all known
         num_preemptions = self.counters.num_preemptions
-        for sequence in decoding:
-            if sequence.status is SequenceStatus.RUNNING and self._make_room(sequence):
-                plan.add(sequence, 1)
+        ready = [s for s in decoding if s.status is SequenceStatus.RUNNING and self._make_room(s)]
+        # The longest first: attention takes them in this order, and a long one that begins last ends long after all.
+        for sequence in sorted(ready, key=_length, reverse=True):
+            plan.add(sequence, 1)
         # Who gave blocks back in this step would only take them again, unless nobody else can use them.
         has_preempted = self.counters.num_preemptions > num_preemptions
         self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks)
@@ -305,6 +306,10 @@ class Scheduler:
             live.scheduled_at = now
         if live.started_at is not None and live.joined_at is None:
             live.joined_at = now
+
+
+def _length(sequence: Sequence) -> int:
+    return len(sequence.token_ids)
 
 
 def _may_go_on(sequence: Sequence) -> bool:

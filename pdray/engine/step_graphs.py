@@ -44,12 +44,12 @@ def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepS
 class StepGraphs:
     """Graphs by shape. All read the same static inputs and share one memory pool, for no two of them run at once.
 
-    Args:
+    Attributes:
         logits: [largest number of draws, vocab_size], which all graphs write to.
     """
 
     def __init__(self, logits: torch.Tensor) -> None:
-        self._logits = logits
+        self.logits = logits
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._decode_sizes: list[int] = []
         self._prefill_shapes: list[StepShape] = []
@@ -71,11 +71,11 @@ class StepGraphs:
         for shape in reversed(shapes):  # the largest first: smaller ones fit into its memory
             inputs = buffers.views(shape, StepPlan())
             with torch.cuda.stream(stream):
-                compute(inputs, logits_out=self._logits[: shape.num_draws])  # compiles kernels and loads libraries
+                compute(inputs, logits_out=self.logits[: shape.num_draws])  # compiles kernels and loads libraries
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self._pool)
                 try:
-                    compute(inputs, logits_out=self._logits[: shape.num_draws])
+                    compute(inputs, logits_out=self.logits[: shape.num_draws])
                 finally:
                     graph.capture_end()
             self._graphs[shape] = graph
@@ -94,4 +94,4 @@ class StepGraphs:
     def replay(self, shape: StepShape) -> torch.Tensor:
         """Launch a step of this shape, whose inputs are in the buffers. Returns the logits of its draws."""
         self._graphs[shape].replay()
-        return self._logits[: shape.num_draws]
+        return self.logits[: shape.num_draws]

@@ -270,7 +270,16 @@ def test_decodes_go_first_and_prompts_fill_the_budget_in_chunks() -> None:
     assert [chunk.num_tokens for chunk in engine.step().chunks] == [3]
     engine.add(make("b", 18))
     sizes = [[(c.sequence.request.key, c.num_tokens) for c in engine.step().chunks] for _ in range(4)]
-    assert sizes == [[("a", 1), ("b", 7)], [("a", 1), ("b", 7)], [("a", 1), ("b", 4)], [("a", 1), ("b", 1)]]
+    assert sizes == [[("a", 1), ("b", 7)], [("a", 1), ("b", 7)], [("a", 1), ("b", 4)], [("b", 1), ("a", 1)]]
+
+
+def test_the_longest_decode_first() -> None:
+    engine = FakeEngine(64, budget=40)
+    for key, length in enumerate((3, 17, 9)):
+        engine.add(make(str(key), length, 5))
+    engine.step()
+    plan = engine.begin()
+    assert [chunk.sequence.request.key for chunk in plan.chunks] == ["1", "2", "0"]
 
 
 def test_lower_priority_numbers_go_first_then_arrival() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from graphs import check_graphs
 from models import check_models
 from nccl_system import check_nccl, check_two
 from rows import Row, print_header, print_rows
@@ -41,7 +42,9 @@ def check_kernels() -> Iterator[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gguf", type=Path, help="SmolLM2's weights, for text")
-    parser.add_argument("--rows", nargs="+", choices=["kernels", "models", "text", "memory", "shared", "nccl", "two"])
+    parser.add_argument(
+        "--rows", nargs="+", choices=["kernels", "models", "graphs", "text", "memory", "shared", "nccl", "two"]
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU here: nothing was checked", file=sys.stderr)
@@ -49,6 +52,7 @@ def main() -> int:
     checks: dict[str, Callable[[], Iterator[Row]]] = {
         "kernels": check_kernels,
         "models": check_models,
+        "graphs": check_graphs,
         "text": lambda: check_text(args.gguf),
         "memory": lambda: check_memory(args.gguf),
         "shared": lambda: check_shared(args.gguf),

@@ -1,0 +1,86 @@
+"""Every graph against the same step launched kernel by kernel, at the same padded shape: not a bit may differ."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from models import SHAPES, build, engine
+from rows import Row
+
+from pdray.engine.batch import StepInputs
+from pdray.engine.request import EngineRequest
+from pdray.engine.runner import Draws, Runner
+from pdray.sampling_params import SamplingParams
+
+NUM_REQUESTS = 40
+
+
+class Comparison:
+    """Runs each step that a graph would run twice: launched one by one first, from the same state.
+
+    Attributes:
+        shapes: how often each was compared. differing: those whose logits or tokens were not equal.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.shapes: Counter[str] = Counter()
+        self.differing: list[str] = []
+        self._launch = runner.launch
+        runner.launch = self.launch  # type: ignore[method-assign]
+
+    @torch.inference_mode()
+    def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
+        if not inputs.is_padded:
+            return self._launch(inputs, on_layer)
+        sampled = self.runner.sampled.clone()
+        captured = replace(inputs.attention, query_lens=[], kv_lens=[])  # as a graph knows them
+        logits = self.runner.compute(inputs._replace(attention=captured)).clone()
+        drawn = self.runner.sampled.clone()
+        self.runner.sampled.copy_(sampled)
+        draws = self._launch(inputs, on_layer)
+        num = len(inputs.num_logprobs)
+        assert self.runner.graphs is not None
+        graph = self.runner.graphs.logits
+        name = str(tuple(inputs.shape))
+        self.shapes[name] += 1
+        if not (torch.equal(graph[:num], logits[:num]) and torch.equal(self.runner.sampled[:num], drawn[:num])):
+            self.differing.append(name)
+        return draws
+
+
+def requests() -> list[EngineRequest]:
+    """Prompts of all lengths, answers that end one after the other."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        EngineRequest(
+            number,
+            torch.randint(5, 1024, (1 + 17 * number % 301,), generator=generator).tolist(),
+            SamplingParams(temperature=0.8, seed=number, max_tokens=3 + 2 * number, ignore_eos=True),
+        )
+        for number in range(NUM_REQUESTS)
+    ]
+
+
+def check_graphs() -> Iterator[Row]:
+    """bfloat16, while requests come one after the other, so that prompts join a batch that decodes."""
+    for name in ("Qwen3 16/8 d128", "Llama 9/3 d64"):
+        with tempfile.TemporaryDirectory() as temporary:
+            build(*SHAPES[name], Path(temporary))
+            settings = {"max_num_seqs": 32, "max_num_batched_tokens": 2048, "num_kv_blocks": 1000}
+            running = engine(Path(temporary), "bfloat16", **settings)
+        comparison = Comparison(running.runner)
+        waiting = requests()
+        while waiting or running.has_work():
+            for request in waiting[: 1 + len(waiting) % 3]:
+                running.add(waiting.pop(waiting.index(request)))
+            running.step()
+        kinds = Counter("decode" if shape.endswith("True)") else "with prompts" for shape in comparison.shapes)
+        figure = f"{sum(comparison.shapes.values())} steps of {dict(kinds)} shapes; differ: {comparison.differing[:3]}"
+        ok = not comparison.differing and min(kinds["decode"], kinds["with prompts"]) >= 3
+        yield Row(f"graphs, {name}", figure, "all equal", ok)
