@@ -97,11 +97,14 @@ def start_local(*, shared: bool = False, **options: Any) -> None:
 
 
 def join_or_start(address: str | None, *, shared: bool = False) -> None:
-    """Join a running cluster, or start one if none is named and none runs; "local" always starts one."""
+    """Join a running cluster, or start one if none is named and none runs; "local" always starts one.
+
+    One that is not shared ends with this process, and has no dashboard: it would take half of the time to start.
+    """
     if address != "local":
         try:
             return join(address)
         except PdrayError:
             if address is not None:
                 raise
-    start_local(shared=shared)
+    start_local(shared=shared, include_dashboard=shared)
