@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from pdray.actors.fleet import WorkerFleet
+from pdray.background import BackgroundTasks
 from pdray.cluster.membership import Membership
 from pdray.cluster.messages import ClusterView
 from pdray.config import Config
@@ -62,8 +63,8 @@ class Coordinator:
         self._adopted = asyncio.Event()
         self._routers: dict[str, dict[str, Any]] = {}
         self._last_watch = time.monotonic()
-        self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
-        self._supervisor.add_done_callback(self._supervisor_left)
+        self._tasks = BackgroundTasks(self._supervisor_failed)
+        self._tasks.spawn(self._supervise())
 
     def __repr__(self) -> str:
         return f"Coordinator({self.app_name})"
@@ -131,7 +132,7 @@ class Coordinator:
 
     async def stop(self) -> None:
         """End every worker and see its process gone; this actor is then killed by the caller. Idempotent."""
-        self._supervisor.cancel()
+        self._tasks.cancel()
         await self._fleet.stop()
 
     async def _supervise(self) -> None:
@@ -161,12 +162,11 @@ class Coordinator:
             return True  # Serve itself is gone
         return self.app_name not in applications
 
-    def _supervisor_left(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: internal error; workers are no longer supervised", self.app_name, exc_info=error)
-            self._membership.note_error(f"internal error: {error}")
-            self._adopted.set()
-            self._wake_watchers()
+    def _supervisor_failed(self, error: BaseException) -> None:
+        logger.error("%s: internal error; workers are no longer supervised", self.app_name, exc_info=error)
+        self._membership.note_error(f"internal error: {error}")
+        self._adopted.set()
+        self._wake_watchers()
 
     def _wake_watchers(self) -> None:
         self._wake.set()

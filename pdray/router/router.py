@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pdray.background import BackgroundTasks
 from pdray.cluster.messages import (
     AnyMessage,
     ClusterView,
@@ -97,7 +98,7 @@ class Router:
         self._connections = WorkerConnections(router_id, secret, watch, config.worker_timeout_s, self)
         self._dispatcher = Dispatcher(config, self._connections, self)
         self._requests: dict[str, RoutedRequest] = {}
-        self._housekeeper: asyncio.Task[None] | None = None
+        self._tasks = BackgroundTasks(self._failed)
         self._became_ready = asyncio.Event()
 
     # for the API
@@ -105,8 +106,7 @@ class Router:
     async def start(self) -> None:
         """Follow the cluster. Returns at once; see wait_ready()."""
         self._connections.start()
-        self._housekeeper = asyncio.create_task(self._keep_house())
-        self._housekeeper.add_done_callback(self._house_left)
+        self._tasks.spawn(self._keep_house())
 
     async def stop(self) -> None:
         """Abort what runs, refuse what waits, close the sessions."""
@@ -116,9 +116,7 @@ class Router:
             else:
                 self._end(request, "rejected", NoWorkerError("this router is stopping; try again shortly"))
         await self._connections.stop()
-        if self._housekeeper is not None:
-            self._housekeeper.cancel()
-            await asyncio.gather(self._housekeeper, return_exceptions=True)
+        await self._tasks.stop()
 
     @property
     def ready(self) -> bool:
@@ -397,6 +395,5 @@ class Router:
         if self._metrics is not None:
             self._metrics.on_finished(outcome, output)
 
-    def _house_left(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: internal error; leases are no longer renewed", self.router_id, exc_info=error)
+    def _failed(self, error: BaseException) -> None:
+        logger.error("%s: internal error; leases are no longer renewed", self.router_id, exc_info=error)
