@@ -87,7 +87,7 @@ def _add_address(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from pdray.bench import offline, serve, transfer
+    from pdray.bench import kernels, offline, serve, transfer
 
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     online_parser = kinds.add_parser("serve", help="load a running OpenAI-compatible server")
@@ -96,6 +96,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     offline_parser = kinds.add_parser("offline", help="generation speed without a server")
     offline.add_arguments(offline_parser)
     offline_parser.set_defaults(run=offline.main)
+    kernels_parser = kinds.add_parser("kernels", help="every operation of a step against what the device can do")
+    kernels.add_arguments(kernels_parser)
+    kernels_parser.set_defaults(run=kernels.main)
     transfer_parser = kinds.add_parser("transfer", help="how fast KV blocks get from one worker to another")
     transfer.add_arguments(transfer_parser)
     transfer_parser.set_defaults(run=transfer.main)
