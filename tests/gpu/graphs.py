@@ -39,7 +39,8 @@ class Comparison:
         if not inputs.is_padded:
             return self._launch(inputs, on_layer)
         sampled = self.runner.sampled.clone()
-        captured = replace(inputs.attention, query_lens=[], kv_lens=[])  # as a graph knows them
+        num_decodes = inputs.shape.num_seqs if inputs.shape.is_decode else 0
+        captured = replace(inputs.attention, query_lens=[], kv_lens=[], num_decodes=num_decodes)  # as a graph knows it
         logits = self.runner.compute(inputs._replace(attention=captured)).clone()
         drawn = self.runner.sampled.clone()
         self.runner.sampled.copy_(sampled)
