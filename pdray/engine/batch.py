@@ -57,7 +57,7 @@ class StepInputs(NamedTuple):
         draws: on CUDA.
         sampling: None where ``draws`` says all, on CUDA.
         num_logprobs: for each draw, how many most likely tokens are asked for; None: not even the drawn one.
-        is_padded: rows, sequences and draws beyond those of the plan are there, for a graph of this shape.
+        shape: of the tensors; what is beyond the plan's own is padding.
     """
 
     copies: list[BlockCopy]
@@ -69,7 +69,6 @@ class StepInputs(NamedTuple):
     sampling: SamplingMetadata | None
     num_logprobs: list[int | None]
     shape: StepShape
-    is_padded: bool = False
 
 
 class HostInputs:
@@ -173,9 +172,7 @@ class InputBuffers:
             self._device_buffer[:used].copy_(host.buffer[:used], non_blocking=True)
         inputs = self.views(shape, plan)
         sampling, num_logprobs = self._sampling(plan)
-        return inputs._replace(
-            copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs, is_padded=padded is not None
-        )
+        return inputs._replace(copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs)
 
     def _fill_decodes(self, host: HostInputs, plan: StepPlan) -> None:
         """One token for each sequence, most of it without a loop in Python."""

@@ -21,6 +21,9 @@ class Finish(NamedTuple):
     stop_reason: int | None = None
 
 
+GOES_ON = Finish()
+
+
 def find_finish(params: SamplingParams, eos_token_ids: Rows[int], token_id: int, *, is_last: bool) -> Finish:
     """Whether a completion ends with this token.
 
@@ -33,7 +36,7 @@ def find_finish(params: SamplingParams, eos_token_ids: Rows[int], token_id: int,
         return Finish("stop", token_id)
     if is_last:
         return Finish("length")
-    return Finish()
+    return GOES_ON
 
 
 class Bookkeeper:
@@ -72,7 +75,9 @@ class Bookkeeper:
             allocator.cache_computed(sequence, chunk.end)
             self.num_prompt_tokens += max(0, min(chunk.end, sequence.num_prompt_tokens) - chunk.start)
             if tokens:
-                update = updates.setdefault(live.key, RequestUpdate(live.key))
+                update = updates.get(live.key)
+                if update is None:
+                    update = updates[live.key] = RequestUpdate(live.key)
                 self._book(chunk, tokens, update)
                 self._note_timings(live, update, now)
         return list(updates.values())
@@ -83,16 +88,19 @@ class Bookkeeper:
         self.num_output_tokens += len(rows)
         if not live.forked and not live.prefill_only:
             self.scheduler.fork(live)
+        has_ended = False
         for sampler, row in zip(chunk.samplers, rows, strict=True):
             token = self._token(sampler, row)
             update.tokens.append(token)
             if live.prefill_only:
                 self.scheduler.finish(sampler, hold_blocks=sampler is live.lead)
+                has_ended = True
                 continue
             sampler.token_ids.append(row.token_id)
             if token.finish_reason is not None:
                 self.scheduler.finish(sampler)
-        if live.num_places == 0:
+                has_ended = True
+        if has_ended and live.num_places == 0:
             update.finished = True
             if not live.prefill_only:
                 del self.scheduler.requests[live.key]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from pdray.engine.batch import InputBuffers, StepInputs
-from pdray.engine.step_graphs import StepGraphs, decode_sizes, prefill_shapes
+from pdray.engine.step_graphs import StepGraphs
 from pdray.engine.step_plan import SampledRow
 from pdray.kernels.draw import draw_tokens
 from pdray.kernels.kv_store import copy_blocks
@@ -61,20 +61,23 @@ class Runner:
         self.on_logits: Callable[[torch.Tensor], None] | None = None
 
     def capture(self, decode_buffers: InputBuffers, buffers: InputBuffers, max_num_batched_tokens: int) -> None:
-        """Make the graphs; the buffers are those of decode steps, and of all others, from now on."""
-        max_num_seqs = len(self.sampled)
-        shape = (max_num_seqs, self.decoder.config.vocab_size)
-        self.graphs = StepGraphs(torch.empty(shape, dtype=self.decoder.dtype, device=self.kv.device))
-        self.graphs.capture_prefills(self.compute, buffers, prefill_shapes(max_num_batched_tokens, max_num_seqs))
-        self.graphs.capture_decodes(self.compute, decode_buffers, decode_sizes(max_num_seqs))
+        """Make the graphs, and load what launched steps need.
+
+        The buffers hold the inputs of decode steps, and of all others, from now on.
+        """
+        shape = (len(self.sampled), self.decoder.config.vocab_size)
+        logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.kv.device)
+        self.graphs = StepGraphs(logits, max_num_batched_tokens)
+        self.graphs.capture(self.compute, decode_buffers, buffers)
+        for num_tokens in self.graphs.launched_sizes:
+            self.decoder.run_products(num_tokens)
 
     @torch.inference_mode()
     def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
         """Start the step, which reads ``sampled`` and then overwrites it; on CPU, compute it."""
         copy_blocks(self.kv, list(inputs.copies))
         num_draws = len(inputs.num_logprobs)
-        if inputs.is_padded:
-            assert self.graphs is not None
+        if self.graphs is not None and inputs.shape in self.graphs:
             logits = self.graphs.replay(inputs.shape)
             if on_layer is not None:
                 for layer in range(self.decoder.config.num_layers):

@@ -2,12 +2,14 @@
 
 Decode steps get a graph for each batch size of a ladder, short prompts one for each number of tokens, with room for a
 few sequences, or for many that decode beside them. What is smaller is padded, with rows and sequences that hold no KV.
+What is larger is launched kernel by kernel, padded to a multiple of LAUNCHED_TOKENS: CUDA loads a kernel when it is
+first needed, and waits for all work on the device to end; so every size's kernels are loaded at the start.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +21,7 @@ from pdray.engine.step_plan import StepPlan
 PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 FEW_SEQUENCES = 8
 MIXED_TOKENS = (512, 1024, 2048, 4096)  # of prompts beside a batch of any size
+LAUNCHED_TOKENS = 512
 
 
 class Compute(Protocol):
@@ -41,31 +44,37 @@ def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepS
     return [StepShape(num_tokens, num_seqs, num_seqs, False) for num_tokens, num_seqs in sizes]
 
 
+def launched_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Numbers of tokens of the steps that no graph can run."""
+    largest = max((n for n in MIXED_TOKENS if n <= max_num_batched_tokens), default=0)
+    sizes = range(largest + LAUNCHED_TOKENS, max_num_batched_tokens, LAUNCHED_TOKENS)
+    return [*sizes, max_num_batched_tokens] if largest < max_num_batched_tokens else []
+
+
 class StepGraphs:
     """Graphs by shape. All read the same static inputs and share one memory pool, for no two of them run at once.
 
+    Args:
+        logits: [max_num_seqs, vocab_size], which all graphs write to.
+
     Attributes:
-        logits: [largest number of draws, vocab_size], which all graphs write to.
+        launched_sizes: numbers of tokens that launched steps are padded to.
     """
 
-    def __init__(self, logits: torch.Tensor) -> None:
+    def __init__(self, logits: torch.Tensor, max_num_batched_tokens: int) -> None:
         self.logits = logits
+        self.launched_sizes = launched_sizes(max_num_batched_tokens)
+        self._decode_sizes = decode_sizes(len(logits))
+        self._prefill_shapes = prefill_shapes(max_num_batched_tokens, len(logits))
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
-        self._decode_sizes: list[int] = []
-        self._prefill_shapes: list[StepShape] = []
-        self._pool = torch.cuda.graph_pool_handle()
 
-    def capture_decodes(self, compute: Compute, buffers: InputBuffers, sizes: list[int]) -> None:
-        """Capture decode steps of these batch sizes; ``buffers`` hold the inputs of all of them from now on."""
-        self._decode_sizes = sizes
-        self._capture(compute, buffers, [StepShape(size, size, size, True) for size in sizes])
+    def capture(self, compute: Compute, decode_buffers: InputBuffers, buffers: InputBuffers) -> None:
+        """Make all graphs; the buffers hold the inputs of decode steps, and of all others, from now on."""
+        pool = torch.cuda.graph_pool_handle()
+        self._capture(compute, buffers, self._prefill_shapes, pool)
+        self._capture(compute, decode_buffers, [StepShape(n, n, n, True) for n in self._decode_sizes], pool)
 
-    def capture_prefills(self, compute: Compute, buffers: InputBuffers, shapes: list[StepShape]) -> None:
-        """Capture steps with prompts, the smallest shape first."""
-        self._prefill_shapes = shapes
-        self._capture(compute, buffers, shapes)
-
-    def _capture(self, compute: Compute, buffers: InputBuffers, shapes: list[StepShape]) -> None:
+    def _capture(self, compute: Compute, buffers: InputBuffers, shapes: list[StepShape], pool: Any) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         for shape in reversed(shapes):  # the largest first: smaller ones fit into its memory
@@ -73,7 +82,7 @@ class StepGraphs:
             with torch.cuda.stream(stream):
                 compute(inputs, logits_out=self.logits[: shape.num_draws])  # compiles kernels and loads libraries
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self._pool)
+                graph.capture_begin(pool=pool)
                 try:
                     compute(inputs, logits_out=self.logits[: shape.num_draws])
                 finally:
@@ -81,15 +90,21 @@ class StepGraphs:
             self._graphs[shape] = graph
         torch.cuda.current_stream().wait_stream(stream)
 
-    def shape_for(self, plan: StepPlan) -> StepShape | None:
-        """What the plan is to be padded to; None if no graph can run it."""
+    def __contains__(self, shape: StepShape) -> bool:
+        return shape in self._graphs
+
+    def shape_for(self, plan: StepPlan) -> StepShape:
+        """What the plan is to be padded to, for a graph where one can run it."""
         if plan.is_decode:
-            at = bisect_left(self._decode_sizes, len(plan.chunks))
-            size = self._decode_sizes[at] if at < len(self._decode_sizes) else 0
-            return StepShape(size, size, size, True) if size else None
+            size = self._padded_draws(plan.num_draws)
+            return StepShape(size, size, size, True)
         num_seqs = max(len(plan.chunks), plan.num_draws)
         fitting = (s for s in self._prefill_shapes if s.num_tokens >= plan.num_tokens and s.num_seqs >= num_seqs)
-        return next(fitting, None)
+        launched = next((size for size in self.launched_sizes if size >= plan.num_tokens), plan.num_tokens)
+        return next(fitting, StepShape(launched, len(plan.chunks), self._padded_draws(plan.num_draws), False))
+
+    def _padded_draws(self, num_draws: int) -> int:
+        return self._decode_sizes[bisect_left(self._decode_sizes, num_draws)] if num_draws else 0
 
     def replay(self, shape: StepShape) -> torch.Tensor:
         """Launch a step of this shape, whose inputs are in the buffers. Returns the logits of its draws."""

@@ -177,6 +177,18 @@ class Decoder:
         attended = paged_attention(q, kv_layer, meta, self._scale, k, v)
         return attended.reshape(-1, config.num_heads * config.head_dim)
 
+    @torch.inference_mode()
+    def run_products(self, num_tokens: int) -> None:
+        """One layer's matrix products over so many zeros: loads the kernels that the library picks for this size."""
+        layer, eps = self.layers[0], self.config.rms_norm_eps
+        hidden = torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        norm_linear(hidden, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
+        attended = hidden.new_zeros(num_tokens, self.config.num_heads * self.config.head_dim)
+        hidden = linear(attended, layer.o_weight, layer.o_bias, residual=hidden)
+        gate_up = layer.gate_up_weight, layer.gate_up_bias
+        inner = norm_linear(hidden, layer.post_attention_norm, eps, *gate_up, gated=True)
+        linear(inner, layer.down_weight, layer.down_bias, residual=hidden)
+
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA)."""
         if out is None:

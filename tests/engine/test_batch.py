@@ -10,7 +10,7 @@ from pdray.engine.limits import EngineLimits
 from pdray.engine.request import EngineRequest
 from pdray.engine.results import Bookkeeper
 from pdray.engine.scheduler import Scheduler
-from pdray.engine.step_graphs import decode_sizes, prefill_shapes
+from pdray.engine.step_graphs import StepGraphs, decode_sizes, launched_sizes, prefill_shapes
 from pdray.engine.step_plan import SampledRow, StepPlan
 from pdray.sampling_params import SamplingParams
 
@@ -65,7 +65,7 @@ def test_padding_of_a_decode_step_holds_no_kv_and_writes_to_the_dummy_block() ->
     steps.book(steps.plan())
     plan = steps.plan()
     inputs = buffers.fill(plan, StepShape(4, 4, 4, True))
-    assert inputs.is_padded and inputs.shape.num_draws == 4
+    assert inputs.shape.num_draws == 4
     block = plan.chunks[0].sequence.block_table[1]
     assert inputs.input_ids.tolist() == [50, 0, 0, 0]
     assert inputs.positions.tolist() == [6, 0, 0, 0]
@@ -111,3 +111,19 @@ def test_graph_sizes_reach_the_largest_batch() -> None:
     assert [shape[:2] for shape in prefill_shapes(100, 256)] == [(16, 8), (32, 8), (64, 8)]
     assert [shape[:2] for shape in prefill_shapes(600, 40)][-3:] == [(384, 8), (512, 8), (512, 40)]
     assert prefill_shapes(20, 4) == [StepShape(16, 4, 4, False)]
+
+
+def test_steps_are_padded_to_a_graphs_shape_or_to_one_whose_kernels_are_loaded() -> None:
+    assert launched_sizes(300) == [300] and launched_sizes(512) == []
+    assert launched_sizes(6000) == [4608, 5120, 5632, 6000]
+    graphs = StepGraphs(torch.empty(4, 97), max_num_batched_tokens=16)
+    steps = Steps()
+    for key in ("a", "b", "c"):
+        steps.add(key, list(range(5)))
+    assert graphs.shape_for(steps.plan()) == StepShape(16, 4, 4, False)
+    steps.book(steps.scheduler.plans_in_flight[0])
+    assert graphs.shape_for(steps.plan()) == StepShape(4, 4, 4, True)
+    none = StepGraphs(torch.empty(4, 97), max_num_batched_tokens=15)  # too few tokens for a graph with prompts
+    steps = Steps()
+    steps.add("a", list(range(9)))
+    assert none.shape_for(steps.plan()) == StepShape(15, 1, 1, False)

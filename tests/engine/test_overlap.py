@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from pdray.engine.request import EngineRequest
+from pdray.engine.step_graphs import StepGraphs
 from pdray.sampling_params import SamplingParams
 
 RULES = {
@@ -44,6 +46,14 @@ def test_every_kind_of_request_gets_the_same_tokens(llama: Any, settings: dict[s
         assert plain.stats().num_preemptions > 0 and ahead.stats().num_preemptions > 0
     for engine in (plain, ahead):
         engine.assert_empty()
+
+
+def test_padded_steps_give_the_same_tokens(llama: Any) -> None:
+    """As for graphs and launched steps on CUDA; here the same code computes them."""
+    plain = llama.engine(async_scheduling=False).run(*requests())
+    padded = llama.engine(async_scheduling=True)
+    padded.runner.graphs = StepGraphs(torch.empty(8, 199), max_num_batched_tokens=64)
+    assert answers(padded.run(*requests())) == answers(plain)
 
 
 def test_disaggregated_engines_that_plan_ahead_give_the_same_tokens(llama: Any, disaggregated: Any) -> None:
