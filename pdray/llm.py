@@ -155,12 +155,11 @@ class LLM:
         async with places:
             request = await self._router.submit(prompt, params, request_id=f"cmpl-{uuid.uuid4().hex}")
         try:
-            async for _ in request:
-                pass
+            output = await request.wait()
         finally:
             request.abort()
         progress.update(1)
-        return request.output
+        return output
 
     def status(self) -> dict[str, Any]:
         """Workers, roles, devices, queue depth, free blocks, leases: what `pdray status` prints."""

@@ -64,7 +64,7 @@ class RequestTracker:
         if leg is None:
             return []
         fresh = []
-        for token in sorted(tokens, key=lambda token: (token.index, token.position)):
+        for token in sorted(tokens, key=_place) if len(tokens) > 1 else tokens:
             produced = self._tokens[token.index]
             if token.index not in leg.indices or token.index in self._finished or token.position < len(produced):
                 continue
@@ -107,3 +107,7 @@ class RequestTracker:
         self._next_attempt += 1
         self._legs[leg.key] = leg
         return leg
+
+
+def _place(token: SampledToken) -> tuple[int, int]:
+    return token.index, token.position

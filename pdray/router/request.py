@@ -35,7 +35,7 @@ class CompletionDelta:
 
 
 class RoutedRequest:
-    """A request that the router has taken. Iterate it for its deltas; abort() it if you stop early.
+    """A request that the router has taken. Iterate it for its deltas, or wait(); abort() it if you stop early.
 
     A slow consumer costs no more than the request's own text: deltas that it has not taken are merged, one for each
     completion. Event loop's thread only.
@@ -70,6 +70,7 @@ class RoutedRequest:
         self._on_abort = on_abort
         self._pending: dict[int, CompletionDelta] = {}
         self._wake = asyncio.Event()
+        self._has_ended = asyncio.Event()
         self._error: BaseException | None = None
         self.ended = False
 
@@ -98,6 +99,17 @@ class RoutedRequest:
                 if self._error is not None:
                     raise self._error
                 return
+
+    async def wait(self) -> RequestOutput:
+        """Return at the end, for a consumer that wants no deltas and need not be woken for them.
+
+        Raises:
+            WorkerDiedError: as of the iteration.
+        """
+        await self._has_ended.wait()
+        if self._error is not None:
+            raise self._error
+        return self.output
 
     def abort(self) -> None:
         """Give the request up, in whatever state it is. Idempotent; nothing happens after its end."""
@@ -152,6 +164,7 @@ class RoutedRequest:
             else:
                 self.granted.set_exception(error)
         self._wake.set()
+        self._has_ended.set()
 
     def _delta(self, index: int) -> CompletionDelta:
         delta = self._pending.get(index)

@@ -270,14 +270,18 @@ class Router:
         if leg is None:
             return
         leg.filling = False
-        output = leg.request.output
+        if message.prefill is not None or message.first_decode_step is not None:
+            self._note_timings(leg.request.output, message)
+        self._tokens(leg, message.tokens)
+
+    @staticmethod
+    def _note_timings(output: RequestOutput, message: LegTokens) -> None:
         for name in ("prefill_queue", "prefill", "transfer_wait", "first_decode_step"):
             seconds = getattr(message, name)
             if seconds is not None and getattr(output.timings, name) is None:
                 setattr(output.timings, name, seconds)
         if message.num_cached_tokens is not None:
             output.num_cached_tokens = max(output.num_cached_tokens, message.num_cached_tokens)
-        self._tokens(leg, message.tokens)
 
     # ends
 

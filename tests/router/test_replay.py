@@ -184,8 +184,11 @@ async def test_a_failed_leg_is_tried_again_and_again_up_to_a_limit(make_cluster:
         await cluster.prefill.expect(PrefillRequest, "r", attempt=attempt)
         worker = cluster.decode if kind is LeaseClosed else cluster.prefill
         worker.send(kind("r", attempt, "because"))
+    request = await task
     with pytest.raises(WorkerDiedError, match=r"3 times \(max_replays is 2\).*because"):
-        await text_of(await task)
+        await text_of(request)
+    with pytest.raises(WorkerDiedError):
+        await request.wait()
     assert cluster.metrics.num_replays == 2
     cluster.assert_clean()
 

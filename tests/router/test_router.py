@@ -73,6 +73,21 @@ async def test_streaming_in_order(make_cluster: MakeCluster) -> None:
     cluster.assert_clean()
 
 
+async def test_a_consumer_may_wait_for_the_whole_answer(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    request = await start(cluster, "r")
+    waiting = asyncio.create_task(request.wait())
+    cluster.prefill.first("r", "a")
+    cluster.decode.tokens("r", 1, "bc")
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    cluster.decode.tokens("r", 3, "d", finish="length")
+    async with asyncio.timeout(10):
+        assert await waiting is request.output
+    assert request.output.finished and request.output.outputs[0].text == "abcd"
+    cluster.assert_clean()
+
+
 @pytest.mark.parametrize("comes", [True, False], ids=["late", "never"])
 async def test_the_prefill_workers_answer_may_be_late_or_lost(make_cluster: MakeCluster, comes: bool) -> None:
     """It comes through another connection than the decode worker's tokens, which begin with the same first one."""
