@@ -1,6 +1,8 @@
 """Real processes and the default model through failures: prints one table, exits 1 if something did not hold.
 
-Starts Ray clusters of its own on free ports, one for each configuration, and leaves no process.
+Starts Ray clusters of its own on free ports, one for each configuration, and leaves no process. On CPU, or where the
+options of the configuration say: one prefill and two decode workers on one GPU are ``--device cuda --dtype float32
+--prefill-num-gpus 0.3 --decode-num-gpus 0.3``; on two GPUs the prefill worker has one of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
+from typing import Any
 
 from application import Application, application, seconds_until
 from deaths import deaths
@@ -27,16 +30,17 @@ from storm import storm
 from streams import MODEL
 
 from pdray.config import Config
+from pdray.options import add_config_arguments, config_values
 
-BASE = Config(
-    device="cpu",
-    served_model_name=MODEL,
-    num_decode_workers=2,
-    num_threads=1,
-    max_model_len=512,
-    num_kv_blocks=600,
-    restart_backoff_s=0.5,
-)
+BASE = {
+    "device": "cpu",
+    "served_model_name": MODEL,
+    "num_decode_workers": 2,
+    "num_threads": 1,
+    "max_model_len": 512,
+    "num_kv_blocks": 600,
+    "restart_backoff_s": 0.5,
+}
 SMALL_QUEUE = {"max_num_seqs": 8, "max_queue_size": 32, "max_queue_wait_s": 10.0}
 SMALL_POOL = {"num_kv_blocks": 200}
 HEAD = "| test | figure | must hold | ok |\n|---|---|---|---|"
@@ -65,22 +69,27 @@ def served(config: Config, case: Case) -> RunsRows:
     return run
 
 
-CASES: dict[str, RunsRows] = {
-    "deaths": served(BASE, deaths),
-    "only-decode": served(BASE.model_copy(update={"num_decode_workers": 1}), only_decode),
-    "storm": served(BASE, storm),
-    "open-loop": served(BASE.model_copy(update=SMALL_QUEUE), open_loop),
-    "slow-client": served(BASE, slow_client),
-    "soak": served(BASE.model_copy(update=SMALL_POOL), soak),
-    "overload": lambda scale: run_overload(scale.paced_overload_s),
+CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
+    "deaths": lambda given: served(configured(given), deaths),
+    "only-decode": lambda given: served(configured(given, num_decode_workers=1), only_decode),
+    "storm": lambda given: served(configured(given), storm),
+    "open-loop": lambda given: served(configured(given, **SMALL_QUEUE), open_loop),
+    "slow-client": lambda given: served(configured(given), slow_client),
+    "soak": lambda given: served(configured(given, **SMALL_POOL), soak),
+    "overload": lambda _: lambda scale: run_overload(scale.paced_overload_s),
 }
 
 
-def rows_of(name: str, scale: Scale) -> list[Row]:
+def configured(given: dict[str, Any], **case: Any) -> Config:
+    """What the case needs, over what the command line says, over BASE."""
+    return Config(**BASE | given | case)
+
+
+def rows_of(name: str, given: dict[str, Any], scale: Scale) -> list[Row]:
     """The rows of a case; an exception is a row that failed."""
     try:
         with redirect_stdout(sys.stderr):  # Ray tells stdout of every death
-            return CASES[name](scale)
+            return CASES[name](given)(scale)
     except Exception as error:
         traceback.print_exc()
         return [Row(name, f"{type(error).__name__}: {error}", "no exception", False)]
@@ -98,14 +107,24 @@ def main() -> int:
     parser.add_argument("--soak-minutes", type=float, default=None)
     parser.add_argument("--soak-kills", action="store_true", help="kill a worker every minute of the soak")
     parser.add_argument("--quick", action="store_true", help="fewer streams, tokens and requests")
+    parser.add_argument("--num-streams", type=int, default=None, help="that are disturbed (default: 32)")
+    parser.add_argument("--num-tokens", type=int, default=None, help="of each of them (default: 48)")
+    add_config_arguments(parser, skip=())
     args = parser.parse_args()
     scale = QUICK if args.quick else Scale()
-    scale = replace(scale, soak_kills=args.soak_kills, soak_minutes=args.soak_minutes or scale.soak_minutes)
+    scale = replace(
+        scale,
+        soak_kills=args.soak_kills,
+        soak_minutes=args.soak_minutes or scale.soak_minutes,
+        num_streams=args.num_streams or scale.num_streams,
+        num_tokens=args.num_tokens or scale.num_tokens,
+    )
+    given = config_values(args)
     rows: list[Row] = []
     print(HEAD, flush=True)
     for name in args.rows:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        done = rows_of(name, scale)
+        done = rows_of(name, given, scale)
         rows += done
         print("\n".join(line(row) for row in done), flush=True)
     return 0 if all(row.ok for row in rows) else 1
