@@ -114,8 +114,7 @@ def check_all_attention() -> None:
     check_attention(DECODES, (40, 2, 32), 16, torch.float32, num_splits=8)  # a group of 20, splits without keys
     if not INTERPRETED:
         lengths = [(1, 5000), (700, 3000), (1, 1), (2048, 2048), (1, 777)]
-        for dtype in DTYPES:
-            check_attention(lengths, (32, 8, 128), 16, dtype, num_splits=None)
+        check_attention(lengths, (32, 8, 128), 16, torch.bfloat16, num_splits=None)  # the reference takes long
 
 
 def check_flash_attention() -> None:
