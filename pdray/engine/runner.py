@@ -101,10 +101,9 @@ class Runner:
     ) -> torch.Tensor:
         """Logits of the step's draws; plain draws go to ``sampled``. Can be captured."""
         tokens = inputs.input_ids, inputs.positions
-        hidden = self.decoder.forward(*tokens, self.kv, inputs.attention, on_layer, self.sampled)
-        logits = self.decoder.compute_logits(
-            hidden if inputs.shape.is_decode else hidden[inputs.logit_rows], logits_out
-        )
+        rows = None if inputs.shape.is_decode else inputs.logit_rows
+        hidden = self.decoder.forward(*tokens, self.kv, inputs.attention, on_layer, self.sampled, rows)
+        logits = self.decoder.compute_logits(hidden, logits_out)
         if inputs.draws is not None and len(logits):
             draw_tokens(logits, *inputs.draws, out=self.sampled[: len(logits)])
         return logits

@@ -138,8 +138,9 @@ class Decoder:
         meta: AttentionMetadata,
         on_layer: Callable[[int], None] | None = None,
         sampled: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states after the final norm, [T, hidden_size]; writes the tokens' keys and values into kv.
+        """Hidden states after the final norm, of every token or of ``rows``; writes the tokens' KV into kv.
 
         Args:
             input_ids: [T] int64; -1 - i stands for sampled[i].
@@ -147,12 +148,18 @@ class Decoder:
             kv: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
             on_layer: called with i as soon as layer i's KV is stored and its attention done (on CUDA: enqueued).
             sampled: [R] int64; needed where an id is below 0.
+            rows: [S] int64, tokens. The last layer computes nothing but KV for others.
+
+        Returns:
+            [T, hidden_size], or [S, hidden_size].
         """
         eps = self.config.rms_norm_eps
         hidden = embed(input_ids, self.embed_tokens, input_ids[:0] if sampled is None else sampled)
         for i, layer in enumerate(self.layers):
             qkv = norm_linear(hidden, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
             attended = self._attention(layer, qkv, positions, kv[i], meta)
+            if rows is not None and i == len(self.layers) - 1:
+                attended, hidden = attended[rows], hidden[rows]
             hidden = linear(attended, layer.o_weight, layer.o_bias, residual=hidden)
             if on_layer is not None:
                 on_layer(i)

@@ -39,8 +39,13 @@ class PagedSequence:
         self.length = 0
 
     @torch.inference_mode()
-    def run(self, token_ids: list[int], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
-        """Append tokens; logits [len(token_ids), vocab_size] float32."""
+    def run(
+        self,
+        token_ids: list[int],
+        on_layer: Callable[[int], None] | None = None,
+        rows: list[int] | None = None,
+    ) -> torch.Tensor:
+        """Append tokens; logits [len(token_ids), vocab_size] float32, or of ``rows`` alone."""
         start, end = self.length, self.length + len(token_ids)
         positions = torch.arange(start, end)
         slots = self.block_table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
@@ -53,9 +58,9 @@ class PagedSequence:
             kv_lens=[end],
         )
         self.length = end
-        return self.decoder.compute_logits(
-            self.decoder.forward(torch.tensor(token_ids), positions, self.kv, meta, on_layer)
-        )
+        wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64)
+        hidden = self.decoder.forward(torch.tensor(token_ids), positions, self.kv, meta, on_layer, rows=wanted)
+        return self.decoder.compute_logits(hidden)
 
 
 def build_hf_model(architecture: str, **overrides: Any) -> Any:

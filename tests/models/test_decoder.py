@@ -75,6 +75,18 @@ def test_rows_do_not_depend_on_how_the_sequence_is_cut(
     assert torch.equal(pieces, whole)
 
 
+@pytest.mark.parametrize("rows", [[49], [7, 49, 7], []])
+def test_rows_that_are_asked_for_alone(
+    rows: list[int], hf_model: Any, decoder_of: Any, paged: Any, tokens: Any
+) -> None:
+    decoder = decoder_of(hf_model("Qwen3ForCausalLM"))
+    prompt = tokens(50)
+    whole, part = paged(decoder), paged(decoder)
+    logits = whole.run(prompt)
+    assert torch.equal(part.run(prompt, rows=rows), logits[rows])
+    assert torch.equal(part.kv, whole.kv)
+
+
 def test_dynamic_rope_equals_transformers_when_decoding_past_the_trained_length(
     hf_model: Any, decoder_of: Any, paged: Any, tokens: Any
 ) -> None:

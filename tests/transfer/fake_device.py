@@ -10,6 +10,7 @@ import ctypes
 import queue
 import threading
 import uuid
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,11 @@ class HostStream:
     """Work in order on a thread of its own."""
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.errors: list[BaseException] = []
         self.before_work: Callable[[], None] = lambda: None  # tests slow a stream down here
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=_work_off, args=(self._work, self.errors), daemon=True).start()
+        weakref.finalize(self, self._work.put, None)  # a thread that outlives its stream may crash the interpreter's end
 
     @property
     def handle(self) -> int:
@@ -52,12 +54,14 @@ class HostStream:
     def _wait(event: HostEvent) -> None:
         assert event.passed.wait(PATIENCE_S), "nobody has recorded the event"
 
-    def _run(self) -> None:
-        while True:
-            try:
-                self._work.get()()
-            except BaseException as error:
-                self.errors.append(error)
+
+def _work_off(work: queue.SimpleQueue[Callable[[], None] | None], errors: list[BaseException]) -> None:
+    while (item := work.get()) is not None:
+        try:
+            item()
+        except BaseException as error:
+            errors.append(error)
+        del item
 
 
 class Wire:
