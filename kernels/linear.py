@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +12,10 @@ import torch.nn.functional as F
 ROW_MULTIPLE = 8
 PACKED_ROW_MULTIPLE = 4
 
-LARGEST_STREAMED_WEIGHT = 65536  # rows; beyond it cuBLAS reads as fast as an H100's memory gives
+# Beyond these cuBLAS reads as fast as an H100's memory gives.
+LARGEST_OF_ONE_ROW = 65536  # rows of the weight
+MAX_FEW_ROWS = 16
+LARGEST_OF_FEW_ROWS = 1 << 23  # elements
 
 
 def linear(
@@ -40,10 +45,8 @@ def linear(
 def _cuda_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
 ) -> torch.Tensor:
-    if streams_weight(x, weight):
-        from pdray.kernels.skinny_linear_triton import triton_linear
-
-        return triton_linear(x, weight, bias, residual)
+    if (kernels := streaming_kernels(x, weight)) is not None:
+        return kernels.triton_linear(x, weight, bias, residual)
     if residual is None:
         return F.linear(x, weight, bias)
     if bias is not None:
@@ -51,9 +54,19 @@ def _cuda_linear(
     return residual.addmm_(x, weight.t())
 
 
-def streams_weight(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the product is one for skinny_linear_triton: one row, 16-bit floats, no huge weight."""
-    return x.is_cuda and x.shape[0] == 1 and x.element_size() == 2 and weight.shape[0] <= LARGEST_STREAMED_WEIGHT
+def streaming_kernels(x: torch.Tensor, weight: torch.Tensor) -> Any:
+    """The module whose triton_linear and triton_norm_linear read this weight faster than the library; None: neither."""
+    if not x.is_cuda or x.element_size() != 2:
+        return None
+    if len(x) == 1 and len(weight) <= LARGEST_OF_ONE_ROW:
+        from pdray.kernels import one_row_linear_triton
+
+        return one_row_linear_triton
+    if 2 <= len(x) <= MAX_FEW_ROWS and weight.numel() <= LARGEST_OF_FEW_ROWS and weight.shape[1] % 16 == 0:
+        from pdray.kernels import few_row_linear_triton
+
+        return few_row_linear_triton
+    return None
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """RMSNorm, a matrix product and the gated activation as one operation, for the two halves of a layer.
 
-With one row on CUDA it is one kernel: the product streams the weight, and what surrounds it costs no launch.
+With few rows on CUDA it is one kernel: the product streams the weight, and what surrounds it costs no launch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pdray.kernels.activation import silu_and_mul
 from pdray.kernels.layernorm import rms_norm
-from pdray.kernels.linear import linear, streams_weight
+from pdray.kernels.linear import linear, streaming_kernels
 
 
 def norm_linear(
@@ -21,7 +21,7 @@ def norm_linear(
     *,
     gated: bool = False,
 ) -> Tensor:
-    """linear(rms_norm(x)), and silu_and_mul of that if ``gated``; rounded as those are one by one.
+    """linear(rms_norm(x)), and silu_and_mul of that if ``gated``; rounded as those are one by one, or less often.
 
     Args:
         x: [M, K]. weight: [N, K]; gated: gate above up. bias: [N].
@@ -29,9 +29,7 @@ def norm_linear(
     Returns:
         [M, N], gated [M, N / 2].
     """
-    if streams_weight(x, weight):
-        from pdray.kernels.skinny_linear_triton import triton_norm_linear
-
-        return triton_norm_linear(x, norm_weight, eps, weight, bias, gated=gated)
+    if (kernels := streaming_kernels(x, weight)) is not None:
+        return kernels.triton_norm_linear(x, norm_weight, eps, weight, bias, gated=gated)
     out = linear(rms_norm(x, norm_weight, eps), weight, bias)
     return silu_and_mul(out) if gated else out

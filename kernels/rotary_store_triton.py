@@ -9,7 +9,9 @@ from torch import Tensor
 
 from pdray.kernels.dependent_launch import begin, dependent_launch
 
-PAIRS = 256  # of elements that a program rotates: enough to fill a GPU with long prompts, small enough for one token
+# Pairs of elements that a program rotates: small enough for one token, or enough to keep the memory busy.
+PAIRS, MANY_PAIRS = 256, 512
+MANY_TOKENS = 1024
 
 
 @triton.jit
@@ -97,7 +99,7 @@ def triton_rotate_and_store(
     assert qkv.is_contiguous() and kv_layer.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
     padded_half = triton.next_power_of_2(head_dim // 2)
-    heads = max(1, PAIRS // padded_half)
+    heads = max(1, (PAIRS if len(qkv) < MANY_TOKENS else MANY_PAIRS) // padded_half)
     if len(qkv):
         rotate_and_store_kernel[(len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
             qkv, q_norm, k_norm, cos, sin, positions, kv_layer, slot_mapping, eps,

@@ -33,7 +33,9 @@ class HostStream:
         self.errors: list[BaseException] = []
         self.before_work: Callable[[], None] = lambda: None  # tests slow a stream down here
         threading.Thread(target=_work_off, args=(self._work, self.errors), daemon=True).start()
-        weakref.finalize(self, self._work.put, None)  # a thread that outlives its stream may crash the interpreter's end
+        weakref.finalize(
+            self, self._work.put, None
+        )  # a thread that outlives its stream may crash the interpreter's end
 
     @property
     def handle(self) -> int:

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from pdray.kernels.norm_linear import norm_linear
-from pdray.kernels.skinny_linear_triton import Tiles, triton_linear, triton_norm_linear
+from pdray.kernels.one_row_linear_triton import Tiles, triton_linear, triton_norm_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -47,7 +47,7 @@ def check_norm_linear() -> None:
             assert error <= TOLERANCE[dtype], f"{dtype}, gated {gated}, {tiles}: error {error:.1e}"
 
 
-CHECKS = {"skinny linear": check_linear, "norm, linear and gate": check_norm_linear}
+CHECKS = {"one row, linear": check_linear, "one row, norm, linear and gate": check_norm_linear}
 
 if __name__ == "__main__":
     torch.manual_seed(0)
