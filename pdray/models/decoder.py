@@ -198,9 +198,9 @@ class Decoder:
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA)."""
-        if out is None:
-            return linear(hidden, self.lm_head)
-        return torch.mm(hidden, self.lm_head.t(), out=out)
+        if hidden.is_cuda:  # one product whether there is an ``out`` or not: a graph draws what an eager step draws
+            return torch.mm(hidden, self.lm_head.t(), out=out)
+        return linear(hidden, self.lm_head)
 
 
 def _dense(weight: torch.Tensor) -> torch.Tensor:
