@@ -31,18 +31,20 @@ def uses_cuda(config: Config) -> bool:
 def worker_options(config: Config, app_name: str, worker_id: str, *, detached: bool) -> dict[str, Any]:
     """Options of one worker's actor, but for its GPU: readable name, fractional CPUs, its own number of threads.
 
-    Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS.
+    Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS. Without an environment of its
+    own an actor gets a process that Ray has ready: on a GPU, where threads do not matter, that saves a start.
     """
-    environment = {"OMP_NUM_THREADS": str(config.num_threads), "TOKENIZERS_PARALLELISM": "false"}
-    if config.nccl_on_one_gpu:
-        environment |= one_gpu_environment(worker_id)
     options: dict[str, Any] = {
         "name": f"{app_name}:{worker_id}",
         "namespace": NAMESPACE,
         "num_cpus": config.worker_num_cpus,
         "max_restarts": 0,
-        "runtime_env": {"env_vars": environment},
     }
+    environment = {} if uses_cuda(config) else {"OMP_NUM_THREADS": str(config.num_threads)}
+    if config.nccl_on_one_gpu:
+        environment |= one_gpu_environment(worker_id)
+    if environment:
+        options["runtime_env"] = {"env_vars": environment}
     if detached:
         options["lifetime"] = "detached"
     return options
