@@ -57,16 +57,23 @@ async def deaths(app: Application, scale: Scale) -> list[Row]:
         told = [answer.error or answer.outcome for answer in expected if answer.outcome != "finished"]
         if told or any(answer.num_tokens != scale.num_tokens for answer in expected):
             return [Row("streams undisturbed", f"{len(told)} did not finish: {told[:1]}", "all finish", False)]
-        rows = [await _disturbed(app, clients, bodies, expected, *item) for item in DISTURBANCES.items()]
-        rows.append(await _replica_killed(app, clients, bodies, expected))
+        midway = clients.num_pieces // 3  # not tokens: a fast worker's come several at once
+        rows = [await _disturbed(app, clients, bodies, expected, midway, *item) for item in DISTURBANCES.items()]
+        rows.append(await _replica_killed(app, clients, bodies, expected, midway))
     return rows
 
 
 async def _disturbed(
-    app: Application, clients: Clients, bodies: list[Body], expected: Stories, name: str, disturb: Disturbance
+    app: Application,
+    clients: Clients,
+    bodies: list[Body],
+    expected: Stories,
+    midway: int,
+    name: str,
+    disturb: Disturbance,
 ) -> Row:
     tasks = [asyncio.ensure_future(clients.ask(body)) for body in bodies]
-    await clients.pieces(sum(body["max_tokens"] for body in bodies) // 3)
+    await clients.pieces(midway)
     since = time.monotonic()
     running = sum(not task.done() for task in tasks)
     gone = await disturb(app)
@@ -79,9 +86,11 @@ async def _disturbed(
     )
 
 
-async def _replica_killed(app: Application, clients: Clients, bodies: list[Body], expected: Stories) -> Row:
+async def _replica_killed(
+    app: Application, clients: Clients, bodies: list[Body], expected: Stories, midway: int
+) -> Row:
     tasks = [asyncio.ensure_future(clients.ask(body, timeout_s=60.0)) for body in bodies]
-    await clients.pieces(sum(body["max_tokens"] for body in bodies) // 3)
+    await clients.pieces(midway)
     since = time.monotonic()
     gone = {await app.kill("replica")}
     back, *answers = await asyncio.gather(seconds_until(lambda: app.whole(gone), since, BACK_TIMEOUT_S), *tasks)

@@ -22,9 +22,10 @@ async def only_decode(app: Application, scale: Scale) -> list[Row]:
     async with new_session() as session:
         clients = Clients(app.url, session)
         expected = await asyncio.gather(*(clients.ask(body) for body in bodies))
+        midway = clients.num_pieces // 3
         expected_short = await clients.ask(short)
         tasks = [asyncio.ensure_future(clients.ask(body)) for body in bodies]
-        await clients.pieces(len(bodies) * scale.num_tokens // 3)
+        await clients.pieces(midway)
         since = time.monotonic()
         gone = {await app.kill("decode-0")}
         await seconds_until(lambda: _not(app), since, 10.0)
