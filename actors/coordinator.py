@@ -153,14 +153,7 @@ class Coordinator:
     async def _is_unwanted(self) -> bool:
         if time.monotonic() - self._last_watch > UNWATCHED_LIMIT_S:
             return True
-        from ray import serve  # takes a second, which LLM() need not wait for
-        from ray.serve.exceptions import RayServeException
-
-        try:
-            applications = await asyncio.to_thread(lambda: serve.status().applications)
-        except (RayError, RayServeException):
-            return True  # Serve itself is gone
-        return self.app_name not in applications
+        return self.app_name not in await asyncio.to_thread(_serve_applications)
 
     def _supervisor_failed(self, error: BaseException) -> None:
         logger.error("%s: internal error; workers are no longer supervised", self.app_name, exc_info=error)
@@ -177,3 +170,16 @@ class Coordinator:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
+
+
+def _serve_applications() -> set[str]:
+    """Names of Serve's applications; none if Serve is gone. Importing it takes a second or two: not for the event
+    loop's thread, where heartbeats are waited for.
+    """
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return set(serve.status().applications)
+    except (RayError, RayServeException):
+        return set()

@@ -42,9 +42,11 @@ from pdray.errors import HandshakeError
 from pdray.transfer.channel import Put
 from pdray.transfer.choose import choose_channel
 from pdray.transfer.communicator import RECEIVER_RANK
+from pdray.transfer.pending_writes import PendingWrites
 
 if TYPE_CHECKING:
     from pdray.transfer.nccl_receiver import NcclReceiver
+    from pdray.transfer.object_store import ObjectStoreReceiver
 
 
 class DecodeWorker(Worker):
@@ -53,13 +55,18 @@ class DecodeWorker(Worker):
     def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
         super().__init__(config, worker_id, incarnation, secret)
         self._waiting_routers: set[str] = set()  # were denied, and hear of credit that comes back
+        self._writes = PendingWrites()
         self._receiver: NcclReceiver | None = None
+        self._object_store: ObjectStoreReceiver
         self._offered: dict[str, tuple[int, Any]] = {}  # epoch and communicator's id, by prefill worker
         self.role: Literal["decode", "both"] = "both" if config.mode == "colocated" else "decode"
 
     async def start(self) -> WorkerInfo:
         info = await super().start()
         self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s)
+        from pdray.transfer.object_store import ObjectStoreReceiver
+
+        self._object_store = ObjectStoreReceiver(self.engine.kv, self, self._writes)
         if self.transport is not None and self._stagings:
             from pdray.transfer.nccl_receiver import NcclReceiver
             from pdray.transfer.staging import Staging
@@ -68,6 +75,7 @@ class DecodeWorker(Worker):
                 Staging(self.engine.kv, self._stagings[0]),
                 self.transport.new_stream,
                 self,
+                self._writes,
                 name=self.worker_id,
                 timeout_s=self.config.worker_timeout_s,
                 on_fatal=self._fail,
@@ -80,6 +88,7 @@ class DecodeWorker(Worker):
             self._send(self.leases.close_all("the worker is stopping"))
             if self._receiver is not None:
                 await self._receiver.close()
+            await asyncio.to_thread(self._object_store.close)
         await super().stop()
 
     def _credit(self) -> Credit:
@@ -115,6 +124,7 @@ class DecodeWorker(Worker):
         kind = choose_channel(self.config, prefill, self.info)
         if self._receiver is not None:
             await self._receiver.close_link(prefill.worker_id)
+        await self._writes.settle()
         self._writers[prefill.incarnation] = prefill
         self._send(self.leases.set_writer(prefill.worker_id, prefill.incarnation, epoch))
         if kind == "object_store":
@@ -138,7 +148,7 @@ class DecodeWorker(Worker):
             session = self.sessions.get(worker_id)
             if session is None or session.peer.incarnation == incarnation:
                 await self._receiver.close_link(worker_id)
-            await self._receiver.settle()
+        await self._writes.settle()
         self._writers.pop(incarnation, None)
         self._send(self.leases.worker_gone(worker_id, incarnation))
 
@@ -164,21 +174,11 @@ class DecodeWorker(Worker):
         array: np.ndarray[Any, Any],
     ) -> bool:
         """The object store channel's receiving end: the array holds the blocks of these layers."""
-        from pdray.transfer.object_store import array_to_blocks
-
         put = Put(LegKey(*key), range(*layers), [], destination_blocks)
-        return self.receive(worker_id, epoch, put, array_to_blocks(array, self.engine.kv.dtype))
-
-    def receive(self, worker_id: str, epoch: int, put: Put, blocks: Any) -> bool:
-        """See pdray.transfer.channel.BlockSink, as the next two."""
-        if not self.may_write(put.key, worker_id, epoch):
-            return False
-        from pdray.kernels.kv_store import scatter_blocks
-
-        scatter_blocks(self.engine.kv, put.layers, put.destination_blocks, blocks)
-        return self.put_received(put.key, worker_id, epoch)
+        return await self._object_store.receive(worker_id, epoch, put, array)
 
     def may_write(self, key: Hashable, worker_id: str, epoch: int) -> bool:
+        """See pdray.transfer.channel.BlockSink, as the next one."""
         return self.leases.may_write(LegKey(*key), worker_id, epoch)  # type: ignore[misc]
 
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
@@ -188,16 +188,13 @@ class DecodeWorker(Worker):
         return True
 
     def _put_aborted(self, peer: str, key: LegKey) -> None:
-        """The writer has stopped; a piece that it had brought may still be on its way from staging into the pool."""
+        """The writer has stopped; a piece that it had brought may still be on its way into the pool."""
 
         def free() -> None:
             self._send(self.leases.put_aborted(peer, key))
             self._announce_credit()
 
-        if self._receiver is not None:
-            self._receiver.when_written(key, free)
-        else:
-            free()
+        self._writes.when_done(key, free)
 
     # sessions
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -26,6 +26,9 @@ from pdray.errors import PdrayError
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+MIN_LAG_S = 0.1  # what an event loop is late anyhow
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -174,8 +177,9 @@ class WorkerFleet:
         interval = self.config.worker_timeout_s / 4
         while self._processes.get(info.incarnation) is process:
             try:
-                async with asyncio.timeout(self.config.worker_timeout_s - interval):
-                    epochs = await process.actor.heartbeat.remote()
+                epochs: dict[str, int] = await within(
+                    process.actor.heartbeat.remote(), self.config.worker_timeout_s - interval
+                )
             except (RayError, TimeoutError) as error:
                 logger.warning("%s: no heartbeat from %s: %r", self.app_name, process.worker_id, error)
                 self._perform(self.membership.suspect(process.worker_id, info.incarnation))
@@ -236,3 +240,25 @@ def _first_line(error: BaseException) -> str:
     """The cause's own words: Ray wraps an actor's exception in its traceback."""
     cause = getattr(error, "cause", None) or error
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
+async def within(awaitable: Awaitable[T], timeout_s: float) -> T:
+    """Its result. Time in which this event loop stood still, or the whole process, does not count.
+
+    Raises:
+        TimeoutError: there is none after so long. What the awaitable raises.
+    """
+    loop = asyncio.get_running_loop()
+    result = asyncio.ensure_future(awaitable)
+    try:
+        while True:
+            began = loop.time()
+            done, _ = await asyncio.wait({result}, timeout=timeout_s)
+            if done:
+                return result.result()
+            lag = loop.time() - began - timeout_s
+            if lag < MIN_LAG_S:
+                raise TimeoutError
+            timeout_s = min(timeout_s, lag)
+    finally:
+        result.cancel()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 import torch
 
 from pdray.bench.transfer_peers import PoolSpec
-from pdray.kernels.kv_store import scatter_blocks
-from pdray.transfer.object_store import array_to_blocks
+from pdray.transfer.channel import Put
+from pdray.transfer.object_store import ObjectStoreReceiver
+from pdray.transfer.pending_writes import PendingWrites
 
 
-class ObjectStoreReceiver:
-    """A Ray actor that takes whatever it is sent, as a decode worker does."""
+class ObjectStorePeer:
+    """A Ray actor that takes whatever it is sent, as a decode worker does. BlockSink of its own."""
 
     def __init__(self, spec: PoolSpec) -> None:
         torch.set_num_threads(1)
         self.pool = spec.allocate()
+        self._receiver = ObjectStoreReceiver(self.pool, self, PendingWrites())
 
     def random(self, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -28,7 +31,7 @@ class ObjectStoreReceiver:
         array: np.ndarray[Any, Any] = self.random(seed).numpy()
         return array
 
-    def receive_blocks(
+    async def receive_blocks(
         self,
         worker_id: str,
         epoch: int,
@@ -37,7 +40,12 @@ class ObjectStoreReceiver:
         blocks: list[int],
         array: np.ndarray[Any, Any],
     ) -> bool:
-        scatter_blocks(self.pool, range(*layers), blocks, array_to_blocks(array, self.pool.dtype))
+        return await self._receiver.receive(worker_id, epoch, Put(key, range(*layers), [], blocks), array)
+
+    def may_write(self, key: Hashable, worker_id: str, epoch: int) -> bool:
+        return True
+
+    def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         return True
 
     def holds(self, seed: int, source: list[int], destination: list[int]) -> bool:

@@ -226,7 +226,7 @@ def object_store_way(spec: PoolSpec) -> Iterator[Way]:
     import ray
     import torch
 
-    from pdray.bench.object_store_peers import ObjectStoreReceiver
+    from pdray.bench.object_store_peers import ObjectStorePeer
     from pdray.bench.transfer_peers import send_puts
     from pdray.ray_cluster import start_local
     from pdray.transfer.object_store import ObjectStoreChannel
@@ -234,7 +234,7 @@ def object_store_way(spec: PoolSpec) -> Iterator[Way]:
     if not ray.is_initialized():
         start_local(include_dashboard=False)
     torch.set_num_threads(1)
-    actor: Any = ray.remote(ObjectStoreReceiver).options(num_cpus=0).remote(spec)
+    actor: Any = ray.remote(ObjectStorePeer).options(num_cpus=0).remote(spec)
     pool = ray.get(actor.filled.remote(SEED))
     channel = ObjectStoreChannel(torch.from_numpy(pool.copy()).view(torch.bfloat16), "sender", 1, actor.receive_blocks)
     try:

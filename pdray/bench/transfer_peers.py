@@ -21,6 +21,7 @@ from pdray.transfer.nccl import CudaTransport
 from pdray.transfer.nccl_open import check, open_nccl_channel
 from pdray.transfer.nccl_receiver import NcclReceiver
 from pdray.transfer.nccl_sender import NcclSendChannel
+from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.staging import Staging
 
 HOST = "127.0.0.1"
@@ -140,6 +141,7 @@ class ReceivingPeer(_Peer):
             Staging(self.pool, self.buffer),
             self.transport.new_stream,
             self,
+            PendingWrites(),
             name=self.spec.name,
             timeout_s=self.spec.timeout_s,
             on_fatal=lambda error: self.fatal.append(repr(error)),
@@ -181,9 +183,6 @@ class ReceivingPeer(_Peer):
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         self.num_received += 1
         return True
-
-    def receive(self, worker_id: str, epoch: int, put: Put, blocks: torch.Tensor) -> bool:
-        raise AssertionError("nccl channels bring pieces")
 
     def on_open(self, session: Session) -> None: ...
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pdray.cluster.messages import ChannelReply
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Put(NamedTuple):
@@ -77,9 +74,4 @@ class BlockSink(Protocol):
 
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         """One put of the leg is wholly in the pool; False if it may not be any more, and does not count."""
-        ...
-
-    def receive(self, worker_id: str, epoch: int, put: Put, blocks: torch.Tensor) -> bool:
-        """Write ``blocks`` [len(layers), n, 2, block_size, num_kv_heads, head_dim] into the pool, if that may
-        be; returns whether it did. For channels whose data come all at once."""
         ...

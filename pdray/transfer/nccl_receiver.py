@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from pdray.cluster.messages import AnyMessage, ChannelFailed, GrantTransfers, Re
 from pdray.errors import TransferError
 from pdray.transfer.channel import BlockSink
 from pdray.transfer.communicator import Communicator, open_communicator
+from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.receive_thread import Arrival, Link, ReceiveThread, Transfer
 from pdray.transfer.staging import RING_PIECES, Staging
 from pdray.transfer.streams import Stream
@@ -42,6 +43,7 @@ class NcclReceiver:
     Args:
         staging: this receiver's alone.
         sink: asked before a put is granted, and again before each piece of it is written.
+        writes: is told of each piece that is being written.
         timeout_s: a granted transfer that does not get on for so long ends its channel.
         on_fatal: called if the device cannot be relied on any more.
 
@@ -54,6 +56,7 @@ class NcclReceiver:
         staging: Staging,
         new_stream: Callable[[], Stream],
         sink: BlockSink,
+        writes: PendingWrites,
         *,
         name: str,
         timeout_s: float,
@@ -63,12 +66,11 @@ class NcclReceiver:
         self._staging = staging
         self._new_stream = new_stream
         self._sink = sink
+        self._writes = writes
         self._on_fatal = on_fatal
         self._senders: dict[str, _Sender] = {}
         self._turns: deque[str] = deque()  # worker ids; whose turn is next stands first
         self._granted: Link | None = None
-        self._num_writing: dict[Hashable, int] = {}  # pieces that are being unpacked, by leg
-        self._after_written: dict[Hashable, list[Callable[[], None]]] = {}
         loop = asyncio.get_running_loop()
         self._thread = ReceiveThread(
             staging,
@@ -129,26 +131,11 @@ class NcclReceiver:
     async def _end_link(self, link: Link | None) -> None:
         if link is not None:
             await asyncio.to_thread(self._thread.give_up, link, "closed")
-        await self.settle()
+        await self._writes.settle()
 
     def senders(self) -> list[str]:
         """Whose channels are open."""
         return [sender.worker_id for sender in self._senders.values() if sender.link is not None]
-
-    async def settle(self) -> None:
-        """Return when the pieces that are being written now are in the pool."""
-        loop = asyncio.get_running_loop()
-        for key in list(self._num_writing):
-            done = loop.create_future()
-            self.when_written(key, lambda done=done: done.done() or done.set_result(None))  # type: ignore[misc]
-            await done
-
-    def when_written(self, key: Hashable, call: Callable[[], None]) -> None:
-        """Call once no piece of this leg is being written: now, or later. Its lease must not be freed before."""
-        if key in self._num_writing:
-            self._after_written.setdefault(key, []).append(call)
-        else:
-            call()
 
     async def close(self) -> None:
         """End all channels and the thread."""
@@ -197,7 +184,7 @@ class NcclReceiver:
         transfer, link = arrival.transfer, arrival.transfer.link
         key = transfer.staged.key
         if link.error is None and not transfer.refused and self._sink.may_write(key, link.name, link.epoch):
-            self._num_writing[key] = self._num_writing.get(key, 0) + 1
+            self._writes.begin(key)
             self._thread.unpack(arrival)
         else:
             transfer.refused = True
@@ -205,13 +192,8 @@ class NcclReceiver:
             self._piece_done(transfer)
 
     def written(self, arrival: Arrival) -> None:
-        key = arrival.transfer.staged.key
         self._piece_done(arrival.transfer)
-        self._num_writing[key] -= 1
-        if not self._num_writing[key]:
-            del self._num_writing[key]
-            for call in self._after_written.pop(key, []):
-                call()
+        self._writes.end(arrival.transfer.staged.key)
 
     def probed(self, arrival: Arrival) -> None:
         self._done(arrival.transfer, not arrival.transfer.refused)
@@ -228,10 +210,7 @@ class NcclReceiver:
 
     def failed(self, error: BaseException) -> None:
         self._on_fatal(error)
-        self._num_writing.clear()  # nobody is to wait for what never comes
-        for calls in list(self._after_written.values()):
-            for call in calls:
-                call()
+        self._writes.abandon()
 
     def _piece_done(self, transfer: Transfer) -> None:
         transfer.num_left -= 1

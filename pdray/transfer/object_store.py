@@ -3,11 +3,14 @@
 The sender copies a put's blocks out of its pool into one array and passes it to the decode worker as an
 argument of an actor call: Ray places it in the object store, owns the reference for exactly as long as
 the call needs it, and shows the receiver a read-only array in shared memory, which it copies into its
-pool. Copies and calls run on the channel's one thread.
+pool. Copies run on a thread at either end, and on CUDA on a stream of their own: an event loop must not
+wait for a device that has steps to do first.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -18,8 +21,9 @@ import torch
 
 from pdray.cluster.messages import ChannelReply
 from pdray.errors import TransferError
-from pdray.kernels.kv_store import gather_blocks
-from pdray.transfer.channel import Put, PutResult
+from pdray.kernels.kv_store import gather_blocks, scatter_blocks
+from pdray.transfer.channel import BlockSink, Put, PutResult
+from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.streams import CudaStream
 
 
@@ -119,3 +123,41 @@ class ObjectStoreChannel:
         for future in list(self._pending):
             self._resolve(future.set_exception, TransferError(f"channel of epoch {self.epoch} was closed"))
         self._thread.shutdown(wait=True)
+
+
+class ObjectStoreReceiver:
+    """What a decode worker's object store channels bring, into its pool.
+
+    Args:
+        kv: the pool.
+        sink: asked before a put is written, and told when it is.
+        writes: is told of each put that is being written.
+    """
+
+    def __init__(self, kv: torch.Tensor, sink: BlockSink, writes: PendingWrites) -> None:
+        self._kv = kv
+        self._sink = sink
+        self._writes = writes
+        self._stream = torch.cuda.Stream(kv.device) if kv.is_cuda else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="object-store-receiver")
+
+    async def receive(self, worker_id: str, epoch: int, put: Put, array: np.ndarray[Any, Any]) -> bool:
+        """Write what blocks_to_array() made of the put's blocks, if that may be; returns whether it counts."""
+        if not self._sink.may_write(put.key, worker_id, epoch):
+            return False
+        self._writes.begin(put.key)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._write, put, array)
+            return self._sink.put_received(put.key, worker_id, epoch)
+        finally:
+            self._writes.end(put.key)
+
+    def _write(self, put: Put, array: np.ndarray[Any, Any]) -> None:
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            scatter_blocks(self._kv, put.layers, put.destination_blocks, array_to_blocks(array, self._kv.dtype))
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Returns when nothing is being written any more; not for the event loop's thread."""
+        self._thread.shutdown()

@@ -18,6 +18,7 @@ from pdray.transfer.channel import Put, PutResult
 from pdray.transfer.communicator import RECEIVER_RANK, SENDER_RANK, open_communicator
 from pdray.transfer.nccl_receiver import NcclReceiver
 from pdray.transfer.nccl_sender import NcclSendChannel
+from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.staging import INDEX_BYTES, MAX_PIECE_BLOCKS, RING_PIECES, Staging
 
 _spec = importlib.util.spec_from_file_location("fake_device", Path(__file__).with_name("fake_device.py"))
@@ -57,9 +58,6 @@ class Leases:
         if key in self.open:
             self.received.append(key)
         return key in self.open
-
-    def receive(self, worker_id: str, epoch: int, put: Put, blocks: torch.Tensor) -> bool:
-        raise AssertionError("nccl channels bring pieces")
 
 
 class Sender:
@@ -133,6 +131,7 @@ class World:
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self.pool = make_pool(0.0)
         self.leases = Leases()
+        self.writes = PendingWrites()
         self.transport = fake_device.HostTransport(gpu="decode")
         self.staged: list[Staged] = []
         self.fatal: list[BaseException] = []
@@ -142,6 +141,7 @@ class World:
             self.staging,
             self.transport.new_stream,
             self.leases,
+            self.writes,
             name="decode",
             timeout_s=timeout_s,
             on_fatal=self.fatal.append,

@@ -166,10 +166,10 @@ async def test_a_lease_is_not_freed_while_a_piece_is_written(world: Any) -> None
     gate, freed = threading.Event(), []
     world.unpack_stream.before_work = lambda: gate.wait(20)
     key = sender.lease(0)
-    world.receiver.when_written(key, lambda: freed.append("before"))
+    world.writes.when_done(key, lambda: freed.append("before"))
     future = sender.put(0, ALL_LAYERS, [5], [5])
-    await until(lambda: world.receiver._num_writing)
-    world.receiver.when_written(key, lambda: freed.append("after"))
+    await until(lambda: world.writes._number)
+    world.writes.when_done(key, lambda: freed.append("after"))
     closing = asyncio.create_task(world.receiver.close_link("a"))
     await asyncio.sleep(0.05)
     assert freed == ["before"] and not closing.done()
@@ -385,7 +385,7 @@ async def test_blocks_of_a_freed_lease_are_never_written_again(world: Any, seed:
             assert torch.equal(world.pool[:, blocks], sender.pool[:, blocks])
         world.leases.open.discard(key)
         freed = asyncio.get_running_loop().create_future()
-        world.receiver.when_written(key, lambda: freed.set_result(None))
+        world.writes.when_done(key, lambda: freed.set_result(None))
         await freed
         world.pool[:, blocks] = float(number + 100)
         owned.update(dict.fromkeys(blocks, float(number + 100)))
