@@ -16,6 +16,9 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
 
+GPU_MAX_NUM_SEQS = 256
+GPU_MAX_NUM_BATCHED_TOKENS = 8192
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -52,8 +55,10 @@ class Config(BaseModel):
     cpu_memory_utilization: float = Field(
         0.1, gt=0, le=1, description="share of free host memory for each CPU worker's KV pool"
     )
-    max_num_seqs: Positive = Field(64, description="sequences in one decode batch")
-    max_num_batched_tokens: Positive = Field(2048, description="token budget of one forward pass")
+    max_num_seqs: Positive = Field(64, description="sequences in one decode batch; on a GPU by default 256")
+    max_num_batched_tokens: Positive = Field(
+        2048, description="token budget of one forward pass; on a GPU by default 8192"
+    )
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = Field(
         None, description="plan a step while the one before it runs; default: on CUDA"
@@ -176,6 +181,18 @@ class Config(BaseModel):
     def model_name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or self.model
+
+    def for_device(self, device_type: str) -> Config:
+        """With that kind of device's defaults, where this one's depend on it and nothing was given."""
+        if device_type != "cuda":
+            return self
+        given = self.model_fields_set
+        num_seqs, num_tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if "max_num_batched_tokens" not in given:
+            num_tokens = max(GPU_MAX_NUM_BATCHED_TOKENS, num_seqs if "max_num_seqs" in given else 0)
+        if "max_num_seqs" not in given:
+            num_seqs = min(GPU_MAX_NUM_SEQS, num_tokens)
+        return self.model_copy(update={"max_num_seqs": num_seqs, "max_num_batched_tokens": num_tokens})
 
     def fingerprint(self) -> str:
         """16 hex digits that two processes share only if they hold the same configuration, its API key included."""

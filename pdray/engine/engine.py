@@ -59,6 +59,7 @@ class Engine:
         gpu_share: float = 1.0,
         overlap: bool | None = None,
     ) -> None:
+        config = config.for_device(device.type)
         self.config = config
         self.model = model
         self.device = device

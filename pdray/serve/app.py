@@ -82,7 +82,8 @@ def build(args: Config) -> serve.Application:
     if args.api_key is None and (key := os.environ.get(API_KEY_VARIABLE)):
         args = Config(**args.model_dump(exclude_unset=True), api_key=SecretStr(key))
     num_workers = args.num_decode_workers
-    bound = args.max_queue_size + num_workers * args.max_num_seqs + 64
+    places = num_workers * args.for_device("cuda").max_num_seqs  # workers may run on GPUs: the larger default
+    bound = args.max_queue_size + places + 64
     deployment = serve.deployment(
         name="router",
         ray_actor_options={"num_cpus": 0},
