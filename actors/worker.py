@@ -106,6 +106,8 @@ class Worker:
             num_blocks=self.engine.num_blocks,
             block_size=self.engine.block_size,
             max_model_len=self.engine.max_model_len,
+            max_num_seqs=self.engine.config.max_num_seqs,
+            max_num_batched_tokens=self.engine.config.max_num_batched_tokens,
             gpu="" if self.transport is None else self.transport.gpu,
             nccl="" if self.transport is None else self.transport.version,
         )

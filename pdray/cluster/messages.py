@@ -82,6 +82,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     num_blocks: int
     block_size: int
     max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     gpu: str = ""
     nccl: str = ""
 

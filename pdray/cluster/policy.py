@@ -3,7 +3,7 @@
 Among decode workers with credit the least loaded is taken, where a prompt that is cached there counts as
 CACHED_PROMPT_WORTH sequences less: it need not be sent, or, by a worker that prefills too, computed. With it goes the
 prefill worker that would be done first: whose queue, and what of this prompt it has not cached, are the fewest tokens.
-One whose queue holds more than two batches gets nothing: a lease would only sit idle.
+One whose queue holds more than MAX_QUEUED_BATCHES gets nothing: a lease would only sit idle.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pdray.cluster.messages import Credit
 
+MAX_QUEUED_BATCHES = 2
 CACHED_PROMPT_WORTH = {False: 1.0, True: 4.0}  # sequences; by whether the worker prefills too
 
 
@@ -38,11 +39,13 @@ class PrefillState(NamedTuple):
     """A prefill worker as the router knows it; queued_tokens includes what it was sent since.
 
     Attributes:
+        batch_tokens: that it computes at once.
         cached_tokens: leading tokens of the request's prompt that its prefix cache holds.
     """
 
     worker_id: str
     queued_tokens: int
+    batch_tokens: int
     cached_tokens: int = 0
 
 
@@ -67,14 +70,12 @@ def choose(
     prefill: Sequence[PrefillState],
     pairs: set[tuple[str, str]],
     *,
-    max_queued_tokens: int,
     local_prefill_max_tokens: int,
 ) -> Choice | None:
     """The workers for a request, or None if nobody has credit now.
 
     Args:
         pairs: connected (prefill, decode) ids.
-        max_queued_tokens: a prefill worker with more than this gets nothing.
         local_prefill_max_tokens: prompts with at most so many uncached tokens are prefilled by the decode worker.
     """
     for worker in sorted(decode, key=lambda worker: _cost(worker, demand)):
@@ -83,7 +84,9 @@ def choose(
         if worker.prefills or demand.tokens - worker.cached_tokens <= local_prefill_max_tokens:
             return Choice(None, worker.worker_id)
         open_queues = [
-            p for p in prefill if (p.worker_id, worker.worker_id) in pairs and p.queued_tokens <= max_queued_tokens
+            p
+            for p in prefill
+            if (p.worker_id, worker.worker_id) in pairs and p.queued_tokens <= MAX_QUEUED_BATCHES * p.batch_tokens
         ]
         if open_queues:
             first = min(open_queues, key=lambda p: (p.queued_tokens - p.cached_tokens, p.worker_id))

@@ -99,11 +99,9 @@ class Detokenizer:
         return shown
 
 
-def decode_logprobs(
-    tokenizer: PreTrainedTokenizerBase | None, logprobs: dict[int, Logprob] | None
-) -> dict[int, Logprob] | None:
-    """The same logprobs, each with its token's text."""
-    if logprobs is None or tokenizer is None:
+def decode_logprobs(tokenizer: PreTrainedTokenizerBase | None, logprobs: dict[int, Logprob]) -> dict[int, Logprob]:
+    """The same logprobs, each with its token's text where there is a tokenizer."""
+    if tokenizer is None:
         return logprobs
     return {
         token_id: Logprob(entry.logprob, entry.rank, str(tokenizer.decode([token_id])))

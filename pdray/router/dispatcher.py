@@ -196,7 +196,6 @@ class Dispatcher:
             [link.decode_state(leg.prefix_hashes) for link in decode],
             [link.prefill_state(leg.prefix_hashes) for link in self._connections.open_links("prefill")],
             set(self._connections.pairs),
-            max_queued_tokens=2 * self._config.max_num_batched_tokens,
             local_prefill_max_tokens=self._config.local_prefill_max_tokens,
         )
         if choice is None:

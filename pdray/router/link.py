@@ -78,5 +78,6 @@ class WorkerLink:
         return PrefillState(
             self.info.worker_id,
             max(self.told_queued_tokens, sum(self.queued.values())),
+            self.info.max_num_batched_tokens,
             self.num_cached(hashes) * self.info.block_size,
         )

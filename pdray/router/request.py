@@ -41,7 +41,8 @@ class RoutedRequest:
     completion. Event loop's thread only.
 
     Attributes:
-        output: everything so far; complete once the iteration has ended.
+        output: everything so far; complete once the iteration has ended, but for logprobs: who iterates has them in
+            deltas alone.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class RoutedRequest:
         Raises:
             WorkerDiedError: the request was lost; nothing more will come.
         """
+        for completion in self.output.outputs:  # 20 for each token of a long stream, kept to its end, fill a router
+            completion.logprobs = None
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -127,11 +130,11 @@ class RoutedRequest:
             delta = self._delta(token.index)
             completion.token_ids.append(token.token_id)
             delta.token_ids.append(token.token_id)
-            if completion.logprobs is not None and completion.cumulative_logprob is not None and token.logprobs:
+            if delta.logprobs is not None and completion.cumulative_logprob is not None and token.logprobs:
                 logprobs = decode_logprobs(self._tokenizer, token.logprobs)
-                assert logprobs is not None and delta.logprobs is not None
-                completion.logprobs.append(logprobs)
                 delta.logprobs.append(logprobs)
+                if completion.logprobs is not None:
+                    completion.logprobs.append(logprobs)
                 completion.cumulative_logprob += token.logprobs[token.token_id].logprob
             detokenizer = self._detokenizers[token.index]
             if token.finish_reason == "stop" and not self.params.include_stop_str_in_output:

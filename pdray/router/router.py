@@ -175,10 +175,10 @@ class Router:
         max_model_len = self.max_model_len
         if max_model_len is None or not self.ready:
             raise NoWorkerError(self.why_not_ready)
-        if params.n > self.config.max_num_seqs:
+        max_num_seqs = min(link.info.max_num_seqs for link in self._connections.links.values())
+        if params.n > max_num_seqs:
             raise InvalidRequestError(
-                f"n is {params.n}, but a worker runs {self.config.max_num_seqs} sequences (max_num_seqs); lower n",
-                "n",
+                f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
             )
         ids = await tokenize(self.tokenizer, prompt)
         params = complete_params(params, len(ids), max_model_len)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -19,7 +19,7 @@ class ClientGone(Exception):
     """The client has closed its connection; nobody reads the answer."""
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The work's result, unless the client goes away first: then the work is cancelled, and has ended on return.
 
     Behind Serve's proxy a disconnect cancels the caller; uvicorn, and so direct ingress, only tells it through

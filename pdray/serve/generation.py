@@ -80,11 +80,10 @@ class Generation(ABC):
             if self.body.stream:
                 streaming = True
                 return EventStream(self._stream(requests), lambda: _abort(requests))
-            await unless_gone(http.receive, _drain(requests))
+            outputs = await unless_gone(http.receive, asyncio.gather(*(request.wait() for request in requests)))
         finally:
             if not streaming:
                 _abort(admitted.values())
-        outputs = [request.output for request in requests]
         choices = [
             self.choice(p * self.params.n + completion.index, output, completion)
             for p, output in enumerate(outputs)
@@ -145,12 +144,6 @@ class Generation(ABC):
 def _abort(requests: Iterable[RoutedRequest]) -> None:
     for request in requests:
         request.abort()
-
-
-async def _drain(requests: Sequence[RoutedRequest]) -> None:
-    async with contextlib.aclosing(_merged(requests)) as arriving:
-        async for _ in arriving:
-            pass
 
 
 async def _merged(requests: Sequence[RoutedRequest]) -> AsyncGenerator[tuple[int, list[CompletionDelta]], None]:

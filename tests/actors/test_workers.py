@@ -319,7 +319,9 @@ async def test_no_credit_is_denied_and_announced(pair: Pair) -> None:
 
 async def test_other_weights_are_refused(pair: Pair) -> None:
     with pytest.raises(HandshakeError, match="differ"):
-        await pair.decode.accept(WorkerInfo("prefill-1", "x", "prefill", "", 0, 0, "", "cpu", "other", 1, 16, 64), 1)
+        await pair.decode.accept(
+            WorkerInfo("prefill-1", "x", "prefill", "", 0, 0, "", "cpu", "other", 1, 16, 64, 8, 64), 1
+        )
 
 
 async def test_blocks_that_nobody_accounts_for_are_seen(pair: Pair) -> None:

@@ -189,7 +189,7 @@ class World:
             decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S)
             role = "decode" if self.membership.num_prefill else "both"
         self.processes[start.worker_id] = process
-        info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024)  # type: ignore[arg-type]
+        info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024, 8, 64)  # type: ignore[arg-type]
         process.info = info
         self._membership_do(self.membership.ready(info))
 

@@ -17,6 +17,10 @@ def decode(name: str, *, blocks: int = 100, places: int = 8, running: int = 0, *
     return DecodeState(name, **{"prefills": False, "credit": credit, "num_blocks": 200} | fields)  # type: ignore[arg-type]
 
 
+def prefill(name: str, queued_tokens: int, cached_tokens: int = 0) -> PrefillState:
+    return PrefillState(name, queued_tokens, batch_tokens=2048, cached_tokens=cached_tokens)
+
+
 def pick(
     decodes: list[DecodeState],
     prefills: list[PrefillState],
@@ -27,15 +31,15 @@ def pick(
 ) -> Choice | None:
     if pairs is None:
         pairs = {(p.worker_id, d.worker_id) for p in prefills for d in decodes}
-    return choose(demand, decodes, prefills, pairs, max_queued_tokens=4096, local_prefill_max_tokens=local)
+    return choose(demand, decodes, prefills, pairs, local_prefill_max_tokens=local)
 
 
-IDLE = [PrefillState("p0", 0)]
+IDLE = [prefill("p0", 0)]
 
 
 def test_the_least_loaded_pair() -> None:
     decodes = [decode("d0", running=3), decode("d1", running=1), decode("d2", running=2)]
-    assert pick(decodes, [PrefillState("p0", 900), PrefillState("p1", 100)]) == Choice("p1", "d1")
+    assert pick(decodes, [prefill("p0", 900), prefill("p1", 100)]) == Choice("p1", "d1")
 
 
 def test_leases_that_were_asked_for_count() -> None:
@@ -59,14 +63,14 @@ def test_n_completions_need_n_places() -> None:
 
 
 def test_a_prefill_worker_with_more_than_two_batches_gets_nothing() -> None:
-    assert pick([decode("d0")], [PrefillState("p0", 4097)]) is None
-    assert pick([decode("d0")], [PrefillState("p0", 4096)]) == Choice("p0", "d0")
-    assert pick([decode("d0")], [PrefillState("p0", 4097), PrefillState("p1", 4000)]) == Choice("p1", "d0")
+    assert pick([decode("d0")], [prefill("p0", 4097)]) is None
+    assert pick([decode("d0")], [prefill("p0", 4096)]) == Choice("p0", "d0")
+    assert pick([decode("d0")], [prefill("p0", 4097), prefill("p1", 4000)]) == Choice("p1", "d0")
 
 
 def test_only_connected_pairs() -> None:
     decodes = [decode("d0"), decode("d1", running=5)]
-    prefills = [PrefillState("p0", 0), PrefillState("p1", 10)]
+    prefills = [prefill("p0", 0), prefill("p1", 10)]
     assert pick(decodes, prefills, pairs={("p1", "d1")}) == Choice("p1", "d1")
     assert pick(decodes, prefills, pairs=set()) is None
 
@@ -88,7 +92,7 @@ decode_states = st.builds(
     asked_blocks=st.integers(0, 4),
     asked_places=st.integers(0, 2),
 )
-prefill_states = st.builds(PrefillState, st.sampled_from(["p0", "p1"]), st.integers(0, 8000))
+prefill_states = st.builds(prefill, st.sampled_from(["p0", "p1"]), st.integers(0, 8000))
 
 
 @given(
@@ -127,11 +131,9 @@ def test_the_prefill_worker_that_would_be_done_first() -> None:
     """A cached prefix is worth its tokens of queue, and no more."""
     decodes = [decode("d0")]
     demand = Demand(blocks=70, places=1, tokens=1100)
-    cached = PrefillState("p0", queued_tokens=900, cached_tokens=1024)
-    assert pick(decodes, [cached, PrefillState("p1", 0)], demand=demand) == Choice("p0", "d0")
-    assert pick(decodes, [cached._replace(queued_tokens=1100), PrefillState("p1", 0)], demand=demand) == Choice(
-        "p1", "d0"
-    )
+    cached = prefill("p0", 900, cached_tokens=1024)
+    assert pick(decodes, [cached, prefill("p1", 0)], demand=demand) == Choice("p0", "d0")
+    assert pick(decodes, [cached._replace(queued_tokens=1100), prefill("p1", 0)], demand=demand) == Choice("p1", "d0")
 
 
 @pytest.mark.parametrize("prefills,worth", [(False, 1), (True, 4)])

@@ -30,10 +30,14 @@ from pdray.cluster.messages import (
 from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
 from pdray.outputs import Logprob, RequestOutput, RequestTimings, SampledToken
+from pdray.router.request import RoutedRequest
 from pdray.router.router import Router
+from pdray.sampling_params import SamplingParams
 
 SECRET = b"secret of the test"
 EOS = 128
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+DEADLINE_S = 10
 
 
 def ascii_tokenizer() -> PreTrainedTokenizerFast:
@@ -49,13 +53,15 @@ class FakeWorker:
     """Answers heartbeats by itself and keeps everything else that routers send.
 
     Attributes:
-        credit, queued_tokens: what it tells. on_received: called with every message that it keeps.
+        credit, queued_tokens, max_num_seqs, max_num_batched_tokens: what it tells.
+        on_received: called with every message that it keeps.
     """
 
     def __init__(self, worker_id: str, role: Literal["prefill", "decode", "both"], incarnation: str = "1") -> None:
         self.worker_id, self.role, self.incarnation = worker_id, role, incarnation
         self.credit = Credit(free_blocks=1000, free_places=64, running=0, waiting=0, leases=0)
         self.queued_tokens = 0
+        self.max_num_seqs, self.max_num_batched_tokens = 64, 2048
         self.received: list[Any] = []
         self.renewed: set[LegKey] = set()
         self.session: Session | None = None
@@ -74,6 +80,8 @@ class FakeWorker:
             num_blocks=1000,
             block_size=16,
             max_model_len=100,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             **place,  # type: ignore[arg-type]
         )
         return self.info
@@ -218,6 +226,9 @@ class Cluster:
 
     async def show(self, *workers: FakeWorker) -> None:
         """Publish a view with these workers, every prefill worker connected to every decode worker."""
+        for worker in workers:
+            worker.max_num_seqs = self.config.max_num_seqs
+            worker.max_num_batched_tokens = self.config.max_num_batched_tokens
         infos = [worker.info if worker.session else await worker.start() for worker in workers]
         pairs = [
             Pair(p.worker_id, d.worker_id, epoch=7)
@@ -238,6 +249,23 @@ class Cluster:
             raise AttributeError(name) from None
 
     new_worker = FakeWorker
+
+    def submit(
+        self, name: str, params: SamplingParams = GREEDY, *, prompt: str | list[int] = "prompt", priority: int = 0
+    ) -> asyncio.Task[RoutedRequest]:
+        return asyncio.create_task(self.router.submit(prompt, params, request_id=name, priority=priority))
+
+    @staticmethod
+    async def text_of(request: RoutedRequest) -> str:
+        """What it streams from here on."""
+        async with asyncio.timeout(DEADLINE_S):
+            return "".join([delta.text async for deltas in request for delta in deltas])
+
+    @staticmethod
+    async def settled(condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(0.005)
 
     def assert_clean(self) -> None:
         """The router remembers nothing of any request."""

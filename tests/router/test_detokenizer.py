@@ -158,4 +158,3 @@ def test_logprobs_are_decoded(name: str) -> None:
     token_id = tokenizer.encode("b")[0]
     decoded = decode_logprobs(tokenizer, {token_id: Logprob(-0.5, 2)})
     assert decoded == {token_id: Logprob(-0.5, 2, "b")}
-    assert decode_logprobs(tokenizer, None) is None

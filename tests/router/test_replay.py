@@ -17,24 +17,8 @@ MakeCluster = Callable[..., Awaitable[Any]]
 DEADLINE_S = 10
 
 
-def submit(cluster: Any, name: str, **params: Any) -> asyncio.Task[RoutedRequest]:
-    sampling = SamplingParams(**{"temperature": 0, "max_tokens": 8} | params)
-    return asyncio.create_task(cluster.router.submit("prompt", sampling, request_id=name))
-
-
-async def text_of(request: RoutedRequest) -> str:
-    async with asyncio.timeout(DEADLINE_S):
-        return "".join([delta.text async for deltas in request for delta in deltas])
-
-
-async def settled(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 async def brought_to(cluster: Any, state: str, name: str = "r") -> asyncio.Task[RoutedRequest]:
-    task = submit(cluster, name)
+    task = cluster.submit(name)
     await cluster.decode.expect(LeaseRequest, name)
     if state != "asked":
         cluster.decode.grant(name)
@@ -43,7 +27,7 @@ async def brought_to(cluster: Any, state: str, name: str = "r") -> asyncio.Task[
         cluster.prefill.first(name, "a")
         cluster.decode.tokens(name, 1, "b")
         request = await task
-        await settled(lambda: len(request.output.outputs[0].token_ids) == 2)
+        await cluster.settled(lambda: len(request.output.outputs[0].token_ids) == 2)
     return task
 
 
@@ -73,13 +57,13 @@ async def test_death_of_the_decode_worker(make_cluster: MakeCluster, state: str,
         await decode.die()
     if how != "restarted":
         await cluster.show(prefill)
-        await settled(lambda: not cluster.router.ready)
+        await cluster.settled(lambda: not cluster.router.ready)
         with pytest.raises(NoWorkerError):
             await cluster.router.submit("x", SamplingParams(), request_id="s")
     await cluster.show(prefill, successor)
     await finish(cluster, "r", state)
     request = await asyncio.wait_for(task, DEADLINE_S)
-    assert await text_of(request) == "abc"
+    assert await cluster.text_of(request) == "abc"
     assert request.output.outputs[0].token_ids == [97, 98, 99]
     assert cluster.metrics.num_replays == 1 and [outcome for outcome, _ in cluster.metrics.outcomes][-1] == "length"
     cluster.assert_clean()
@@ -95,8 +79,8 @@ async def test_death_of_the_prefill_worker(make_cluster: MakeCluster) -> None:
     await cluster.show(cluster.decode, cluster.new_worker("prefill-0", "prefill", "2"))
     await finish(cluster, "r", "prefilling")
     cluster.decode.tokens("d", 2, "c", finish="length")
-    assert await text_of(await computing) == "abc"
-    assert await text_of(await decoding) == "abc"
+    assert await cluster.text_of(await computing) == "abc"
+    assert await cluster.text_of(await decoding) == "abc"
     cluster.assert_clean()
 
 
@@ -106,7 +90,7 @@ async def test_a_prefill_worker_that_dies_after_its_answer(make_cluster: MakeClu
     task = await brought_to(cluster, "prefilling")
     cluster.prefill.first("r", "a")
     request = await task
-    await settled(lambda: request.output.outputs[0].token_ids == [97])
+    await cluster.settled(lambda: request.output.outputs[0].token_ids == [97])
     await cluster.prefill.die()
     await cluster.decode.expect(CloseLease, "r")
     await cluster.show(cluster.decode, cluster.new_worker("prefill-0", "prefill", "2"))
@@ -114,7 +98,7 @@ async def test_a_prefill_worker_that_dies_after_its_answer(make_cluster: MakeClu
     cluster.decode.grant("r", attempt=1)
     await cluster.prefill.expect(PrefillRequest, "r", attempt=1)
     cluster.prefill.first("r", "b", finish="length", attempt=1, position=1)
-    assert await text_of(request) == "ab"
+    assert await cluster.text_of(request) == "ab"
     cluster.assert_clean()
 
 
@@ -123,7 +107,7 @@ async def test_the_other_worker_takes_over(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     other = cluster.new_worker("decode-1", "decode")
     await cluster.show(cluster.prefill, cluster.decode, other)
-    await settled(lambda: cluster.router._connections.is_open("decode-1"))
+    await cluster.settled(lambda: cluster.router._connections.is_open("decode-1"))
     task = await brought_to(cluster, "decoding")
     request = await task
     dead = cluster.decode
@@ -133,7 +117,7 @@ async def test_the_other_worker_takes_over(make_cluster: MakeCluster) -> None:
     await cluster.prefill.expect(PrefillRequest, "r", attempt=1)
     cluster.prefill.first("r", "c", attempt=1, position=2)
     other.tokens("r", 2, "cd", finish="length", attempt=1)
-    assert await text_of(request) == "abcd"
+    assert await cluster.text_of(request) == "abcd"
     cluster.assert_clean()
     await dead.stop()
 
@@ -141,7 +125,7 @@ async def test_the_other_worker_takes_over(make_cluster: MakeCluster) -> None:
 async def test_each_completion_is_replayed_from_where_it_was(make_cluster: MakeCluster) -> None:
     """n = 3: one has ended, the others had different lengths. A second death hits one of the two."""
     cluster = await make_cluster()
-    task = submit(cluster, "r", n=3)
+    task = cluster.submit("r", SamplingParams(temperature=0, max_tokens=8, n=3))
     await cluster.decode.expect(LeaseRequest, "r")
     cluster.decode.grant("r")
     await cluster.prefill.expect(PrefillRequest, "r")
@@ -149,7 +133,7 @@ async def test_each_completion_is_replayed_from_where_it_was(make_cluster: MakeC
     cluster.decode.tokens("r", 1, "A", finish="length", index=0)
     cluster.decode.tokens("r", 1, "BB", index=1)
     request = await task
-    await settled(lambda: [len(o.token_ids) for o in request.output.outputs] == [2, 3, 1])
+    await cluster.settled(lambda: [len(o.token_ids) for o in request.output.outputs] == [2, 3, 1])
     first = cluster.decode
     second = cluster.new_worker("decode-0", "decode", "2")
     await cluster.show(cluster.prefill, second)
@@ -161,13 +145,13 @@ async def test_each_completion_is_replayed_from_where_it_was(make_cluster: MakeC
         second.grant("r", lease.attempt)
         await cluster.prefill.expect(PrefillRequest, "r", attempt=lease.attempt)
     second.tokens("r", 3, "b", finish="length", index=1, attempt=legs[(1,)].attempt)
-    await settled(lambda: request.output.outputs[1].finished)
+    await cluster.settled(lambda: request.output.outputs[1].finished)
     third = cluster.new_worker("decode-0", "decode", "3")
     await cluster.show(cluster.prefill, third)
     assert (await third.expect(LeaseRequest, "r", attempt=3)).output_token_ids == [99]
     third.grant("r", 3)
     third.tokens("r", 1, "CC", finish="length", index=2, attempt=3)
-    await text_of(request)
+    await cluster.text_of(request)
     assert [o.text for o in request.output.outputs] == ["aA", "bBBb", "cCC"]
     cluster.assert_clean()
     await first.stop()
@@ -177,7 +161,7 @@ async def test_each_completion_is_replayed_from_where_it_was(make_cluster: MakeC
 @pytest.mark.parametrize("kind", [LeaseClosed, PrefillFailed])
 async def test_a_failed_leg_is_tried_again_and_again_up_to_a_limit(make_cluster: MakeCluster, kind: type) -> None:
     cluster = await make_cluster(max_replays=2)
-    task = submit(cluster, "r")
+    task = cluster.submit("r")
     for attempt in range(3):
         await cluster.decode.expect(LeaseRequest, "r", attempt=attempt)
         cluster.decode.grant("r", attempt=attempt)
@@ -186,7 +170,7 @@ async def test_a_failed_leg_is_tried_again_and_again_up_to_a_limit(make_cluster:
         worker.send(kind("r", attempt, "because"))
     request = await task
     with pytest.raises(WorkerDiedError, match=r"3 times \(max_replays is 2\).*because"):
-        await text_of(request)
+        await cluster.text_of(request)
     with pytest.raises(WorkerDiedError):
         await request.wait()
     assert cluster.metrics.num_replays == 2
@@ -199,7 +183,7 @@ async def test_a_lost_session_is_opened_again(make_cluster: MakeCluster) -> None
     task = await brought_to(cluster, "decoding")
     await cluster.decode.session.close()
     await finish(cluster, "r", "decoding")
-    assert await text_of(await task) == "abc"
+    assert await cluster.text_of(await task) == "abc"
     cluster.assert_clean()
 
 
@@ -209,7 +193,7 @@ async def test_no_replacement_in_time(make_cluster: MakeCluster) -> None:
     running, asked = await brought_to(cluster, "decoding"), await brought_to(cluster, "asked", "s")
     request = await running
     await cluster.show(cluster.prefill)
-    for answer in (text_of(request), asked):
+    for answer in (cluster.text_of(request), asked):
         with pytest.raises((NoWorkerError, QueueFullError)):
             await answer
     assert sorted(outcome for outcome, _ in cluster.metrics.outcomes) == ["error", "rejected"]
@@ -220,9 +204,9 @@ async def test_an_abort_between_two_workers(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     request = await (await brought_to(cluster, "decoding"))
     await cluster.show(cluster.prefill)
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     request.abort()
-    assert await text_of(request) == "ab"
+    assert await cluster.text_of(request) == "ab"
     cluster.assert_clean()
 
 
@@ -231,7 +215,7 @@ async def test_a_request_that_takes_too_long(make_cluster: MakeCluster, state: s
     cluster = await make_cluster(request_timeout_s=0.5)
     task = await brought_to(cluster, state)
     with pytest.raises(RequestTimeoutError, match="request_timeout_s"):
-        await text_of(await task)
+        await cluster.text_of(await task)
     await cluster.decode.expect(CloseLease, "r")
     assert [outcome for outcome, _ in cluster.metrics.outcomes] == ["timeout"]
     cluster.assert_clean()
@@ -252,4 +236,4 @@ async def test_a_worker_that_cannot_be_reached_yet(make_cluster: MakeCluster) ->
     await asyncio.wait_for(cluster.router.wait_ready(), DEADLINE_S)
     await brought_to(cluster, "decoding")
     late._server._server = await asyncio.start_server(late._server._accept, "127.0.0.1", late.info.port)
-    await settled(lambda: cluster.router._connections.is_open("decode-1"))
+    await cluster.settled(lambda: cluster.router._connections.is_open("decode-1"))

@@ -27,14 +27,9 @@ MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
-def submit(cluster: Any, name: str, params: SamplingParams = GREEDY, **kwargs: Any) -> asyncio.Task[RoutedRequest]:
-    kwargs.setdefault("prompt", "prompt")
-    return asyncio.create_task(cluster.router.submit(kwargs.pop("prompt"), params, request_id=name, **kwargs))
-
-
 async def start(cluster: Any, name: str, params: SamplingParams = GREEDY, **kwargs: Any) -> RoutedRequest:
     """Submit, grant, and wait until the prefill worker has it."""
-    task = submit(cluster, name, params, **kwargs)
+    task = cluster.submit(name, params, **kwargs)
     await cluster.decode.expect(LeaseRequest, name)
     cluster.decode.grant(name)
     await cluster.prefill.expect(PrefillRequest, name)
@@ -130,13 +125,24 @@ async def test_logprobs(make_cluster: MakeCluster) -> None:
     request = await start(cluster, "r", SamplingParams(temperature=0, max_tokens=3, logprobs=0))
     cluster.prefill.first("r", "A")
     cluster.decode.tokens("r", 1, "BC", finish="length")
-    deltas = await rest(request)
-    completion = request.output.outputs[0]
+    completion = (await asyncio.wait_for(request.wait(), 10)).outputs[0]
     assert completion.cumulative_logprob == pytest.approx(-1.5)
     assert [
         entry[token_id].decoded_token for entry, token_id in zip(completion.logprobs or [], b"ABC", strict=True)
     ] == [*"ABC"]
-    assert [entry for delta in deltas for entry in delta.logprobs or []] == completion.logprobs
+
+
+async def test_logprobs_of_a_stream_are_kept_no_longer_than_until_they_are_taken(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    request = await start(cluster, "r", SamplingParams(temperature=0, max_tokens=3, logprobs=0))
+    cluster.prefill.first("r", "A")
+    await cluster.settled(lambda: request.output.outputs[0].token_ids)
+    cluster.decode.tokens("r", 1, "BC", finish="length")
+    deltas = await rest(request)
+    entries = [entry for delta in deltas for entry in delta.logprobs or []]
+    assert [entry[token_id].decoded_token for entry, token_id in zip(entries, b"ABC", strict=True)] == [*"ABC"]
+    completion = request.output.outputs[0]
+    assert completion.logprobs is None and completion.cumulative_logprob == pytest.approx(-1.5)
 
 
 async def test_a_stop_string_ends_the_lease(make_cluster: MakeCluster) -> None:
@@ -150,7 +156,8 @@ async def test_a_stop_string_ends_the_lease(make_cluster: MakeCluster) -> None:
     deltas = await rest(request)
     completion = request.output.outputs[0]
     assert "".join(d.text for d in deltas) == completion.text == "AB"
-    assert completion.token_ids == [*b"ABCD"] and len(completion.logprobs or []) == 4
+    assert completion.token_ids == [*b"ABCD"]
+    assert sum(len(delta.logprobs or []) for delta in deltas) == 4
     assert (completion.finish_reason, completion.stop_reason) == ("stop", "CD")
     assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", "CD")
     cluster.assert_clean()
@@ -176,7 +183,7 @@ async def test_abort_in_every_state(make_cluster: MakeCluster, state: str) -> No
     if state == "queued":
         cluster.decode.credit = Credit(0, 0, 0, 0, 0)
         await asyncio.sleep(0.4)  # a heartbeat
-    task = submit(cluster, "r")
+    task = cluster.submit("r")
     if state == "queued":
         await asyncio.sleep(0.05)
         assert len(cluster.router._dispatcher.queue) == 1
@@ -232,7 +239,7 @@ async def test_leases_are_renewed_while_they_live(make_cluster: MakeCluster) -> 
 async def test_local_prefill(make_cluster: MakeCluster) -> None:
     """Short prompts are prefilled by the decode worker, long ones are not."""
     cluster = await make_cluster(local_prefill_max_tokens=6)
-    task = submit(cluster, "short", prompt="123456")
+    task = cluster.submit("short", prompt="123456")
     lease = await cluster.decode.expect(LeaseRequest, "short")
     assert lease.prefill_worker_id is None
     cluster.decode.grant("short")
@@ -243,7 +250,7 @@ async def test_local_prefill(make_cluster: MakeCluster) -> None:
     timings = request.output.timings
     assert (timings.prefill_queue, timings.prefill, timings.first_decode_step) == (0.1, 0.2, 0.3)
     assert cluster.prefill.received == []
-    submit(cluster, "long", prompt="1234567").add_done_callback(lambda t: t.cancelled() or t.exception())
+    cluster.submit("long", prompt="1234567").add_done_callback(lambda t: t.cancelled() or t.exception())
     assert (await cluster.decode.expect(LeaseRequest, "long")).prefill_worker_id == "prefill-0"
 
 
@@ -251,7 +258,7 @@ async def test_a_colocated_worker_serves_alone(make_cluster: MakeCluster) -> Non
     from_nowhere = await make_cluster(empty=True)
     await from_nowhere.show(from_nowhere.new_worker("both-0", "both"))
     await asyncio.wait_for(from_nowhere.router.wait_ready(), 10)
-    task = submit(from_nowhere, "r")
+    task = from_nowhere.submit("r")
     assert (await from_nowhere.both.expect(LeaseRequest, "r")).prefill_worker_id is None
     from_nowhere.both.grant("r")
     from_nowhere.both.tokens("r", 0, "ab", finish="length")
@@ -260,7 +267,7 @@ async def test_a_colocated_worker_serves_alone(make_cluster: MakeCluster) -> Non
 
 async def test_timings_add_up(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
-    task = submit(cluster, "r")
+    task = cluster.submit("r")
     await cluster.decode.expect(LeaseRequest, "r")
     await asyncio.sleep(0.05)
     cluster.decode.grant("r")
@@ -322,7 +329,7 @@ async def test_what_the_router_fills_in(make_cluster: MakeCluster) -> None:
 
 async def test_a_long_text_is_tokenized_beside_the_loop(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
-    first = submit(cluster, "r", prompt="x" * 10_000)
+    first = cluster.submit("r", prompt="x" * 10_000)
     with pytest.raises(InvalidRequestError, match="10000 tokens"):
         await first
 

@@ -21,32 +21,18 @@ ONE_PLACE = Credit(free_blocks=100, free_places=1, running=0, waiting=0, leases=
 DEADLINE_S = 10
 
 
-def submit(cluster: Any, name: str, priority: int = 0, prompt: Any = "prompt") -> asyncio.Task[RoutedRequest]:
-    return asyncio.create_task(cluster.router.submit(prompt, GREEDY, request_id=name, priority=priority))
-
-
-async def text_of(request: RoutedRequest) -> str:
-    async with asyncio.timeout(DEADLINE_S):
-        return "".join([delta.text async for deltas in request for delta in deltas])
-
-
 async def make_full(cluster: Any) -> None:
     cluster.decode.credit = FULL
     cluster.decode.send(CreditUpdate(FULL))
-    await settled(lambda: cluster.router._connections.links["decode-0"].credit == FULL)
-
-
-async def settled(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
+    await cluster.settled(lambda: cluster.router._connections.links["decode-0"].credit == FULL)
 
 
 async def test_waiting_for_credit_in_order(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     await make_full(cluster)
-    tasks = [submit(cluster, name, priority) for name, priority in (("late", 5), ("a", 0), ("b", 0), ("first", -1))]
-    await settled(lambda: cluster.router.stats()["queue_depth"] == 4)
+    priorities = {"late": 5, "a": 0, "b": 0, "first": -1}
+    tasks = [cluster.submit(name, priority=priority) for name, priority in priorities.items()]
+    await cluster.settled(lambda: cluster.router.stats()["queue_depth"] == 4)
     assert cluster.decode.received == [] and 4 in cluster.metrics.depths
     for name in ("first", "a", "b", "late"):
         cluster.decode.send(CreditUpdate(ONE_PLACE))
@@ -61,8 +47,8 @@ async def test_one_place_is_asked_for_once(make_cluster: MakeCluster) -> None:
     """What was asked for and not answered counts as taken."""
     cluster = await make_cluster()
     await make_full(cluster)
-    tasks = [submit(cluster, str(i)) for i in range(5)]
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 5)
+    tasks = [cluster.submit(str(i)) for i in range(5)]
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 5)
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     await cluster.decode.expect(LeaseRequest, "0")
@@ -76,8 +62,8 @@ async def test_one_place_is_asked_for_once(make_cluster: MakeCluster) -> None:
 async def test_a_full_queue_refuses_at_once(make_cluster: MakeCluster, size: int) -> None:
     cluster = await make_cluster(max_queue_size=size)
     await make_full(cluster)
-    tasks = [submit(cluster, str(i)) for i in range(size)]
-    await settled(lambda: len(cluster.router._dispatcher.queue) == size)
+    tasks = [cluster.submit(str(i)) for i in range(size)]
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == size)
     with pytest.raises(QueueFullError, match=f"max_queue_size is {size}") as caught:
         await cluster.router.submit("x", GREEDY, request_id="one more")
     assert caught.value.retry_after_s >= 1
@@ -96,13 +82,13 @@ async def test_waiting_too_long(make_cluster: MakeCluster) -> None:
 
 async def test_a_denied_lease_keeps_its_place_in_the_queue(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
-    first = submit(cluster, "first")
+    first = cluster.submit("first")
     await cluster.decode.expect(LeaseRequest, "first")
     cluster.decode.credit = FULL
     cluster.decode.deny("first", "no free blocks or places", retriable=True)
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
-    second = submit(cluster, "second")
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 2)
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    second = cluster.submit("second")
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 2)
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     assert (await cluster.decode.expect(LeaseRequest, "first", attempt=1)).indices == [0]
     assert "LeaseRequest" not in cluster.decode.about("second")
@@ -114,11 +100,11 @@ async def test_a_denied_lease_keeps_its_place_in_the_queue(make_cluster: MakeClu
 
 async def test_aborting_a_denied_request_sends_nothing(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
-    task = submit(cluster, "r")
+    task = cluster.submit("r")
     await cluster.decode.expect(LeaseRequest, "r")
     cluster.decode.credit = FULL
     cluster.decode.deny("r", "no free blocks or places", retriable=True)
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     task.cancel()
     await asyncio.sleep(0.05)
     assert cluster.decode.about("r") == ["LeaseRequest"]
@@ -127,7 +113,7 @@ async def test_aborting_a_denied_request_sends_nothing(make_cluster: MakeCluster
 
 async def test_a_final_denial_is_the_requests_fault(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
-    task = submit(cluster, "r")
+    task = cluster.submit("r")
     await cluster.decode.expect(LeaseRequest, "r")
     cluster.decode.deny("r", "it needs 99 blocks, the pool has 9", retriable=False)
     with pytest.raises(InvalidRequestError, match="99 blocks"):
@@ -139,12 +125,12 @@ async def test_a_closed_lease_gives_its_place_to_the_next(make_cluster: MakeClus
     """Without waiting for a heartbeat: the decode worker sends no credit for a lease that the router closes."""
     cluster = await make_cluster(lease_timeout_s=1000)
     cluster.decode.credit = FULL
-    first = submit(cluster, "first")
+    first = cluster.submit("first")
     await cluster.decode.expect(LeaseRequest, "first")
     cluster.decode.grant("first")
     request = await first
-    second = submit(cluster, "second")
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    second = cluster.submit("second")
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     request.abort()
     await cluster.decode.expect(LeaseRequest, "second")
     second.cancel()
@@ -155,19 +141,19 @@ async def test_one_token_requests_do_not_use_up_the_credit(make_cluster: MakeClu
     cluster = await make_cluster(lease_timeout_s=1000)
     for name in ("a", "b", "c"):
         cluster.decode.credit = FULL
-        task = submit(cluster, name)
+        task = cluster.submit(name)
         await cluster.decode.expect(LeaseRequest, name)
         cluster.decode.grant(name)
         await cluster.prefill.expect(PrefillRequest, name)
         cluster.prefill.first(name, "x", finish="length")
-        assert await text_of(await task) == "x"
+        assert await cluster.text_of(await task) == "x"
 
 
 async def test_a_long_prefill_queue_gets_nothing_more(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster(max_num_batched_tokens=64, max_queue_size=100)
-    tasks = [submit(cluster, str(i), prompt=[1] * 50) for i in range(6)]
+    tasks = [cluster.submit(str(i), prompt=[1] * 50) for i in range(6)]
     # those before are more than two batches, asked for or sent
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 3)
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 3)
     for i in range(3):
         await cluster.decode.expect(LeaseRequest, str(i))
         cluster.decode.grant(str(i))
@@ -177,7 +163,7 @@ async def test_a_long_prefill_queue_gets_nothing_more(make_cluster: MakeCluster)
     cluster.decode.deny("3", "no free blocks or places", retriable=False)
     await cluster.decode.expect(LeaseRequest, "4")
     assert len(cluster.router._dispatcher.queue) == 1
-    await settled(lambda: cluster.router._connections.links["prefill-0"].prefill_state().queued_tokens == 150)
+    await cluster.settled(lambda: cluster.router._connections.links["prefill-0"].prefill_state().queued_tokens == 150)
     await asyncio.gather(*tasks[:3])
     for task in tasks:
         task.cancel()
@@ -191,9 +177,9 @@ async def test_a_queue_of_other_routers_prompts_is_asked_for_while_requests_wait
     cluster = await make_cluster(max_num_batched_tokens=64, lease_timeout_s=1000)
     cluster.prefill.queued_tokens = 1000
     cluster.router._ask_for_queues()
-    await settled(lambda: cluster.router._connections.links["prefill-0"].told_queued_tokens == 1000)
-    task = submit(cluster, "r")
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router._connections.links["prefill-0"].told_queued_tokens == 1000)
+    task = cluster.submit("r")
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     cluster.prefill.queued_tokens = 0
     await cluster.decode.expect(LeaseRequest, "r")
     task.cancel()
@@ -201,20 +187,20 @@ async def test_a_queue_of_other_routers_prompts_is_asked_for_while_requests_wait
 
 async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
-    task = submit(cluster, "r")
+    task = cluster.submit("r")
     await cluster.decode.expect(LeaseRequest, "r")
     cluster.decode.grant("r")
     await cluster.prefill.expect(PrefillRequest, "r")
     cluster.prefill.first("r", "a")
     cluster.decode.tokens("r", 1, "b")
     running = await task
-    await settled(lambda: len(running.output.outputs[0].token_ids) == 2)
+    await cluster.settled(lambda: len(running.output.outputs[0].token_ids) == 2)
     cluster.decode.credit = FULL
     await make_full(cluster)
-    waiting = submit(cluster, "waiting")
-    await settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    waiting = cluster.submit("waiting")
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     await asyncio.wait_for(cluster.router.stop(), DEADLINE_S)
-    assert await text_of(running) == "ab" and running.output.outputs[0].finish_reason == "abort"
+    assert await cluster.text_of(running) == "ab" and running.output.outputs[0].finish_reason == "abort"
     with pytest.raises(NoWorkerError):
         await waiting
     await cluster.decode.wait(lambda: cluster.decode.session is None)
@@ -290,6 +276,6 @@ async def test_many_requests_leave_nothing(make_cluster: MakeCluster) -> None:
     async with asyncio.timeout(60):
         kinds = await asyncio.gather(*(one(number) for number in range(200)))
         assert len(kinds) == 200
-        await settled(lambda: not held)
+        await cluster.settled(lambda: not held)
     cluster.assert_clean()
     assert len(cluster.metrics.outcomes) == 200

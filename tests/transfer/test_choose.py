@@ -17,7 +17,7 @@ from pdray.transfer.one_gpu import one_gpu_environment
 
 def worker(name: str, gpu: str = "", nccl: str = "22809") -> WorkerInfo:
     device = "cuda" if gpu else "cpu"
-    return WorkerInfo(name, "1", "both", "", 0, 0, "", device, "f", 1, 16, 64, gpu, nccl if gpu else "")
+    return WorkerInfo(name, "1", "both", "", 0, 0, "", device, "f", 1, 16, 64, 8, 64, gpu, nccl if gpu else "")
 
 
 CASES: list[tuple[Any, Any, str | None]] = [
