@@ -5,7 +5,7 @@ Pure: time is passed in. Single-threaded.
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -75,14 +75,13 @@ class AdmissionQueue(Generic[T]):
         self.max_size = max_size
         self.max_wait_s = max_wait_s
         self.drain_rate = DrainRate()
-        self._heap: list[Waiting[T]] = []
+        self._line: list[Waiting[T]] = []  # sorted
         self._order = itertools.count()
-        self._size = 0
         self._congested_since: float | None = None  # since when somebody has always waited
         self._num_admitted = 0  # since then
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._line)
 
     def ticket(self, now: float, item: T, priority: int, order: int | None = None) -> Waiting[T]:
         """A place behind those who came before, or where `order` stood; it does not wait yet."""
@@ -94,16 +93,16 @@ class AdmissionQueue(Generic[T]):
         Raises:
             QueueFullError: no place, or its turn would come after max_wait_s; with when to come back.
         """
-        if self._size >= self.max_size:
+        if len(self) >= self.max_size:
             raise QueueFullError(
-                f"{self._size} requests are waiting (max_queue_size is {self.max_size}); try again later",
+                f"{len(self)} requests are waiting (max_queue_size is {self.max_size}); try again later",
                 self.retry_after_s(now),
             )
         if self._congested_since is None:
             self._congested_since, self._num_admitted = now, 0
         elif (wait := self.expected_wait_s(now)) is not None and wait > self.max_wait_s:
             raise QueueFullError(
-                f"{self._size} requests are waiting, and this one's turn would come in {wait:.0f} s, after "
+                f"{len(self)} requests are waiting, and this one's turn would come in {wait:.0f} s, after "
                 f"max_queue_wait_s ({self.max_wait_s:g} s); try again later",
                 self.retry_after_s(now),
             )
@@ -121,32 +120,29 @@ class AdmissionQueue(Generic[T]):
         """
         if self._congested_since is None or (congested_s := now - self._congested_since) < self.max_wait_s / 4:
             return None
-        return self._size * congested_s / max(self._num_admitted, 1)
+        return len(self) * congested_s / max(self._num_admitted, 1)
 
     def push_back(self, entry: Waiting[T]) -> None:
         """Wait again, in one's old place: one who was let out already is not refused."""
         assert entry.left
         entry.left = False
-        heapq.heappush(self._heap, entry)
-        self._size += 1
+        bisect.insort(self._line, entry)
 
     def peek(self) -> Waiting[T] | None:
         """Who is next."""
-        return self._heap[0] if self._heap else None
+        return self._line[0] if self._line else None
 
     def remove(self, entry: Waiting[T]) -> None:
         """Take an entry out, wherever it stands. Idempotent."""
         if not entry.left:
             entry.left = True
-            self._size -= 1
-            if self._size == 0:
+            self._line.remove(entry)
+            if not self._line:
                 self._congested_since = None
-            self._heap.remove(entry)
-            heapq.heapify(self._heap)
 
     def expired(self, now: float) -> list[Waiting[T]]:
         """Take out and return those who have waited longer than max_wait_s."""
-        late = [entry for entry in self._heap if now - entry.since >= self.max_wait_s]
+        late = [entry for entry in self._line if now - entry.since >= self.max_wait_s]
         for entry in late:
             self.remove(entry)
         return late
@@ -156,5 +152,5 @@ class AdmissionQueue(Generic[T]):
         rate = self.drain_rate.per_second(now)
         if rate is None:
             return FIRST_GUESS_S
-        wait = (self._size + 1) / rate if rate > 0 else self.max_wait_s
+        wait = (len(self) + 1) / rate if rate > 0 else self.max_wait_s
         return min(max(wait, 1.0), max(self.max_wait_s, 1.0))
