@@ -27,6 +27,7 @@ from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
+from pdray.errors import EngineHungError
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.metrics import WorkerMetrics
 from pdray.transfer.communicator import Transport
@@ -42,6 +43,7 @@ METRICS_INTERVAL_S = 1.0
 PREFIX_INTERVAL_S = 0.5
 IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
+HUNG_CHECK_INTERVAL_S = 1.0
 ORPHANED_AFTER_S = 60.0  # without a heartbeat; longer than Ray needs to start a Coordinator again
 SWITCH_INTERVAL_S = 20e-6  # Python's default of 5 ms would be added to every launch beside a busy event loop
 
@@ -111,6 +113,8 @@ class Worker:
             gpu="" if self.transport is None else self.transport.gpu,
             nccl="" if self.transport is None else self.transport.version,
         )
+        if self.engine.config.step_timeout_s is not None:
+            self._tasks.spawn(self._end_if_hung(self.engine.config.step_timeout_s))
         if in_ray:
             self.metrics = WorkerMetrics(self.worker_id, self.role)
             self._tasks.spawn(self._report_metrics(self.metrics))
@@ -264,6 +268,12 @@ class Worker:
                 update = PrefixUpdate(pack_hashes(added), pack_hashes(removed))
                 self._send([Send(peer, update) for peer in self.sessions if peer.startswith("router")])
             await asyncio.sleep(PREFIX_INTERVAL_S)
+
+    async def _end_if_hung(self, step_timeout_s: float) -> None:
+        """A device that hangs holds the engine's thread; this loop, and so the heartbeat, would go on for ever."""
+        while (seconds := self._engine_loop.seconds_since_progress()) <= step_timeout_s:
+            await asyncio.sleep(min(step_timeout_s / 4, HUNG_CHECK_INTERVAL_S))
+        self._fail(EngineHungError(f"a step has taken {seconds:.1f} s (step_timeout_s is {step_timeout_s:g})"))
 
     async def _end_if_orphaned(self) -> None:
         """A detached actor outlives its Coordinator; it must not do so for ever."""

@@ -18,6 +18,7 @@ VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
 
 GPU_MAX_NUM_SEQS = 256
 GPU_MAX_NUM_BATCHED_TOKENS = 8192
+GPU_STEP_TIMEOUT_S = 60.0
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -106,6 +107,9 @@ class Config(BaseModel):
     )
     lease_timeout_s: Seconds = Field(10.0, description="a lease not renewed for so long ends")
     worker_timeout_s: Seconds = Field(2.0, description="a worker silent for so long counts as dead to its peers")
+    step_timeout_s: Seconds | None = Field(
+        None, description="a worker whose engine takes longer for one step is replaced; default: 60 on a GPU, else none"
+    )
     restart_backoff_s: Seconds = Field(
         1.0, description="wait before a dead worker is replaced; doubles with each failure in a row"
     )
@@ -192,7 +196,14 @@ class Config(BaseModel):
             num_tokens = max(GPU_MAX_NUM_BATCHED_TOKENS, num_seqs if "max_num_seqs" in given else 0)
         if "max_num_seqs" not in given:
             num_seqs = min(GPU_MAX_NUM_SEQS, num_tokens)
-        return self.model_copy(update={"max_num_seqs": num_seqs, "max_num_batched_tokens": num_tokens})
+        step_timeout_s = GPU_STEP_TIMEOUT_S if self.step_timeout_s is None else self.step_timeout_s
+        return self.model_copy(
+            update={
+                "max_num_seqs": num_seqs,
+                "max_num_batched_tokens": num_tokens,
+                "step_timeout_s": step_timeout_s,
+            }
+        )
 
     def fingerprint(self) -> str:
         """16 hex digits that two processes share only if they hold the same configuration, its API key included."""

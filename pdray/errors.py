@@ -53,6 +53,10 @@ class WorkerDiedError(PdrayError):
     """A worker died or stopped answering while it held the request."""
 
 
+class EngineHungError(PdrayError):
+    """A step of a worker's engine took longer than step_timeout_s."""
+
+
 class TransferError(PdrayError):
     """A channel failed, was closed, or passed its deadline."""
 

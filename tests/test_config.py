@@ -26,6 +26,10 @@ def test_a_gpus_defaults_give_way_to_what_is_given(given: dict[str, int], num_se
     on_gpu = config.for_device("cuda")
     assert (on_gpu.max_num_seqs, on_gpu.max_num_batched_tokens) == (num_seqs, num_tokens)
     assert config.for_device("cpu") == config
-    assert on_gpu.model_dump(exclude={"max_num_seqs", "max_num_batched_tokens"}) == config.model_dump(
-        exclude={"max_num_seqs", "max_num_batched_tokens"}
-    )
+    differing = {"max_num_seqs", "max_num_batched_tokens", "step_timeout_s"}
+    assert on_gpu.model_dump(exclude=differing) == config.model_dump(exclude=differing)
+
+
+def test_only_a_gpus_steps_have_a_deadline_unless_one_is_given() -> None:
+    assert [Config().for_device(device).step_timeout_s for device in ("cpu", "cuda")] == [None, 60]
+    assert [Config(step_timeout_s=5).for_device(device).step_timeout_s for device in ("cpu", "cuda")] == [5, 5]

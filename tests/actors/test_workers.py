@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from pdray.cluster.messages import (
 )
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
-from pdray.errors import HandshakeError, TransferError
+from pdray.errors import EngineHungError, HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
 from pdray.transfer.channel import Put
 from pdray.transfer.fault_injection import Fault, FaultInjectingChannel
@@ -286,6 +287,23 @@ async def test_lost_puts_are_aborted_and_quarantine_ends(pair: Pair) -> None:
     failed = await pair.router.first(PrefillFailed, key)
     assert "injected" in failed.reason
     await pair.quiet()
+
+
+async def test_a_worker_whose_device_hangs_ends(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its event loop lives, and would answer heartbeats for ever."""
+    gate = threading.Event()
+    step = pair.decode.engine.step
+    monkeypatch.setattr(pair.decode.engine, "step", lambda: gate.wait(20) and step())
+    watch = asyncio.create_task(pair.decode._end_if_hung(0.2))
+    joined = asyncio.create_task(pair.decode.join())
+    await asyncio.sleep(0.4)
+    assert not watch.done(), "an engine without work may rest"
+    pair.lease("r", PROMPT, SamplingParams(temperature=0, max_tokens=4), prefill_worker_id=None)
+    with pytest.raises(EngineHungError, match=r"step_timeout_s is 0\.2"):
+        await asyncio.wait_for(joined, 10)
+    gate.set()
+    await watch
+    pair.decode._stopped.clear()  # so that the fixture can stop it
 
 
 async def test_router_death_frees_everything(pair: Pair) -> None:
