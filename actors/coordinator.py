@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from pdray.actors.fleet import WorkerFleet
 from pdray.background import BackgroundTasks
 from pdray.cluster.membership import Membership
-from pdray.cluster.messages import ClusterView
+from pdray.cluster.messages import ClusterView, WorkerInfo
 from pdray.config import Config
 
 logger = logging.getLogger(__name__)
@@ -102,12 +102,8 @@ class Coordinator:
             worker_id: {"worker_id": worker_id, "role": worker_id.rpartition("-")[0], "state": state}
             for worker_id, state in self._membership.states().items()
         }
-        for info in view.workers:
-            try:
-                async with asyncio.timeout(self.config.worker_timeout_s):
-                    rows[info.worker_id] |= await self._fleet.actor(info).describe.remote()
-            except (RayError, TimeoutError, KeyError) as error:
-                rows[info.worker_id]["state"] = f"no answer ({type(error).__name__})"
+        for answer in await asyncio.gather(*(self._describe(info) for info in view.workers)):
+            rows[answer["worker_id"]] |= answer
         horizon = time.monotonic() - 2 * WATCH_TIMEOUT_S
         self._routers = {name: router for name, router in self._routers.items() if router["seen"] > horizon}
         return {
@@ -121,6 +117,15 @@ class Coordinator:
             "routers": [{k: v for k, v in router.items() if k != "seen"} for router in self._routers.values()],
             "pairs": [(pair.prefill_worker_id, pair.decode_worker_id, pair.epoch) for pair in view.pairs],
         }
+
+    async def _describe(self, info: WorkerInfo) -> dict[str, Any]:
+        """What a worker says of itself, or that it says nothing."""
+        try:
+            async with asyncio.timeout(self.config.worker_timeout_s):
+                answer: dict[str, Any] = await self._fleet.actor(info).describe.remote()
+        except (RayError, TimeoutError, KeyError) as error:
+            return {"worker_id": info.worker_id, "state": f"no answer ({type(error).__name__})"}
+        return answer
 
     async def check_integrity(self) -> dict[str, list[str]]:
         """Per worker, what is wrong with its block accounting; empty lists if nothing is."""

@@ -23,6 +23,7 @@ from pdray.cluster.messages import (
     CloseLease,
     Credit,
     CreditUpdate,
+    EndCompletion,
     LeaseDenied,
     LeaseRequest,
     LegKey,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 
 class DecodeWorker(Worker):
-    """See the module. Everything runs on the event loop's thread but the engine's steps."""
+    """See the module. Everything runs on the event loop's thread but the engine's steps and the channels' copies."""
 
     def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
         super().__init__(config, worker_id, incarnation, secret)
@@ -62,10 +63,10 @@ class DecodeWorker(Worker):
         self.role: Literal["decode", "both"] = "both" if config.mode == "colocated" else "decode"
 
     async def start(self) -> WorkerInfo:
-        info = await super().start()
-        self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s)
         from pdray.transfer.object_store import ObjectStoreReceiver
 
+        info = await super().start()
+        self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s)
         self._object_store = ObjectStoreReceiver(self.engine.kv, self, self._writes)
         if self.transport is not None and self._stagings:
             from pdray.transfer.nccl_receiver import NcclReceiver
@@ -216,6 +217,8 @@ class DecodeWorker(Worker):
             case CloseLease():
                 self._send(self.leases.close(message.key))
                 self._announce_credit()
+            case EndCompletion():
+                self.engine.end_completion(message.key, message.index)
             case BeginPut():
                 self._send(self.leases.begin_put(peer, message))
             case PutDone():

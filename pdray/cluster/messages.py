@@ -170,6 +170,12 @@ class CloseLease(LegMessage, frozen=True):
     reason: str
 
 
+class EndCompletion(LegMessage, frozen=True):
+    """The router has seen a stop string in one completion, and others of the leg go on. Unknown ones are ignored."""
+
+    index: int
+
+
 # --- decode worker → router ---------------------------------------------------------------------
 
 
@@ -401,7 +407,7 @@ class AbortPut(LegMessage, frozen=True):
     """The lease was closed; stop writing and answer PutAborted. May be repeated."""
 
 
-RouterToWorker = LeaseRequest | RenewLeases | CloseLease | PrefillRequest | CancelPrefill | Ping
+RouterToWorker = LeaseRequest | RenewLeases | CloseLease | EndCompletion | PrefillRequest | CancelPrefill | Ping
 WorkerToRouter = (
     LeaseGranted | LeaseDenied | LeaseClosed | Tokens | CreditUpdate | FirstTokens | PrefillFailed | Pong | PrefixUpdate
 )

@@ -160,6 +160,14 @@ class Engine:
             self._is_stuck = False
         self._notify()
 
+    def end_completion(self, key: Hashable, index: int) -> None:
+        """Nobody wants more of this completion: it ends with its next token. Unknown ones are ignored."""
+        with self._lock:
+            live = self._scheduler.requests.get(key)
+            for sequence in live.sequences if live is not None else ():
+                if sequence.index == index:
+                    sequence.max_total_tokens = min(sequence.max_total_tokens, sequence.num_tokens)
+
     def step(self) -> list[RequestUpdate]:
         """Launch the next batch, and book the one launched before it (without overlap: this one).
 

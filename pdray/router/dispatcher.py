@@ -14,6 +14,7 @@ from pdray.cluster.admission import AdmissionQueue
 from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
+    EndCompletion,
     LeaseDenied,
     LeaseGranted,
     LeaseRequest,
@@ -125,6 +126,11 @@ class Dispatcher:
             prefill.prefill_ended(leg.key)
             if tell:
                 self._connections.send(prefill_id, CancelPrefill(*leg.key))
+
+    def end_completion(self, leg: RoutedLeg, index: int) -> None:
+        """One completion of a leg has ended with a stop string; others go on."""
+        assert leg.choice is not None
+        self._connections.send(leg.choice.decode_worker_id, EndCompletion(*leg.key, index))
 
     def expect_credit(self, leg: RoutedLeg) -> None:
         """A lease ends of which no step of its worker will tell: count on what it held."""

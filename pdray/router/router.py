@@ -251,6 +251,9 @@ class Router:
             return
         for ended in request.tracker.ended_legs():
             self._close(self._dispatcher.legs[ended.key], "finished")
+        if leg.key in self._dispatcher.legs:
+            for index in {token.index for token in fresh} & request.outruns:
+                self._dispatcher.end_completion(leg, index)
 
     def _first_tokens(self, link: WorkerLink, message: FirstTokens) -> None:
         link.prefill_ended(message.key)

@@ -21,6 +21,7 @@ from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
     CreditUpdate,
+    EndCompletion,
     FirstTokens,
     LeaseDenied,
     LeaseGranted,
@@ -245,6 +246,23 @@ async def test_disaggregated_leg_equals_a_local_one(pair: Pair, n: int) -> None:
     await pair.router.wait(lambda: all(len(pair.router.tokens(local, i)) == 12 for i in range(n)))
     for i in range(n):
         assert pair.router.tokens(apart, i) == pair.router.tokens(local, i)
+    await pair.quiet()
+
+
+async def test_a_completion_that_nobody_wants_more_of_frees_its_place(pair: Pair) -> None:
+    """The others of its leg go on as if nothing had happened."""
+    params = SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=40, ignore_eos=True)
+    alone = pair.lease("alone", PROMPT, params, prefill_worker_id=None)
+    await pair.router.wait(lambda: all(len(pair.router.tokens(alone, i)) == 40 for i in range(2)))
+    key = pair.lease("r", PROMPT, params)
+    await pair.start_prefill(key, PROMPT, params)
+    await pair.router.wait(lambda: len(pair.router.tokens(key, 0)) >= 3)
+    pair.router.sessions["decode-0"].send(EndCompletion(*key, 0))
+    pair.router.sessions["decode-0"].send(EndCompletion("unknown", 0, 0))
+    await pair.router.wait(lambda: len(pair.router.tokens(key, 1)) == 40)
+    ended, whole = pair.router.tokens(key, 0), pair.router.tokens(alone, 0)
+    assert 3 <= len(ended) < 40 and ended == whole[: len(ended)]
+    assert pair.router.tokens(key, 1) == pair.router.tokens(alone, 1)
     await pair.quiet()
 
 

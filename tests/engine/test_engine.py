@@ -73,6 +73,28 @@ def test_release_during_the_step_frees_at_its_end_and_announces_nothing(llama: A
     engine.assert_empty()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
+def test_a_completion_that_is_no_longer_wanted_ends_with_its_next_token(
+    llama: Any, overlap: bool, num_steps: int
+) -> None:
+    """Queued, in the midst of its prompt, or decoding; the other one goes on."""
+    engine, whole = (llama.engine(max_num_batched_tokens=16, async_scheduling=overlap) for _ in range(2))
+    whole.run(request("r", 20, n=2))
+    engine.add(request("r", 20, n=2))
+    for _ in range(num_steps):
+        engine.step()
+    engine.end_completion("r", 1)
+    engine.end_completion("r", 7)
+    engine.end_completion("unknown", 0)
+    before = len(engine.ids("r", 1)) if num_steps > 2 else 0
+    engine.run()
+    assert engine.ids("r", 0) == whole.ids("r", 0)
+    ended = engine.ids("r", 1)
+    assert before < len(ended) <= before + 3 and ended == whole.ids("r", 1)[: len(ended)]
+    engine.assert_empty()
+
+
 def test_stats_follow_a_request(llama: Any) -> None:
     engine = llama.engine(max_num_batched_tokens=16)
     engine.add(request("r", 40, n=2))

@@ -253,7 +253,9 @@ class Cluster:
     def submit(
         self, name: str, params: SamplingParams = GREEDY, *, prompt: str | list[int] = "prompt", priority: int = 0
     ) -> asyncio.Task[RoutedRequest]:
-        return asyncio.create_task(self.router.submit(prompt, params, request_id=name, priority=priority))
+        task = asyncio.create_task(self.router.submit(prompt, params, request_id=name, priority=priority))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a test may end without asking
+        return task
 
     @staticmethod
     async def text_of(request: RoutedRequest) -> str:

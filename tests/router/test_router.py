@@ -12,6 +12,7 @@ from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
     Credit,
+    EndCompletion,
     LeaseRequest,
     LegKey,
     PrefillRequest,
@@ -168,6 +169,7 @@ async def test_one_stopped_completion_leaves_the_others_running(make_cluster: Ma
     request = await start(cluster, "r", SamplingParams(n=2, temperature=0, max_tokens=4, stop=("x",)))
     cluster.prefill.first("r", "aa")
     cluster.decode.tokens("r", 1, "x", index=0)
+    assert (await cluster.decode.expect(EndCompletion, "r")).index == 0
     cluster.decode.tokens("r", 2, "y", index=0)
     cluster.decode.tokens("r", 1, "bcd", index=1, finish="length")
     await rest(request)
@@ -250,7 +252,7 @@ async def test_local_prefill(make_cluster: MakeCluster) -> None:
     timings = request.output.timings
     assert (timings.prefill_queue, timings.prefill, timings.first_decode_step) == (0.1, 0.2, 0.3)
     assert cluster.prefill.received == []
-    cluster.submit("long", prompt="1234567").add_done_callback(lambda t: t.cancelled() or t.exception())
+    cluster.submit("long", prompt="1234567")
     assert (await cluster.decode.expect(LeaseRequest, "long")).prefill_worker_id == "prefill-0"
 
 
