@@ -10,7 +10,7 @@ import numpy as np
 
 from pdray.engine.block_pool import hash_blocks
 from pdray.engine.request import EngineRequest
-from pdray.sampling_params import MAX_SEED, SamplingParams
+from pdray.sampling_params import SamplingParams, wrap_seed
 
 
 class SequenceStatus(enum.Enum):
@@ -77,7 +77,7 @@ class Sequence:
         self.token_ids = token_ids
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_total_tokens = max_total_tokens
-        self.seed = ((request.params.seed or 0) + index) % (MAX_SEED + 1)
+        self.seed = wrap_seed((request.params.seed or 0) + index)
         self.num_computed_tokens = 0
         self.num_pending = 0
         self.pending_row = 0
