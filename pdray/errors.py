@@ -1,5 +1,9 @@
 """Errors that pdray raises. Each text names the value, the limit and the setting to change."""
 
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
 
 class PdrayError(Exception):
     """Base of every error that pdray raises on purpose."""
@@ -51,6 +55,22 @@ class RequestTimeoutError(PdrayError):
 
 class WorkerDiedError(PdrayError):
     """A worker died or stopped answering while it held the request."""
+
+
+class RequestFailedError(PdrayError):
+    """The engine failed while it computed this request and no other: another try would fail again (HTTP 500)."""
+
+
+class StepFailedError(PdrayError):
+    """A step of a worker's engine failed, and the engine cannot go on.
+
+    Attributes:
+        keys: the requests that the step computed, or may have.
+    """
+
+    def __init__(self, message: str, keys: Sequence[Hashable] = ()) -> None:
+        super().__init__(message)
+        self.keys = keys
 
 
 class EngineHungError(PdrayError):

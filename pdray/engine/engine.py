@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -20,11 +21,14 @@ from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, Re
 from pdray.engine.results import Bookkeeper
 from pdray.engine.runner import Draws, Runner
 from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import SequenceStatus
+from pdray.engine.sequence import LiveRequest, SequenceStatus
 from pdray.engine.step_plan import StepPlan
 from pdray.engine.step_times import StepSpread, StepTimes
+from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -108,8 +112,9 @@ class Engine:
 
         Raises:
             InvalidRequestError: it can never be served, or its key is in use.
+            RequestFailedError: to look at it failed; the engine has not taken it, and goes on.
         """
-        live = self._scheduler.prepare(request, reserved=False)
+        live = self._prepare(request, reserved=False)
         with self._lock:
             self._scheduler.add(live, time.perf_counter())
             self._is_stuck = False
@@ -123,10 +128,20 @@ class Engine:
 
         Raises:
             InvalidRequestError: it will never be possible, or the key is in use.
+            RequestFailedError: to look at it failed; the engine has not taken it, and goes on.
         """
-        live = self._scheduler.prepare(request, reserved=True)
+        live = self._prepare(request, reserved=True)
         with self._lock:
             return self._scheduler.reserve(live)
+
+    def _prepare(self, request: EngineRequest, *, reserved: bool) -> LiveRequest:
+        try:
+            return self._scheduler.prepare(request, reserved=reserved)
+        except InvalidRequestError:
+            raise
+        except Exception as error:
+            logger.exception("request %r could not be prepared", request.key)
+            raise RequestFailedError(f"the request could not be prepared: {describe_error(error)}") from error
 
     def start_prefill(self, key: Hashable) -> None:
         """Compute a reserved request here.
@@ -172,27 +187,85 @@ class Engine:
         """Launch the next batch, and book the one launched before it (without overlap: this one).
 
         Returns at once if there is nothing to do. Engine's thread only.
+
+        Raises:
+            StepFailedError: the engine cannot go on; names the requests of the steps in flight. Where the failure is
+                clearly one step's, and has touched nothing but blocks of its requests, those end instead, each with
+                an update that says so, and the engine goes on.
         """
+        try:
+            return self._step()
+        except StepFailedError:
+            raise
+        except BaseException as error:
+            raise StepFailedError(describe_error(error), self.suspects()) from error
+
+    def suspects(self) -> list[Hashable]:
+        """Requests of all steps that were planned and not booked. Takes no lock: a step may hang with it."""
+        return list(dict.fromkeys(key for plan in list(self._scheduler.plans_in_flight) for key in plan.keys))
+
+    def _step(self) -> list[RequestUpdate]:
         done = self._in_flight
         with self._lock:
             updates, self._scheduler.updates = self._scheduler.updates, []
-            plan = self._scheduler.schedule(time.perf_counter())
+            plan = self._schedule()
             self._is_stuck = not plan.chunks and done is None
-            inputs = self._fill(plan) if plan.chunks else None
-            on_layer = self._layer_callback(plan)
-        self._in_flight = (plan, self.runner.launch(inputs, on_layer)) if inputs is not None else None
+        self._in_flight = None
+        failure = self._launch(plan) if plan.chunks else None
         if not self.overlap:
             done, self._in_flight = self._in_flight, None
-        if done is None:
-            return updates
-        booked, draws = done
+        if done is not None:
+            updates += self._book(*done)
+        if failure is not None:
+            updates += self._give_up(plan, failure)
+        return updates
+
+    def _schedule(self) -> StepPlan:
+        try:
+            return self._scheduler.schedule(time.perf_counter())
+        except Exception as error:
+            raise StepFailedError(describe_error(error), self._scheduler.planned_keys()) from error
+
+    def _launch(self, plan: StepPlan) -> Exception | None:
+        """Launch a plan; returns what is that plan's fault alone, and has left everything else as it was.
+
+        On CUDA an error may be that of any earlier launch, and the device be lost, unless it is Python's own and comes
+        before this plan's first launch. The device's errors are RuntimeErrors.
+        """
+        launching = False
+        try:
+            with self._lock:
+                inputs, on_layer = self._fill(plan), self._layer_callback(plan)
+            launching = True
+            self._in_flight = plan, self.runner.launch(inputs, on_layer)
+        except Exception as error:
+            if self.device.type != "cpu" and (launching or isinstance(error, RuntimeError)):
+                raise
+            return error
+        return None
+
+    def _give_up(self, plan: StepPlan, error: Exception) -> list[RequestUpdate]:
+        """The plan could not be launched: end its requests. What it has written is in their blocks alone."""
+        keys = plan.keys
+        logger.error("a step of %d requests failed: %s", len(keys), keys, exc_info=error)
+        with self._lock:
+            lost = [key for key in keys if key in self._scheduler.requests]
+            for key in lost:
+                self._scheduler.release(key)
+            self._scheduler.discard(plan)
+            self._is_stuck = False
+        reason = describe_error(error)
+        return [RequestUpdate(key, finished=True, failure=reason, suspects=tuple(keys)) for key in lost]
+
+    def _book(self, booked: StepPlan, draws: Draws) -> list[RequestUpdate]:
+        """Wait for a step that was launched, and book it."""
         wait_began = time.perf_counter()
         rows = draws.read()
         ended = time.perf_counter()
         with self._lock:
             self._num_steps += 1
             self._is_stuck = False
-            updates += self._bookkeeper.update(booked, rows, ended)
+            updates = self._bookkeeper.update(booked, rows, ended)
             self._step_times.add(wait_began, ended)
             if not self._scheduler.running:
                 self._step_times.pause()
@@ -263,3 +336,8 @@ class Engine:
     def _notify(self) -> None:
         if self.on_work is not None:
             self.on_work()
+
+
+def describe_error(error: BaseException) -> str:
+    """Its kind and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -23,6 +23,7 @@ from pdray.engine.limits import EngineLimits
 from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
 from pdray.engine.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.engine.step_plan import StepPlan
+from pdray.engine.turns import Turn, Turns
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
 
@@ -58,6 +59,7 @@ class Scheduler:
         plans_in_flight: steps planned and not booked, oldest first; at most two.
         leaving: finished sequences whose blocks a step in flight still writes to.
         num_places: sequences counted against max_num_seqs.
+        turns: keeps requests apart that are to be computed alone.
         updates: news that no step has produced.
     """
 
@@ -71,6 +73,7 @@ class Scheduler:
         self.plans_in_flight: deque[StepPlan] = deque()
         self.leaving: list[Sequence] = []
         self.num_places = 0
+        self.turns = Turns()
         self.updates: list[RequestUpdate] = []
         self.counters = Counters()
         self._arrivals = count()
@@ -183,7 +186,32 @@ class Scheduler:
         """
         assert len(self.plans_in_flight) < 2, "two steps are in flight"
         plan = StepPlan()
-        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1 and _may_go_on(s)]
+        turns = self.turns.choose(self.running, self.waiting, [plan.alone for plan in self.plans_in_flight])
+        for turn in turns:
+            self.turns.last = turn
+            # One that is to be alone and cannot begin waits for room, which nobody behind it may take meanwhile.
+            plan = self._plan(turn, may_overtake=turn is turns[0])
+            if plan.chunks:
+                break
+        for chunk in plan.chunks:
+            self._note_scheduled(chunk.sequence.request, now)
+        if plan.chunks:
+            self.plans_in_flight.append(plan)
+        return plan
+
+    def planned_keys(self) -> list[Hashable]:
+        """Requests that the last schedule() may have looked at."""
+        sequences = self.turns.of((*self.running, *self.waiting), self.turns.last)
+        return list(dict.fromkeys(s.request.key for s in sequences))
+
+    def _plan(self, turn: Turn, *, may_overtake: bool) -> StepPlan:
+        """A step of one request alone, or of all others.
+
+        Args:
+            may_overtake: admit also those that are queued behind one that is to be alone.
+        """
+        plan = StepPlan(alone=turn)
+        decoding = [s for s in self.turns.of(self.running, turn) if s.num_uncomputed_tokens == 1 and _may_go_on(s)]
         num_needed = sum(self.allocator.needs_block(s) for s in decoding)
         if self.plans_in_flight and num_needed > self.pool.num_free:
             return plan  # to preempt is to compute again, from tokens that are all known
@@ -194,12 +222,18 @@ class Scheduler:
             plan.add(sequence, 1)
         # Who gave blocks back in this step would only take them again, unless nobody else can use them.
         has_preempted = self.counters.num_preemptions > num_preemptions
-        self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks)
-        for chunk in plan.chunks:
-            self._note_scheduled(chunk.sequence.request, now)
-        if plan.chunks:
-            self.plans_in_flight.append(plan)
+        self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks, may_overtake=may_overtake)
         return plan
+
+    def discard(self, plan: StepPlan) -> None:
+        """The last step planned will never be booked; its requests were released."""
+        last = self.plans_in_flight.pop()
+        assert last is plan
+        self.pool.free([copy.source for copy in plan.copies])
+        for chunk in plan.chunks:
+            for sampler in chunk.samplers:
+                sampler.num_pending -= 1
+            self.booked(chunk.sequence)
 
     def booked(self, sequence: Sequence) -> None:
         """One of the steps that compute the sequence is through."""
@@ -208,14 +242,17 @@ class Scheduler:
             self.leaving.remove(sequence)
             self.allocator.free(sequence)
 
-    def _schedule_prefills(self, plan: StepPlan, admit: bool) -> None:
+    def _schedule_prefills(self, plan: StepPlan, admit: bool, may_overtake: bool) -> None:
         """Spend what is left of the token budget on prompts: those begun, then, if ``admit``, queued ones."""
         budget = self.limits.max_num_batched_tokens
-        for sequence in self.running:
+        for sequence in self.turns.of(self.running, plan.alone):
             if plan.num_tokens < budget and sequence.num_uncomputed_tokens > 1:
                 plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
-        while admit and self.waiting and plan.num_tokens < budget and self._admit(self.waiting[0]):
-            sequence = self.waiting.pop(0)
+        while admit and plan.num_tokens < budget:
+            sequence = self.turns.next_of(self.waiting, plan.alone, may_overtake=may_overtake)
+            if sequence is None or not self._admit(sequence):
+                break
+            self.waiting.remove(sequence)
             plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -278,6 +315,7 @@ class Scheduler:
         if live.key in self.requests:
             raise InvalidRequestError(f"request key {live.key!r} is in use")
         self.requests[live.key] = live
+        self.turns.add(live)
 
     def _reserved(self, key: Hashable) -> LiveRequest:
         live = self.requests.get(key)

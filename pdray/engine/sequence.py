@@ -13,6 +13,11 @@ from pdray.engine.request import EngineRequest
 from pdray.sampling_params import SamplingParams, wrap_seed
 
 
+# Steps that draw, after which a request that was to be computed alone joins the others. The step that failed was at most
+# two draws ahead of the tokens that the request goes on from; the first draw is the prompt's, the others are decoding.
+ALONE_STEPS = 4
+
+
 class SequenceStatus(enum.Enum):
     """Where one completion stands."""
 
@@ -158,6 +163,7 @@ class LiveRequest:
         needs_history: its draws depend on the tokens before them, beyond the KV.
         has_places: its unfinished sequences are counted against max_num_seqs.
         num_cached_tokens: found in the prefix cache when blocks were first allocated.
+        num_alone_steps: steps that draw for it and compute nothing else, still to come.
         queued_at, scheduled_at: s on the engine's clock: add() or start_prefill(), and the first step.
         started_at, joined_at: the same for start_decode(). All are None again once reported.
     """
@@ -170,6 +176,7 @@ class LiveRequest:
         "is_plain",
         "joined_at",
         "needs_history",
+        "num_alone_steps",
         "num_cached_tokens",
         "queued_at",
         "request",
@@ -191,6 +198,7 @@ class LiveRequest:
         self.has_places = False
         self.needs_history = uses_penalties(request.params)
         self.num_cached_tokens: int | None = None
+        self.num_alone_steps = ALONE_STEPS if request.alone else 0
         self.queued_at: float | None = None
         self.scheduled_at: float | None = None
         self.started_at: float | None = None
@@ -220,6 +228,11 @@ class LiveRequest:
     def lead(self) -> Sequence:
         """The sequence that computes the prompt."""
         return self.sequences[0]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a completion of it has not ended."""
+        return any(s.status is not SequenceStatus.FINISHED for s in self.sequences)
 
     @property
     def num_places(self) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pdray.engine.sequence import BlockCopy, Sequence
+from pdray.engine.sequence import BlockCopy, LiveRequest, Sequence
 from pdray.outputs import Logprob
 
 
@@ -38,6 +39,7 @@ class StepPlan:
         num_draws: samplers of all chunks.
         is_decode: each chunk is one token, and draws one.
         num_decodes: leading chunks of one token.
+        alone: the request that it computes and no other, where that was asked for.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -46,6 +48,12 @@ class StepPlan:
     num_draws: int = 0
     is_decode: bool = True
     num_decodes: int = 0
+    alone: LiveRequest | None = None
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """Of the requests that it computes, each once."""
+        return list(dict.fromkeys(chunk.sequence.request.key for chunk in self.chunks))
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
         """Compute the sequence's next ``num_tokens`` tokens; from now on it counts as in flight."""

@@ -13,7 +13,8 @@ import torch
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import EngineRequest, RequestUpdate
-from pdray.errors import InvalidRequestError
+from pdray.engine.runner import Draws
+from pdray.errors import InvalidRequestError, StepFailedError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
 
@@ -209,24 +210,26 @@ def test_loop_under_concurrent_traffic(llama: Any) -> None:
     engine.assert_empty()
 
 
-def test_a_failing_step_ends_the_loop_and_is_reported(llama: Any) -> None:
+def test_a_failing_step_ends_the_loop_and_is_reported(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = llama.engine()
     errors: list[BaseException] = []
     reported = threading.Event()
 
-    def fail(_: torch.Tensor) -> None:
+    def fail(_: Draws) -> None:
         raise RuntimeError("broken device")
 
     def on_error(error: BaseException) -> None:
         errors.append(error)
         reported.set()
 
-    engine.runner.on_logits = fail
+    monkeypatch.setattr(Draws, "read", fail)
     loop = EngineLoop(engine, lambda updates: None, on_error)
     loop.start()
     engine.add(request("r"))
     assert reported.wait(30)
-    assert [str(error) for error in errors] == ["broken device"]
+    assert [str(error) for error in errors] == ["RuntimeError: broken device"]
+    assert isinstance(errors[0], StepFailedError) and list(errors[0].keys) == ["r"]
+    assert str(errors[0].__cause__) == "broken device"
     time.sleep(0.01)
     assert loop.seconds_since_progress() > 0
     loop.stop()

@@ -17,7 +17,7 @@ from pdray.engine.limits import EngineLimits
 from pdray.engine.request import EngineRequest
 from pdray.engine.results import Bookkeeper
 from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import LiveRequest
+from pdray.engine.sequence import ALONE_STEPS, LiveRequest
 from pdray.engine.step_plan import Chunk, SampledRow, StepPlan
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
@@ -63,7 +63,24 @@ class FakeEngine:
         assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks) <= self.limits.max_num_batched_tokens
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks) <= self.limits.max_num_seqs
         assert sum(len(chunk.samplers) for chunk in plan.chunks) <= self.limits.max_num_seqs
+        self.assert_apart(plan)
         return plan
+
+    def assert_apart(self, plan: StepPlan) -> None:
+        """Steps of a request that is to be alone hold nothing else, and overlap with nothing else."""
+        in_flight = self.scheduler.plans_in_flight
+        assert len({id(other.alone) for other in in_flight}) <= 1
+        if plan.alone is not None:
+            assert plan.keys in ([plan.alone.key], [])
+            assert {key for other in in_flight for key in other.keys} <= {plan.alone.key}
+        assert all(c.sequence.request is plan.alone or not c.sequence.request.num_alone_steps for c in plan.chunks)
+
+    def fail(self, plan: StepPlan) -> None:
+        """As the engine gives up a plan that could not be launched."""
+        for key in plan.keys:
+            self.scheduler.release(key)
+        self.scheduler.discard(plan)
+        self.assert_clean()
 
     def compute(self, plan: StepPlan) -> list[SampledRow]:
         for copy in plan.copies:
@@ -178,6 +195,7 @@ def requests(draw_: st.DrawFn, key: int, num_blocks: int, max_num_seqs: int) -> 
         indices=tuple(range(n)),
         output_token_ids=tuple(i % 3 for i in range(outputs)),
         priority=draw_(st.integers(0, 1)),
+        alone=draw_(st.sampled_from([False, False, True])),
     )
 
 
@@ -209,6 +227,14 @@ def test_random_traffic_leaks_nothing_and_gives_everyone_the_tokens_of_running_a
         live[key] = request
         for _ in range(data.draw(st.integers(0, 4))):
             plan = engine.begin()
+            if plan.chunks and data.draw(st.integers(0, 9)) == 0:
+                engine.fail(plan)
+                for key in live.keys() & set(plan.keys):
+                    released.add(key)
+                    del live[key]
+                if engine.in_flight:
+                    engine.end(*engine.in_flight.pop(0))
+                continue
             rows = engine.compute(plan)
             if overlap and plan.chunks:
                 engine.in_flight.append((plan, rows))
@@ -262,6 +288,49 @@ def make(key: str, length: int, max_tokens: int | None = 8, n: int = 1, **fields
     params = SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True)
     start = sum(map(ord, key)) % 50
     return EngineRequest(key, [start + i % 40 for i in range(length)], params, tuple(range(n)), **fields)
+
+
+def test_a_request_under_suspicion_has_every_other_step_until_it_is_cleared() -> None:
+    engine = FakeEngine(40, max_num_seqs=4, budget=8)
+    for key, alone in (("a", False), ("b", False), ("suspect", True), ("c", False)):
+        engine.add(make(key, 3, 12, alone=alone))
+    steps = [set(engine.step().keys) for _ in range(10)]
+    others, everyone = {"a", "b", "c"}, {"a", "b", "c", "suspect"}
+    assert steps[0::2][:ALONE_STEPS] == [{"suspect"}] * ALONE_STEPS
+    assert set().union(*steps[1::2][:2]) == others, "the budget takes two of them at once"
+    assert steps[2 * ALONE_STEPS - 3] == others and steps[2 * ALONE_STEPS - 1] == everyone
+    engine.run()
+    for key in everyone:
+        assert_outputs(engine, make(key, 3, 12))
+    engine.assert_empty()
+
+
+def test_suspects_go_one_after_the_other() -> None:
+    """The first needs to share with nobody; the later ones share with those that are cleared already."""
+    engine = FakeEngine(40, max_num_seqs=4)
+    for key in "abc":
+        engine.add(make(key, 3, 12, n=1 + (key == "b"), alone=True))
+    steps = [engine.step().keys for _ in range(5 * ALONE_STEPS)]
+    assert steps[:ALONE_STEPS] == [["a"]] * ALONE_STEPS
+    assert [keys for keys in steps if "b" in keys][:ALONE_STEPS] == [["b"]] * ALONE_STEPS
+    assert [keys for keys in steps if "c" in keys][:ALONE_STEPS] == [["c"]] * ALONE_STEPS
+    assert set(steps[-1]) == set("abc")
+
+
+def test_a_suspect_that_waits_for_room_is_not_overtaken() -> None:
+    engine = FakeEngine(9, max_num_seqs=4, caching=False)
+    engine.add(make("running", 8, 12))
+    engine.step()
+    engine.add(make("suspect", 24, 2, alone=True))
+    for number in range(3):
+        engine.add(make(f"late-{number}", 4, 4))
+    order: list[str] = []
+    while not order or order[-1] != "suspect":
+        order += engine.step().keys
+        assert len(order) < 100
+    assert set(order[:-1]) == {"running"}
+    engine.run()
+    engine.assert_empty()
 
 
 def test_decodes_go_first_and_prompts_fill_the_budget_in_chunks() -> None:
