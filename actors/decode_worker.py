@@ -16,6 +16,7 @@ import numpy as np
 from pdray.actors.worker import Worker
 from pdray.cluster.effects import Send
 from pdray.cluster.lease import LeaseTable
+from pdray.cluster.losses import blame
 from pdray.cluster.messages import (
     AnyMessage,
     BeginPut,
@@ -251,7 +252,9 @@ class DecodeWorker(Worker):
             router_id = self.leases.router_of(key)
             if router_id is not None and update.tokens:
                 by_router.setdefault(router_id, []).append(self._leg_tokens(key, update))
-            if update.finished:
+            if update.failure is not None:
+                self._send(self.leases.failed(key, update.failure, blame(update.suspects)))
+            elif update.finished:
                 self.leases.finished(key)
         credit = self._credit()
         self._send([Send(router_id, Tokens(legs, credit)) for router_id, legs in by_router.items()])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pdray.actors.worker import Worker
 from pdray.cluster.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
+from pdray.cluster.losses import blame
 from pdray.cluster.messages import (
     AbortPut,
     AnyMessage,
@@ -39,7 +40,7 @@ from pdray.cluster.prefill_ledger import PrefillLedger
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate
-from pdray.errors import InvalidRequestError, TransferError
+from pdray.errors import InvalidRequestError, RequestFailedError, TransferError
 from pdray.transfer.channel import Put, PutResult, SendChannel
 
 if TYPE_CHECKING:
@@ -225,7 +226,9 @@ class PrefillWorker(Worker):
         now = self._now()
         for update in updates:
             key = LegKey(*update.key)  # type: ignore[misc]
-            if update.tokens:
+            if update.failure is not None:
+                self._perform(self.ledger.fail(key, update.failure, blame(update.suspects)))
+            elif update.tokens:
                 assert update.prefill_queue is not None and update.prefill is not None, update
                 message = FirstTokens(
                     *key, update.tokens, update.num_cached_tokens or 0, update.prefill_queue, update.prefill
@@ -262,10 +265,13 @@ class PrefillWorker(Worker):
                     output_token_ids=tuple(leg.output_token_ids),
                     priority=leg.priority,
                     prefill_only=True,
+                    alone=leg.alone,
                 )
             )
         except InvalidRequestError as error:
-            self._perform(self.ledger.fail(key, str(error)))
+            self._perform(self.ledger.fail(key, str(error), "invalid", param=error.param))
+        except RequestFailedError as error:
+            self._perform(self.ledger.fail(key, str(error), "failed"))
 
     def _put(self, key: LegKey, ready: LayerGroupReady) -> None:
         """Push the blocks that the decode worker does not have yet."""

@@ -10,11 +10,12 @@ The Coordinator imports this module only to name the class: what needs torch is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -22,12 +23,20 @@ import ray
 from pdray.actors.placement import listen_address, origin
 from pdray.background import BackgroundTasks
 from pdray.cluster.effects import Send
-from pdray.cluster.messages import AnyMessage, PrefixUpdate, WorkerIdentity, WorkerInfo, pack_hashes
+from pdray.cluster.messages import (
+    AnyMessage,
+    LegKey,
+    PrefixUpdate,
+    StepFailed,
+    WorkerIdentity,
+    WorkerInfo,
+    pack_hashes,
+)
 from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
-from pdray.errors import EngineHungError
+from pdray.errors import EngineHungError, StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.metrics import WorkerMetrics
 from pdray.transfer.communicator import Transport
@@ -43,6 +52,8 @@ METRICS_INTERVAL_S = 1.0
 PREFIX_INTERVAL_S = 0.5
 IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
+TELL_TIMEOUT_S = 0.5  # a router that does not acknowledge the last word for so long has itself to blame
+TELL_POLL_S = 0.01
 HUNG_CHECK_INTERVAL_S = 1.0
 ORPHANED_AFTER_S = 60.0  # without a heartbeat; longer than Ray needs to start a Coordinator again
 SWITCH_INTERVAL_S = 20e-6  # Python's default of 5 ms would be added to every launch beside a busy event loop
@@ -238,7 +249,8 @@ class Worker:
         self._loop.call_soon_threadsafe(self._on_layer_group, ready)
 
     def _engine_failed(self, error: BaseException) -> None:
-        self._loop.call_soon_threadsafe(self._fail, error)
+        keys = error.keys if isinstance(error, StepFailedError) else ()
+        self._loop.call_soon_threadsafe(self._end_with_step, error, keys)
 
     # event loop's thread
 
@@ -273,7 +285,8 @@ class Worker:
         """A device that hangs holds the engine's thread; this loop, and so the heartbeat, would go on for ever."""
         while (seconds := self._engine_loop.seconds_since_progress()) <= step_timeout_s:
             await asyncio.sleep(min(step_timeout_s / 4, HUNG_CHECK_INTERVAL_S))
-        self._fail(EngineHungError(f"a step has taken {seconds:.1f} s (step_timeout_s is {step_timeout_s:g})"))
+        error = EngineHungError(f"a step has taken {seconds:.1f} s (step_timeout_s is {step_timeout_s:g})")
+        self._end_with_step(error, self.engine.suspects())
 
     async def _end_if_orphaned(self) -> None:
         """A detached actor outlives its Coordinator; it must not do so for ever."""
@@ -281,6 +294,23 @@ class Worker:
             await asyncio.sleep(left)
         logger.error("%s: no word of its Coordinator for %g s: ending", self.worker_id, ORPHANED_AFTER_S)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    def _end_with_step(self, error: BaseException, keys: Iterable[Hashable]) -> None:
+        """A step has broken the engine: routers hear which legs it computed, and then the worker ends."""
+        suspects = [LegKey(*key) for key in keys]  # type: ignore[misc]
+        logger.error("%s: the engine failed in a step of %s", self.worker_id, suspects)
+        self._tasks.spawn(self._tell_and_fail(error, StepFailed(describe_error(error), suspects)))
+
+    async def _tell_and_fail(self, error: BaseException, news: StepFailed) -> None:
+        routers = [session for peer, session in self.sessions.items() if peer.startswith("router")]
+        for session in routers:
+            session.send(news)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TELL_TIMEOUT_S):
+                while not all(session.delivered for session in routers):
+                    await asyncio.sleep(TELL_POLL_S)
+        await self._server.stop()  # nobody asks for a lease here any more
+        self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """The worker cannot go on: whoever waits in join() learns why, and the process is replaced."""

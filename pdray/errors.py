@@ -83,3 +83,8 @@ class TransferError(PdrayError):
 
 class HandshakeError(PdrayError):
     """Two peers disagree on weights, dtype, block size, KV layout, protocol or secret."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Its kind and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from pdray.cluster.effects import Send
+from pdray.cluster.losses import Verdict
 from pdray.cluster.messages import (
     AbortPut,
     BeginPut,
@@ -35,7 +36,7 @@ from pdray.cluster.messages import (
     Tokens,
 )
 from pdray.engine.request import EngineRequest, Reservation
-from pdray.errors import InvalidRequestError
+from pdray.errors import InvalidRequestError, RequestFailedError
 from pdray.outputs import SampledToken
 
 
@@ -158,10 +159,15 @@ class LeaseTable:
                     indices=tuple(message.indices),
                     output_token_ids=tuple(message.output_token_ids),
                     priority=message.priority,
+                    alone=message.alone,
                 )
             )
         except InvalidRequestError as error:
-            return [*effects, self._deny(router_id, message, str(error), retriable=False)]
+            denied = LeaseDenied(*message.key, str(error), False, self._credit(), "invalid", error.param)
+            return [*effects, Send(router_id, denied)]
+        except RequestFailedError as error:
+            denied = LeaseDenied(*message.key, str(error), False, self._credit(), "failed")
+            return [*effects, Send(router_id, denied)]
         if reservation is None:
             return [*effects, self._deny(router_id, message, "no free blocks or places", retriable=True)]
         local = message.prefill_worker_id is None
@@ -216,6 +222,15 @@ class LeaseTable:
         lease = self._leases.pop(key, None)
         assert lease is None or lease.state is LeaseState.RUNNING, (key, lease)
         return []
+
+    def failed(self, key: LegKey, reason: str, verdict: Verdict) -> list[Send]:
+        """The engine has given up this leg, with the step that computed it, and taken its blocks back."""
+        lease = self._leases.get(key)
+        if lease is None:
+            return []
+        assert lease.state is LeaseState.RUNNING, (key, lease)
+        self._free(key)
+        return [Send(lease.router_id, LeaseClosed(*key, reason, verdict))]
 
     # prefill workers
 
@@ -302,7 +317,8 @@ class LeaseTable:
                 self._free(key)
             elif lease.state is LeaseState.FILLING:
                 self._free(key)
-                effects.append(Send(lease.router_id, LeaseClosed(*key, f"{worker_id} died")))
+                closed = LeaseClosed(*key, f"{worker_id} died", lost_worker_id=worker_id)
+                effects.append(Send(lease.router_id, closed))
         writer = self._writers.get(worker_id)
         if writer is not None and writer.incarnation == incarnation:
             del self._writers[worker_id]

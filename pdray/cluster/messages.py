@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
+from pdray.cluster.losses import Verdict
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
 
@@ -148,6 +149,7 @@ class LeaseRequest(LegMessage, frozen=True):
         output_token_ids: what the one completion of a replayed leg has produced so far; only
             allowed with a single index.
         prefill_worker_id: who will fill the lease; None means that the decode worker prefills.
+        alone: the leg is under suspicion: its first steps compute nothing else.
     """
 
     prompt_token_ids: list[int]
@@ -156,6 +158,7 @@ class LeaseRequest(LegMessage, frozen=True):
     output_token_ids: list[int]
     prefill_worker_id: str | None
     priority: int = 0
+    alone: bool = False
 
 
 class RenewLeases(Message, frozen=True):
@@ -193,17 +196,26 @@ class LeaseGranted(LegMessage, frozen=True):
 class LeaseDenied(LegMessage, frozen=True):
     """Attributes:
     retriable: True if credit may come back; False if the leg can never fit.
+    verdict, param: of one that is not retriable; see losses.py.
     """
 
     reason: str
     retriable: bool
     credit: Credit
+    verdict: Verdict = "invalid"
+    param: str | None = None
 
 
 class LeaseClosed(LegMessage, frozen=True):
-    """The decode worker ended the lease by itself: error, expiry, or the prefill worker's death."""
+    """The decode worker ended the lease by itself: error, expiry, or the prefill worker's death.
+
+    Attributes:
+        lost_worker_id: the worker that died, if that is why.
+    """
 
     reason: str
+    verdict: Verdict = "lost"
+    lost_worker_id: str = ""
 
 
 class Tokens(Message, frozen=True):
@@ -245,6 +257,17 @@ def unpack_hashes(packed: bytes) -> list[int]:
     return hashes
 
 
+class StepFailed(Message, frozen=True):
+    """The worker's engine has failed, or hangs, and its process ends: everything that it held is lost.
+
+    Attributes:
+        suspects: the legs, of all routers, that the steps in flight computed; empty if that is not known.
+    """
+
+    reason: str
+    suspects: list[LegKey]
+
+
 class PrefixUpdate(Message, frozen=True):
     """What a worker's prefix cache holds, for routing; sent to every router when it connects and now and then.
 
@@ -267,6 +290,7 @@ class PrefillRequest(LegMessage, frozen=True):
         block_ids, num_cached_tokens: from LeaseGranted.
         decode_worker_id, epoch: the channel to push through; a worker that knows only another
             epoch answers PrefillFailed.
+        alone: see LeaseRequest.
     """
 
     prompt_token_ids: list[int]
@@ -278,6 +302,7 @@ class PrefillRequest(LegMessage, frozen=True):
     block_ids: list[int]
     num_cached_tokens: int
     priority: int = 0
+    alone: bool = False
 
 
 class CancelPrefill(LegMessage, frozen=True):
@@ -305,7 +330,17 @@ class FirstTokens(LegMessage, frozen=True):
 
 
 class PrefillFailed(LegMessage, frozen=True):
+    """The leg cannot be prefilled here.
+
+    Attributes:
+        verdict, param: see losses.py.
+        lost_worker_id: the decode worker that is gone, if that is why.
+    """
+
     reason: str
+    verdict: Verdict = "lost"
+    param: str | None = None
+    lost_worker_id: str = ""
 
 
 class Pong(Message, frozen=True):
@@ -409,7 +444,16 @@ class AbortPut(LegMessage, frozen=True):
 
 RouterToWorker = LeaseRequest | RenewLeases | CloseLease | EndCompletion | PrefillRequest | CancelPrefill | Ping
 WorkerToRouter = (
-    LeaseGranted | LeaseDenied | LeaseClosed | Tokens | CreditUpdate | FirstTokens | PrefillFailed | Pong | PrefixUpdate
+    LeaseGranted
+    | LeaseDenied
+    | LeaseClosed
+    | Tokens
+    | CreditUpdate
+    | FirstTokens
+    | PrefillFailed
+    | Pong
+    | PrefixUpdate
+    | StepFailed
 )
 PrefillToDecode = BeginPut | PutDone | PutAborted | OpenChannel | Staged
 ChannelReply = GrantTransfers | RefuseTransfer | TransferDone | ChannelFailed

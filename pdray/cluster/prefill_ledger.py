@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdray.cluster.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
+from pdray.cluster.losses import Verdict
 from pdray.cluster.messages import BeginPut, FirstTokens, LegKey, PrefillFailed, PrefillRequest, PutAborted, PutDone
 
 
@@ -111,7 +112,7 @@ class PrefillLedger:
         def lose(key: LegKey) -> list[LedgerEffect]:
             leg = self._legs[key]
             leg.may_put, leg.owes_aborted = False, False
-            return self.fail(key, f"the channel to {worker_id} was lost")
+            return self.fail(key, f"the channel to {worker_id} was lost", lost_worker_id=worker_id)
 
         return self._for_each(lambda leg: leg.request.decode_worker_id == worker_id, lose)
 
@@ -144,12 +145,15 @@ class PrefillLedger:
             return self.fail(key, error)
         return self._leave_if_idle(key, leg)
 
-    def fail(self, key: LegKey, reason: str) -> list[LedgerEffect]:
+    def fail(
+        self, key: LegKey, reason: str, verdict: Verdict = "lost", *, param: str | None = None, lost_worker_id: str = ""
+    ) -> list[LedgerEffect]:
         """The leg cannot go on: its router hears why."""
         leg = self._legs.get(key)
         if leg is None or leg.stopping:
             return [] if leg is None else self._leave_if_idle(key, leg)
-        return [Send(leg.router_id, PrefillFailed(*key, reason)), *self._stop(key, leg)]
+        failed = PrefillFailed(*key, reason, verdict, param, lost_worker_id)
+        return [Send(leg.router_id, failed), *self._stop(key, leg)]
 
     # transitions
 

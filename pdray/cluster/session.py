@@ -68,6 +68,11 @@ class Session:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def delivered(self) -> bool:
+        """Whether the peer has acknowledged everything that was sent, or there is none any more."""
+        return self._closed or not self._unacked
+
     def send(self, message: AnyMessage) -> None:
         """Queue a message; never blocks. On a closed session it does nothing: on_closed has said so.
 

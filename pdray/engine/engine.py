@@ -24,7 +24,7 @@ from pdray.engine.scheduler import Scheduler
 from pdray.engine.sequence import LiveRequest, SequenceStatus
 from pdray.engine.step_plan import StepPlan
 from pdray.engine.step_times import StepSpread, StepTimes
-from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError
+from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
 
@@ -336,8 +336,3 @@ class Engine:
     def _notify(self) -> None:
         if self.on_work is not None:
             self.on_work()
-
-
-def describe_error(error: BaseException) -> str:
-    """Its kind and the first line of what it says."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

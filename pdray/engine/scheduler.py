@@ -249,11 +249,11 @@ class Scheduler:
             if plan.num_tokens < budget and sequence.num_uncomputed_tokens > 1:
                 plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
         while admit and plan.num_tokens < budget:
-            sequence = self.turns.next_of(self.waiting, plan.alone, may_overtake=may_overtake)
-            if sequence is None or not self._admit(sequence):
+            first = self.turns.next_of(self.waiting, plan.alone, may_overtake=may_overtake)
+            if first is None or not self._admit(first):
                 break
-            self.waiting.remove(sequence)
-            plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
+            self.waiting.remove(first)
+            plan.add(first, min(budget - plan.num_tokens, first.num_uncomputed_tokens))
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A block for the token to be computed, from others if need be. False if the sequence itself was preempted."""

@@ -12,9 +12,8 @@ from pdray.engine.block_pool import hash_blocks
 from pdray.engine.request import EngineRequest
 from pdray.sampling_params import SamplingParams, wrap_seed
 
-
-# Steps that draw, after which a request that was to be computed alone joins the others. The step that failed was at most
-# two draws ahead of the tokens that the request goes on from; the first draw is the prompt's, the others are decoding.
+# Steps that draw, after which a request that was to be computed alone joins the others. The step that failed was at
+# most two draws ahead of the tokens that it goes on from; the first draw is the prompt's, the others are of decoding.
 ALONE_STEPS = 4
 
 

@@ -6,7 +6,8 @@ None of them overlaps with a step of others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence as Rows
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 
 from pdray.engine.sequence import LiveRequest, Sequence
 
@@ -55,7 +56,7 @@ class Turns:
         return (s for s in sequences if not s.request.num_alone_steps) if self._alone else sequences
 
     def next_of(self, queue: Rows[Sequence], turn: Turn, *, may_overtake: bool) -> Sequence | None:
-        """The first that may be in a step of that turn; without ``may_overtake`` none behind one that is to be alone."""
+        """The first that may be in a step of that turn; unless it may overtake, none behind one that is to be alone."""
         sequence = next(iter(self.of(queue, turn)), None)
         overtakes = turn is None and sequence is not None and queue[0].request.num_alone_steps
         return sequence if may_overtake or not overtakes else None

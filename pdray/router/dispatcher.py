@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from pdray.cluster.admission import AdmissionQueue
+from pdray.cluster.losses import Loss, Verdict, blame
 from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
@@ -20,11 +22,12 @@ from pdray.cluster.messages import (
     LeaseRequest,
     LegKey,
     PrefillRequest,
+    StepFailed,
 )
 from pdray.cluster.policy import choose, has_credit
 from pdray.config import Config
 from pdray.engine.block_pool import hash_blocks, short_hash
-from pdray.errors import InvalidRequestError, PdrayError
+from pdray.errors import InvalidRequestError, PdrayError, RequestFailedError
 from pdray.router.connections import WorkerConnections
 from pdray.router.leg import RoutedLeg
 from pdray.router.link import WorkerLink
@@ -38,7 +41,7 @@ class DispatchOwner(Protocol):
     def on_rejected(self, leg: RoutedLeg, error: PdrayError) -> None:
         """It will never get a lease."""
 
-    def on_lost(self, leg: RoutedLeg, reason: str) -> None:
+    def on_lost(self, leg: RoutedLeg, loss: Loss) -> None:
         """Its lease, or the prefill worker that was to fill it, is gone."""
 
     def on_queue_changed(self) -> None: ...
@@ -158,7 +161,11 @@ class Dispatcher:
         if leg is None:
             return
         if not message.retriable:
-            self._owner.on_rejected(leg, InvalidRequestError(message.reason))
+            failed = message.verdict == "failed"
+            refusal = (
+                RequestFailedError(message.reason) if failed else InvalidRequestError(message.reason, message.param)
+            )
+            self._owner.on_rejected(leg, refusal)
             return
         assert leg.choice is not None
         prefill_id, leg.choice = leg.choice.prefill_worker_id, None
@@ -169,12 +176,22 @@ class Dispatcher:
 
     def worker_lost(self, worker_id: str, reason: str) -> None:
         """Whatever depended on that worker is lost."""
+        self._lose(worker_id, lambda leg: Loss(f"{worker_id} is gone ({reason})", worker_id))
+
+    def step_failed(self, worker_id: str, message: StepFailed) -> None:
+        """Whatever depended on that worker is lost, and it is known whose step has broken it."""
+        suspects, blamed = {LegKey(*key) for key in message.suspects}, blame(message.suspects)
+        others: Verdict = "innocent" if suspects else "lost"
+        reason = f"{worker_id} failed ({message.reason})"
+        self._lose(worker_id, lambda leg: Loss(reason, worker_id, blamed if leg.key in suspects else others))
+
+    def _lose(self, worker_id: str, loss_of: Callable[[RoutedLeg], Loss]) -> None:
         for leg in list(self.legs.values()):
             if leg.choice is None or self.legs.get(leg.key) is not leg:
                 continue
             prefill_id, decode_id = leg.choice
             if decode_id == worker_id or (leg.filling and prefill_id == worker_id):
-                self._owner.on_lost(leg, f"{worker_id} is gone ({reason})")
+                self._owner.on_lost(leg, loss_of(leg))
 
     def leases(self) -> dict[str, list[LegKey]]:
         """Leases asked for or held, by decode worker."""
@@ -225,6 +242,7 @@ class Dispatcher:
                 list(leg.leg.output_token_ids),
                 choice.prefill_worker_id,
                 leg.request.priority,
+                leg.alone,
             ),
         )
         return True
@@ -236,7 +254,7 @@ class Dispatcher:
             return
         epoch = self._connections.pairs.get((prefill_id, decode_id))
         if epoch is None or not self._connections.is_open(prefill_id):
-            self._owner.on_lost(leg, f"{prefill_id} was lost before it could begin")
+            self._owner.on_lost(leg, Loss(f"{prefill_id} was lost before it could begin", prefill_id))
             return
         leg.filling = True
         self._connections.send(
@@ -252,5 +270,6 @@ class Dispatcher:
                 grant.block_ids,
                 grant.num_cached_tokens,
                 leg.request.priority,
+                leg.alone,
             ),
         )

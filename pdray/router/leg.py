@@ -20,6 +20,8 @@ class RoutedLeg:
     granted: the lease stands.
     prefix_hashes: short hashes of its full blocks, in order; empty without prefix caching.
     filling: its prefill worker was told to begin, and the decode worker has not shown a token yet.
+    alone: it is under suspicion: its workers compute its first steps alone.
+    num_losses: legs before it that were lost, each going on where the one before had been.
     """
 
     request: RoutedRequest
@@ -30,6 +32,8 @@ class RoutedLeg:
     granted: bool = False
     filling: bool = False
     prefix_hashes: list[int] = field(default_factory=list)
+    alone: bool = False
+    num_losses: int = 0
 
     @property
     def key(self) -> LegKey:

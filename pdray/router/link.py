@@ -20,6 +20,7 @@ class WorkerLink:
     denied: it refused a lease, and has told no new credit since.
     asked: blocks and places of leases asked for and not answered, by leg.
     prefixes: short hashes of the blocks in its prefix cache, as it told last.
+    failed: its engine has failed, and its process is about to end.
     queued: tokens for a prefill worker whose first token has not come back, by leg; from when the lease is asked for.
     """
 
@@ -28,6 +29,7 @@ class WorkerLink:
         self.session: Session | None = None
         self.credit = NO_CREDIT
         self.denied = False
+        self.failed = False
         self.asked: dict[LegKey, tuple[int, int]] = {}
         self.queued: dict[LegKey, int] = {}
         self.told_queued_tokens = 0
@@ -35,7 +37,7 @@ class WorkerLink:
 
     @property
     def is_open(self) -> bool:
-        return self.session is not None and not self.session.closed
+        return self.session is not None and not self.session.closed and not self.failed
 
     def update_credit(self, credit: Credit) -> None:
         self.credit, self.denied = credit, False

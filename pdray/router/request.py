@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pdray.cluster.losses import Losses
 from pdray.cluster.request_tracker import RequestTracker
 from pdray.outputs import CompletionOutput, Logprob, RequestOutput, SampledToken
 from pdray.router.detokenizer import Detokenizer, Piece, decode_logprobs
@@ -79,7 +80,7 @@ class RoutedRequest:
         self.arrival = arrival
         self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outruns: set[int] = set()  # completions ended by a stop string that their worker does not know of
-        self.num_losses = 0
+        self.losses = Losses()
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
 

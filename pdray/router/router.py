@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pdray.background import BackgroundTasks
+from pdray.cluster.losses import Loss
 from pdray.cluster.messages import (
     AnyMessage,
     ClusterView,
@@ -26,6 +27,7 @@ from pdray.cluster.messages import (
     PrefillFailed,
     PrefixUpdate,
     RenewLeases,
+    StepFailed,
     Tokens,
 )
 from pdray.config import Config
@@ -35,6 +37,7 @@ from pdray.errors import (
     NoWorkerError,
     PdrayError,
     QueueFullError,
+    RequestFailedError,
     RequestTimeoutError,
     WorkerDiedError,
 )
@@ -152,6 +155,7 @@ class Router:
         Raises:
             InvalidRequestError: it can never be served. QueueFullError: not now. NoWorkerError: nobody is there.
             WorkerDiedError: workers died under it more than max_replays times. RequestTimeoutError: it took too long.
+            RequestFailedError: an engine failed on it.
         """
         arrival = time.monotonic()
         try:
@@ -204,27 +208,44 @@ class Router:
         """See DispatchOwner."""
         self._end(leg.request, "error" if leg.request.granted.done() else "rejected", error)
 
-    def on_lost(self, leg: RoutedLeg, reason: str) -> None:
-        """See DispatchOwner. Other workers go on from prompt and tokens so far."""
+    def on_lost(self, leg: RoutedLeg, loss: Loss) -> None:
+        """See DispatchOwner. Other workers go on from prompt and tokens so far, unless that is of no use."""
         request = leg.request
-        request.num_losses += 1
-        if request.num_losses > self.config.max_replays:
-            self._end(
-                request,
-                "error",
-                WorkerDiedError(
-                    f"request {request.request_id} was lost {request.num_losses} times (max_replays is "
-                    f"{self.config.max_replays}), at last because {reason}"
-                ),
-            )
+        request.losses.count(loss, leg.num_losses)
+        if (error := self._final(request, loss)) is not None:
+            self._end(request, "error", error)
             return
-        logger.warning("%s: attempt %d of %s is lost: %s", self.router_id, leg.key.attempt, request.request_id, reason)
+        logger.warning(
+            "%s: attempt %d of %s is %s: %s",
+            self.router_id,
+            leg.key.attempt,
+            request.request_id,
+            loss.verdict,
+            loss.reason,
+        )
         if self._metrics is not None:
             self._metrics.on_replay()
         self._dispatcher.close(leg, "it is replayed elsewhere")
-        delay = 0.0 if request.num_losses == 1 else min(MAX_REPLAY_DELAY_S, REPLAY_DELAY_S * 2**request.num_losses)
+        alone, num_losses = leg.alone or loss.verdict == "suspect", leg.num_losses + 1
+        delay = 0.0 if num_losses == 1 else min(MAX_REPLAY_DELAY_S, REPLAY_DELAY_S * 2**num_losses)
         for successor in request.tracker.replace(leg.key):
-            self._dispatcher.resubmit(RoutedLeg(request, successor), leg, delay)
+            self._dispatcher.resubmit(RoutedLeg(request, successor, alone=alone, num_losses=num_losses), leg, delay)
+
+    def _final(self, request: RoutedRequest, loss: Loss) -> PdrayError | None:
+        """Why a request that has lost a leg cannot go on; None if it can."""
+        if loss.verdict == "invalid":
+            return InvalidRequestError(loss.reason, loss.param)
+        if loss.verdict == "failed":
+            return RequestFailedError(
+                f"the engine failed while it computed request {request.request_id} and no other, so it is not tried "
+                f"again: {loss.reason}"
+            )
+        if request.losses.num > self.config.max_replays:
+            return WorkerDiedError(
+                f"request {request.request_id} was lost {request.losses.num} times (max_replays is "
+                f"{self.config.max_replays}), at last because {loss.reason}"
+            )
+        return None
 
     def on_queue_changed(self) -> None:
         """See DispatchOwner."""
@@ -337,7 +358,10 @@ class Router:
                 return
             case LeaseClosed() | PrefillFailed():
                 if (leg := self._dispatcher.legs.get(message.key)) is not None:
-                    self.on_lost(leg, f"{link.info.worker_id}: {message.reason}")
+                    self.on_lost(leg, _loss(link, message))
+            case StepFailed():
+                link.failed = True
+                self._dispatcher.step_failed(link.info.worker_id, message)
             case _:
                 raise TypeError(f"a router takes no {type(message).__name__} (from {link.info.worker_id})")
         self._dispatcher.pump()
@@ -404,3 +428,12 @@ class Router:
 
     def _failed(self, error: BaseException) -> None:
         logger.error("%s: internal error; leases are no longer renewed", self.router_id, exc_info=error)
+
+
+def _loss(link: WorkerLink, message: LeaseClosed | PrefillFailed) -> Loss:
+    """What a worker tells of one leg."""
+    param = message.param if isinstance(message, PrefillFailed) else None
+    if message.verdict == "invalid":
+        return Loss(message.reason, link.info.worker_id, message.verdict, param)
+    reason = f"{link.info.worker_id}: {message.reason}"
+    return Loss(reason, message.lost_worker_id or reason, message.verdict)

@@ -293,7 +293,7 @@ def check_hostile_numbers() -> None:
         rows = logits[::2]  # a view
         for i, filling in enumerate((NAN, INF, -INF, torch.finfo(dtype).max, torch.finfo(dtype).min)):
             rows[i] = filling
-            rows[i + 5, i :: 3] = filling
+            rows[i + 5, i::3] = filling
         random, temperature = random_rows(num)
         temperature[::2] = torch.tensor([1.0, NAN, INF, 1e-39, 3e38, -1.0, 0.0, 1e-5, 1.0, 1.0, 1.0, 0.7])
         limits = (

@@ -141,7 +141,7 @@ def test_filters_keep_the_most_likely_token() -> None:
 
 @pytest.mark.parametrize(("temperature", "top_p"), [*itertools.product((0.0, 1e-3, 100.0), (1e-6, 0.5, 1.0))])
 def test_penalties_that_overflow(temperature: float, top_p: float) -> None:
-    """The smallest penalty that is accepted makes logits infinite: the largest of them, or all of them, may be drawn."""
+    """The smallest penalty that is accepted makes logits infinite: any of those may be drawn."""
     logits = torch.full((1, VOCAB_SIZE), -50.0)
     logits[0, [1, 4]] = torch.tensor([30.0, 40.0])
     params = Params(temperature=temperature, top_p=top_p, repetition_penalty=2.0**-126)
