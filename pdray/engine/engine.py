@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -11,10 +12,11 @@ import torch
 from pdray.config import Config
 from pdray.engine.batch import InputBuffers, StepInputs
 from pdray.engine.block_pool import BlockPool, PrefixChanges
+from pdray.engine.demand import num_blocks_for
 from pdray.engine.integrity import check_integrity
 from pdray.engine.layer_groups import layer_callback
 from pdray.engine.limits import EngineLimits
-from pdray.engine.memory import allocate_pool, choose_num_blocks
+from pdray.engine.memory import allocate_pool, choose_num_blocks, longest_sequence
 from pdray.engine.profile import profile_model
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
 from pdray.engine.results import Bookkeeper
@@ -25,6 +27,8 @@ from pdray.engine.step_plan import StepPlan
 from pdray.engine.step_times import StepSpread, StepTimes
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -40,13 +44,14 @@ class Engine:
             where that says nothing, on CUDA.
 
     Attributes:
+        max_model_len: tokens of prompt and output: the configured limit, or what the pool holds of one sequence.
         kv: the pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; block 0 is a dummy.
         on_layer_group: called by the engine's thread in the midst of a step, for prefill_only requests, after each
             group of transfer_layer_group layers; over a request's life, each block of each layer once.
         on_work: called, without the lock, after anything that may have given step() something to do.
 
     Raises:
-        OutOfMemoryError: the pool cannot hold one sequence of max_model_len.
+        OutOfMemoryError: the measured pool cannot hold one sequence of max_model_len.
     """
 
     def __init__(
@@ -64,16 +69,25 @@ class Engine:
         self.model = model
         self.device = device
         self.block_size: int = config.block_size
-        self.max_model_len = model.decoder.max_len
+        max_model_len = model.decoder.max_len
         self.num_blocks = num_kv_blocks or choose_num_blocks(
             config,
             model.config,
             model.dtype,
             device,
-            self.max_model_len,
+            max_model_len,
             gpu_share=gpu_share,
             profile=lambda: profile_model(config, model.decoder),
         )
+        self.max_model_len = min(max_model_len, longest_sequence(self.num_blocks, self.block_size))
+        if self.max_model_len < max_model_len:  # only num_kv_blocks asks for a pool so small
+            logger.warning(
+                "max_model_len is %d, not %d: num_kv_blocks (%d) holds no longer sequence; raise it to %d or more",
+                self.max_model_len,
+                max_model_len,
+                self.num_blocks,
+                num_blocks_for(max_model_len, self.block_size) + 1,
+            )
         self.kv = allocate_pool(model.config, self.num_blocks, self.block_size, model.dtype, device)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
@@ -229,6 +243,7 @@ class Engine:
                 free_blocks=scheduler.pool.num_free,
                 free_places=scheduler.limits.max_num_seqs - scheduler.num_places,
                 running=len(scheduler.running),
+                preempted=sum(s.preempted for s in scheduler.waiting),
                 waiting=sum(1 if s.request.forked else len(s.request.sequences) for s in scheduler.waiting),
                 reserved=sum(r.lead.status is SequenceStatus.RESERVED for r in scheduler.requests.values()),
                 queued_tokens=sum(s.num_uncomputed_tokens for s in (*prefilling, *scheduler.waiting)),
