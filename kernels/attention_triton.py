@@ -346,8 +346,8 @@ def _launch_decode(
     decode_kernel[(num_splits * num_kv_heads * batch,)](
         q, kv_layer, partial, lse, meta.block_tables, meta.seq_lens, scale * LOG2_E,
         q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0), num_splits,
-        KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
-        BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
+        KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
+        BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
     )  # fmt: skip
     if whole:

@@ -13,7 +13,7 @@ from pdray.config import Config
 from pdray.engine.batch import InputBuffers, StepInputs
 from pdray.engine.block_pool import BlockPool, PrefixChanges
 from pdray.engine.demand import num_blocks_for
-from pdray.engine.integrity import check_integrity
+from pdray.engine.integrity import check_in_slices
 from pdray.engine.layer_groups import layer_callback
 from pdray.engine.limits import EngineLimits
 from pdray.engine.memory import allocate_pool, choose_num_blocks, longest_sequence
@@ -29,6 +29,8 @@ from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
 
 logger = logging.getLogger(__name__)
+
+CHECK_PAUSE_S = 20e-6  # between two slices: who has waited for the lock gets it only if it is free for a moment
 
 
 class Engine:
@@ -271,9 +273,19 @@ class Engine:
             return set(self._scheduler.requests)
 
     def check_integrity(self) -> list[str]:
-        """What is wrong with the block accounting; empty if nothing is."""
-        with self._lock:
-            return check_integrity(self._scheduler)
+        """What is wrong with the block accounting; empty if nothing is.
+
+        Takes a while for a large pool, and the lock only for moments: not to be called from an event loop.
+        """
+        problems: dict[str, None] = {}
+        slices = check_in_slices(self._scheduler)
+        while True:
+            with self._lock:
+                found = next(slices, None)
+            if found is None:
+                return list(problems)
+            problems |= dict.fromkeys(found)
+            time.sleep(CHECK_PAUSE_S)
 
     def _notify(self) -> None:
         if self.on_work is not None:
