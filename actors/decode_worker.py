@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pdray.actors.worker import Worker
+from pdray.cluster.credit import CreditWaiters
 from pdray.cluster.effects import Send
 from pdray.cluster.lease import LeaseTable
 from pdray.cluster.losses import blame
@@ -23,9 +24,7 @@ from pdray.cluster.messages import (
     ChannelOffer,
     CloseLease,
     Credit,
-    CreditUpdate,
     EndCompletion,
-    LeaseDenied,
     LeaseRequest,
     LegKey,
     LegTokens,
@@ -56,7 +55,7 @@ class DecodeWorker(Worker):
 
     def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
         super().__init__(config, worker_id, incarnation, secret)
-        self._waiting_routers: set[str] = set()  # were denied, and hear of credit that comes back
+        self._waiters = CreditWaiters()
         self._writes = PendingWrites()
         self._receiver: NcclReceiver | None = None
         self._object_store: ObjectStoreReceiver
@@ -95,9 +94,10 @@ class DecodeWorker(Worker):
 
     def _credit(self) -> Credit:
         stats = self.engine.stats()
+        grants = not stats.preempted  # see Engine.reserve()
         return Credit(
-            free_blocks=stats.free_blocks,
-            free_places=stats.free_places,
+            free_blocks=stats.free_blocks if grants else 0,
+            free_places=stats.free_places if grants else 0,
             running=stats.running,
             waiting=stats.waiting,
             leases=stats.running + stats.waiting + stats.reserved,
@@ -153,6 +153,7 @@ class DecodeWorker(Worker):
         await self._writes.settle()
         self._writers.pop(incarnation, None)
         self._send(self.leases.worker_gone(worker_id, incarnation))
+        self._announce_credit()
 
     def _num_stagings(self) -> int:
         return 1
@@ -208,13 +209,11 @@ class DecodeWorker(Worker):
         now, peer = self._now(), session.peer.id
         match message:
             case LeaseRequest():
-                effects = self.leases.request(now, peer, message)
-                self._send(effects)
-                if any(isinstance(e.message, LeaseDenied) and e.message.retriable for e in effects):
-                    self._waiting_routers.add(peer)
+                self._send(self.leases.request(now, peer, message))
+                self._announce_credit()  # an older attempt may have ended
             case RenewLeases():
                 self.leases.renew(now, peer, message.keys)
-                session.send(CreditUpdate(self._credit()))
+                self._send([self._waiters.renewed(peer, message.wanted, self._credit())])
             case CloseLease():
                 self._send(self.leases.close(message.key))
                 self._announce_credit()
@@ -224,6 +223,7 @@ class DecodeWorker(Worker):
                 self._send(self.leases.begin_put(peer, message))
             case PutDone():
                 self._send(self.leases.put_done(now, peer, message))
+                self._announce_credit()
             case PutAborted():
                 self._put_aborted(peer, message.key)
             case OpenChannel():
@@ -239,8 +239,9 @@ class DecodeWorker(Worker):
         super().on_closed(session, reason)
         if self._receiver is not None and is_current:
             self._tasks.spawn(self._receiver.close_link(session.peer.id))
+        self._waiters.router_gone(session.peer.id)
         self._send(self.leases.router_gone(session.peer.id))
-        self._waiting_routers.discard(session.peer.id)
+        self._announce_credit()
 
     # engine
 
@@ -258,14 +259,12 @@ class DecodeWorker(Worker):
                 self.leases.finished(key)
         credit = self._credit()
         self._send([Send(router_id, Tokens(legs, credit)) for router_id, legs in by_router.items()])
-        self._waiting_routers -= by_router.keys()
-        self._announce_credit()
+        self._send(self._waiters.announce(credit))
 
     def _announce_credit(self) -> None:
-        """Routers that were denied try again when there may be something for them."""
-        if self._waiting_routers and (credit := self._credit()).free_places > 0:
-            self._send([Send(router_id, CreditUpdate(credit)) for router_id in self._waiting_routers])
-            self._waiting_routers.clear()
+        """After what may have freed blocks or places outside a step."""
+        if self._waiters:
+            self._send(self._waiters.announce(self._credit()))
 
     def _leg_tokens(self, key: LegKey, update: RequestUpdate) -> LegTokens:
         if update.prefill is None and update.join_wait is None:  # nearly always, and for each sequence of each step

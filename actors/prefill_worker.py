@@ -181,7 +181,7 @@ class PrefillWorker(Worker):
         peer = session.peer.id
         match message:
             case PrefillRequest():
-                channel = self._channels.get(message.decode_worker_id)
+                channel = self._channels.get(message.decode_worker_id or "")
                 self._perform(self.ledger.request(peer, message, None if channel is None else channel.epoch))
             case CancelPrefill():
                 self._perform(self.ledger.cancel(message.key))
@@ -276,7 +276,7 @@ class PrefillWorker(Worker):
     def _put(self, key: LegKey, ready: LayerGroupReady) -> None:
         """Push the blocks that the decode worker does not have yet."""
         leg = self.ledger.leg(key)
-        assert leg is not None, key
+        assert leg is not None and leg.decode_worker_id is not None, key
         first = max(ready.first_block, leg.num_cached_tokens // self.engine.block_size)
         source = ready.block_ids[first - ready.first_block :]
         if not source:

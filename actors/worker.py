@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -30,8 +30,8 @@ from pdray.cluster.messages import (
     StepFailed,
     WorkerIdentity,
     WorkerInfo,
-    pack_hashes,
 )
+from pdray.cluster.prefixes import ToldPrefixes
 from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
@@ -78,7 +78,7 @@ class Worker:
         self._tasks = BackgroundTasks(self._fail)
         self._last_heartbeat = self._now()
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
-        self._prefixes: set[int] = set()  # as routers were told
+        self._prefixes = ToldPrefixes()
         self.transport: Transport | None = None  # of the nccl channel
         self._stagings: list[torch.Tensor] = []
         self._started = False
@@ -211,7 +211,8 @@ class Worker:
         The engine must hold blocks for leases, or legs, and for nothing else. News of a step takes a moment to arrive,
         so only what stays odd counts.
         """
-        problems, odd = self.engine.check_integrity(), self._live_keys() ^ self.engine.live_keys()
+        problems = await asyncio.to_thread(self.engine.check_integrity)
+        odd = self._live_keys() ^ self.engine.live_keys()
         if odd:
             await asyncio.sleep(SETTLE_S)
             odd &= self._live_keys() ^ self.engine.live_keys()
@@ -275,11 +276,17 @@ class Worker:
         """Tell routers what the prefix cache holds; they send prompts where most of them is cached."""
         while True:
             added, removed = self.engine.take_prefix_changes()
-            if added or removed:
-                self._prefixes = (self._prefixes - removed) | added
-                update = PrefixUpdate(pack_hashes(added), pack_hashes(removed))
+            for update in self._prefixes.tell(added, removed):
                 self._send([Send(peer, update) for peer in self.sessions if peer.startswith("router")])
+                await asyncio.sleep(0)
             await asyncio.sleep(PREFIX_INTERVAL_S)
+
+    async def _tell_prefixes(self, session: Session, updates: Iterator[PrefixUpdate]) -> None:
+        for update in updates:
+            if self.sessions.get(session.peer.id) is not session:
+                return
+            session.send(update)
+            await asyncio.sleep(0)
 
     async def _end_if_hung(self, step_timeout_s: float) -> None:
         """A device that hangs holds the engine's thread; this loop, and so the heartbeat, would go on for ever."""
@@ -326,8 +333,10 @@ class Worker:
 
     def on_open(self, session: Session) -> None:
         self.sessions[session.peer.id] = session
-        if session.peer.id.startswith("router") and self._prefixes:
-            session.send(PrefixUpdate(pack_hashes(self._prefixes), is_all=True))
+        updates = self._prefixes.tell_all()
+        if session.peer.id.startswith("router") and (first := next(updates, None)) is not None:
+            session.send(first)
+            self._tasks.spawn(self._tell_prefixes(session, updates))
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
         raise NotImplementedError

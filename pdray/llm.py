@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -70,8 +71,9 @@ class LLM:
         app_name = f"llm-{uuid.uuid4().hex[:8]}"
         self._coordinator = await CoordinatorClient.open(self.config, app_name, detached=False)
         await self._coordinator.wait_ready(self.config.start_timeout_s)
+        # A batch job waits its turn: _generate_all() bounds what waits, and nothing is refused.
         self._router = Router(
-            self.config,
+            self.config.model_copy(update={"max_queue_size": sys.maxsize}),
             self.tokenizer,
             router_id=f"router-{uuid.uuid4().hex[:8]}",
             secret=self._coordinator.secret,
@@ -136,7 +138,7 @@ class LLM:
     async def _generate_all(
         self, prompts: list[str | list[int]], params: list[SamplingParams], use_tqdm: bool
     ) -> list[RequestOutput]:
-        places = asyncio.Semaphore(max(1, self.config.max_queue_size))  # so that the router's queue never overflows
+        places = asyncio.Semaphore(max(1, self.config.max_queue_size))  # for each call: none waits for another's
         with tqdm(total=len(prompts), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as progress:
             try:
                 async with asyncio.TaskGroup() as group:

@@ -128,9 +128,9 @@ class AdmissionQueue(Generic[T]):
         entry.left = False
         bisect.insort(self._line, entry)
 
-    def peek(self) -> Waiting[T] | None:
-        """Who is next."""
-        return self._line[0] if self._line else None
+    def peek(self, position: int = 0) -> Waiting[T] | None:
+        """Who is next, or stands so many places behind."""
+        return self._line[position] if position < len(self._line) else None
 
     def remove(self, entry: Waiting[T]) -> None:
         """Take an entry out, wherever it stands. Idempotent."""

@@ -45,8 +45,9 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
     """What a decode worker can still take, and how busy it is.
 
     Attributes:
-        free_blocks: blocks that a new lease could get (free, or cached and unreferenced).
-        free_places: sequences that could still join the batch.
+        free_blocks: blocks that a new lease could get (free, or cached and unreferenced); none while a preempted
+            sequence waits for its own.
+        free_places: sequences that could still join the batch; likewise.
         running: sequences in the batch. waiting: preempted or locally queued sequences.
         leases: live leases in any state.
     """
@@ -161,10 +162,22 @@ class LeaseRequest(LegMessage, frozen=True):
     alone: bool = False
 
 
+class CreditWanted(msgspec.Struct, frozen=True, array_like=True):
+    """What the request that waits first at a router needs; see pdray.engine.demand.Demand."""
+
+    blocks: int
+    places: int
+
+
 class RenewLeases(Message, frozen=True):
-    """Extend these leases. A lease that its router stops naming expires."""
+    """Extend these leases. A lease that its router stops naming expires. Answered by a CreditUpdate.
+
+    Attributes:
+        wanted: send another CreditUpdate as soon as there is so much credit; replaces what was said before.
+    """
 
     keys: list[LegKey]
+    wanted: CreditWanted | None = None
 
 
 class CloseLease(LegMessage, frozen=True):
@@ -243,7 +256,7 @@ class LegTokens(LegMessage, frozen=True):
 
 
 class CreditUpdate(Message, frozen=True):
-    """Sent when credit changed outside a step, and as the answer to RenewLeases (heartbeat)."""
+    """The answer to RenewLeases (heartbeat), and sent again when there is what that has wanted."""
 
     credit: Credit
 
@@ -289,7 +302,7 @@ class PrefillRequest(LegMessage, frozen=True):
     Attributes:
         block_ids, num_cached_tokens: from LeaseGranted.
         decode_worker_id, epoch: the channel to push through; a worker that knows only another
-            epoch answers PrefillFailed.
+            epoch answers PrefillFailed. None where the first token ends the leg: no lease, and nothing is pushed.
         alone: see LeaseRequest.
     """
 
@@ -297,7 +310,7 @@ class PrefillRequest(LegMessage, frozen=True):
     params: SamplingParams
     indices: list[int]
     output_token_ids: list[int]
-    decode_worker_id: str
+    decode_worker_id: str | None
     epoch: int
     block_ids: list[int]
     num_cached_tokens: int

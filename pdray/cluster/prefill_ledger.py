@@ -2,8 +2,9 @@
 
 A leg asks its decode worker for permission to write (BeginPut) as soon as it arrives, and computes
 meanwhile; puts are held back until the answer. Its first tokens go to the router as soon as they
-are sampled. PutDone follows the last put. A leg that is cancelled, aborted or broken issues no more
-puts; once none is in flight it says so (PutAborted) and its blocks are unpinned, never before.
+are sampled. PutDone follows the last put. A leg that ends with its first token has no decode worker
+and no puts. A leg that is cancelled, aborted or broken issues no more puts; once none is in flight it
+says so (PutAborted) and its blocks are unpinned, never before.
 
 Pure: time, messages and completions go in, effects come out. Single-threaded.
 """
@@ -65,6 +66,9 @@ class PrefillLedger:
         """A new leg. ``epoch`` is the channel's to its decode worker now; None if there is no channel."""
         if message.key in self._legs:
             return []
+        if message.decode_worker_id is None:
+            self._legs[message.key] = _Leg(router_id, message, may_put=False)
+            return [StartCompute(message.key)]
         if epoch != message.epoch:
             reason = f"no channel to {message.decode_worker_id} in epoch {message.epoch} (now {epoch})"
             return [Send(router_id, PrefillFailed(*message.key, reason))]
@@ -164,7 +168,12 @@ class PrefillLedger:
         return self._leave_if_idle(key, leg)
 
     def _finish_if_pushed(self, now: float, key: LegKey, leg: _Leg) -> list[LedgerEffect]:
-        if leg.stopping or leg.done_sent or leg.first_tokens is None or leg.may_put is not True:
+        if leg.stopping or leg.done_sent or leg.first_tokens is None:
+            return []
+        if leg.request.decode_worker_id is None:
+            leg.done_sent = True
+            return self._leave_if_idle(key, leg)
+        if leg.may_put is not True:
             return []
         leg.done_sent = True
         done = PutDone(*key, leg.puts_issued, leg.first_tokens.tokens, now - leg.computed_at)
@@ -179,6 +188,7 @@ class PrefillLedger:
         del self._legs[key]
         effects: list[LedgerEffect] = [Release(key)]
         if leg.owes_aborted:
+            assert leg.request.decode_worker_id is not None, key
             effects.append(Send(leg.request.decode_worker_id, PutAborted(*key)))
         return effects
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 
 DUMMY_BLOCK = 0  # padding rows write there
 HASH_BYTES = 16
+CHECK_SLICE = 1024  # blocks, or entries of the prefix cache, that a check looks at in one go
+MAX_CHECK_RESTARTS = 3
 
 
 def hash_blocks(token_ids: Sequence[int], block_size: int, parent: bytes = b"") -> list[bytes]:
@@ -58,6 +61,7 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}
+        self._cache_version = 0  # changes whenever _cached does
         self._changes = PrefixChanges(set(), set())
         # Next one to take first: blocks without a known prefix, then cached ones by last use.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
@@ -119,6 +123,10 @@ class BlockPool:
         """``num_new`` fresh blocks, or None."""
         return self.acquire((), num_new)
 
+    def is_shared(self, block: int) -> bool:
+        """Whether it has more than one user."""
+        return self._ref_counts[block] > 1
+
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference on each; brings free cached blocks back into use."""
         for block in blocks:
@@ -143,6 +151,7 @@ class BlockPool:
         if self.enable_prefix_caching and block_hash not in self._cached and self._hashes[block] is None:
             self._cached[block_hash] = block
             self._hashes[block] = block_hash
+            self._cache_version += 1
             self._note(block_hash, self._changes.added, self._changes.removed)
 
     def _take(self) -> int:
@@ -151,17 +160,23 @@ class BlockPool:
         if block_hash is not None:
             del self._cached[block_hash]
             self._hashes[block] = None
+            self._cache_version += 1
             self._note(block_hash, self._changes.removed, self._changes.added)
         self._ref_counts[block] = 1
         return block
 
     def check(self, expected: Counter[int]) -> list[str]:
         """What is wrong, given how often each block is referenced by its users; empty if nothing is."""
+        uses = [expected[block] for block in range(self.num_blocks)]
+        return [*self.check_blocks(0, uses), *chain.from_iterable(self.check_cache())]
+
+    def check_blocks(self, first: int, uses: Sequence[int]) -> list[str]:
+        """The same of the blocks from ``first`` on, one for each of ``uses``."""
         problems = []
-        for block in range(self.num_blocks):
+        for block, num_uses in enumerate(uses, first):
             count = self._ref_counts[block]
-            if count != expected[block]:
-                problems.append(f"block {block} has {count} references, but {expected[block]} users")
+            if count != num_uses:
+                problems.append(f"block {block} has {count} references, but {num_uses} users")
             if (count == 0) != (block in self._free) and block != DUMMY_BLOCK:
                 problems.append(
                     f"block {block} has {count} references and is{'' if count else ' not'} on the free list"
@@ -169,9 +184,30 @@ class BlockPool:
             block_hash = self._hashes[block]
             if block_hash is not None and self._cached.get(block_hash) != block:
                 problems.append(f"block {block} has a hash that the prefix cache does not know")
-        if DUMMY_BLOCK in self._free or expected[DUMMY_BLOCK]:
-            problems.append(f"the dummy block {DUMMY_BLOCK} is in circulation")
-        for block_hash, block in self._cached.items():
-            if self._hashes[block] != block_hash:
-                problems.append(f"the prefix cache names block {block}, which holds something else")
+            if block == DUMMY_BLOCK and (block in self._free or num_uses):
+                problems.append(f"the dummy block {block} is in circulation")
         return problems
+
+    def check_cache(self) -> Iterator[list[str]]:
+        """What is wrong with the prefix cache's own entries, slice by slice; the pool may change between two.
+
+        A cache that has changed is gone through again. One that never stays as it is for long enough is listed first,
+        which at half a million entries takes some milliseconds.
+        """
+        for _ in range(MAX_CHECK_RESTARTS):
+            version, entries = self._cache_version, iter(self._cached.items())
+            while version == self._cache_version and (part := list(islice(entries, CHECK_SLICE))):
+                yield self._check_entries(part)
+            if version == self._cache_version:
+                return
+        keys = list(self._cached)
+        for start in range(0, len(keys), CHECK_SLICE):
+            known = [key for key in keys[start : start + CHECK_SLICE] if key in self._cached]
+            yield self._check_entries([(key, self._cached[key]) for key in known])
+
+    def _check_entries(self, entries: list[tuple[bytes, int]]) -> list[str]:
+        return [
+            f"the prefix cache names block {block}, which holds something else"
+            for block_hash, block in entries
+            if self._hashes[block] != block_hash
+        ]

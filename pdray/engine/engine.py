@@ -12,10 +12,11 @@ import torch
 from pdray.config import Config
 from pdray.engine.batch import InputBuffers, StepInputs
 from pdray.engine.block_pool import BlockPool, PrefixChanges
-from pdray.engine.integrity import check_integrity
+from pdray.engine.demand import num_blocks_for
+from pdray.engine.integrity import check_in_slices
 from pdray.engine.layer_groups import layer_callback
 from pdray.engine.limits import EngineLimits
-from pdray.engine.memory import allocate_pool, choose_num_blocks
+from pdray.engine.memory import allocate_pool, choose_num_blocks, longest_sequence
 from pdray.engine.profile import profile_model
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
 from pdray.engine.results import Bookkeeper
@@ -29,6 +30,8 @@ from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
 
 logger = logging.getLogger(__name__)
+
+CHECK_PAUSE_S = 20e-6  # between two slices: who has waited for the lock gets it only if it is free for a moment
 
 
 class Engine:
@@ -44,13 +47,14 @@ class Engine:
             where that says nothing, on CUDA.
 
     Attributes:
+        max_model_len: tokens of prompt and output: the configured limit, or what the pool holds of one sequence.
         kv: the pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; block 0 is a dummy.
         on_layer_group: called by the engine's thread in the midst of a step, for prefill_only requests, after each
             group of transfer_layer_group layers; over a request's life, each block of each layer once.
         on_work: called, without the lock, after anything that may have given step() something to do.
 
     Raises:
-        OutOfMemoryError: the pool cannot hold one sequence of max_model_len.
+        OutOfMemoryError: the measured pool cannot hold one sequence of max_model_len.
     """
 
     def __init__(
@@ -68,16 +72,25 @@ class Engine:
         self.model = model
         self.device = device
         self.block_size: int = config.block_size
-        self.max_model_len = model.decoder.max_len
+        max_model_len = model.decoder.max_len
         self.num_blocks = num_kv_blocks or choose_num_blocks(
             config,
             model.config,
             model.dtype,
             device,
-            self.max_model_len,
+            max_model_len,
             gpu_share=gpu_share,
             profile=lambda: profile_model(config, model.decoder),
         )
+        self.max_model_len = min(max_model_len, longest_sequence(self.num_blocks, self.block_size))
+        if self.max_model_len < max_model_len:  # only num_kv_blocks asks for a pool so small
+            logger.warning(
+                "max_model_len is %d, not %d: num_kv_blocks (%d) holds no longer sequence; raise it to %d or more",
+                self.max_model_len,
+                max_model_len,
+                self.num_blocks,
+                num_blocks_for(max_model_len, self.block_size) + 1,
+            )
         self.kv = allocate_pool(model.config, self.num_blocks, self.block_size, model.dtype, device)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
@@ -302,6 +315,7 @@ class Engine:
                 free_blocks=scheduler.pool.num_free,
                 free_places=scheduler.limits.max_num_seqs - scheduler.num_places,
                 running=len(scheduler.running),
+                preempted=sum(s.preempted for s in scheduler.waiting),
                 waiting=sum(1 if s.request.forked else len(s.request.sequences) for s in scheduler.waiting),
                 reserved=sum(r.lead.status is SequenceStatus.RESERVED for r in scheduler.requests.values()),
                 queued_tokens=sum(s.num_uncomputed_tokens for s in (*prefilling, *scheduler.waiting)),
@@ -329,9 +343,19 @@ class Engine:
             return set(self._scheduler.requests)
 
     def check_integrity(self) -> list[str]:
-        """What is wrong with the block accounting; empty if nothing is."""
-        with self._lock:
-            return check_integrity(self._scheduler)
+        """What is wrong with the block accounting; empty if nothing is.
+
+        Takes a while for a large pool, and the lock only for moments: not to be called from an event loop.
+        """
+        problems: dict[str, None] = {}
+        slices = check_in_slices(self._scheduler)
+        while True:
+            with self._lock:
+                found = next(slices, None)
+            if found is None:
+                return list(problems)
+            problems |= dict.fromkeys(found)
+            time.sleep(CHECK_PAUSE_S)
 
     def _notify(self) -> None:
         if self.on_work is not None:

@@ -1,9 +1,18 @@
-"""Does the block accounting add up? For tests, and for operators who suspect that it does not."""
+"""Does the block accounting add up? For tests, and for operators who suspect that it does not.
+
+All of it at once would hold the engine's lock for half a second at half a million blocks. So it goes in slices, each of
+which looks at the state as it is then and relies on nothing that an earlier slice has seen.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
 
+import numpy as np
+
+from pdray.engine.block_pool import CHECK_SLICE
 from pdray.engine.scheduler import Scheduler
 from pdray.engine.sequence import Sequence, SequenceStatus
 
@@ -14,41 +23,78 @@ def check_integrity(scheduler: Scheduler) -> list[str]:
     Blocks in use are exactly those of live requests; a block is in two tables only where both hold the same
     prefix; places are counted; queue and batch hold what their statuses say.
     """
-    live = list(scheduler.requests.values())
-    known = {id(sequence): sequence for request in live for sequence in request.sequences}
-    sequences = list((known | {id(sequence): sequence for sequence in scheduler.leaving}).values())
-    uses: Counter[int] = Counter()
-    for sequence in sequences:
-        uses.update(sequence.block_table)
-        if sequence.pending_copy is not None:
-            uses[sequence.pending_copy.source] += 1
-    for plan in scheduler.plans_in_flight:
-        uses.update(copy.source for copy in plan.copies)
-    problems = scheduler.pool.check(uses)
-    problems += _check_sharing(sequences, scheduler.limits.block_size)
-    for sequence in sequences:
-        problems += _check_sequence(scheduler, sequence)
-    num_places = sum(request.num_places for request in live if request.has_places)
+    return list(chain.from_iterable(check_in_slices(scheduler)))
+
+
+def check_in_slices(scheduler: Scheduler) -> Iterator[list[str]]:
+    """The same, a little with each step of the iteration: the lock is needed for each, and not between two."""
+    pool = scheduler.pool
+    for first in range(0, pool.num_blocks, CHECK_SLICE):
+        yield pool.check_blocks(first, _count_uses(scheduler, first, min(first + CHECK_SLICE, pool.num_blocks)))
+    yield from pool.check_cache()
+    holders: dict[int, _Holder] = {}
+    for sequence in _sequences(scheduler):
+        yield [*_check_sharing(scheduler, sequence, holders), *_check_sequence(scheduler, sequence)]
+    num_places = sum(request.num_places for request in scheduler.requests.values() if request.has_places)
     if num_places != scheduler.num_places or num_places > scheduler.limits.max_num_seqs:
-        problems.append(
-            f"{scheduler.num_places} places counted, {num_places} in use of {scheduler.limits.max_num_seqs}"
-        )
-    return problems
+        yield [f"{scheduler.num_places} places counted, {num_places} in use of {scheduler.limits.max_num_seqs}"]
 
 
-def _check_sharing(sequences: list[Sequence], block_size: int) -> list[str]:
-    """Tables that share a block must agree on all tokens up to its end."""
-    prefixes: dict[int, set[tuple[int, ...]]] = defaultdict(set)
-    counts = Counter(block for sequence in sequences for block in sequence.block_table)
+def _sequences(scheduler: Scheduler) -> list[Sequence]:
+    """All that may hold blocks."""
+    known = {id(sequence): sequence for request in scheduler.requests.values() for sequence in request.sequences}
+    return list((known | {id(sequence): sequence for sequence in scheduler.leaving}).values())
+
+
+def _count_uses(scheduler: Scheduler, first: int, end: int) -> list[int]:
+    """How often each block from first to end is in use. _check_sequence() compares block rows to block tables."""
+    sequences = _sequences(scheduler)
+    copies = [s.pending_copy.source for s in sequences if s.pending_copy is not None]
+    copies += [copy.source for plan in scheduler.plans_in_flight for copy in plan.copies]
+    rows = [sequence.block_row[: len(sequence.block_table)] for sequence in sequences]
+    blocks = np.concatenate([np.array(copies, dtype=np.int32), *rows])
+    uses: list[int] = np.bincount(blocks[(blocks >= first) & (blocks < end)] - first, minlength=end - first).tolist()
+    return uses
+
+
+class _Holder(NamedTuple):
+    """Who holds a block, and where in its table."""
+
+    sequence: Sequence
+    position: int
+
+    def holds(self, block: int) -> bool:
+        """Whether it still does."""
+        table = self.sequence.block_table
+        return self.position < len(table) and table[self.position] == block
+
+
+def _check_sharing(scheduler: Scheduler, sequence: Sequence, holders: dict[int, _Holder]) -> list[str]:
+    """Tables that share a block must agree on all tokens up to its end.
+
+    Args:
+        holders: of shared blocks seen so far; they may have let go since.
+    """
+    block_size, tokens = scheduler.limits.block_size, sequence.token_ids
+    num_equal: dict[int, int] = {}  # leading tokens known to be those of another sequence, by its id
     problems = []
-    for sequence in sequences:
-        for i, block in enumerate(sequence.block_table):
-            if counts[block] > 1:
-                end = (i + 1) * block_size
-                if end > len(sequence.token_ids):
-                    problems.append(f"block {block} is shared, but request {sequence.request.key!r} writes to it")
-                prefixes[block].add(tuple(sequence.token_ids[:end]))
-    return problems + [f"block {b} stands for {len(p)} different prefixes" for b, p in prefixes.items() if len(p) > 1]
+    for position, block in enumerate(sequence.block_table):
+        if not scheduler.pool.is_shared(block):
+            continue
+        holder = holders.get(block)
+        if holder is None or not holder.holds(block):
+            holders[block] = _Holder(sequence, position)  # the other user may be a copy that is to be done
+            continue
+        other, end = holder.sequence, (position + 1) * block_size
+        for writer in (sequence, other):
+            if end > len(writer.token_ids):
+                problems.append(f"block {block} is shared, but request {writer.request.key!r} writes to it")
+        start = num_equal.get(id(other), 0)
+        if holder.position == position and tokens[start:end] == other.token_ids[start:end]:
+            num_equal[id(other)] = end
+        else:
+            problems.append(f"block {block} stands for 2 different prefixes")
+    return problems
 
 
 def _check_sequence(scheduler: Scheduler, sequence: Sequence) -> list[str]:

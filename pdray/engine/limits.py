@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pdray.engine.demand import Demand, lease_demand, num_blocks_for, num_reserved_tokens, num_start_blocks
 from pdray.engine.request import EngineRequest
 from pdray.errors import InvalidRequestError
 
@@ -34,7 +35,7 @@ class EngineLimits:
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
-        return -(-num_tokens // self.block_size)
+        return num_blocks_for(num_tokens, self.block_size)
 
     def max_total_tokens(self, request: EngineRequest) -> int:
         """Length, prompt included, at which each completion of the request ends at the latest."""
@@ -43,19 +44,19 @@ class EngineLimits:
         return min(len(request.prompt_token_ids) + request.params.max_tokens, self.max_model_len)
 
     def num_reserved_tokens(self, request: EngineRequest) -> int:
-        """Tokens whose KV a reservation of the request has room for; the last token's KV is never stored."""
+        """Tokens whose KV a reservation of the request has room for."""
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        return max(num_tokens, min(num_tokens + self.headroom_tokens, self.max_total_tokens(request) - 1))
+        return num_reserved_tokens(num_tokens, self.max_total_tokens(request), self.headroom_tokens)
 
-    def num_start_blocks(self, request: EngineRequest, num_tokens: int) -> int:
-        """Blocks that all completions need at once: full blocks of the prompt shared, the rest for each its own.
-
-        Args:
-            num_tokens: room of each completion.
-        """
-        num_shared = (len(request.prompt_token_ids) + len(request.output_token_ids)) // self.block_size
-        num_owners = 1 if request.prefill_only else len(request.indices)
-        return num_shared + num_owners * (self.num_blocks_for(num_tokens) - num_shared)
+    def demand(self, request: EngineRequest) -> Demand:
+        """What a reservation of the request takes at most."""
+        return lease_demand(
+            len(request.prompt_token_ids) + len(request.output_token_ids),
+            self.max_total_tokens(request),
+            len(request.indices),
+            block_size=self.block_size,
+            headroom_tokens=self.headroom_tokens,
+        )
 
     def check(self, request: EngineRequest, reserved: bool) -> None:
         """Refuse what can never be served here.
@@ -94,7 +95,7 @@ class EngineLimits:
         if num_tokens >= self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {num_tokens} tokens, which leaves no room for output in max_model_len "
-                f"({self.max_model_len}); shorten it or raise max_model_len",
+                f"({self.max_model_len}); shorten it",
                 "prompt",
             )
         max_tokens = request.params.max_tokens
@@ -105,22 +106,24 @@ class EngineLimits:
             )
 
     def _check_blocks(self, request: EngineRequest, reserved: bool) -> None:
+        """Whether one completion at its full length, and the start of all of them, fit an empty pool."""
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        num_completions = len(request.indices)
         # A prefill_only request outputs one token, whose KV is stored elsewhere.
         longest = num_tokens if request.prefill_only else self.max_total_tokens(request) - 1
-        needs = {
-            "one completion at full length": self.num_blocks_for(longest),
-            f"the start of {len(request.indices)} completions": self.num_start_blocks(
-                request, self.num_reserved_tokens(request) if reserved else num_tokens
-            ),
-        }
-        for what, num_needed in needs.items():
+        if reserved:
+            num_start = self.demand(request).blocks
+        else:
+            num_owners = 1 if request.prefill_only else num_completions
+            num_start = num_start_blocks(num_tokens, num_tokens, num_owners, self.block_size)
+        for what, num_needed, remedy, param in (
+            ("one completion at full length", self.num_blocks_for(longest), "lower max_tokens", "max_tokens"),
+            (f"the start of {num_completions} completions", num_start, "lower n or shorten the prompt", "n"),
+        ):
             if num_needed > self.num_blocks:
                 raise InvalidRequestError(
                     f"{what} needs KV cache for {num_needed * self.block_size} tokens (prompt "
-                    f"{len(request.prompt_token_ids)}, max_tokens {request.params.max_tokens}, n "
-                    f"{len(request.indices)}), but the pool holds {self.num_blocks * self.block_size}; lower "
-                    "max_tokens or n, or raise num_kv_blocks, kv_cache_memory_bytes, gpu_memory_utilization or "
-                    "cpu_memory_utilization",
-                    "max_tokens",
+                    f"{len(request.prompt_token_ids)}, max_tokens {request.params.max_tokens}, n {num_completions}), "
+                    f"but the pool holds {self.num_blocks * self.block_size}; {remedy}",
+                    param,
                 )

@@ -69,12 +69,18 @@ def choose_num_blocks(
         available, setting = _available_gpu_bytes(config, device, gpu_share, profile), "gpu_memory_utilization"
     num_blocks = available // size
     if num_blocks < blocks_per_sequence + 1:
+        longest = longest_sequence(num_blocks, config.block_size)
         raise OutOfMemoryError(
             f"KV cache needs {_gib((blocks_per_sequence + 1) * size)} for one {max_model_len:,}-token sequence, but "
             f"{_gib(available)} is free for it on {device} ({setting} is {getattr(config, setting)}); "
-            f"lower max_model_len, raise {setting}, or set num_kv_blocks"
+            + (f"lower max_model_len to {longest:,} or less, or raise {setting}" if longest > 1 else f"raise {setting}")
         )
     return min(num_blocks, config.max_num_seqs * blocks_per_sequence + 1)
+
+
+def longest_sequence(num_blocks: int, block_size: int) -> int:
+    """Tokens of one sequence that a pool of so many blocks, the dummy block included, can hold."""
+    return (num_blocks - 1) * block_size
 
 
 def available_host_bytes() -> int:

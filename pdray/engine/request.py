@@ -97,6 +97,7 @@ class EngineStats:
 
     Attributes:
         free_blocks: allocatable now (free, or cached and unreferenced).
+        preempted: queued sequences that gave their blocks back; while there are any, nothing is reserved.
         reserved: requests that hold a Reservation and have not started.
         queued_tokens: prompt tokens waiting to be computed.
         free_places: sequences that could still be admitted (max_num_seqs less all live ones).
@@ -107,6 +108,7 @@ class EngineStats:
     free_places: int
     running: int
     waiting: int
+    preempted: int
     reserved: int
     queued_tokens: int
     num_steps: int

@@ -112,12 +112,10 @@ class Router:
         self._tasks.spawn(self._keep_house())
 
     async def stop(self) -> None:
-        """Abort what runs, refuse what waits, close the sessions."""
+        """Fail what runs and what waits, close the sessions: an answer that was cut off must not look whole."""
         for request in list(self._requests.values()):
-            if request.granted.done():
-                request.abort()
-            else:
-                self._end(request, "rejected", NoWorkerError("this router is stopping; try again shortly"))
+            outcome = "error" if request.granted.done() else "rejected"
+            self._end(request, outcome, NoWorkerError("this router is stopping; try again shortly"))
         await self._connections.stop()
         await self._tasks.stop()
 
@@ -193,14 +191,14 @@ class Router:
 
     # DispatchOwner
 
-    def on_granted(self, leg: RoutedLeg, message: LeaseGranted) -> None:
+    def on_granted(self, leg: RoutedLeg, num_cached_tokens: int) -> None:
         """See DispatchOwner."""
         request = leg.request
         if request.first_token_at is None:
             timings = request.output.timings
             timings.queue = leg.asked_at - request.arrival
             timings.lease_wait = time.monotonic() - leg.asked_at
-            request.output.num_cached_tokens = message.num_cached_tokens
+            request.output.num_cached_tokens = num_cached_tokens
         if not request.granted.done():
             request.granted.set_result(None)
 
@@ -284,7 +282,7 @@ class Router:
         output = leg.request.output
         if leg.request.first_token_at is None:
             output.timings.prefill_queue, output.timings.prefill = message.prefill_queue, message.prefill
-        output.num_cached_tokens = max(output.num_cached_tokens, message.num_cached_tokens)
+        self._note_cached(leg, message.num_cached_tokens)
         self._tokens(leg, message.tokens)
         if leg.key not in self._dispatcher.legs and not leg.request.outruns.intersection(leg.leg.indices):
             self._dispatcher.expect_credit(leg)  # it never joined the batch, so no step will tell
@@ -296,6 +294,8 @@ class Router:
         leg.filling = False
         if message.prefill is not None or message.first_decode_step is not None:
             self._note_timings(leg.request.output, message)
+        if message.num_cached_tokens is not None:
+            self._note_cached(leg, message.num_cached_tokens)
         self._tokens(leg, message.tokens)
 
     @staticmethod
@@ -304,8 +304,13 @@ class Router:
             seconds = getattr(message, name)
             if seconds is not None and getattr(output.timings, name) is None:
                 setattr(output.timings, name, seconds)
-        if message.num_cached_tokens is not None:
-            output.num_cached_tokens = max(output.num_cached_tokens, message.num_cached_tokens)
+
+    @staticmethod
+    def _note_cached(leg: RoutedLeg, num_cached_tokens: int) -> None:
+        """Of the prompt; a leg that goes on from outputs finds those in the cache, too."""
+        if not leg.leg.output_token_ids:
+            output = leg.request.output
+            output.num_cached_tokens = max(output.num_cached_tokens, num_cached_tokens)
 
     # ends
 
@@ -409,7 +414,8 @@ class Router:
     def _renew(self) -> None:
         leases = self._dispatcher.leases()
         for link in self._connections.open_links("decode", "both"):
-            self._connections.send(link.info.worker_id, RenewLeases(leases.get(link.info.worker_id, [])))
+            keys = leases.get(link.info.worker_id, [])
+            self._connections.send(link.info.worker_id, RenewLeases(keys, link.wanted))
         self._ask_for_queues()
 
     def _ask_for_queues(self) -> None:

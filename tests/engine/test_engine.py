@@ -136,9 +136,13 @@ def test_a_step_without_work_returns_at_once(llama: Any) -> None:
 
 def test_refusals_name_what_to_change(llama: Any) -> None:
     engine = llama.engine(num_kv_blocks=10, max_model_len=512)
-    with pytest.raises(InvalidRequestError, match="max_tokens 200.*holds 144.*num_kv_blocks") as refused:
-        engine.add(request("r", 20, 200))
-    assert refused.value.param == "max_tokens"
+    for enter in (engine.add, engine.reserve):
+        with pytest.raises(InvalidRequestError, match=r"144 tokens.*max_model_len \(144\); shorten it$") as refused:
+            enter(request("r", 144, 1))
+        assert refused.value.param == "prompt"
+    with pytest.raises(InvalidRequestError, match="max_tokens 200, n 8.*holds 144; lower n or shorten") as refused:
+        engine.reserve(request("r", 20, 200, n=8))
+    assert refused.value.param == "n"
     with pytest.raises(InvalidRequestError, match="token id 199 is outside the vocabulary"):
         engine.reserve(EngineRequest("r", [199], SamplingParams()))
     with pytest.raises(KeyError, match="not reserved"):
@@ -256,8 +260,31 @@ def test_a_loop_that_never_started_stops(llama: Any) -> None:
 def test_the_pool_has_the_documented_shape(llama: Any) -> None:
     engine = llama.engine(block_size=32, num_kv_blocks=9)
     assert engine.kv.shape == (3, 9, 2, 32, 2, 8) and engine.kv.dtype == torch.float32
-    assert (engine.num_blocks, engine.block_size, engine.max_model_len) == (9, 32, 512)
+    assert (engine.num_blocks, engine.block_size, engine.max_model_len) == (9, 32, 256)
     assert isinstance(engine.config, Config)
     r = request("r", 70)
     engine.run(r)
     assert engine.ids("r") == llama.greedy(r.prompt_token_ids, 10)
+
+
+@pytest.mark.parametrize("num_kv_blocks", [2, 5, 32, 33])
+def test_max_model_len_is_what_the_pool_holds_and_all_of_it_can_be_used(
+    llama: Any, num_kv_blocks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts of every length up to it end with every token that is left, whoever computes them."""
+    engine = llama.engine(num_kv_blocks=num_kv_blocks)
+    held = (num_kv_blocks - 1) * 16
+    assert engine.max_model_len == min(512, held)
+    assert (f"num_kv_blocks ({num_kv_blocks}) holds no longer sequence; raise it to 33" in caplog.text) == (held < 512)
+    for length in (max(1, engine.max_model_len - 17), engine.max_model_len - 1):
+        engine.add(request("added", length, 1000))
+        engine.run()
+        assert engine.reserve(request("reserved", length, 1000)) is not None
+        engine.start_prefill("reserved")
+        engine.run()
+        assert len(engine.ids("added")) == len(engine.ids("reserved")) == engine.max_model_len - length
+        for key in ("added", "reserved"):
+            engine.tokens.pop(key)
+    with pytest.raises(InvalidRequestError, match="no room for output"):
+        engine.add(request("r", engine.max_model_len))
+    engine.assert_empty()
