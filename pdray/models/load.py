@@ -11,7 +11,9 @@ from pdray.errors import ConfigError, ModelLoadError
 from pdray.models.decoder import Decoder
 from pdray.models.dummy import fill_dummy
 from pdray.models.fingerprint import fingerprint
-from pdray.models.gguf_loader import GGUFFile
+from pdray.models.gguf_config import read_model_config
+from pdray.models.gguf_file import GGUFFile
+from pdray.models.gguf_loader import load_gguf
 from pdray.models.model_config import ModelConfig
 from pdray.models.resolve import ModelSource, SourceKind, read_config_files, resolve_model
 from pdray.models.safetensors_loader import load_safetensors
@@ -82,12 +84,12 @@ def _fill(decoder: Decoder, source: ModelSource, config: Config) -> None:
     if config.load_format == "dummy":
         fill_dummy(parameters, config.seed, decoder.config.initializer_range)
     elif source.kind is SourceKind.GGUF:
-        GGUFFile(source.path).load(parameters)
+        load_gguf(GGUFFile(source.path), parameters)
     else:
         load_safetensors(source.path, parameters)
 
 
 def _model_config(source: ModelSource) -> ModelConfig:
     if source.kind is SourceKind.GGUF:
-        return GGUFFile(source.path).model_config()
+        return read_model_config(GGUFFile(source.path))
     return ModelConfig.from_hf(*read_config_files(source))

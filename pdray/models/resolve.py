@@ -84,7 +84,7 @@ def read_config_files(source: ModelSource) -> tuple[dict[str, Any], dict[str, An
     folder = source.path if source.kind is SourceKind.FOLDER else source.path.parent
     config_file = folder / "config.json" if source.kind is SourceKind.FOLDER else source.path
     generation_file = folder / "generation_config.json"
-    return _read_json(config_file), _read_json(generation_file) if generation_file.is_file() else None
+    return read_json(config_file), read_json(generation_file) if generation_file.is_file() else None
 
 
 def download(repo_id: str, patterns: list[str]) -> Path:
@@ -124,9 +124,10 @@ def _default_model_wheel() -> ModelSource | None:
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ModelLoadError if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):

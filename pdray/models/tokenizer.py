@@ -16,7 +16,7 @@ from pdray.models.resolve import TOKENIZER_FILES, SourceKind, download, resolve_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONVERSION_VERSION = 1  # raise it when the conversion changes what it writes
+CONVERSION_VERSION = 2  # raise it when the conversion changes what it writes
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
