@@ -66,7 +66,8 @@ def _split(vocabulary: GGUFVocabulary, path: Path) -> Split:
         )
     if vocabulary.pre not in SPLITS:
         raise ModelLoadError(
-            f"tokenizer.ggml.pre in {path} is {vocabulary.pre!r}; pdray knows {', '.join(sorted(SPLITS))}; set tokenizer"
+            f"tokenizer.ggml.pre in {path} is {vocabulary.pre!r}; pdray knows {', '.join(sorted(SPLITS))}; "
+            "set tokenizer"
         )
     return SPLITS[vocabulary.pre]
 
@@ -74,13 +75,16 @@ def _split(vocabulary: GGUFVocabulary, path: Path) -> Split:
 def _byte_level(vocabulary: GGUFVocabulary, split: Split, path: Path) -> Tokenizer:
     if vocabulary.merges is None:
         raise ModelLoadError(f"{path} lacks the metadata field tokenizer.ggml.merges")
-    for says, wrong in (("add_space_prefix", vocabulary.add_space_prefix), ("remove_extra_whitespaces", vocabulary.remove_extra_whitespaces)):
-        if wrong:
+    for name in ("add_space_prefix", "remove_extra_whitespaces"):
+        if getattr(vocabulary, name):
             raise ModelLoadError(
-                f"tokenizer.ggml.{says} in {path} is true, which pdray does not know of byte-level vocabularies"
+                f"tokenizer.ggml.{name} in {path} is true, which pdray does not know of byte-level vocabularies; "
+                "set tokenizer"
             )
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
-    model = models.BPE(ids, vocabulary.merges, unk_token=vocabulary.special("unknown"), ignore_merges=split.ignore_merges)
+    model = models.BPE(
+        ids, vocabulary.merges, unk_token=vocabulary.special("unknown"), ignore_merges=split.ignore_merges
+    )
     tokenizer = Tokenizer(model)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, BYTE_LEVEL])

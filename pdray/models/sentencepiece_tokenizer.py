@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from pdray.errors import ModelLoadError
+from pdray.models.resolve import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces; GGUF numbers them alike
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
@@ -70,12 +71,10 @@ def build_tokenizer(vocabulary: SentencePieceVocabulary) -> Tokenizer:
 
 def add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
     """Make control, unknown and user-defined tokens match as a whole; all but the last are special."""
-    special = [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, kinds, strict=True) if k == CONTROL]
-    special += [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, kinds, strict=True) if k == UNKNOWN]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(
-        [AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == USER_DEFINED]
-    )
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]
+    plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
 
 
 def add_around(tokenizer: Tokenizer, bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> None:
@@ -130,13 +129,15 @@ def convert_folder(folder: Path, target: Path) -> None:
     for file in (*folder.glob("*.json"), *folder.glob("*.jinja")):
         shutil.copy(file, target)
     settings = _read_settings(folder)
-    proto = _parse(folder / MODEL_FILE)
+    proto = parse_model(folder / MODEL_FILE)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (UNIGRAM, BPE):
         raise ModelLoadError(
-            f"{folder / MODEL_FILE} is sentencepiece of model_type {trainer.model_type}; pdray knows unigram (1), bpe (2)"
+            f"{folder / MODEL_FILE} is sentencepiece of model_type {trainer.model_type}; "
+            "pdray knows unigram (1) and bpe (2)"
         )
-    pieces = [piece.piece for piece in proto.pieces]
+    # a user-defined piece is found in the text as it stands, where spaces are spaces
+    pieces = [p.piece.replace(SPACE, " ") if p.type == USER_DEFINED else p.piece for p in proto.pieces]
     kinds = [piece.type for piece in proto.pieces]
     scores = [piece.score for piece in proto.pieces]
     for piece, token_id in sorted(_added_tokens(folder).items(), key=lambda item: item[1]):
@@ -164,13 +165,12 @@ def convert_folder(folder: Path, target: Path) -> None:
     for name, token_id in (("bos_token", trainer.bos_id), ("eos_token", trainer.eos_id), ("unk_token", trainer.unk_id)):
         if settings.get(name) is None and token_id >= 0:
             settings[name] = pieces[token_id]
-    ends = {name: token_name(settings.get(name)) for name in ("bos_token", "eos_token")}
-    wanted = {"bos_token": settings.get("add_bos_token", True), "eos_token": settings.get("add_eos_token", False)}
-    around = [
-        (name, pieces.index(name)) if wanted[kind] and name in pieces else None
-        for kind, name in ends.items()
-    ]
-    add_around(tokenizer, *around)
+    bos, eos = (_with_id(settings.get(name), pieces) for name in ("bos_token", "eos_token"))
+    add_around(
+        tokenizer,
+        bos if settings.get("add_bos_token", True) else None,
+        eos if settings.get("add_eos_token", False) else None,
+    )
     tokenizer.save(str(target / "tokenizer.json"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (target / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -181,10 +181,13 @@ def token_name(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
+def _with_id(value: Any, pieces: list[str]) -> tuple[str, int] | None:
+    name = token_name(value)
+    return (name, pieces.index(name)) if name is not None and name in pieces else None
+
+
 def _read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, and what special_tokens_map.json has besides."""
-    from pdray.models.resolve import read_json
-
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -193,14 +196,16 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:
-    from pdray.models.resolve import read_json
-
     file = folder / "added_tokens.json"
     return read_json(file) if file.is_file() else {}
 
 
-def _parse(file: Path) -> Any:
-    """The file as sentencepiece's ModelProto."""
+def parse_model(file: Path) -> Any:
+    """A tokenizer.model as sentencepiece's ModelProto.
+
+    Raises:
+        ModelLoadError: a library that reads it is missing, or it is not sentencepiece's.
+    """
     try:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2

@@ -90,6 +90,7 @@ def test_a_broken_file_is_named(saved: Path) -> None:
 
 
 def test_a_missing_shard_is_named(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelLoadError, match="model-00001-of-00002.safetensors, not found"):
