@@ -65,12 +65,13 @@ def complete_params(
         )
     changes: dict[str, int] = {}
     if params.max_tokens is None:
-        if params.min_tokens > left:
+        changes["max_tokens"] = max_tokens = left if default_max_tokens is None else min(left, default_max_tokens)
+        if params.min_tokens > max_tokens:
             raise InvalidRequestError(
-                f"min_tokens is {params.min_tokens}, but the context length leaves {left}; lower it", "min_tokens"
+                f"min_tokens is {params.min_tokens}, but max_tokens, which was left out, is {max_tokens} here (the "
+                f"context length leaves {left}); lower min_tokens, or give max_tokens",
+                "min_tokens",
             )
-        default = left if default_max_tokens is None else default_max_tokens
-        changes["max_tokens"] = min(left, max(default, params.min_tokens))
     if params.seed is None and not params.greedy:
         changes["seed"] = secrets.randbits(63)
     return msgspec.structs.replace(params, **changes) if changes else params
