@@ -10,14 +10,17 @@ from pdray.config import Config
 from pdray.errors import ModelLoadError
 from pdray.models.gguf_file import GGUFFile
 from pdray.models.gguf_vocabulary import end_token_ids
-from pdray.models.resolve import SourceKind, read_json, resolve_tokenizer
+from pdray.models.resolve import ModelSource, SourceKind, read_json, resolve_tokenizer
 from pdray.models.sentencepiece_tokenizer import MODEL_FILE, parse_model, token_name
 
 logger = logging.getLogger(__name__)
 
 
-def tokenizer_end_ids(config: Config) -> list[int]:
+def tokenizer_end_ids(config: Config, model: ModelSource) -> list[int]:
     """Ids at which, by its tokenizer, a sequence ends; none where the model's folder has no tokenizer.
+
+    Args:
+        model: its own end ids are known already.
 
     Raises:
         ModelLoadError: the tokenizer is not found, or cannot be read.
@@ -26,7 +29,7 @@ def tokenizer_end_ids(config: Config) -> list[int]:
         return []
     source = resolve_tokenizer(config)
     if source.kind is SourceKind.GGUF:
-        return end_token_ids(GGUFFile(source.path))
+        return [] if source == model else end_token_ids(GGUFFile(source.path))
     return _folder_end_ids(source.path) if source.kind is SourceKind.FOLDER else []
 
 

@@ -79,14 +79,21 @@ def generation_file(config: Config, source: ModelSource) -> Path | None:
     return path
 
 
-def load_sampling_defaults(config: Config) -> SamplingDefaults:
+def load_sampling_defaults(config: Config, log: logging.Logger = logger) -> SamplingDefaults:
     """The sampling defaults of the model, or neutral ones with generation_config=vllm; says in the log which.
+
+    Args:
+        log: where a line is written; a warning if the defaults are not neutral, for they change answers.
 
     Raises:
         ModelLoadError: the model is not found, or a value of the file cannot be. ConfigError: see generation_file().
     """
     defaults = NEUTRAL if config.generation_config == "vllm" else _read(config)
-    logger.info("Sampling defaults, %s", defaults)
+    if defaults is NEUTRAL:
+        log.info("Requests that leave out sampling parameters get neutral ones")
+    else:
+        hint = "generation_config=vllm makes them neutral"
+        log.warning("Requests that leave out sampling parameters get those of %s; %s", defaults, hint)
     return defaults
 
 
@@ -116,5 +123,7 @@ def _checked(fields: Mapping[str, Any], names: Mapping[str, str], file: Path) ->
         SamplingParams(**given)
     except InvalidRequestError as error:
         raise ModelLoadError(f"sampling defaults in {file}: {error}; set generation_config=vllm") from error
+    if not given:
+        return NEUTRAL
     max_tokens = given.pop("max_tokens", None)
     return SamplingDefaults(given, max_tokens, str(file))

@@ -108,5 +108,5 @@ def _model_config(source: ModelSource, config: Config) -> ModelConfig:
         hf_config, _ = read_config_files(source)
         file = generation_file(config, source)
         model_config = ModelConfig.from_hf(hf_config, None if file is None else read_json(file))
-    end_ids = dict.fromkeys((*model_config.eos_token_ids, *tokenizer_end_ids(config)))
-    return dataclasses.replace(model_config, eos_token_ids=tuple(end_ids))
+    end_ids = (*model_config.eos_token_ids, *tokenizer_end_ids(config, source))
+    return dataclasses.replace(model_config, eos_token_ids=tuple(dict.fromkeys(end_ids)))
