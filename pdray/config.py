@@ -42,6 +42,12 @@ class Config(BaseModel):
         "auto", description="auto: float32 on CPU, the model's on CUDA"
     )
     seed: int = Field(0, ge=0, description="seed of dummy weights")
+    generation_config: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: the model's generation_config.json gives what a request leaves out of its sampling "
+        "parameters; vllm: neutral values do; or another such file or its folder",
+    )
     skip_tokenizer_init: bool = Field(False, description="serve token ids only; for models that have no tokenizer")
 
     # engine

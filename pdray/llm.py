@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
+import msgspec
 import ray
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from pdray.actors.client import CoordinatorClient
 from pdray.config import Config
 from pdray.errors import ConfigError, InvalidRequestError
 from pdray.models import load_tokenizer
+from pdray.models.generation_config import load_sampling_defaults
 from pdray.outputs import RequestOutput
 from pdray.ray_cluster import join_or_start
 from pdray.router.router import Router
@@ -62,6 +64,7 @@ class LLM:
         self._router: Router | None = None
         try:
             self.tokenizer = load_tokenizer(self.config)
+            self._sampling_defaults = load_sampling_defaults(self.config)
             self._run(self._start())
         except BaseException:
             self.shutdown()
@@ -101,22 +104,31 @@ class LLM:
 
         Args:
             prompts: one or many of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
-            sampling_params: one for all, or one for each; default SamplingParams().
+            sampling_params: one for all, or one for each; default get_default_sampling_params().
 
         Raises:
             InvalidRequestError: a prompt or parameter that cannot be served; nothing else is lost but
                 this call: the other requests of the call are aborted.
         """
         many = _as_list(prompts)
-        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
-            params = [sampling_params or SamplingParams()] * len(many)
+        default_max_tokens = None
+        if sampling_params is None:
+            default = self.get_default_sampling_params()
+            default_max_tokens = default.max_tokens
+            params = [msgspec.structs.replace(default, max_tokens=None)] * len(many)
+        elif isinstance(sampling_params, SamplingParams):
+            params = [sampling_params] * len(many)
         else:
             params = list(sampling_params)
         if len(params) != len(many):
             raise InvalidRequestError(
                 f"{len(params)} sampling_params for {len(many)} prompts; give one, or one for each"
             )
-        return self._run(self._generate_all(many, params, use_tqdm))
+        return self._run(self._generate_all(many, params, default_max_tokens, use_tqdm))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generate() and chat() use where they get no parameters: the model's, see Config.generation_config."""
+        return self._sampling_defaults.params()
 
     def chat(
         self,
@@ -136,14 +148,18 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     async def _generate_all(
-        self, prompts: list[str | list[int]], params: list[SamplingParams], use_tqdm: bool
+        self,
+        prompts: list[str | list[int]],
+        params: list[SamplingParams],
+        default_max_tokens: int | None,
+        use_tqdm: bool,
     ) -> list[RequestOutput]:
         places = asyncio.Semaphore(max(1, self.config.max_queue_size))  # for each call: none waits for another's
         with tqdm(total=len(prompts), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as progress:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [
-                        group.create_task(self._generate_one(prompt, p, places, progress))
+                        group.create_task(self._generate_one(prompt, p, default_max_tokens, places, progress))
                         for prompt, p in zip(prompts, params, strict=True)
                     ]
             except ExceptionGroup as errors:
@@ -151,11 +167,18 @@ class LLM:
         return [task.result() for task in tasks]
 
     async def _generate_one(
-        self, prompt: str | list[int], params: SamplingParams, places: asyncio.Semaphore, progress: tqdm[Any]
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        default_max_tokens: int | None,
+        places: asyncio.Semaphore,
+        progress: tqdm[Any],
     ) -> RequestOutput:
         assert self._router is not None
         async with places:
-            request = await self._router.submit(prompt, params, request_id=f"cmpl-{uuid.uuid4().hex}")
+            request = await self._router.submit(
+                prompt, params, request_id=f"cmpl-{uuid.uuid4().hex}", default_max_tokens=default_max_tokens
+            )
         try:
             output = await request.wait()
         finally:

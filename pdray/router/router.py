@@ -41,6 +41,7 @@ from pdray.errors import (
     RequestTimeoutError,
     WorkerDiedError,
 )
+from pdray.models.generation_config import NEUTRAL, SamplingDefaults
 from pdray.outputs import RequestOutput, RequestTimings, SampledToken
 from pdray.router.connections import WorkerConnections
 from pdray.router.dispatcher import Dispatcher
@@ -77,6 +78,7 @@ class Router:
         tokenizer: None serves token ids only. One without tokenizer.json is a ConfigError.
         router_id: must begin with "router" and be unique in the cluster.
         watch: returns the first view newer than the version given, or after a while the same.
+        sampling_defaults: what the API's requests get where they leave sampling parameters out.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Router:
         secret: bytes,
         watch: Callable[[int], Awaitable[ClusterView]],
         metrics: Metrics | None = None,
+        sampling_defaults: SamplingDefaults = NEUTRAL,
     ) -> None:
         if tokenizer is not None and not tokenizer.is_fast:
             raise ConfigError(
@@ -97,6 +100,7 @@ class Router:
         self.config = config
         self.tokenizer = tokenizer
         self.router_id = router_id
+        self.sampling_defaults = sampling_defaults
         self._metrics = metrics
         self._connections = WorkerConnections(router_id, secret, watch, config.worker_timeout_s, self)
         self._dispatcher = Dispatcher(config, self._connections, self)
@@ -143,12 +147,19 @@ class Router:
         return {"router_id": self.router_id, "queue_depth": len(self._dispatcher.queue), "running": running}
 
     async def submit(
-        self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        default_max_tokens: int | None = None,
     ) -> RoutedRequest:
         """Take a request; returns once it has its lease. Cancelling this call gives the request up.
 
         Args:
             priority: lower goes first.
+            default_max_tokens: stands in for params.max_tokens where that is None, as far as the context allows.
 
         Raises:
             InvalidRequestError: it can never be served. QueueFullError: not now. NoWorkerError: nobody is there.
@@ -157,7 +168,7 @@ class Router:
         """
         arrival = time.monotonic()
         try:
-            request = await self._make_request(prompt, params, request_id, priority, arrival)
+            request = await self._make_request(prompt, params, request_id, priority, arrival, default_max_tokens)
             self._dispatcher.submit(RoutedLeg(request, request.tracker.start()), arrival)
         except PdrayError:
             self._report("rejected", None)
@@ -172,7 +183,13 @@ class Router:
         return request
 
     async def _make_request(
-        self, prompt: str | list[int], params: SamplingParams, request_id: str, priority: int, arrival: float
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int,
+        arrival: float,
+        default_max_tokens: int | None,
     ) -> RoutedRequest:
         max_model_len = self.max_model_len
         if max_model_len is None or not self.ready:
@@ -183,7 +200,7 @@ class Router:
                 f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
             )
         ids = await tokenize(self.tokenizer, prompt)
-        params = complete_params(params, len(ids), max_model_len)
+        params = complete_params(params, len(ids), max_model_len, default_max_tokens)
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         text = prompt if isinstance(prompt, str) else None

@@ -39,8 +39,13 @@ async def tokenize(tokenizer: PreTrainedTokenizerBase | None, prompt: str | list
     return ids
 
 
-def complete_params(params: SamplingParams, num_prompt_tokens: int, max_model_len: int) -> SamplingParams:
+def complete_params(
+    params: SamplingParams, num_prompt_tokens: int, max_model_len: int, default_max_tokens: int | None = None
+) -> SamplingParams:
     """The parameters with max_tokens and, unless greedy, a seed.
+
+    Args:
+        default_max_tokens: instead of all that the context length leaves, and never more.
 
     Raises:
         InvalidRequestError: prompt, or prompt and max_tokens, do not fit max_model_len.
@@ -60,10 +65,12 @@ def complete_params(params: SamplingParams, num_prompt_tokens: int, max_model_le
         )
     changes: dict[str, int] = {}
     if params.max_tokens is None:
-        changes["max_tokens"] = left
-        if params.min_tokens > left:
+        changes["max_tokens"] = max_tokens = left if default_max_tokens is None else min(left, default_max_tokens)
+        if params.min_tokens > max_tokens:
             raise InvalidRequestError(
-                f"min_tokens is {params.min_tokens}, but the context length leaves {left}; lower it", "min_tokens"
+                f"min_tokens is {params.min_tokens}, but max_tokens, which was left out, is {max_tokens} here (the "
+                f"context length leaves {left}); lower min_tokens, or give max_tokens",
+                "min_tokens",
             )
     if params.seed is None and not params.greedy:
         changes["seed"] = secrets.randbits(63)

@@ -86,7 +86,7 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
         check_model(body.model)
         request_id = _request_id("cmpl", request)
         log_prompt(request_id, body.prompt)
-        generation = Completion(body, request_id, config.model_name, router().tokenizer)
+        generation = Completion(body, request_id, config.model_name, router().tokenizer, router().sampling_defaults)
         return await generation.respond(request, router())
 
     @v1.post("/chat/completions", responses=GENERATED, openapi_extra=request_body(ChatBody))
@@ -96,7 +96,7 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
         request_id = _request_id("chatcmpl", request)
         log_prompt(request_id, [message.plain() for message in body.messages])
         prompt_token_ids = await render_chat(body, router().tokenizer)
-        generation = Chat(body, prompt_token_ids, request_id, config.model_name)
+        generation = Chat(body, prompt_token_ids, request_id, config.model_name, router().sampling_defaults)
         return await generation.respond(request, router())
 
     app.include_router(v1)

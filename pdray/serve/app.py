@@ -17,10 +17,13 @@ from pdray.cluster.messages import ClusterView
 from pdray.config import Config
 from pdray.metrics import RouterMetrics
 from pdray.models import load_tokenizer
+from pdray.models.generation_config import load_sampling_defaults
 from pdray.router.router import Router
 from pdray.serve.api import create_app
 
 API_KEY_VARIABLE = "PDRAY_API_KEY"
+
+SERVE_LOG = logging.getLogger("ray.serve")  # the replica's log shows lines of others from warnings up only
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class RouterReplica:
         app_name = serve.get_replica_context().app_name
         router_id = f"router-{uuid.uuid4().hex[:8]}"
         tokenizer = await asyncio.to_thread(load_tokenizer, self.config)
+        defaults = await asyncio.to_thread(load_sampling_defaults, self.config, SERVE_LOG)
         self._coordinator = coordinator = await CoordinatorClient.open(self.config, app_name, detached=True)
 
         async def watch(version: int) -> ClusterView:
@@ -53,6 +57,7 @@ class RouterReplica:
             secret=coordinator.secret,
             watch=watch,
             metrics=RouterMetrics(router_id),
+            sampling_defaults=defaults,
         )
         await router.start()
         gc.collect()

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pdray.errors import InvalidRequestError
+from pdray.models.generation_config import SamplingDefaults
 from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.request import CompletionDelta
 from pdray.router.validation import THREAD_FROM_CHARS
@@ -28,11 +29,16 @@ class Completion(Generation):
     object_name = chunk_object_name = "text_completion"
 
     def __init__(
-        self, body: CompletionBody, request_id: str, model: str, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        body: CompletionBody,
+        request_id: str,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        defaults: SamplingDefaults,
     ) -> None:
-        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        params = body.sampling_params(max_tokens=max_tokens, logprobs=body.logprobs)
-        super().__init__(body, body.prompt, params, request_id, model)
+        params = body.sampling_params(max_tokens=body.max_tokens, logprobs=body.logprobs, defaults=defaults.values)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if defaults.max_tokens is None else defaults.max_tokens
+        super().__init__(body, body.prompt, params, request_id, model, max_tokens)
         if body.echo and tokenizer is None:
             raise InvalidRequestError("echo needs a tokenizer, and this server has none", "echo")
         self._tokenizer = tokenizer if body.echo else None
@@ -78,11 +84,15 @@ class Chat(Generation):
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, prompt_token_ids: list[int], request_id: str, model: str) -> None:
+    def __init__(
+        self, body: ChatBody, prompt_token_ids: list[int], request_id: str, model: str, defaults: SamplingDefaults
+    ) -> None:
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         self._num_top = body.top_logprobs or 0
-        params = body.sampling_params(max_tokens=max_tokens, logprobs=self._num_top if body.logprobs else None)
-        super().__init__(body, [prompt_token_ids], params, request_id, model)
+        params = body.sampling_params(
+            max_tokens=max_tokens, logprobs=self._num_top if body.logprobs else None, defaults=defaults.values
+        )
+        super().__init__(body, [prompt_token_ids], params, request_id, model, defaults.max_tokens)
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         return {

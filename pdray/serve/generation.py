@@ -25,7 +25,13 @@ class Submits(Protocol):
     """What the API needs of a Router."""
 
     async def submit(
-        self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        default_max_tokens: int | None = None,
     ) -> RoutedRequest: ...
 
 
@@ -46,12 +52,14 @@ class Generation(ABC):
         params: SamplingParams,
         request_id: str,
         model: str,
+        default_max_tokens: int | None,
     ) -> None:
         self.body = body
         self.prompts = prompts
         self.params = params
         self.request_id = request_id
         self.model = model
+        self.default_max_tokens = default_max_tokens
         self.created = int(time.time())
 
     @abstractmethod
@@ -99,7 +107,11 @@ class Generation(ABC):
         async def one(index: int, prompt: str | list[int]) -> None:
             suffix = f"-{index}" if len(self.prompts) > 1 else ""
             admitted[index] = await router.submit(
-                prompt, self.params, request_id=self.request_id + suffix, priority=self.body.priority or 0
+                prompt,
+                self.params,
+                request_id=self.request_id + suffix,
+                priority=self.body.priority or 0,
+                default_max_tokens=self.default_max_tokens,
             )
 
         tasks = [asyncio.ensure_future(one(index, prompt)) for index, prompt in enumerate(self.prompts)]

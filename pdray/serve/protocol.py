@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
@@ -197,15 +198,17 @@ class GenerationBody(BaseModel):
             extra.clear()  # the request lives long, and they may be many times the body's size
         return self
 
-    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Fields that were left out, or are null, take SamplingParams' defaults.
+    def sampling_params(
+        self, *, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
+        """Fields that were left out, or are null, take the defaults given, else SamplingParams'.
 
         Raises:
             InvalidRequestError: a value is out of range.
         """
         names = [name for name in SamplingParams.__struct_fields__ if name not in ("max_tokens", "logprobs")]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+        return SamplingParams(**{**defaults, **given}, max_tokens=max_tokens, logprobs=logprobs)
 
 
 class CompletionBody(GenerationBody):

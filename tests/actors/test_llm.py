@@ -53,8 +53,10 @@ def answers(llm: LLM) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def disaggregated(ray_cluster: None) -> Iterator[LLM]:
-    with LLM(mode="disaggregated", **COMMON) as llm:
+def disaggregated(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = tmp_path_factory.mktemp("generation")
+    (folder / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 100000}')
+    with LLM(mode="disaggregated", generation_config=str(folder), **COMMON) as llm:
         yield llm
 
 
@@ -84,6 +86,17 @@ def test_prefix_cache_changes_nothing(disaggregated: LLM) -> None:
     assert first == second
     again = disaggregated.generate([LONG], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)[0]
     assert again.num_cached_tokens > 0
+
+
+def test_the_models_sampling_defaults_stand_in_for_params(disaggregated: LLM, colocated: LLM) -> None:
+    assert disaggregated.get_default_sampling_params() == SamplingParams(temperature=0.0, max_tokens=100_000)
+    assert colocated.get_default_sampling_params() == SamplingParams()
+    prompt = "Question: What is the capital of France?\nAnswer:"
+    greedy = SamplingParams(temperature=0.0, max_tokens=None)
+    default, expected = (disaggregated.generate([prompt], p, use_tqdm=False)[0].outputs[0] for p in (None, greedy))
+    assert default.token_ids == expected.token_ids
+    sampled = colocated.generate([prompt], use_tqdm=False)[0].outputs[0]
+    assert len(sampled.token_ids) <= 16
 
 
 def test_timings_are_complete_and_add_up(disaggregated: LLM) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pdray.config import Config
 from pdray.errors import WorkerDiedError
+from pdray.models.generation_config import NEUTRAL
 from pdray.outputs import Logprob, SampledToken
 from pdray.router.request import RoutedRequest
 from pdray.router.validation import complete_params, tokenize
@@ -54,6 +55,7 @@ class ScriptedRouter:
     def __init__(self) -> None:
         self.tokenizer: PreTrainedTokenizerFast | None = ascii_tokenizer()
         self.max_model_len: int | None = MAX_MODEL_LEN
+        self.sampling_defaults = NEUTRAL
         self.ready = True
         self.why_not_ready = "no prefill and decode worker are connected now"
         self.reply = REPLY
@@ -70,13 +72,19 @@ class ScriptedRouter:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def submit(
-        self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        default_max_tokens: int | None = None,
     ) -> RoutedRequest:
         number, self.num_submitted = self.num_submitted, self.num_submitted + 1
         if (refusal := self.refusals.get(number)) is not None:
             raise refusal
         ids = await tokenize(self.tokenizer, prompt)
-        params = complete_params(params, len(ids), self.max_model_len or 0)
+        params = complete_params(params, len(ids), self.max_model_len or 0, default_max_tokens)
         self.num_waiting += 1
         try:
             await self.admission.wait()
