@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pdray.errors import InvalidRequestError
 from pdray.outputs import CompletionOutput, RequestOutput
-from pdray.router.request import CompletionDelta
+from pdray.router.completion import CompletionDelta
 from pdray.router.validation import THREAD_FROM_CHARS
 from pdray.serve.generation import Generation
 from pdray.serve.protocol import ChatBody, CompletionBody
@@ -37,13 +37,14 @@ class Completion(Generation):
             raise InvalidRequestError("echo needs a tokenizer, and this server has none", "echo")
         self._tokenizer = tokenizer if body.echo else None
         self._num_top = body.logprobs or 0
-        self._text_lengths: dict[int, int] = {}
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         return {
             "index": index,
             "text": self._echo(output) + completion.text,
-            "logprobs": completion_logprobs(completion.token_ids, completion.logprobs, self._num_top, 0),
+            "logprobs": completion_logprobs(
+                completion.token_ids, completion.logprobs, self._num_top, completion.text_offsets
+            ),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
@@ -53,14 +54,10 @@ class Completion(Generation):
         return [{"index": index, "text": echo, "logprobs": None, "finish_reason": None}] if echo else []
 
     def delta_choices(self, index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
-        offset = self._text_lengths.get(index, 0)
-        if delta.logprobs is not None:
-            texts = (step[t].decoded_token for t, step in zip(delta.token_ids, delta.logprobs, strict=True))
-            self._text_lengths[index] = offset + sum(len(text or "") for text in texts)
         choice = {
             "index": index,
             "text": delta.text,
-            "logprobs": completion_logprobs(delta.token_ids, delta.logprobs, self._num_top, offset),
+            "logprobs": completion_logprobs(delta.token_ids, delta.logprobs, self._num_top, delta.text_offsets),
             "finish_reason": delta.finish_reason,
         }
         return [choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}]

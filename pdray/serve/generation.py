@@ -13,7 +13,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from pdray.outputs import CompletionOutput, RequestOutput
-from pdray.router.request import CompletionDelta, RoutedRequest
+from pdray.router.completion import CompletionDelta
+from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.serve.connection import EventStream, unless_gone
 from pdray.serve.errors import to_api_error

@@ -56,7 +56,7 @@ def stream(
         piece = detokenizer.feed(token_id)
         pieces.append(piece.text)
         if piece.stop is not None:
-            assert "".join(pieces) == detokenizer.text
+            assert len("".join(pieces)) == detokenizer.num_chars == detokenizer.num_shown
             return pieces, piece.stop, count
     return [*pieces, detokenizer.flush()], None, len(ids)
 
@@ -157,4 +157,4 @@ def test_logprobs_are_decoded(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     token_id = tokenizer.encode("b")[0]
     decoded = decode_logprobs(tokenizer, {token_id: Logprob(-0.5, 2)})
-    assert decoded == {token_id: Logprob(-0.5, 2, "b")}
+    assert decoded == {token_id: Logprob(-0.5, 2, "b", b"b")}

@@ -21,7 +21,8 @@ from pdray.cluster.messages import (
 )
 from pdray.engine.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, NoWorkerError
-from pdray.router.request import CompletionDelta, RoutedRequest
+from pdray.router.completion import CompletionDelta
+from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 
 MakeCluster = Callable[..., Awaitable[Any]]
