@@ -88,10 +88,6 @@ class Vocabulary:
                 chr(byte) if 0x20 <= byte < 0x7F and byte != ord("\\") else f"\\x{byte:02x}" for byte in piece
             )
 
-    def longest_piece(self) -> int:
-        """Bytes of the longest piece."""
-        return max(len(self.piece(token_id)) for token_id in self._backend.get_vocab().values())
-
     def _convert(self, token_id: int, *, first: bool) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
