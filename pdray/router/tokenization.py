@@ -43,8 +43,8 @@ async def beside_loop(num_chars: int, work: Callable[[], T]) -> T:
 def too_long(num_tokens: str, max_model_len: int) -> InvalidRequestError:
     """For a prompt of so many tokens, which do not fit the context; clients know it by how the text begins."""
     return InvalidRequestError(
-        f"This model's maximum context length is {max_model_len} tokens (max_model_len), but the prompt has "
-        f"{num_tokens} tokens; shorten the prompt",
+        f"This model's maximum context length is {max_model_len} tokens (max_model_len), prompt and output, but "
+        f"the prompt has {num_tokens} tokens; shorten the prompt",
         "prompt",
     )
 
@@ -91,6 +91,8 @@ class TextEncoder:
                     raise too_long(f"more than {max_model_len}", max_model_len)
                 num_chars *= 4
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if max_model_len is not None and len(encoding) >= max_model_len:
+            raise too_long(str(len(encoding)), max_model_len)
         return list(encoding.ids)
 
     def _count(self, text: str) -> int:

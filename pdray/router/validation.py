@@ -103,11 +103,7 @@ def complete_params(params: SamplingParams, num_prompt_tokens: int, max_model_le
     """
     left = max_model_len - num_prompt_tokens
     if left < 1:
-        raise InvalidRequestError(
-            f"the prompt has {num_prompt_tokens} tokens, but the context length (max_model_len) is {max_model_len} "
-            "for prompt and output; shorten the prompt",
-            "prompt",
-        )
+        raise too_long(str(num_prompt_tokens), max_model_len)
     if params.max_tokens is not None and params.max_tokens > left:
         raise InvalidRequestError(
             f"max_tokens is {params.max_tokens}, but the prompt's {num_prompt_tokens} tokens leave {left} of "

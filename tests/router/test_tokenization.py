@@ -23,7 +23,7 @@ from pdray.router.tokenization import (
 from pdray.router.validation import check_tokenizer, tokenize, tokenize_all
 from pdray.sampling_params import SamplingParams
 
-TOO_LONG = r"^This model's maximum context length is 100 tokens \(max_model_len\), but the prompt has "
+TOO_LONG = r"^This model's maximum context length is 100 tokens \(max_model_len\), .* the prompt has "
 
 
 def byte_level(**parts: Any) -> PreTrainedTokenizerFast:
@@ -132,6 +132,14 @@ def test_a_long_text_of_few_tokens_is_served() -> None:
     text = " " * 3_000_000 + "ab"
     assert encoder.encode(text, 100) == UNBOUNDED["strips"].encode("ab")
     assert backend.num_chars <= 1.5 * len(text)
+
+
+def test_a_text_that_just_does_not_fit() -> None:
+    """It leaves no room for output."""
+    encoder = TextEncoder(byte_level())
+    assert len(encoder.encode("x" * 98, 100)) == 99
+    with pytest.raises(InvalidRequestError, match=TOO_LONG + "100 tokens"):
+        encoder.encode("x" * 99, 100)
 
 
 async def test_the_prompts_of_a_call_are_looked_at_before_any_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
