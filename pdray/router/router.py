@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pdray.background import BackgroundTasks
@@ -48,7 +48,8 @@ from pdray.router.dispatcher import Dispatcher
 from pdray.router.leg import RoutedLeg
 from pdray.router.link import WorkerLink
 from pdray.router.request import RoutedRequest
-from pdray.router.validation import complete_params, tokenize
+from pdray.router.tokenization import encoder_of
+from pdray.router.validation import check_tokenizer, complete_params, tokenize, tokenize_all
 from pdray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Router:
     """See the module.
 
     Args:
-        tokenizer: None serves token ids only. One without tokenizer.json is a ConfigError.
+        tokenizer: None serves token ids only. A ConfigError if it has no tokenizer.json, or its decoder does not work
+            token by token.
         router_id: must begin with "router" and be unique in the cluster.
         watch: returns the first view newer than the version given, or after a while the same.
         sampling_defaults: what the API's requests get where they leave sampling parameters out.
@@ -97,6 +99,8 @@ class Router:
                 f"the tokenizer of {config.tokenizer or config.model} is a {type(tokenizer).__name__}, which cannot "
                 "decode token by token; set tokenizer to one with a tokenizer.json"
             )
+        if tokenizer is not None:
+            encoder_of(tokenizer)  # refuses one that it cannot read, and takes a moment
         self.config = config
         self.tokenizer = tokenizer
         self.router_id = router_id
@@ -146,6 +150,18 @@ class Router:
         running = sum(request.granted.done() for request in self._requests.values())
         return {"router_id": self.router_id, "queue_depth": len(self._dispatcher.queue), "running": running}
 
+    async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Token ids of prompts that belong together: one that cannot be served refuses all, before any is submitted.
+
+        Raises:
+            InvalidRequestError: see tokenize_all. NoWorkerError: nobody is there.
+        """
+        try:
+            return await tokenize_all(self.tokenizer, prompts, self._context_length())
+        except PdrayError:
+            self._report("rejected", None)
+            raise
+
     async def submit(
         self,
         prompt: str | list[int],
@@ -154,21 +170,27 @@ class Router:
         request_id: str,
         priority: int = 0,
         default_max_tokens: int | None = None,
+        text: str | None = None,
+        arrival: float | None = None,
     ) -> RoutedRequest:
         """Take a request; returns once it has its lease. Cancelling this call gives the request up.
 
         Args:
             priority: lower goes first.
             default_max_tokens: stands in for params.max_tokens where that is None, as far as the context allows.
+            text: what a prompt of token ids was made from.
+            arrival: when it came (time.monotonic()), if not now.
 
         Raises:
             InvalidRequestError: it can never be served. QueueFullError: not now. NoWorkerError: nobody is there.
             WorkerDiedError: workers died under it more than max_replays times. RequestTimeoutError: it took too long.
             RequestFailedError: an engine failed on it.
         """
-        arrival = time.monotonic()
+        arrival = time.monotonic() if arrival is None else arrival
         try:
-            request = await self._make_request(prompt, params, request_id, priority, arrival, default_max_tokens)
+            request = await self._make_request(
+                prompt, params, request_id, priority, text, arrival, default_max_tokens
+            )
             self._dispatcher.submit(RoutedLeg(request, request.tracker.start()), arrival)
         except PdrayError:
             self._report("rejected", None)
@@ -182,28 +204,33 @@ class Router:
             raise
         return request
 
+    def _context_length(self) -> int:
+        max_model_len = self.max_model_len
+        if max_model_len is None or not self.ready:
+            raise NoWorkerError(self.why_not_ready)
+        return max_model_len
+
     async def _make_request(
         self,
         prompt: str | list[int],
         params: SamplingParams,
         request_id: str,
         priority: int,
+        text: str | None,
         arrival: float,
-        default_max_tokens: int | None,
     ) -> RoutedRequest:
-        max_model_len = self.max_model_len
-        if max_model_len is None or not self.ready:
-            raise NoWorkerError(self.why_not_ready)
+        max_model_len = self._context_length()
         max_num_seqs = min(link.info.max_num_seqs for link in self._connections.links.values())
         if params.n > max_num_seqs:
             raise InvalidRequestError(
                 f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
             )
-        ids = await tokenize(self.tokenizer, prompt)
+        check_tokenizer(params, self.tokenizer)
+        ids = await tokenize(self.tokenizer, prompt, max_model_len)
         params = complete_params(params, len(ids), max_model_len, default_max_tokens)
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
-        text = prompt if isinstance(prompt, str) else None
+        text = prompt if isinstance(prompt, str) else text
         return RoutedRequest(request_id, text, ids, params, priority, self.tokenizer, arrival, self._abort)
 
     # DispatchOwner

@@ -95,7 +95,7 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
         check_model(body.model)
         request_id = _request_id("chatcmpl", request)
         log_prompt(request_id, [message.plain() for message in body.messages])
-        prompt_token_ids = await render_chat(body, router().tokenizer)
+        prompt_token_ids = await render_chat(body, router().tokenizer, router().max_model_len)
         generation = Chat(body, prompt_token_ids, request_id, config.model_name, router().sampling_defaults)
         return await generation.respond(request, router())
 

@@ -21,7 +21,8 @@ from pdray.cluster.messages import (
 )
 from pdray.engine.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, NoWorkerError
-from pdray.router.request import CompletionDelta, RoutedRequest
+from pdray.router.completion import CompletionDelta
+from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 
 MakeCluster = Callable[..., Awaitable[Any]]
@@ -303,7 +304,7 @@ async def test_timings_add_up(make_cluster: MakeCluster) -> None:
         ([1, 129], {}, r"129 is not in \[0, 129\)"),
         ([1, -1], {}, "-1 is not in"),
         ([1, "x"], {}, "'x' is not in"),
-        ("x" * 100, {"max_tokens": None}, r"100 tokens.*max_model_len\) is 100"),
+        ("x" * 100, {"max_tokens": None}, r"maximum context length is 100 tokens \(max_model_len\).*has 100 tokens"),
         ("x" * 95, {"max_tokens": 6}, "max_tokens is 6.*95 tokens leave 5"),
         ("x", {"n": 5}, "max_num_seqs"),
         ("x" * 95, {"max_tokens": None, "min_tokens": 6}, "min_tokens is 6"),

@@ -369,6 +369,27 @@ async def test_without_a_tokenizer(http: httpx.AsyncClient, router: Any) -> None
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
 
 
+@pytest.mark.parametrize(
+    "options", [{"stop": "a"}, {"include_stop_str_in_output": True}, {"skip_special_tokens": False}]
+)
+async def test_what_needs_a_tokenizer_is_not_ignored(
+    http: httpx.AsyncClient, router: Any, options: dict[str, Any]
+) -> None:
+    router.tokenizer = None
+    [name] = options
+    error = check_shape(await http.post("/v1/completions", json=completion(prompt=[1], **options)), 400)
+    assert error["param"] == name and "skip_tokenizer_init" in error["message"]
+
+
+@pytest.mark.parametrize("wrong", ["x" * 200, "", [1] * 200, [1000]])
+async def test_one_prompt_that_cannot_be_served_refuses_all_before_any_is(
+    http: httpx.AsyncClient, router: Any, wrong: Any
+) -> None:
+    prompts = [*(["y"] * 20), wrong] if isinstance(wrong, str) else [*([[1]] * 20), wrong]
+    check_shape(await http.post("/v1/completions", json=completion(prompt=prompts)), 400)
+    assert router.num_submitted == 0
+
+
 async def test_without_a_chat_template(http: httpx.AsyncClient, router: Any) -> None:
     router.tokenizer.chat_template = None
     assert "chat template" in check_shape(await http.post("/v1/chat/completions", json=chat()), 400)["message"]
