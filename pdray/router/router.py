@@ -218,6 +218,7 @@ class Router:
         priority: int,
         text: str | None,
         arrival: float,
+        default_max_tokens: int | None,
     ) -> RoutedRequest:
         max_model_len = self._context_length()
         max_num_seqs = min(link.info.max_num_seqs for link in self._connections.links.values())
