@@ -24,8 +24,8 @@ from pdray.cluster.messages import (
     LeaseRequest,
     LegKey,
     PrefillRequest,
-    StepFailed,
     RenewLeases,
+    StepFailed,
 )
 from pdray.config import Config
 from pdray.engine.block_pool import hash_blocks, short_hash

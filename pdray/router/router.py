@@ -188,9 +188,7 @@ class Router:
         """
         arrival = time.monotonic() if arrival is None else arrival
         try:
-            request = await self._make_request(
-                prompt, params, request_id, priority, text, arrival, default_max_tokens
-            )
+            request = await self._make_request(prompt, params, request_id, priority, text, arrival, default_max_tokens)
             self._dispatcher.submit(RoutedLeg(request, request.tracker.start()), arrival)
         except PdrayError:
             self._report("rejected", None)
