@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pdray.engine.step_times import StepSpread
+from pdray.models.decoder import shapes_of_layer
 from pdray.models.model_config import ModelConfig
 from pdray.sampling_params import SamplingParams
 
@@ -108,9 +109,7 @@ def floor_seconds(model: ModelConfig, requests: Requests) -> float:
 
 def num_layer_weights(model: ModelConfig) -> int:
     """Weights of all layers' matrices."""
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_size
-    out = model.num_heads * model.head_dim * model.hidden_size
-    return model.num_layers * (qkv + out + 3 * model.hidden_size * model.intermediate_size)
+    return model.num_layers * sum(part.weight.numel() for part in shapes_of_layer(model).linears())
 
 
 class Timed(NamedTuple):
