@@ -249,7 +249,6 @@ class Dispatcher:
                 list(leg.leg.output_token_ids),
                 decode_id,
                 epoch,
-                grant.block_ids,
                 grant.num_cached_tokens,
                 leg.request.priority,
             ),

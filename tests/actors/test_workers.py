@@ -36,8 +36,9 @@ from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
 from pdray.errors import EngineHungError, HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
-from pdray.transfer.channel import Put
-from pdray.transfer.fault_injection import Fault, FaultInjectingChannel
+from pdray.testing.fault_injection import Fault, FaultInjectingSender
+from pdray.transfer.channel import Put, Site
+from pdray.transfer.nccl.kind import NcclKind
 
 _path = Path(__file__).parents[1] / "transfer" / "fake_device.py"
 _spec = importlib.util.spec_from_file_location("fake_device", _path)
@@ -70,15 +71,24 @@ class LocalActor:
     def __init__(self, worker: DecodeWorker) -> None:
         self.worker = worker
         self.loop = asyncio.get_running_loop()
-        self.receive_blocks = self
+        self.receive_array = self
 
     def remote(self, *args: Any) -> Any:
         class Call:
             @staticmethod
             def future() -> Any:
-                return asyncio.run_coroutine_threadsafe(self.worker.receive_blocks(*args), self.loop)
+                return asyncio.run_coroutine_threadsafe(self.worker.receive_array(*args), self.loop)
 
         return Call()
+
+
+def host_kind(site: Site) -> NcclKind:
+    """The nccl channel over a fake device."""
+    return NcclKind(site, fake_device.HostTransport(gpu=site.worker_id))
+
+
+def transport_of(worker: Worker) -> Any:
+    return worker.kinds["nccl"]._transport  # type: ignore[attr-defined]
 
 
 class ScriptedRouter:
@@ -184,7 +194,6 @@ class Pair:
                 [],
                 "decode-0",
                 epoch,
-                grant.block_ids,
                 grant.num_cached_tokens,
             )
         )
@@ -208,7 +217,7 @@ class Pair:
 async def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     """Two workers over the real object store's half, or over the nccl channel's with a fake device under it."""
     if request.param == "nccl":
-        monkeypatch.setattr(Worker, "_make_transport", lambda self: fake_device.HostTransport(gpu=self.worker_id))
+        monkeypatch.setattr("pdray.actors.worker.load_kind", lambda name: host_kind)
     model = tmp_path / "config.json"
     model.write_text(json.dumps(TINY))
     pair = Pair(
@@ -298,7 +307,7 @@ async def test_lost_puts_are_aborted_and_quarantine_ends(pair: Pair) -> None:
     def plan(n: int, put: Put) -> Fault | None:
         return Fault("fail") if n == 2 else Fault("delay", 0.05)
 
-    pair.prefill._channels["decode-0"] = FaultInjectingChannel(inner, plan)
+    pair.prefill._channels["decode-0"] = FaultInjectingSender(inner, plan)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     key = pair.lease("faulty", PROMPT, params)
     await pair.start_prefill(key, PROMPT, params)
@@ -388,7 +397,7 @@ async def finish(pair: Pair, name: str, epoch: int) -> list[int]:
 async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) -> None:
     """The bytes of a put never come: its leg fails, the workers go on, and the next epoch works."""
     expected = await finish(pair, "before", 1)
-    pair.prefill.transport.communicators[0].wire.faults = lambda number: False
+    transport_of(pair.prefill).communicators[0].wire.faults = lambda number: False
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     other = [token + 1 for token in PROMPT]
     key = pair.lease("lost", other, params)
@@ -403,12 +412,12 @@ async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) 
     assert await pair.prefill.heartbeat() == {"decode-0": 2}
     assert await finish(pair, "after", 2) == expected
     await pair.quiet()
-    assert pair.decode.transport.most_at_once == 1
+    assert transport_of(pair.decode).most_at_once == 1
 
 
 @pytest.mark.parametrize("pair", ["nccl"], indirect=True)
 async def test_a_dead_prefill_worker_leaves_no_blocks_and_its_successor_connects(pair: Pair) -> None:
-    pair.prefill.transport.communicators[0].wire.faults = lambda number: False
+    transport_of(pair.prefill).communicators[0].wire.faults = lambda number: False
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     key = pair.lease("lost", PROMPT, params)
     await pair.start_prefill(key, PROMPT, params)
@@ -433,12 +442,12 @@ async def test_a_probe_that_does_not_arrive_is_no_connection(pair: Pair) -> None
         fake_device.HostTransport.wires[name] = wire
         return name
 
-    make = pair.decode.transport.make_unique_id
-    pair.decode.transport.make_unique_id = wire_without_bytes
+    make = transport_of(pair.decode).make_unique_id
+    transport_of(pair.decode).make_unique_id = wire_without_bytes
     with pytest.raises(TransferError, match="did not get on|gave up"):
         await pair.connect(2)
     assert await pair.prefill.heartbeat() == {}
-    pair.decode.transport.make_unique_id = make
+    transport_of(pair.decode).make_unique_id = make
     await pair.connect(3)
     await finish(pair, "after", 3)
     await pair.quiet()
