@@ -14,7 +14,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdray.config import Config
-from pdray.transfer.one_gpu import one_gpu_environment
 
 NAMESPACE = "pdray"
 DEATH_POLL_S = 0.01
@@ -41,8 +40,7 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
         "max_restarts": 0,
     }
     environment = {} if uses_cuda(config) else {"OMP_NUM_THREADS": str(config.num_threads)}
-    if config.nccl_on_one_gpu:
-        environment |= one_gpu_environment(worker_id)
+    environment |= {name: value.replace("{worker_id}", worker_id) for name, value in config.worker_env.items()}
     if environment:
         options["runtime_env"] = {"env_vars": environment}
     if detached:

@@ -25,6 +25,7 @@ from pdray.background import BackgroundTasks
 from pdray.cluster.effects import Send
 from pdray.cluster.messages import (
     AnyMessage,
+    ChannelMessage,
     LegKey,
     PrefixUpdate,
     StepFailed,
@@ -39,12 +40,13 @@ from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import EngineHungError, StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.metrics import WorkerMetrics
-from pdray.transfer.communicator import Transport
+from pdray.transfer.registry import allowed_kinds, load_kind
 
 if TYPE_CHECKING:
     import torch
 
     from pdray.engine.engine import Engine
+    from pdray.transfer.channel import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +81,7 @@ class Worker:
         self._last_heartbeat = self._now()
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
         self._prefixes = ToldPrefixes()
-        self.transport: Transport | None = None  # of the nccl channel
-        self._stagings: list[torch.Tensor] = []
+        self.kinds: dict[str, Kind] = {}  # of channels, by name
         self._started = False
         self._stopped = asyncio.Event()
         self._fatal: BaseException | None = None
@@ -92,7 +93,7 @@ class Worker:
         """Load, warm up, listen. Returns what peers need to know; raises what loading raises."""
         self._loop = asyncio.get_running_loop()
         self.device = await asyncio.to_thread(self._select_device)
-        self.transport = await asyncio.to_thread(self._make_transport)
+        self.kinds = await asyncio.to_thread(self._make_kinds)
         self.engine = await asyncio.to_thread(self._build_engine)
         self.engine.on_layer_group = self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
@@ -121,8 +122,7 @@ class Worker:
             max_model_len=self.engine.max_model_len,
             max_num_seqs=self.engine.config.max_num_seqs,
             max_num_batched_tokens=self.engine.config.max_num_batched_tokens,
-            gpu="" if self.transport is None else self.transport.gpu,
-            nccl="" if self.transport is None else self.transport.version,
+            channels={name: kind.facts for name, kind in self.kinds.items()},
         )
         if self.engine.config.step_timeout_s is not None:
             self._tasks.spawn(self._end_if_hung(self.engine.config.step_timeout_s))
@@ -141,16 +141,15 @@ class Worker:
 
         return select_device(self.config)
 
-    def _make_transport(self) -> Transport | None:
-        """None where no nccl channel will be."""
-        from pdray.transfer.nccl import CudaTransport
+    def _make_kinds(self) -> dict[str, Kind]:
+        """Every kind of channel that the configuration allows, with the device memory that it needs."""
+        from pdray.transfer.channel import Site
 
-        wanted = self.config.mode == "disaggregated" and self.config.channel != "object_store"
-        return CudaTransport(self.device) if wanted and self.device.type == "cuda" else None
-
-    def _num_stagings(self) -> int:
-        """Buffers that nccl channels need here."""
-        raise NotImplementedError
+        if self.config.mode == "colocated":
+            return {}
+        num_peers = self.config.num_decode_workers if self.role == "prefill" else 1
+        site = Site(self.config, self.worker_id, self.device, num_peers, self._fail)
+        return {name: load_kind(name)(site) for name in allowed_kinds(self.config.channel)}
 
     def _build_engine(self) -> Engine:
         """All that makes the whole device wait, or takes its memory, happens here, before any channel is open."""
@@ -158,19 +157,13 @@ class Worker:
 
         from pdray.engine.engine import Engine
         from pdray.models import load_model
-        from pdray.transfer.staging import Staging
 
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
-        if self.transport is not None and self.transport.version:
-            size = self.config.transfer_staging_bytes
-            self._stagings = [
-                torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(self._num_stagings())
-            ]
         share = self.config.prefill_num_gpus if self.role == "prefill" else self.config.decode_num_gpus
         engine = Engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
-        for buffer in self._stagings:
-            Staging(engine.kv, buffer).warm_up()
+        for kind in self.kinds.values():
+            kind.attach(engine.kv)
         return engine
 
     async def stop(self) -> None:
@@ -351,6 +344,10 @@ class Worker:
             session = self.sessions.get(send.to)
             if session is not None:
                 session.send(send.message)
+
+    @staticmethod
+    def _send_on_channel(session: Session, kind: str, epoch: int, payload: bytes) -> None:
+        session.send(ChannelMessage(kind, epoch, payload))
 
     @staticmethod
     def _now() -> float:

@@ -12,8 +12,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from pdray.transfer.registry import KINDS
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+CHANNELS = ["auto", *KINDS]
 VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
 
 GPU_MAX_NUM_SEQS = 256
@@ -23,6 +26,7 @@ GPU_STEP_TIMEOUT_S = 60.0
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Channel = Annotated[str, Field(pattern=f"^({'|'.join(CHANNELS)})$", json_schema_extra={"enum": CHANNELS})]
 
 
 class Config(BaseModel):
@@ -86,17 +90,15 @@ class Config(BaseModel):
         None, description="GPU of the decode workers, or one for each, on a single host; default: as Ray chooses"
     )
     worker_num_cpus: float = Field(0.25, ge=0, description="Ray CPUs that each worker reserves")
-    channel: Literal["auto", "nccl", "object_store"] = Field(
-        "auto", description="how KV blocks travel; auto: nccl between two GPUs, else object_store"
-    )
+    channel: Channel = Field("auto", description="how KV blocks travel; auto: nccl between two GPUs, else object_store")
     transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
     transfer_staging_bytes: Positive = Field(
         128 * 1024 * 1024,
         description="GPU memory for blocks on their way, for each nccl channel of a prefill worker"
         " and for each decode worker",
     )
-    nccl_on_one_gpu: bool = Field(
-        False, description="for tests only: let channel nccl join workers that share a GPU, through the loopback device"
+    worker_env: dict[str, str] = Field(
+        {}, description="environment of the workers' processes, e.g. NCCL's; {worker_id} stands for each one's name"
     )
     host: str = Field(
         "",

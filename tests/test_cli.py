@@ -50,13 +50,17 @@ def another_value(field: str) -> Any:
         return "other"
     if kind["type"] == "number":
         return 0.625
+    if kind["type"] == "object":
+        return {"NAME": "a=b"}
     return 1024
 
 
 @pytest.mark.parametrize("field", sorted(Config.model_fields))
 def test_every_field_of_config_has_its_option(field: str) -> None:
     value = another_value(field)
-    if isinstance(value, bool):
+    if isinstance(value, dict):
+        words = [option_name(field), *(f"{name}={text}" for name, text in value.items())]
+    elif isinstance(value, bool):
         words = [option_name(field) if value else option_name(field).replace("--", "--no-", 1)]
     else:
         words = [option_name(field), str(value)]

@@ -98,10 +98,14 @@ class LeaseTable:
         allocator: the engine; its keys are LegKeys.
         credit: what the worker can take now, for the replies.
         lease_timeout_s: a lease not renewed for so long is closed.
+        block_size: tokens of one block.
     """
 
-    def __init__(self, allocator: Allocator, credit: Callable[[], Credit], lease_timeout_s: float) -> None:
+    def __init__(
+        self, allocator: Allocator, credit: Callable[[], Credit], lease_timeout_s: float, block_size: int
+    ) -> None:
         self._allocator = allocator
+        self._block_size = block_size
         self._credit = credit
         self._timeout_s = lease_timeout_s
         self._leases: dict[LegKey, _Lease] = {}
@@ -276,6 +280,27 @@ class LeaseTable:
             and lease.writer.epoch == epoch
         )
 
+    def resolve(self, key: LegKey, worker_id: str, epoch: int, positions: range) -> list[int] | None:
+        """The blocks at these places of the leg, for a put of that worker.
+
+        None if it may not write now, or if the lease does not hold them all. Blocks that were cached when the lease was
+        granted are not the leg's to be written: others read them.
+        """
+        if not self.may_write(key, worker_id, epoch):
+            return None
+        blocks, num_cached_tokens = self._leases[key].reservation
+        first = num_cached_tokens // self._block_size
+        return (
+            blocks[positions.start : positions.stop]
+            if first <= positions.start < positions.stop <= len(blocks)
+            else None
+        )
+
+    def refuse(self, key: LegKey, reason: str) -> list[Send]:
+        """A put named what the lease does not hold: whoever fills it cannot be trusted with it."""
+        lease = self._leases[key]
+        return [*self._end(key, lease), Send(lease.router_id, LeaseClosed(*key, reason))]
+
     def put_received(self, now: float, key: LegKey) -> list[Send]:
         """One put was written into the pool."""
         lease = self._leases[key]
@@ -373,8 +398,8 @@ class LeaseTable:
         return lease.request.prefill_worker_id == worker_id
 
     def _grant(self, lease: _Lease) -> Send:
-        granted = LeaseGranted(*lease.request.key, *lease.reservation, self._credit())
-        return Send(lease.router_id, granted)
+        num_cached_tokens = lease.reservation.num_cached_tokens
+        return Send(lease.router_id, LeaseGranted(*lease.request.key, num_cached_tokens, self._credit()))
 
     def _deny(self, router_id: str, message: LeaseRequest, reason: str, *, retriable: bool) -> Send:
         return Send(router_id, LeaseDenied(*message.key, reason, retriable, self._credit()))

@@ -69,7 +69,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         worker_id: stable name, e.g. "decode-0"; a restarted worker keeps it.
         incarnation: changes with every process that takes the name.
         fingerprint: of weights, dtype, block size and KV layout; peers must agree.
-        gpu: names the physical GPU, "" on CPU. nccl: NCCL's version, "" if this process cannot use it.
+        channels: what each channel kind of this worker must be known by; see pdray.transfer.channel.Kind.facts.
     """
 
     worker_id: str
@@ -86,21 +86,18 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    gpu: str = ""
-    nccl: str = ""
+    channels: dict[str, dict[str, str]] = {}
 
 
 class ChannelOffer(msgspec.Struct, frozen=True):
     """What a decode worker answers to a prefill worker that is to connect to it.
 
     Attributes:
-        unique_id: of the nccl channel's communicator; opaque.
-        piece_bytes: what one transfer of it holds at most.
+        kind: of channel. data: what the kind's sender needs; opaque to everyone else.
     """
 
-    kind: Literal["nccl", "object_store"]
-    unique_id: Any = None
-    piece_bytes: int = 0
+    kind: str
+    data: Any = None
 
 
 class WorkerIdentity(msgspec.Struct, frozen=True):
@@ -197,11 +194,9 @@ class EndCompletion(LegMessage, frozen=True):
 
 class LeaseGranted(LegMessage, frozen=True):
     """Attributes:
-    block_ids: the decode worker's blocks that hold the prompt, in order, cached ones included.
     num_cached_tokens: leading tokens (a multiple of the block size) that need no transfer.
     """
 
-    block_ids: list[int]
     num_cached_tokens: int
     credit: Credit
 
@@ -300,7 +295,7 @@ class PrefillRequest(LegMessage, frozen=True):
     """Prefill a leg and push its blocks into the lease's.
 
     Attributes:
-        block_ids, num_cached_tokens: from LeaseGranted.
+        num_cached_tokens: from LeaseGranted.
         decode_worker_id, epoch: the channel to push through; a worker that knows only another
             epoch answers PrefillFailed. None where the first token ends the leg: no lease, and nothing is pushed.
         alone: see LeaseRequest.
@@ -312,7 +307,6 @@ class PrefillRequest(LegMessage, frozen=True):
     output_token_ids: list[int]
     decode_worker_id: str | None
     epoch: int
-    block_ids: list[int]
     num_cached_tokens: int
     priority: int = 0
     alone: bool = False
@@ -391,60 +385,7 @@ class PutAborted(LegMessage, frozen=True):
     """No put of this leg is in flight and none will start: a quarantine may end."""
 
 
-class OpenChannel(Message, frozen=True):
-    """The sender enters the init of the communicator that was offered for this epoch; so should the receiver."""
-
-    epoch: int
-
-
-class Staged(LegMessage, frozen=True):
-    """The beginning of a put lies in the sender's staging: asks for a grant.
-
-    Attributes:
-        seq: numbers the puts of one channel.
-        first_layer, last_layer: half-open range.
-        block_ids: the receiver's blocks. None at all: a probe of the channel, of no leg.
-    """
-
-    epoch: int
-    seq: int
-    first_layer: int
-    last_layer: int
-    block_ids: list[int]
-
-
 # --- decode worker → prefill worker -------------------------------------------------------------
-
-
-class GrantTransfers(Message, frozen=True):
-    """The receiver receives these puts now, in this order, and nothing else from anyone until it has them."""
-
-    epoch: int
-    seqs: list[int]
-
-
-class RefuseTransfer(Message, frozen=True):
-    """The lease does not stand: the put is dropped where it is staged."""
-
-    epoch: int
-    seq: int
-
-
-class TransferDone(Message, frozen=True):
-    """Attributes:
-    written: False if the lease ended before all of it was in the pool.
-    """
-
-    epoch: int
-    seq: int
-    written: bool
-
-
-class ChannelFailed(Message, frozen=True):
-    """The receiver has given this epoch's channel up."""
-
-    epoch: int
-    reason: str
 
 
 class BeginPutReply(LegMessage, frozen=True):
@@ -453,6 +394,21 @@ class BeginPutReply(LegMessage, frozen=True):
 
 class AbortPut(LegMessage, frozen=True):
     """The lease was closed; stop writing and answer PutAborted. May be repeated."""
+
+
+# --- both ways between a prefill and a decode worker --------------------------------------------
+
+
+class ChannelMessage(Message, frozen=True):
+    """What the two ends of a channel say to each other.
+
+    Attributes:
+        kind: of channel. payload: opaque to everyone but that kind.
+    """
+
+    kind: str
+    epoch: int
+    payload: bytes
 
 
 RouterToWorker = LeaseRequest | RenewLeases | CloseLease | EndCompletion | PrefillRequest | CancelPrefill | Ping
@@ -468,7 +424,6 @@ WorkerToRouter = (
     | PrefixUpdate
     | StepFailed
 )
-PrefillToDecode = BeginPut | PutDone | PutAborted | OpenChannel | Staged
-ChannelReply = GrantTransfers | RefuseTransfer | TransferDone | ChannelFailed
-DecodeToPrefill = BeginPutReply | AbortPut | ChannelReply
+PrefillToDecode = BeginPut | PutDone | PutAborted | ChannelMessage
+DecodeToPrefill = BeginPutReply | AbortPut | ChannelMessage
 AnyMessage = RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill

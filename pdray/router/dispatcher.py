@@ -282,14 +282,14 @@ class Dispatcher:
         if epoch is None or not self._connections.is_open(prefill_id):
             self._owner.on_lost(leg, Loss(f"{prefill_id} was lost before it could begin", prefill_id))
             return
-        self._send_prefill(leg, prefill_id, decode_id, epoch, grant.block_ids, grant.num_cached_tokens)
+        self._send_prefill(leg, prefill_id, decode_id, epoch, grant.num_cached_tokens)
 
     def _begin(self, leg: RoutedLeg, prefill_id: str) -> None:
         """Without a lease."""
         leg.granted = True
         self.queue.admitted(time.monotonic())
         self._owner.on_granted(leg, 0)
-        self._send_prefill(leg, prefill_id, None, 0, [], 0)
+        self._send_prefill(leg, prefill_id, None, 0, 0)
 
     def _send_prefill(
         self,
@@ -297,7 +297,6 @@ class Dispatcher:
         prefill_id: str,
         decode_id: str | None,
         epoch: int,
-        block_ids: list[int],
         num_cached_tokens: int,
     ) -> None:
         leg.filling = True
@@ -311,7 +310,6 @@ class Dispatcher:
                 list(leg.leg.output_token_ids),
                 decode_id,
                 epoch,
-                block_ids,
                 num_cached_tokens,
                 leg.request.priority,
                 leg.alone,

@@ -46,6 +46,7 @@ from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
 
 LEASE_TIMEOUT_S = 10.0
+BLOCK_SIZE = 16
 NUM_BLOCKS = 12
 BLOCKS_PER_LEG = 2
 OUTPUT_TOKENS = 4
@@ -115,6 +116,7 @@ class DecodeProcess(Process):
     pool: Pool = field(default_factory=Pool)
     table: LeaseTable = field(init=False)
     writers: dict[str, WorkerInfo] = field(default_factory=dict)  # by incarnation, until told of their death
+    targets: dict[LegKey, list[int]] = field(default_factory=dict)  # blocks that a writer was let into
 
 
 @dataclass(eq=False)
@@ -186,7 +188,7 @@ class World:
             role = "prefill"
         else:
             process = decode = DecodeProcess(start.worker_id, start.incarnation)
-            decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S)
+            decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S, BLOCK_SIZE)
             role = "decode" if self.membership.num_prefill else "both"
         self.processes[start.worker_id] = process
         info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024, 8, 64)  # type: ignore[arg-type]
@@ -323,7 +325,11 @@ class World:
             case CloseLease():
                 self._send(decode, table.close(message.key))
             case BeginPut():
+                # A channel may resolve positions now and write much later: what it writes to is what it was told here.
                 self._send(decode, table.begin_put(source.name, message))
+                places = table.resolve(message.key, source.name, message.epoch, range(BLOCKS_PER_LEG))
+                if places is not None:
+                    decode.targets[message.key] = places
             case PutDone():
                 self._send(decode, table.put_done(self.now, source.name, message))
             case PutAborted():
@@ -365,7 +371,8 @@ class World:
         leg = prefill.ledger.leg(key)
         assert leg is not None
         prefill.ledger.put_issued(key)
-        prefill.puts.append(PutInFlight(key, prefill.epochs[leg.decode_worker_id][1], leg.block_ids))
+        decode = prefill.epochs[leg.decode_worker_id][1]
+        prefill.puts.append(PutInFlight(key, decode, decode.targets[key]))
 
     def compute(self, prefill: PrefillProcess, key: LegKey) -> None:
         """One layer group of one leg, and the first token after the last."""
@@ -500,7 +507,6 @@ class World:
                         list(leg.output_token_ids),
                         place[1],
                         pairs.get((place[0], place[1]), 0),
-                        message.block_ids,
                         0,
                     )
                     self._send(router, [Send(place[0], ask)])

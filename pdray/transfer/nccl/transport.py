@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pdray.transfer.communicator import Communicator
+from pdray.transfer.nccl.communicator import Communicator
 from pdray.transfer.streams import CudaStream, Stream
 
 NUM_RANKS = 2

@@ -14,16 +14,28 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-from pdray.cluster.messages import AnyMessage, ChannelFailed, GrantTransfers, RefuseTransfer, Staged, TransferDone
+from pdray.background import BackgroundTasks
+from pdray.cluster.messages import LegKey
 from pdray.errors import TransferError
-from pdray.transfer.channel import BlockSink
-from pdray.transfer.communicator import Communicator, open_communicator
+from pdray.transfer.channel import Receiver, Sink
+from pdray.transfer.nccl.communicator import RECEIVER_RANK, Communicator, Transport, open_communicator
+from pdray.transfer.nccl.messages import (
+    ChannelFailed,
+    GrantTransfers,
+    NcclMessage,
+    OpenCommunicator,
+    RefuseTransfer,
+    Staged,
+    TransferDone,
+    decode_to_receiver,
+    encode,
+)
+from pdray.transfer.nccl.receive_thread import Arrival, Link, ReceiveThread, Transfer
+from pdray.transfer.nccl.staging import RING_PIECES, Staging
 from pdray.transfer.pending_writes import PendingWrites
-from pdray.transfer.receive_thread import Arrival, Link, ReceiveThread, Transfer
-from pdray.transfer.staging import RING_PIECES, Staging
-from pdray.transfer.streams import Stream
 
 
 @dataclass(eq=False, slots=True)
@@ -32,12 +44,26 @@ class _Sender:
 
     worker_id: str
     epoch: int
-    send: Callable[[AnyMessage], None]
+    send_bytes: Callable[[bytes], None]
     link: Link | None = None
     waiting: deque[Staged] = field(default_factory=deque)
 
+    def send(self, message: NcclMessage) -> None:
+        self.send_bytes(encode(message))
 
-class NcclReceiver:
+
+class Offer(NamedTuple):
+    """What a sender needs to open a channel.
+
+    Attributes:
+        unique_id: of the communicator; opaque. piece_bytes: what one transfer of it holds at most.
+    """
+
+    unique_id: Any
+    piece_bytes: int
+
+
+class NcclReceiver(Receiver):
     """See the module.
 
     Args:
@@ -51,11 +77,13 @@ class NcclReceiver:
         piece_bytes: for the offer to senders.
     """
 
+    kind = "nccl"
+
     def __init__(
         self,
         staging: Staging,
-        new_stream: Callable[[], Stream],
-        sink: BlockSink,
+        transport: Transport,
+        sink: Sink,
         writes: PendingWrites,
         *,
         name: str,
@@ -64,29 +92,55 @@ class NcclReceiver:
     ) -> None:
         self.piece_bytes = staging.piece_bytes
         self._staging = staging
-        self._new_stream = new_stream
+        self._transport = transport
         self._sink = sink
         self._writes = writes
         self._on_fatal = on_fatal
+        self._tasks = BackgroundTasks(on_fatal)
+        self._offered: dict[str, tuple[int, Any]] = {}  # epoch and communicator's id, by prefill worker
         self._senders: dict[str, _Sender] = {}
         self._turns: deque[str] = deque()  # worker ids; whose turn is next stands first
         self._granted: Link | None = None
         loop = asyncio.get_running_loop()
         self._thread = ReceiveThread(
             staging,
-            new_stream(),
+            transport.new_stream(),
             self,
             name=name,
             timeout_s=timeout_s,
             call_soon=lambda call: _call_soon(loop, call),
         )
 
+    async def accept(self, worker_id: str, epoch: int) -> Offer:
+        """See Receiver."""
+        unique_id = await asyncio.to_thread(self._transport.make_unique_id)
+        self._offered[worker_id] = (epoch, unique_id)
+        return Offer(unique_id, self.piece_bytes)
+
+    def on_message(self, worker_id: str, epoch: int, payload: bytes, send: Callable[[bytes], None]) -> None:
+        """See Receiver. What belongs to another epoch is ignored.
+
+        Raises:
+            msgspec.DecodeError: the bytes are no message.
+        """
+        match decode_to_receiver(payload):
+            case OpenCommunicator():
+                offered, unique_id = self._offered.pop(worker_id, (None, None))
+                if offered == epoch:
+                    connect = partial(self._transport.connect, unique_id, RECEIVER_RANK)
+                    self._tasks.spawn(self.join(worker_id, epoch, connect, send))
+            case staged:
+                sender = self._senders.get(worker_id)
+                if sender is not None and sender.epoch == epoch:
+                    sender.waiting.append(staged)
+                    self._grant_next()
+
     async def join(
         self,
         worker_id: str,
         epoch: int,
         connect: Callable[[], Communicator],
-        send: Callable[[AnyMessage], None],
+        send: Callable[[bytes], None],
         *,
         on_stuck: Callable[[str], None] | None = None,
     ) -> None:
@@ -105,24 +159,16 @@ class NcclReceiver:
         except TransferError as error:
             if self._is_current(sender):
                 self._forget(sender)
-                send(ChannelFailed(epoch, str(error)))
+                sender.send(ChannelFailed(str(error)))
             return
         if not self._is_current(sender):
             await asyncio.to_thread(communicator.close)
             return
-        sender.link = Link(worker_id, epoch, communicator, self._new_stream())
+        sender.link = Link(worker_id, epoch, communicator, self._transport.new_stream())
         self._grant_next()
 
-    def on_staged(self, worker_id: str, message: Staged) -> None:
-        """A sender has staged a put. What belongs to another epoch is ignored."""
-        sender = self._senders.get(worker_id)
-        if sender is not None and sender.epoch == message.epoch:
-            sender.waiting.append(message)
-            self._grant_next()
-
     def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
-        """End a sender's channel, if there is one: at once for what it says, and with the coroutine's end for what was
-        being written for it."""
+        """See Receiver."""
         sender = self._senders.get(worker_id)
         if sender is not None:
             self._forget(sender)
@@ -138,7 +184,8 @@ class NcclReceiver:
         return [sender.worker_id for sender in self._senders.values() if sender.link is not None]
 
     async def close(self) -> None:
-        """End all channels and the thread."""
+        """See Receiver; ends the thread, too."""
+        await self._tasks.stop()
         for worker_id in list(self._senders):
             await self.close_link(worker_id)
         await asyncio.to_thread(self._thread.stop)
@@ -156,7 +203,7 @@ class NcclReceiver:
             if transfers:
                 self._granted = sender.link
                 self._thread.receive(transfers)
-                sender.send(GrantTransfers(sender.epoch, [transfer.staged.seq for transfer in transfers]))
+                sender.send(GrantTransfers([transfer.seq for transfer in transfers]))
                 return
 
     def _take_waiting(self, sender: _Sender) -> list[Transfer]:
@@ -167,24 +214,35 @@ class NcclReceiver:
         room = RING_PIECES * self.piece_bytes
         while sender.waiting and (room > 0 or not transfers):
             staged = sender.waiting.popleft()
-            if staged.block_ids and not self._sink.may_write(staged.key, sender.worker_id, sender.epoch):
-                sender.send(RefuseTransfer(sender.epoch, staged.seq))
-                continue
-            pieces = []
-            if staged.block_ids:
-                layers = range(staged.first_layer, staged.last_layer)
-                pieces = self._staging.split(layers, len(staged.block_ids), self.piece_bytes)
-            room -= sum(self._staging.num_bytes(piece) for piece in pieces)
-            transfers.append(Transfer(sender.link, staged, pieces, len(pieces)))
+            transfer = Transfer(
+                sender.link,
+                staged.seq,
+                LegKey(staged.request_id, staged.attempt),
+                range(staged.first_layer, staged.last_layer),
+                range(staged.first_position, staged.first_position + staged.num_blocks),
+            )
+            if staged.num_blocks:
+                blocks = self._resolve(transfer)
+                if blocks is None:
+                    sender.send(RefuseTransfer(staged.seq))
+                    continue
+                transfer.blocks = blocks
+                transfer.pieces = self._staging.split(transfer.layers, len(blocks), self.piece_bytes)
+                transfer.num_left = len(transfer.pieces)
+            room -= sum(self._staging.num_bytes(piece) for piece in transfer.pieces)
+            transfers.append(transfer)
         return transfers
+
+    def _resolve(self, transfer: Transfer) -> list[int] | None:
+        link = transfer.link
+        return self._sink.resolve(transfer.key, link.name, link.epoch, transfer.layers, transfer.positions)
 
     # what the thread tells
 
     def arrived(self, arrival: Arrival) -> None:
         transfer, link = arrival.transfer, arrival.transfer.link
-        key = transfer.staged.key
-        if link.error is None and not transfer.refused and self._sink.may_write(key, link.name, link.epoch):
-            self._writes.begin(key)
+        if link.error is None and not transfer.refused and self._resolve(transfer) == transfer.blocks:
+            self._writes.begin(transfer.key)
             self._thread.unpack(arrival)
         else:
             transfer.refused = True
@@ -193,7 +251,7 @@ class NcclReceiver:
 
     def written(self, arrival: Arrival) -> None:
         self._piece_done(arrival.transfer)
-        self._writes.end(arrival.transfer.staged.key)
+        self._writes.end(arrival.transfer.key)
 
     def probed(self, arrival: Arrival) -> None:
         self._done(arrival.transfer, not arrival.transfer.refused)
@@ -206,7 +264,7 @@ class NcclReceiver:
         sender = self._senders.get(link.name)
         if sender is not None and sender.link is link:
             self._forget(sender)
-            sender.send(ChannelFailed(link.epoch, reason))
+            sender.send(ChannelFailed(reason))
 
     def failed(self, error: BaseException) -> None:
         self._on_fatal(error)
@@ -216,13 +274,13 @@ class NcclReceiver:
         transfer.num_left -= 1
         if not transfer.num_left:
             link = transfer.link
-            counts = not transfer.refused and self._sink.put_received(transfer.staged.key, link.name, link.epoch)
+            counts = not transfer.refused and self._sink.put_received(transfer.key, link.name, link.epoch)
             self._done(transfer, counts)
 
     def _done(self, transfer: Transfer, written: bool) -> None:
         sender = self._senders.get(transfer.link.name)
         if sender is not None and sender.link is transfer.link:
-            sender.send(TransferDone(sender.epoch, transfer.staged.seq, written))
+            sender.send(TransferDone(transfer.seq, written))
 
     def _is_current(self, sender: _Sender) -> bool:
         return self._senders.get(sender.worker_id) is sender

@@ -1,4 +1,4 @@
-"""Blocks through Ray's object store: for CPU workers, and wherever nothing faster works.
+"""The object store channel kind.
 
 The sender copies a put's blocks out of its pool into one array and passes it to the decode worker as an
 argument of an actor call: Ray places it in the object store, owns the reference for exactly as long as
@@ -14,15 +14,16 @@ import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
-from pdray.cluster.messages import ChannelReply
+from pdray.cluster.messages import LegKey, WorkerInfo
 from pdray.errors import TransferError
 from pdray.kernels.kv_store import gather_blocks, scatter_blocks
-from pdray.transfer.channel import BlockSink, Put, PutResult
+from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.streams import CudaStream
 
@@ -37,8 +38,23 @@ def array_to_blocks(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Te
     return torch.from_numpy(array.copy()).view(dtype)
 
 
-class ObjectStoreChannel:
-    """SendChannel over Ray's object store.
+class ArrayHeader(NamedTuple):
+    """What an array holds: blocks of these positions of a leg, of layers [first_layer, last_layer)."""
+
+    request_id: str
+    attempt: int
+    first_layer: int
+    last_layer: int
+    first_position: int
+    num_blocks: int
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(ArrayHeader).decode
+
+
+class ObjectStoreSender(Sender):
+    """A Sender through Ray's object store.
 
     Contract: put() returns at once; one thread copies and submits in order, so puts arrive in the
     order they were made; the future completes on a Ray thread when the receiver has answered. Copies
@@ -46,23 +62,21 @@ class ObjectStoreChannel:
 
     Args:
         kv: the sender's pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
-        receive_blocks: the decode actor's method; called as
-            (worker_id, epoch, key, layers, destination_blocks, array) and returns whether it wrote.
     """
 
     kind = "object_store"
 
-    def __init__(self, kv: torch.Tensor, worker_id: str, epoch: int, receive_blocks: Any) -> None:
-        self.epoch = epoch
+    def __init__(self, kv: torch.Tensor, link: Link) -> None:
+        self.epoch = link.epoch
         self._kv = kv
-        self._worker_id = worker_id
-        self._receive_blocks = receive_blocks
+        self._call = link.call
         self._stream = CudaStream(kv.device) if kv.is_cuda else None
         self._closed = False
         self._pending: set[Future[PutResult]] = set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"channel-{worker_id}-{epoch}")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"channel-{link.peer}-{link.epoch}")
 
     def put(self, put: Put) -> Future[PutResult]:
+        """See Sender."""
         future: Future[PutResult] = Future()
         if self._closed:
             future.set_exception(TransferError(f"channel of epoch {self.epoch} is closed"))
@@ -72,22 +86,14 @@ class ObjectStoreChannel:
         self._thread.submit(self._send, put, future, time.monotonic())
         return future
 
-    def on_message(self, message: ChannelReply) -> None:
-        raise TypeError(f"an object store channel takes no {type(message).__name__}")
-
     def _send(self, put: Put, future: Future[PutResult], started: float) -> None:
         try:
             if self._closed:
                 raise TransferError(f"channel of epoch {self.epoch} is closed")
             array = blocks_to_array(self._read(put))
-            call = self._receive_blocks.remote(
-                self._worker_id,
-                self.epoch,
-                put.key,
-                (put.layers.start, put.layers.stop),
-                put.destination_blocks,
-                array,
-            )
+            key = LegKey(*put.key)  # type: ignore[misc]
+            where = put.layers.start, put.layers.stop, put.first_position, len(put.source_blocks)
+            call = self._call(encode(ArrayHeader(*key, *where)), array)
             call.future().add_done_callback(lambda reply: self._settle(future, reply, array.nbytes, started))
         except Exception as error:
             self._resolve(future.set_exception, TransferError(f"put failed: {error}"))
@@ -117,7 +123,7 @@ class ObjectStoreChannel:
                 raise
 
     def close(self) -> None:
-        """See SendChannel. A call already submitted may still arrive: the receiver asks its lease
+        """See Sender. A call already submitted may still arrive: the receiver asks its lease
         table and drops it, which is why nothing can reach the destination after the lease's end."""
         self._closed = True
         for future in list(self._pending):
@@ -125,8 +131,8 @@ class ObjectStoreChannel:
         self._thread.shutdown(wait=True)
 
 
-class ObjectStoreReceiver:
-    """What a decode worker's object store channels bring, into its pool.
+class ObjectStoreReceiver(Receiver):
+    """A Receiver of arrays.
 
     Args:
         kv: the pool.
@@ -134,30 +140,71 @@ class ObjectStoreReceiver:
         writes: is told of each put that is being written.
     """
 
-    def __init__(self, kv: torch.Tensor, sink: BlockSink, writes: PendingWrites) -> None:
+    kind = "object_store"
+
+    def __init__(self, kv: torch.Tensor, sink: Sink, writes: PendingWrites) -> None:
         self._kv = kv
         self._sink = sink
         self._writes = writes
         self._stream = torch.cuda.Stream(kv.device) if kv.is_cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="object-store-receiver")
 
-    async def receive(self, worker_id: str, epoch: int, put: Put, array: np.ndarray[Any, Any]) -> bool:
-        """Write what blocks_to_array() made of the put's blocks, if that may be; returns whether it counts."""
-        if not self._sink.may_write(put.key, worker_id, epoch):
-            return False
-        self._writes.begin(put.key)
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._write, put, array)
-            return self._sink.put_received(put.key, worker_id, epoch)
-        finally:
-            self._writes.end(put.key)
+    async def accept(self, worker_id: str, epoch: int) -> None:
+        """See Receiver."""
 
-    def _write(self, put: Put, array: np.ndarray[Any, Any]) -> None:
+    async def on_array(self, worker_id: str, epoch: int, payload: bytes, array: np.ndarray[Any, Any]) -> bool:
+        """See Receiver.
+
+        Args:
+            payload: an ArrayHeader. array: what blocks_to_array() made of the put's blocks.
+
+        Raises:
+            msgspec.DecodeError: the payload is no header. ValueError: the array has another shape than it says.
+        """
+        header = decode(payload)
+        key, layers = LegKey(header.request_id, header.attempt), range(header.first_layer, header.last_layer)
+        positions = range(header.first_position, header.first_position + header.num_blocks)
+        blocks = self._sink.resolve(key, worker_id, epoch, layers, positions)
+        if blocks is None:
+            return False
+        self._writes.begin(key)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._write, layers, blocks, array)
+            return self._sink.put_received(key, worker_id, epoch)
+        finally:
+            self._writes.end(key)
+
+    def _write(self, layers: range, blocks: list[int], array: np.ndarray[Any, Any]) -> None:
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            scatter_blocks(self._kv, put.layers, put.destination_blocks, array_to_blocks(array, self._kv.dtype))
+            scatter_blocks(self._kv, layers, blocks, array_to_blocks(array, self._kv.dtype))
         if self._stream is not None:
             self._stream.synchronize()
 
-    def close(self) -> None:
-        """Returns when nothing is being written any more; not for the event loop's thread."""
-        self._thread.shutdown()
+    async def close(self) -> None:
+        """See Receiver."""
+        await asyncio.to_thread(self._thread.shutdown)
+
+
+class ObjectStoreKind(Kind):
+    """Ray's object store, between any two workers of a cluster."""
+
+    name = "object_store"
+
+    def __init__(self, site: Site) -> None: ...
+
+    @classmethod
+    def obstacle(cls, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
+        """See Kind."""
+        return None
+
+    def attach(self, kv: torch.Tensor) -> None:
+        """See Kind."""
+        self._kv = kv
+
+    def make_receiver(self, sink: Sink, writes: PendingWrites) -> ObjectStoreReceiver:
+        """See Kind."""
+        return ObjectStoreReceiver(self._kv, sink, writes)
+
+    async def open(self, link: Link, offer: Any) -> ObjectStoreSender:
+        """See Kind."""
+        return ObjectStoreSender(self._kv, link)

@@ -8,9 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
-from pdray.cluster.messages import ChannelReply
 from pdray.errors import TransferError
-from pdray.transfer.channel import Put, PutResult, SendChannel
+from pdray.transfer.channel import Put, PutResult, Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +25,13 @@ class Fault:
     delay_s: float = 0.0
 
 
-class FaultInjectingChannel:
-    """A SendChannel around another one; ``plan(n, put)`` says what befalls the n-th put (from 0)."""
+class FaultInjectingSender(Sender):
+    """A Sender around another one; ``plan(n, put)`` says what befalls the n-th put (from 0)."""
 
-    def __init__(self, inner: SendChannel, plan: Callable[[int, Put], Fault | None]) -> None:
+    kind = "fault_injecting"
+
+    def __init__(self, inner: Sender, plan: Callable[[int, Put], Fault | None]) -> None:
         self.epoch = inner.epoch
-        self.kind = inner.kind
         self._inner = inner
         self._plan = plan
         self._num_puts = 0
@@ -60,8 +60,8 @@ class FaultInjectingChannel:
             timer.start()
         return future
 
-    def on_message(self, message: ChannelReply) -> None:
-        self._inner.on_message(message)
+    def on_message(self, epoch: int, payload: bytes) -> None:
+        self._inner.on_message(epoch, payload)
 
     def _forward(self, put: Put, future: Future[PutResult]) -> None:
         def settle(inner: Future[PutResult]) -> None:

@@ -10,6 +10,7 @@ the communicator when a transfer does not get on. Nothing waits for a peer on th
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import deque
@@ -17,35 +18,36 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from pdray.cluster.messages import (
-    AnyMessage,
+from pdray.cluster.messages import LegKey
+from pdray.errors import HandshakeError, TransferError
+from pdray.transfer.channel import Put, PutResult, Sender
+from pdray.transfer.nccl.communicator import GuardedCommunicator
+from pdray.transfer.nccl.messages import (
     ChannelFailed,
-    ChannelReply,
     GrantTransfers,
-    LegKey,
     RefuseTransfer,
     Staged,
+    ToSender,
+    decode_to_sender,
+    encode,
 )
-from pdray.errors import HandshakeError, TransferError
-from pdray.transfer.channel import Put, PutResult
-from pdray.transfer.communicator import GuardedCommunicator
-from pdray.transfer.outgoing import NO_PUT, Outgoing, Packed
-from pdray.transfer.staging import PROBE_BYTES, Staging
+from pdray.transfer.nccl.outgoing import NO_PUT, Outgoing, Packed
+from pdray.transfer.nccl.staging import PROBE_BYTES, Staging
+from pdray.transfer.nccl.threads import PollingThread, Watchdog
 from pdray.transfer.streams import Stream, drain
-from pdray.transfer.threads import PollingThread, Watchdog
 
 GRANT_TIMEOUT_FACTOR = 4  # a receiver may have to give others up before it comes to a put
 
 
-class NcclSendChannel:
-    """SendChannel over a communicator. See the module.
+class NcclSender(Sender):
+    """A Sender over a communicator. See the module.
 
     Args:
         staging: this channel's alone until close() has returned.
         new_stream: makes one; twice.
         piece_bytes: of the receiver's offer: both sides cut puts alike.
         timeout_s: a granted transfer that does not get on for so long fails the channel.
-        send: hands a message to the pair's session; called from the channel's thread.
+        send: hands the receiver a message; called from the channel's thread.
         on_failed: called once, from any thread, when the channel has failed by itself; its owner then closes it.
 
     Raises:
@@ -64,7 +66,7 @@ class NcclSendChannel:
         epoch: int,
         piece_bytes: int,
         timeout_s: float,
-        send: Callable[[AnyMessage], None],
+        send: Callable[[bytes], None],
         on_failed: Callable[[str], None],
     ) -> None:
         if piece_bytes > staging.piece_bytes:
@@ -102,18 +104,24 @@ class NcclSendChannel:
     # event loop's thread
 
     def put(self, put: Put) -> Future[PutResult]:
-        """See SendChannel."""
-        assert put.source_blocks and len(put.source_blocks) == len(put.destination_blocks)
+        """See Sender."""
+        assert put.source_blocks
         return self._add(put)
 
     def probe(self) -> Future[PutResult]:
         """Send a pattern that the receiver checks; done once it has arrived. accepted is False if it was another."""
         return self._add(None)
 
-    def on_message(self, message: ChannelReply) -> None:
-        """What the receiver says. Messages of another epoch are ignored."""
-        if message.epoch == self.epoch:
-            self._thread.post(lambda: self._take(message))
+    async def check(self) -> None:
+        """See Sender: a first, small transfer goes through."""
+        result = await asyncio.wrap_future(self.probe())
+        if not result.accepted:
+            raise TransferError(f"a probe of the channel of epoch {self.epoch} did not arrive as it was sent")
+
+    def on_message(self, epoch: int, payload: bytes) -> None:
+        """See Sender. Messages of another epoch are ignored; one that cannot be read fails the channel."""
+        if epoch == self.epoch:
+            self._thread.post(lambda: self._take(decode_to_sender(payload)))
 
     def _add(self, put: Put | None) -> Future[PutResult]:
         future: Future[PutResult] = Future()
@@ -137,7 +145,7 @@ class NcclSendChannel:
             outgoing.pieces = self._staging.split(put.layers, len(put.source_blocks), self._piece_bytes)
         self._to_pack.append(outgoing)
 
-    def _take(self, message: ChannelReply) -> None:
+    def _take(self, message: ToSender) -> None:
         match message:
             case GrantTransfers():
                 for seq in message.seqs:
@@ -210,8 +218,9 @@ class NcclSendChannel:
             outgoing.announced_at = time.monotonic()
             self._announced[outgoing.seq] = outgoing
             put = outgoing.put or NO_PUT
-            key, layers, blocks = LegKey(*put.key), put.layers, put.destination_blocks  # type: ignore[misc]
-            self._send(Staged(*key, self.epoch, outgoing.seq, layers.start, layers.stop, blocks))
+            key, layers = LegKey(*put.key), put.layers  # type: ignore[misc]
+            where = layers.start, layers.stop, put.first_position, len(put.source_blocks)
+            self._send(encode(Staged(outgoing.seq, *key, *where)))
 
     def _send_next(self) -> bool:
         """Enqueue the send of the oldest granted put's next piece; False if there is none in staging."""
@@ -272,7 +281,7 @@ class NcclSendChannel:
         return first
 
     def close(self) -> None:
-        """See SendChannel. Afterwards the staging is free for another channel.
+        """See Sender. Afterwards the staging is free for another channel.
 
         Raises:
             TransferError: the device still holds what was enqueued: it cannot be trusted with another channel.

@@ -6,18 +6,20 @@ import re
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pdray.cluster.messages import WorkerInfo
 from pdray.config import Config
 from pdray.errors import ConfigError
-from pdray.transfer.choose import choose_channel
-from pdray.transfer.nccl import nccl_version
-from pdray.transfer.one_gpu import one_gpu_environment
+from pdray.testing.one_gpu import one_gpu_environment
+from pdray.transfer.nccl.transport import nccl_version
+from pdray.transfer.registry import KINDS, choose_kind, load_kind
 
 
-def worker(name: str, gpu: str = "", nccl: str = "22809") -> WorkerInfo:
+def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "") -> WorkerInfo:
     device = "cuda" if gpu else "cpu"
-    return WorkerInfo(name, "1", "both", "", 0, 0, "", device, "f", 1, 16, 64, 8, 64, gpu, nccl if gpu else "")
+    facts = {"gpu": gpu, "version": nccl, "host": host} if gpu else {}
+    return WorkerInfo(name, "1", "both", "", 0, 0, "", device, "f", 1, 16, 64, 8, 64, {"nccl": facts})
 
 
 CASES: list[tuple[Any, Any, str | None]] = [
@@ -32,21 +34,29 @@ CASES: list[tuple[Any, Any, str | None]] = [
 
 @pytest.mark.parametrize(("prefill", "decode", "obstacle"), CASES)
 def test_choice(prefill: WorkerInfo, decode: WorkerInfo, obstacle: str | None) -> None:
-    assert choose_channel(Config(channel="object_store"), prefill, decode) == "object_store"
-    assert choose_channel(Config(), prefill, decode) == ("object_store" if obstacle else "nccl")
+    assert choose_kind("object_store", prefill, decode) == "object_store"
+    assert choose_kind("auto", prefill, decode) == ("object_store" if obstacle else "nccl")
     if obstacle is None:
-        assert choose_channel(Config(channel="nccl"), prefill, decode) == "nccl"
+        assert choose_kind("nccl", prefill, decode) == "nccl"
     else:
         with pytest.raises(ConfigError, match=re.escape(obstacle) + ".*set channel to auto or object_store"):
-            choose_channel(Config(channel="nccl"), prefill, decode)
+            choose_kind("nccl", prefill, decode)
 
 
-def test_one_gpu_is_for_those_who_ask_twice() -> None:
-    pair = worker("p", "A"), worker("d", "A")
-    assert choose_channel(Config(nccl_on_one_gpu=True), *pair) == "object_store"
-    assert choose_channel(Config(nccl_on_one_gpu=True, channel="nccl"), *pair) == "nccl"
-    with pytest.raises(ConfigError, match="runs on cpu"):
-        choose_channel(Config(nccl_on_one_gpu=True, channel="nccl"), worker("p"), worker("d"))
+def test_two_hosts_to_nccl_may_share_a_gpu() -> None:
+    assert choose_kind("nccl", worker("p", "A", host="p"), worker("d", "A", host="d")) == "nccl"
+    with pytest.raises(ConfigError, match="share A"):
+        choose_kind("nccl", worker("p", "A", host="p"), worker("d", "A", host="p"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_where_the_registry_says(name: str) -> None:
+    assert load_kind(name).name == name and Config(channel=name).channel == name
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValidationError, match="auto|nccl"):
+        Config(channel="pigeon")
 
 
 def test_processes_on_one_gpu_are_two_hosts_to_nccl() -> None:

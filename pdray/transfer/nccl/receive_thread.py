@@ -6,16 +6,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from pdray.cluster.messages import Staged
+from pdray.cluster.messages import LegKey
 from pdray.errors import TransferError
-from pdray.transfer.communicator import GuardedCommunicator
-from pdray.transfer.staging import PROBE_BYTES, Piece, Region, Staging
+from pdray.transfer.nccl.communicator import GuardedCommunicator
+from pdray.transfer.nccl.staging import PROBE_BYTES, Piece, Region, Staging
+from pdray.transfer.nccl.threads import PollingThread, Watchdog
 from pdray.transfer.streams import DRAIN_TIMEOUT_S, Event, Stream
-from pdray.transfer.threads import PollingThread, Watchdog
 
 
 @dataclass(eq=False, slots=True)
@@ -32,11 +32,19 @@ class Link:
 
 @dataclass(eq=False, slots=True)
 class Transfer:
-    """A put, or a probe (which has no pieces), that was granted."""
+    """A put, or a probe (which has no pieces), that was granted.
+
+    Attributes:
+        layers, positions: as the sender named them. blocks: of the pool, for each position.
+    """
 
     link: Link
-    staged: Staged
-    pieces: list[Piece]
+    seq: int
+    key: LegKey
+    layers: range
+    positions: range
+    blocks: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     num_left: int = 0  # pieces that are neither written nor dropped; the receiver's
     refused: bool = False
 
@@ -199,7 +207,7 @@ class ReceiveThread:
         transfer.refused = not self._staging.is_probe(arrival.region, transfer.link.epoch)
 
     def _unpack(self, arrival: Arrival) -> None:
-        piece, blocks = arrival.piece, arrival.transfer.staged.block_ids
+        piece, blocks = arrival.piece, arrival.transfer.blocks
         assert piece is not None
         self._unpack_stream.run(partial(self._staging.unpack, arrival.region, piece, blocks))
         self._unpacked_later(arrival)

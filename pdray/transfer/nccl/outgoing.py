@@ -7,10 +7,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from pdray.transfer.channel import Put, PutResult
-from pdray.transfer.staging import Piece, Region
+from pdray.transfer.nccl.staging import Piece, Region
 from pdray.transfer.streams import Event
 
-NO_PUT = Put(("", 0), range(0), [], [])  # what a probe says that it is
+NO_PUT = Put(("", 0), range(0), [], 0)  # what a probe says that it is
 
 
 @dataclass(eq=False, slots=True)
