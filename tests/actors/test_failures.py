@@ -103,7 +103,7 @@ async def prefill(pair: Any, name: str, ids: list[int], **fields: Any) -> LegKey
     message = LeaseRequest(name, 0, ids, PARAMS, [0], [], "prefill-0", **fields)
     pair.router.sessions["decode-0"].send(message)
     grant = await pair.router.first(LeaseGranted, message.key)
-    parts = (ids, PARAMS, [0], [], "decode-0", 1, grant.block_ids, grant.num_cached_tokens)
+    parts = (ids, PARAMS, [0], [], "decode-0", 1, grant.num_cached_tokens)
     pair.router.sessions["prefill-0"].send(PrefillRequest(*message.key, *parts, **fields))
     return message.key
 
@@ -262,7 +262,7 @@ async def test_a_request_that_cannot_be_looked_at_costs_no_session(pair: Any, mo
 
 async def test_what_a_prefill_worker_finds_invalid_is_told_as_such(pair: Any) -> None:
     key = LegKey("r", 0)
-    parts = (list(range(90)) * 6, PARAMS, [0], [], "decode-0", 1, [1], 0)
+    parts = (list(range(90)) * 6, PARAMS, [0], [], "decode-0", 1, 0)
     pair.router.sessions["prefill-0"].send(PrefillRequest(*key, *parts))
     failed = await pair.router.first(PrefillFailed, key)
     assert (failed.verdict, failed.param) == ("invalid", "prompt") and "max_model_len" in failed.reason

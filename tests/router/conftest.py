@@ -141,7 +141,7 @@ class FakeWorker:
     # answers
 
     def grant(self, request_id: str, attempt: int = 0) -> None:
-        self.send(LeaseGranted(request_id, attempt, [1], 0, self.credit))
+        self.send(LeaseGranted(request_id, attempt, 0, self.credit))
 
     def deny(self, request_id: str, reason: str, *, retriable: bool, attempt: int = 0) -> None:
         self.send(LeaseDenied(request_id, attempt, reason, retriable, self.credit))

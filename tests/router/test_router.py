@@ -49,7 +49,7 @@ async def test_streaming_in_order(make_cluster: MakeCluster) -> None:
     request = await start(cluster, "r", priority=3)
     lease, prefill = cluster.decode.received[0], cluster.prefill.received[0]
     assert (lease.prefill_worker_id, lease.indices, lease.priority) == ("prefill-0", [0], 3)
-    assert (prefill.decode_worker_id, prefill.epoch, prefill.block_ids) == ("decode-0", 7, [1])
+    assert (prefill.decode_worker_id, prefill.epoch, prefill.num_cached_tokens) == ("decode-0", 7, 0)
     assert lease.prompt_token_ids == prefill.prompt_token_ids == [ord(c) for c in "prompt"]
 
     stream = aiter(request)
