@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pdray.engine.step_times import StepSpread
-from pdray.models.decoder import shapes_of_layer
 from pdray.models.model_config import ModelConfig
 from pdray.sampling_params import SamplingParams
 
@@ -109,6 +108,8 @@ def floor_seconds(model: ModelConfig, requests: Requests) -> float:
 
 def num_layer_weights(model: ModelConfig) -> int:
     """Weights of all layers' matrices."""
+    from pdray.models.decoder import shapes_of_layer  # and torch, which the command line's help does without
+
     return model.num_layers * sum(part.weight.numel() for part in shapes_of_layer(model).linears())
 
 

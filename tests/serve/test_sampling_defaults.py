@@ -11,6 +11,7 @@ from pdray.models.generation_config import NEUTRAL, SamplingDefaults
 from pdray.sampling_params import SamplingParams
 
 VALUES = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.05}
+ROUNDED = {name: getattr(SamplingParams(**VALUES), name) for name in VALUES}  # to what is computed with
 DEFAULTS = SamplingDefaults(VALUES, 24, "test")
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "Hello"},
@@ -29,9 +30,9 @@ async def params_of(http: httpx.AsyncClient, router: Any, path: str, **fields: A
 async def test_defaults_fill_what_is_left_out_and_nothing_else(path: str, http: Any, router: Any) -> None:
     router.sampling_defaults = DEFAULTS
     params = await params_of(http, router, path)
-    assert {name: getattr(params, name) for name in VALUES} == VALUES and params.max_tokens == 24
+    assert {name: getattr(params, name) for name in VALUES} == ROUNDED and params.max_tokens == 24
     null = await params_of(http, router, path, temperature=None, max_tokens=None)
-    assert (null.temperature, null.max_tokens) == (0.6, 24)
+    assert (null.temperature, null.max_tokens) == (ROUNDED["temperature"], 24)
     given = {"temperature": 0.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     params = await params_of(http, router, path, **given, max_tokens=7)
     assert {name: getattr(params, name) for name in given} == given and params.max_tokens == 7
