@@ -160,6 +160,7 @@ class DecodeWorker(Worker):
         if not self.leases.may_write(leg, worker_id, epoch):
             return False
         self._send(self.leases.put_received(self._now(), leg))
+        self._announce_credit()
         return True
 
     def _put_aborted(self, peer: str, key: LegKey) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pdray.cluster.credit import CreditWaiters, covers
 from pdray.cluster.effects import FlushPuts, Release, Send, StartCompute
 from pdray.cluster.lease import LeaseTable
 from pdray.cluster.membership import Connect, Kill, Membership, Start, TellGone
@@ -23,6 +24,8 @@ from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
     Credit,
+    CreditUpdate,
+    CreditWanted,
     FirstTokens,
     LeaseClosed,
     LeaseDenied,
@@ -115,6 +118,7 @@ class Process:
 class DecodeProcess(Process):
     pool: Pool = field(default_factory=Pool)
     table: LeaseTable = field(init=False)
+    waiters: CreditWaiters = field(default_factory=CreditWaiters)
     writers: dict[str, WorkerInfo] = field(default_factory=dict)  # by incarnation, until told of their death
     targets: dict[LegKey, list[int]] = field(default_factory=dict)  # blocks that a writer was let into
 
@@ -139,7 +143,9 @@ class PrefillProcess(Process):
 class Request:
     tracker: RequestTracker
     n: int
-    places: dict[LegKey, tuple[str | None, str]] = field(default_factory=dict)
+    patient: bool = True
+    places: dict[LegKey, tuple[str | None, str | None]] = field(default_factory=dict)
+    denied: set[LegKey] = field(default_factory=set)  # legs that wait for credit of the worker that denied them
     received: dict[int, list[int]] = field(default_factory=dict)
     outcomes: list[str] = field(default_factory=list)
 
@@ -147,12 +153,13 @@ class Request:
 @dataclass(eq=False)
 class RouterProcess(Process):
     requests: dict[str, Request] = field(default_factory=dict)
+    wanted: dict[str, CreditWanted] = field(default_factory=dict)  # by decode worker
 
 
 class World:
     """Args:
     num_prefill: 0 is colocated.
-    table, ledger: the classes under test, or mutants of them.
+    table, ledger, waiters: the classes under test, or mutants of them.
     """
 
     def __init__(
@@ -161,9 +168,10 @@ class World:
         num_decode: int = 2,
         table: type[LeaseTable] = LeaseTable,
         ledger: type[PrefillLedger] = PrefillLedger,
+        waiters: type[CreditWaiters] = CreditWaiters,
     ) -> None:
         self.now = 0.0
-        self._table, self._ledger = table, ledger
+        self._table, self._ledger, self._waiters = table, ledger, waiters
         self.membership = Membership(num_prefill, num_decode, backoff_s=0.01)
         self.processes: dict[str, Process] = {}
         self.links: dict[tuple[Process, Process], deque[Any]] = {}
@@ -187,7 +195,7 @@ class World:
             process = PrefillProcess(start.worker_id, start.incarnation, ledger=self._ledger())
             role = "prefill"
         else:
-            process = decode = DecodeProcess(start.worker_id, start.incarnation)
+            process = decode = DecodeProcess(start.worker_id, start.incarnation, waiters=self._waiters())
             decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S, BLOCK_SIZE)
             role = "decode" if self.membership.num_prefill else "both"
         self.processes[start.worker_id] = process
@@ -264,7 +272,7 @@ class World:
             return
         if isinstance(peer, DecodeProcess):
             peer.writers.pop(gone.incarnation, None)
-            self._send(peer, peer.table.worker_gone(gone.worker_id, gone.incarnation))
+            self._decode_do(peer, peer.table.worker_gone(gone.worker_id, gone.incarnation))
         elif isinstance(peer, PrefillProcess):
             entry = peer.epochs.get(gone.worker_id)
             if entry is None or entry[1].incarnation == gone.incarnation:
@@ -287,7 +295,8 @@ class World:
 
     def _worker_lost_router(self, worker: Process, router_id: str) -> None:
         if isinstance(worker, DecodeProcess) and worker.alive:
-            self._send(worker, worker.table.router_gone(router_id))
+            worker.waiters.router_gone(router_id)
+            self._decode_do(worker, worker.table.router_gone(router_id))
         elif isinstance(worker, PrefillProcess) and worker.alive:
             self._ledger_do(worker, worker.ledger.router_gone(router_id))
 
@@ -319,11 +328,14 @@ class World:
         table = decode.table
         match message:
             case LeaseRequest():
-                self._send(decode, table.request(self.now, source.name, message))
+                self._decode_do(decode, table.request(self.now, source.name, message))
             case RenewLeases():
                 table.renew(self.now, source.name, message.keys)
+                answer = decode.waiters.renewed(source.name, message.wanted, credit(decode.pool))
+                if not message.keys:  # or heartbeats would hide that somebody was forgotten
+                    self._send(decode, [answer])
             case CloseLease():
-                self._send(decode, table.close(message.key))
+                self._decode_do(decode, table.close(message.key))
             case BeginPut():
                 # A channel may resolve positions now and write much later: what it writes to is what it was told here.
                 self._send(decode, table.begin_put(source.name, message))
@@ -331,9 +343,13 @@ class World:
                 if places is not None:
                     decode.targets[message.key] = places
             case PutDone():
-                self._send(decode, table.put_done(self.now, source.name, message))
+                self._decode_do(decode, table.put_done(self.now, source.name, message))
             case PutAborted():
-                self._send(decode, table.put_aborted(source.name, message.key))
+                self._decode_do(decode, table.put_aborted(source.name, message.key))
+
+    def _decode_do(self, decode: DecodeProcess, effects: list[Send]) -> None:
+        """As the worker does it: whoever waits hears of the credit that has come back."""
+        self._send(decode, [*effects, *decode.waiters.announce(credit(decode.pool))])
 
     def _prefill_receives(self, prefill: PrefillProcess, source: Process, message: Any) -> None:
         ledger = prefill.ledger
@@ -369,7 +385,7 @@ class World:
 
     def _put(self, prefill: PrefillProcess, key: LegKey) -> None:
         leg = prefill.ledger.leg(key)
-        assert leg is not None
+        assert leg is not None and leg.decode_worker_id is not None
         prefill.ledger.put_issued(key)
         decode = prefill.epochs[leg.decode_worker_id][1]
         prefill.puts.append(PutInFlight(key, decode, decode.targets[key]))
@@ -401,7 +417,7 @@ class World:
             self._check_target(put.key, put.decode, put.blocks)
             entry = prefill.epochs.get(put.decode.name)
             if error is None and entry is not None and put.decode.table.may_write(put.key, prefill.name, entry[0]):
-                self._send(put.decode, put.decode.table.put_received(self.now, put.key))
+                self._decode_do(put.decode, put.decode.table.put_received(self.now, put.key))
         self._ledger_do(prefill, prefill.ledger.put_completed(put.key, error))
 
     def _check_target(self, key: LegKey, decode: DecodeProcess, blocks: list[int]) -> None:
@@ -426,14 +442,14 @@ class World:
                 decode.pool.release(key)
                 self._send(decode, decode.table.finished(key))
         now = credit(decode.pool)
-        self._send(decode, [Send(router_id, Tokens(legs, now)) for router_id, legs in by_router.items()])
+        self._decode_do(decode, [Send(router_id, Tokens(legs, now)) for router_id, legs in by_router.items()])
 
     # routers
 
     def submit(self, router: RouterProcess, n: int) -> None:
         request_id = f"request-{self.num_requests}"
         self.num_requests += 1
-        request = Request(RequestTracker(request_id, n), n)
+        request = Request(RequestTracker(request_id, n), n, patient=self.num_requests % 4 > 0)
         router.requests[request_id] = request
         self._open(router, request, request.tracker.start())
 
@@ -445,7 +461,13 @@ class World:
         if not pairs:
             self._end(router, request, "failed")
             return
-        place = request.places[leg.key] = pairs[(self.num_requests + leg.key.attempt) % len(pairs)]
+        place: tuple[str | None, str | None] = pairs[(self.num_requests + leg.key.attempt) % len(pairs)]
+        if place[0] is not None and len(leg.output_token_ids) == OUTPUT_TOKENS - 1:
+            place = (place[0], None)  # the first token ends it: no lease
+        request.places[leg.key] = place
+        if place[1] is None:
+            self._ask_prefill(router, request, leg)
+            return
         ask = LeaseRequest(
             *leg.key, [1], SamplingParams(n=request.n, seed=1), list(leg.indices), list(leg.output_token_ids), place[0]
         )
@@ -460,7 +482,8 @@ class World:
     def _close(self, router: RouterProcess, request: Request, key: LegKey) -> None:
         place = request.places.get(key)
         if place is not None:
-            self._send(router, [Send(place[1], CloseLease(*key, "over"))])
+            if place[1] is not None:
+                self._send(router, [Send(place[1], CloseLease(*key, "over"))])
             if place[0] is not None:
                 self._send(router, [Send(place[0], CancelPrefill(*key))])
 
@@ -471,6 +494,7 @@ class World:
         """A session broke: legs that the dead worker had a part in are replayed."""
         if not router.alive:
             return
+        router.wanted.pop(dead.name, None)
         for request in list(router.requests.values()):
             for leg in request.tracker.legs:
                 if dead.name in request.places.get(leg.key, ()):
@@ -484,6 +508,9 @@ class World:
             self._open(router, request, leg)
 
     def _router_receives(self, router: RouterProcess, source: Process, message: Any) -> None:
+        if isinstance(message, CreditUpdate):
+            self._router_credit(router, source.name, message.credit)
+            return
         if isinstance(message, Tokens):
             for update in message.updates:
                 self._router_tokens(router, update.key, update.tokens)
@@ -498,24 +525,53 @@ class World:
         match message:
             case LeaseGranted():
                 if place[0] is not None:
-                    pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in self.membership.view.pairs}
-                    ask = PrefillRequest(
-                        *leg.key,
-                        [1],
-                        SamplingParams(n=request.n, seed=1),
-                        list(leg.indices),
-                        list(leg.output_token_ids),
-                        place[1],
-                        pairs.get((place[0], place[1]), 0),
-                        0,
-                    )
-                    self._send(router, [Send(place[0], ask)])
+                    self._ask_prefill(router, request, leg)
             case LeaseDenied():
-                self._end(router, request, "rejected")
+                if message.retriable and request.patient:
+                    request.denied.add(leg.key)
+                    self._want(router, source.name)
+                else:
+                    self._end(router, request, "rejected")
             case FirstTokens():
                 self._router_tokens(router, message.key, message.tokens)
             case LeaseClosed() | PrefillFailed():
                 self._replay(router, request, leg.key)
+
+    def _ask_prefill(self, router: RouterProcess, request: Request, leg: Leg) -> None:
+        prefill, decode = request.places[leg.key]
+        assert prefill is not None
+        epochs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in self.membership.view.pairs}
+        epoch = 0 if decode is None else epochs.get((prefill, decode), 0)
+        params = SamplingParams(n=request.n, seed=1)
+        indices, outputs = list(leg.indices), list(leg.output_token_ids)
+        ask = PrefillRequest(*leg.key, [1], params, indices, outputs, decode, epoch, 0)
+        self._send(router, [Send(prefill, ask)])
+
+    def _want(self, router: RouterProcess, decode: str) -> None:
+        """Once, until the worker has told that it is there."""
+        wanted = CreditWanted(BLOCKS_PER_LEG, 1)
+        if router.wanted.get(decode) != wanted:
+            router.wanted[decode] = wanted
+            self._send(router, [Send(decode, RenewLeases([], wanted))])
+
+    def _router_credit(self, router: RouterProcess, decode: str, told: Credit) -> None:
+        """The first that waits for this worker asks again; the others wait on."""
+        wanted = router.wanted.get(decode)
+        if wanted is None or not covers(told, wanted.blocks, wanted.places):
+            return
+        del router.wanted[decode]
+        waiting = [
+            (request, leg)
+            for request in router.requests.values()
+            for leg in request.tracker.legs
+            if leg.key in request.denied and request.places[leg.key][1] == decode
+        ]
+        for request, leg in waiting[:1]:
+            request.denied.discard(leg.key)
+            for again in request.tracker.replace(leg.key):
+                self._open(router, request, again)
+        if waiting[1:]:
+            self._want(router, decode)
 
     def _router_tokens(self, router: RouterProcess, key: LegKey, tokens: list[SampledToken]) -> None:
         request = router.requests.get(key.request_id)
@@ -536,8 +592,9 @@ class World:
         keys: dict[str, list[LegKey]] = {}
         for request in router.requests.values():
             for leg in request.tracker.legs:
-                keys.setdefault(request.places[leg.key][1], []).append(leg.key)
-        self._send(router, [Send(name, RenewLeases(named)) for name, named in keys.items()])
+                if (decode := request.places[leg.key][1]) is not None:
+                    keys.setdefault(decode, []).append(leg.key)
+        self._send(router, [Send(name, RenewLeases(named, router.wanted.get(name))) for name, named in keys.items()])
 
     # time
 
@@ -545,7 +602,7 @@ class World:
         self.now += seconds
         for decode in self.workers(DecodeProcess):
             if decode.runs:
-                self._send(decode, decode.table.expire(self.now))
+                self._decode_do(decode, decode.table.expire(self.now))
         for prefill in self.workers(PrefillProcess):
             if prefill.runs:
                 epochs = {name: epoch for name, (epoch, _) in prefill.epochs.items()}

@@ -19,9 +19,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from pdray.cluster.credit import CreditWaiters
 from pdray.cluster.effects import LedgerEffect, Release, Send
 from pdray.cluster.lease import LeaseState, LeaseTable
-from pdray.cluster.messages import LegKey, PutAborted
+from pdray.cluster.messages import Credit, LegKey, PutAborted
 from pdray.cluster.prefill_ledger import PrefillLedger
 
 _spec = importlib.util.spec_from_file_location("protocol_world", Path(__file__).with_name("protocol_world.py"))
@@ -129,6 +130,21 @@ class NeverAcknowledges(PrefillLedger):
         return [effect for effect in super()._leave_if_idle(key, leg) if isinstance(effect, Release)]
 
 
+class TellsNobody(CreditWaiters):
+    """Who waits for credit is never told that it has come back."""
+
+    def announce(self, credit: Credit) -> list[Send]:
+        super().announce(credit)
+        return []
+
+
+class KeepsWhatNobodyDecodes(PrefillLedger):
+    """A leg without a decode worker waits for its word."""
+
+    def _finish_if_pushed(self, now: float, key: LegKey, leg: Any) -> list[LedgerEffect]:
+        return [] if leg.request.decode_worker_id is None else super()._finish_if_pushed(now, key, leg)
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -136,6 +152,8 @@ class NeverAcknowledges(PrefillLedger):
         {"table": ExpiresQuarantine},
         {"ledger": AcknowledgesTooEarly},
         {"ledger": NeverAcknowledges},
+        {"ledger": KeepsWhatNobodyDecodes},
+        {"waiters": TellsNobody},
     ],
     ids=lambda mutant: next(iter(mutant.values())).__name__,
 )

@@ -200,9 +200,11 @@ async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
     waiting = cluster.submit("waiting")
     await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     await asyncio.wait_for(cluster.router.stop(), DEADLINE_S)
-    assert await cluster.text_of(running) == "ab" and running.output.outputs[0].finish_reason == "abort"
-    with pytest.raises(NoWorkerError):
-        await waiting
+    for cut_off in (cluster.text_of(running), running.wait(), waiting):
+        with pytest.raises(NoWorkerError, match="stopping"):
+            await cut_off
+    assert running.output.outputs[0].text == "ab" and running.output.outputs[0].finish_reason is None
+    assert [outcome for outcome, _ in cluster.metrics.outcomes] == ["error", "rejected"]
     await cluster.decode.wait(lambda: cluster.decode.session is None)
 
 
