@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def answers(llm: LLM) -> list[Any]:
 def disaggregated(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     folder = tmp_path_factory.mktemp("generation")
     (folder / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 100000}')
-    with LLM(mode="disaggregated", generation_config=str(folder), **COMMON) as llm:
+    with LLM(mode="disaggregated", generation_config=str(folder), max_num_seqs=4, max_queue_size=1, **COMMON) as llm:
         yield llm
 
 
@@ -117,6 +118,20 @@ def test_timings_are_complete_and_add_up(disaggregated: LLM) -> None:
         assert value is not None and value >= 0, name
     assert timings.ttft_unexplained is not None and timings.first_gap_unexplained is not None
     assert timings.ttft <= timings.e2e
+
+
+def test_threads_that_generate_more_than_the_queue_holds(disaggregated: LLM) -> None:
+    """A batch job waits its turn: nobody is refused."""
+    prompts = [f"{number} plus one is" for number in range(7)]
+    alone = disaggregated.generate(prompts, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [
+            pool.submit(disaggregated.generate, prompts, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+            for _ in range(3)
+        ]
+        for call in calls:
+            assert [o.outputs[0].token_ids for o in call.result()] == [o.outputs[0].token_ids for o in alone]
+    assert blocks_in_use(disaggregated) == [0, 0]
 
 
 def test_bad_requests_name_value_and_limit(disaggregated: LLM) -> None:

@@ -22,6 +22,7 @@ from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
     CreditUpdate,
+    CreditWanted,
     EndCompletion,
     FirstTokens,
     LeaseClosed,
@@ -31,6 +32,7 @@ from pdray.cluster.messages import (
     LegKey,
     PrefillFailed,
     PrefillRequest,
+    RenewLeases,
     Tokens,
     WorkerInfo,
 )
@@ -360,17 +362,37 @@ async def test_no_credit_is_denied_and_announced(pair: Pair) -> None:
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     keys = [pair.lease(f"leg-{i}", PROMPT[:20], params, prefill_worker_id=None) for i in range(5)]
     denied = await pair.router.first(LeaseDenied, keys[4])
-    assert denied.retriable
-    since = len(pair.router.messages)
+    assert denied.retriable and denied.credit.free_places == 0
+
+    def told() -> list[int]:
+        return [m.credit.free_places for m in pair.router.messages if isinstance(m, CreditUpdate)]
+
+    # Nothing else tells of it but the worker's own steps: the answer, and once there is as much as was asked for.
+    pair.router.sessions["decode-0"].send(RenewLeases([], CreditWanted(blocks=3, places=2)))
+    await pair.router.wait(lambda: told() == [0])
     pair.router.sessions["decode-0"].send(CloseLease(*keys[0], "test"))
-    told = (CreditUpdate, Tokens)  # the latter if a step ended in between
-    await pair.router.wait(
-        lambda: any(m.credit.free_places for m in pair.router.messages[since:] if isinstance(m, told))
-    )
+    pair.router.sessions["decode-0"].send(CloseLease(*keys[1], "test"))
+    await pair.router.wait(lambda: told() == [0, 2])
     too_long = pair.lease("too-long", [1] * 512, params)
     assert not (await pair.router.first(LeaseDenied, too_long)).retriable
-    for key in keys[1:]:
+    for key in keys[2:]:
         pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
+    await pair.quiet()
+
+
+async def test_one_token_needs_no_decode_worker(pair: Pair) -> None:
+    """Its KV stays where it is, and goes when the token was sent."""
+    params = SamplingParams(temperature=1.0, seed=7, n=2, max_tokens=1)
+    key = pair.lease("leased", PROMPT, params)
+    await pair.start_prefill(key, PROMPT, params)
+    leased = await pair.router.first(FirstTokens, key)
+    await pair.quiet()
+    pair.router.sessions["prefill-0"].send(PrefillRequest("alone", 0, PROMPT, params, [0, 1], [], None, 0, 0))
+    alone = await pair.router.first(FirstTokens, LegKey("alone", 0))
+    assert alone.tokens == leased.tokens and {token.finish_reason for token in alone.tokens} == {"length"}
+    await pair.quiet()
+    pair.router.sessions["prefill-0"].send(PrefillRequest("gone", 0, PROMPT * 9, params, [0, 1], [], None, 0, 0))
+    pair.router.sessions["prefill-0"].send(CancelPrefill("gone", 0))
     await pair.quiet()
 
 
