@@ -208,6 +208,7 @@ def parse_model(file: Path) -> Any:
         ModelLoadError: a library that reads it is missing, or it is not sentencepiece's.
     """
     try:
+        import sentencepiece  # noqa: F401 (the module below is its own)
         from google.protobuf.message import DecodeError
 
         messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
