@@ -5,6 +5,7 @@ Where a key is absent, what llama.cpp assumes (llama-vocab.cpp). A key or kind t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,9 @@ WITHOUT_EFFECT = {
     *(f"{name}_token_id" for name in ("cls", "mask", "middle", "prefix", "separator", "seperator", "suffix")),
     "token_type_count",
 }
+# Beside the tokenizer.ggml keys: the chat template, others that a request would have to name, and the same tokenizer
+# in another form.
+OTHER_KEYS = re.compile(r"tokenizer\.(chat_templates?|chat_template\..+|huggingface\.json)")
 REFUSED_UNLESS_EMPTY = {"add_sep_token", "precompiled_charsmap", "suppress_tokens"}
 
 
@@ -136,13 +140,14 @@ def end_token_ids(file: GGUFFile) -> list[int]:
 
 def _refuse_unknown_keys(file: GGUFFile) -> None:
     prefix = "tokenizer.ggml."
-    keys = [key.removeprefix(prefix) for key in file.keys if key.startswith(prefix)]
-    unknown = [prefix + key for key in keys if key not in READ | WITHOUT_EFFECT | REFUSED_UNLESS_EMPTY]
+    named = [key for key in file.keys if key.startswith("tokenizer.") and not OTHER_KEYS.fullmatch(key)]
+    keys = {key.removeprefix(prefix) for key in named}
+    unknown = [key for key in named if key.removeprefix(prefix) not in READ | WITHOUT_EFFECT | REFUSED_UNLESS_EMPTY]
     if unknown:
         raise ModelLoadError(
             f"{file.path} says of its tokenizer what pdray does not know: {', '.join(unknown)}; set tokenizer"
         )
-    for key in sorted(REFUSED_UNLESS_EMPTY.intersection(keys)):
+    for key in sorted(REFUSED_UNLESS_EMPTY & keys):
         if _field(file, key):
             raise ModelLoadError(f"{prefix}{key} in {file.path} is in use, which pdray does not support; set tokenizer")
 

@@ -44,7 +44,8 @@ def load_model_config(config: Config) -> ModelConfig:
     Raises:
         ModelLoadError: the model is not found, or of a kind that pdray does not know.
     """
-    return _model_config(resolve_model(config, weights=False), config)
+    source = resolve_model(config, weights=False)
+    return _model_config(source, _gguf(source), config)
 
 
 def load_model(config: Config, device: torch.device) -> LoadedModel:
@@ -55,7 +56,8 @@ def load_model(config: Config, device: torch.device) -> LoadedModel:
         ConfigError: max_model_len is beyond the model's limit.
     """
     source = resolve_model(config, weights=True)
-    model_config = _model_config(source, config)
+    gguf = _gguf(source)
+    model_config = _model_config(source, gguf, config)
     if config.load_format != "dummy" and model_config.tie_word_embeddings and source.kind is SourceKind.FOLDER:
         untied = has_head_of_its_own(source.path)
         if untied:
@@ -63,7 +65,7 @@ def load_model(config: Config, device: torch.device) -> LoadedModel:
         model_config = dataclasses.replace(model_config, tie_word_embeddings=not untied)
     dtype = choose_dtype(config, model_config, device)
     decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device)
-    _fill(decoder, source, config)
+    _fill(decoder, source, gguf, config)
     digest = fingerprint(decoder)
     decoder.pack_weights()
     return LoadedModel(model_config, decoder, dtype, digest)
@@ -89,21 +91,26 @@ def choose_max_len(config: Config, model_config: ModelConfig) -> int:
     return config.max_model_len or limit
 
 
-def _fill(decoder: Decoder, source: ModelSource, config: Config) -> None:
+def _gguf(source: ModelSource) -> GGUFFile | None:
+    """The file, opened once: parsing its vocabulary takes most of a second."""
+    return GGUFFile(source.path) if source.kind is SourceKind.GGUF else None
+
+
+def _fill(decoder: Decoder, source: ModelSource, gguf: GGUFFile | None, config: Config) -> None:
     """Give every parameter its value. No view of them outlives this, so that packing frees what it replaces."""
     parameters = decoder.parameters()
     if config.load_format == "dummy":
         fill_dummy(parameters, config.seed, decoder.config.initializer_range)
-    elif source.kind is SourceKind.GGUF:
-        load_gguf(GGUFFile(source.path), parameters)
+    elif gguf is not None:
+        load_gguf(gguf, parameters)
     else:
         load_safetensors(source.path, parameters)
 
 
-def _model_config(source: ModelSource, config: Config) -> ModelConfig:
+def _model_config(source: ModelSource, gguf: GGUFFile | None, config: Config) -> ModelConfig:
     """Sequences end at what the model's own files name, and at what the tokenizer does."""
-    if source.kind is SourceKind.GGUF:
-        model_config = read_model_config(GGUFFile(source.path))
+    if gguf is not None:
+        model_config = read_model_config(gguf)
     else:
         hf_config, _ = read_config_files(source)
         file = generation_file(config, source)

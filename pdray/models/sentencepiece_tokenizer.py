@@ -6,6 +6,7 @@ splits of a piece into two pieces, ordered by the piece's score (Kudo and Richar
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -207,14 +208,16 @@ def parse_model(file: Path) -> Any:
         ModelLoadError: a library that reads it is missing, or it is not sentencepiece's.
     """
     try:
+        import sentencepiece  # noqa: F401 (the module below is its own)
         from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
+
+        messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError as error:
         raise ModelLoadError(
             f"{file} is a sentencepiece model, and its folder has no tokenizer.json: reading it needs the packages "
             f"sentencepiece and protobuf ({error}); pip install sentencepiece protobuf, or set tokenizer"
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = messages.ModelProto()
     content = file.read_bytes()
     try:
         proto.ParseFromString(content)

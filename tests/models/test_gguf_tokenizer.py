@@ -162,6 +162,11 @@ def test_characters_that_no_piece_has(convert: Convert) -> None:
     assert tokenizer.tokenize("hé") == ["▁", "h", "<unk>"]
 
 
+def test_only_the_chat_template_for_chat_is_used(convert: Convert) -> None:
+    others = {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "{{ tools }}"}
+    assert convert(BYTE_LEVEL, **others, **{"tokenizer.huggingface.json": "{}"}).chat_template == "{{ messages }}"
+
+
 def test_kinds_of_tokens(convert: Convert) -> None:
     tokenizer = convert(BYTE_LEVEL)
     ids = tokenizer("<|im_start|>hello<think>", add_special_tokens=False).input_ids
@@ -219,6 +224,7 @@ def test_the_files_own_vocabulary_is_read_whatever_lies_beside_it(
         (BYTE_LEVEL, {"add_sep_token": True}, "add_sep_token in .* is in use"),
         (BYTE_LEVEL, {"suppress_tokens": [3]}, "suppress_tokens in .* is in use"),
         (BYTE_LEVEL, {"split_on_moonlight": True}, "does not know: tokenizer.ggml.split_on_moonlight"),
+        (BYTE_LEVEL, {"tokenizer.moonlight.scores": [1]}, "does not know: tokenizer.moonlight.scores"),
         (BYTE_LEVEL, {"added_tokens": ["<nobody>"]}, "added_tokens in .* names '<nobody>'"),
         (SENTENCEPIECE, {"scores": PIECE_SCORES[1:]}, "scores in .* elements for"),
         (SENTENCEPIECE, {"precompiled_charsmap": [1, 2]}, "precompiled_charsmap in .* is in use"),
