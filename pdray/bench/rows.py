@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.step_times import StepSpread
+from pdray.engine.step.times import StepSpread
 from pdray.models.model_config import ModelConfig
 from pdray.sampling_params import SamplingParams
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pdray.config import Config
-from pdray.engine.step_times import Spread, StepSpread
+from pdray.engine.step.times import Spread, StepSpread
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.sampling_params import SamplingParams
 

@@ -10,21 +10,21 @@ from collections.abc import Callable, Hashable
 import torch
 
 from pdray.config import Config
-from pdray.engine.batch import InputBuffers, StepInputs
-from pdray.engine.block_pool import BlockPool, PrefixChanges
-from pdray.engine.demand import num_blocks_for
-from pdray.engine.integrity import check_in_slices
-from pdray.engine.layer_groups import layer_callback
-from pdray.engine.limits import EngineLimits
-from pdray.engine.memory import allocate_pool, choose_num_blocks, longest_sequence
-from pdray.engine.profile import profile_model
+from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
+from pdray.engine.kv.integrity import check_in_slices
+from pdray.engine.kv.sizing import allocate_pool, choose_num_blocks, longest_sequence
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
-from pdray.engine.results import Bookkeeper
-from pdray.engine.runner import Draws, Runner
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import LiveRequest, SequenceStatus
-from pdray.engine.step_plan import StepPlan
-from pdray.engine.step_times import StepSpread, StepTimes
+from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.demand import num_blocks_for
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import LiveRequest, SequenceStatus
+from pdray.engine.step.inputs import InputBuffers, StepInputs
+from pdray.engine.step.lane import Draws, Runner
+from pdray.engine.step.layer_groups import layer_callback
+from pdray.engine.step.profile import profile_model
+from pdray.engine.step.times import StepSpread, StepTimes
 from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken

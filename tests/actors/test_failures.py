@@ -26,7 +26,7 @@ from pdray.cluster.messages import (
 )
 from pdray.config import Config
 from pdray.engine.engine import Engine
-from pdray.engine.sequence import LiveRequest
+from pdray.engine.schedule.sequence import LiveRequest
 from pdray.errors import EngineHungError, StepFailedError
 from pdray.sampling_params import SamplingParams
 

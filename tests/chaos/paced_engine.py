@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from pdray.config import Config
-from pdray.engine.batch import StepInputs
 from pdray.engine.engine import Engine
-from pdray.engine.runner import Draws, Runner
+from pdray.engine.step.inputs import StepInputs
+from pdray.engine.step.lane import Draws, Runner
 from pdray.models.decoder import Decoder
 from pdray.models.load import LoadedModel
 from pdray.models.model_config import ModelConfig

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pdray.engine.batch import InputBuffers
 from pdray.engine.request import EngineRequest, RequestUpdate
-from pdray.engine.runner import Draws
-from pdray.engine.sequence import ALONE_STEPS, Sequence
+from pdray.engine.schedule.sequence import ALONE_STEPS, Sequence
+from pdray.engine.step.inputs import InputBuffers
+from pdray.engine.step.lane import Draws
 from pdray.errors import RequestFailedError, StepFailedError
 from pdray.sampling_params import SamplingParams
 

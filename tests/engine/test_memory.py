@@ -10,8 +10,8 @@ import torch
 
 from pdray.config import Config
 from pdray.engine import memory
-from pdray.engine.memory import allocate_pool, available_host_bytes, block_bytes, choose_num_blocks
-from pdray.engine.profile import profile_model
+from pdray.engine.kv.sizing import allocate_pool, available_host_bytes, block_bytes, choose_num_blocks
+from pdray.engine.step.profile import profile_model
 from pdray.errors import ConfigError, OutOfMemoryError
 
 CPU = torch.device("cpu")

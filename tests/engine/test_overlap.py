@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdray.engine.request import EngineRequest
-from pdray.engine.step_graphs import StepGraphs
+from pdray.engine.step.graphs import StepGraphs
 from pdray.sampling_params import SamplingParams
 
 RULES = {

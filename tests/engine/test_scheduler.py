@@ -11,14 +11,14 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from pdray.engine.block_pool import BlockPool
-from pdray.engine.integrity import check_integrity
-from pdray.engine.limits import EngineLimits
+from pdray.engine.kv.block_pool import BlockPool
+from pdray.engine.kv.integrity import check_integrity
 from pdray.engine.request import EngineRequest
-from pdray.engine.results import Bookkeeper
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import ALONE_STEPS, LiveRequest
-from pdray.engine.step_plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import ALONE_STEPS, LiveRequest
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams

@@ -12,9 +12,9 @@ import torch
 from models import SHAPES, build, engine
 from rows import Row
 
-from pdray.engine.batch import StepInputs
 from pdray.engine.request import EngineRequest
-from pdray.engine.runner import Draws, Runner
+from pdray.engine.step.inputs import StepInputs
+from pdray.engine.step.lane import Draws, Runner
 from pdray.sampling_params import SamplingParams
 
 NUM_REQUESTS = 40

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pdray.engine.limits import EngineLimits
-from pdray.engine.sequence import Sequence, uses_penalties
-from pdray.engine.step_plan import BlockCopy, StepPlan
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import BlockCopy, StepPlan
+from pdray.engine.schedule.sequence import Sequence, uses_penalties
 from pdray.kernels.attention import AttentionMetadata, find_fresh
 from pdray.kernels.sampling import SamplingMetadata, SamplingRow
 from pdray.kernels.sampling_metadata import GREEDY_TEMPERATURE

@@ -7,9 +7,9 @@ from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 from pdray.engine.request import RequestUpdate
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import LiveRequest, Sequence, SequenceStatus
-from pdray.engine.step_plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
 

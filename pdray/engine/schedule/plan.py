@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pdray.engine.sequence import BlockCopy, LiveRequest, Sequence
+from pdray.engine.schedule.sequence import BlockCopy, LiveRequest, Sequence
 from pdray.outputs import Logprob
 
 

@@ -17,13 +17,13 @@ from collections.abc import Hashable
 from itertools import count
 from typing import NamedTuple
 
-from pdray.engine.block_pool import BlockPool
-from pdray.engine.kv_allocator import KVAllocator
-from pdray.engine.limits import EngineLimits
+from pdray.engine.kv.allocator import KVAllocator
+from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
-from pdray.engine.sequence import LiveRequest, Sequence, SequenceStatus
-from pdray.engine.step_plan import StepPlan
-from pdray.engine.turns import Turn, Turns
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
+from pdray.engine.schedule.turns import Turn, Turns
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
 

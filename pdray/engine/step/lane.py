@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from pdray.engine.batch import InputBuffers, StepInputs
-from pdray.engine.step_graphs import StepGraphs
-from pdray.engine.step_plan import SampledRow
+from pdray.engine.schedule.plan import SampledRow
+from pdray.engine.step.graphs import StepGraphs
+from pdray.engine.step.inputs import InputBuffers, StepInputs
 from pdray.kernels.draw import draw_tokens
 from pdray.kernels.kv_store import copy_blocks
 from pdray.kernels.sampling import SampleOutput, sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pdray.config import Config
-from pdray.engine.memory import allocate_pool
+from pdray.engine.kv.sizing import allocate_pool
 from pdray.kernels.attention import AttentionMetadata
 from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
 from pdray.models.decoder import Decoder

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.block_pool import hash_blocks
+from pdray.engine.kv.block_pool import hash_blocks
 from pdray.engine.request import EngineRequest
 from pdray.sampling_params import SamplingParams, wrap_seed
 
