@@ -52,7 +52,7 @@ def test_padded_steps_give_the_same_tokens(llama: Any) -> None:
     """As for graphs and launched steps on CUDA; here the same code computes them."""
     plain = llama.engine(async_scheduling=False).run(*requests())
     padded = llama.engine(async_scheduling=True)
-    padded.runner.graphs = StepGraphs(torch.empty(8, 199), max_num_batched_tokens=64)
+    padded.lane.graphs = StepGraphs(torch.empty(8, 199), max_num_batched_tokens=64)
     assert answers(padded.run(*requests())) == answers(plain)
 
 
