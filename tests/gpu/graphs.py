@@ -31,8 +31,8 @@ class Comparison:
         self.lane = lane
         self.shapes: Counter[str] = Counter()
         self.differing: list[str] = []
-        self._launch = runner.launch
-        runner.launch = self.launch  # type: ignore[method-assign]
+        self._launch = lane.launch
+        lane.launch = self.launch  # type: ignore[method-assign]
 
     @torch.inference_mode()
     def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
