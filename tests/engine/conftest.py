@@ -71,9 +71,9 @@ class RecordingEngine(Engine):
         self.lane.on_logits = self._record_logits
 
     def _record_logits(self, logits: torch.Tensor) -> None:
-        samplers = [sampler for chunk in self._scheduler.plans_in_flight[-1].chunks for sampler in chunk.samplers]
-        for sampler, row in zip(samplers, logits, strict=True):
-            self.logits[sampler.request.key, sampler.index, sampler.draw_position] = row.clone()
+        draws = [draw for chunk in self._scheduler.plans_in_flight[-1].chunks for draw in chunk.draws]
+        for (sampler, _, position), row in zip(draws, logits, strict=True):
+            self.logits[sampler.request.key, sampler.index, position] = row.clone()
 
     def step(self) -> list[RequestUpdate]:
         updates = super().step()

@@ -62,7 +62,7 @@ class FakeEngine:
         self.assert_clean()
         assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks) <= self.limits.max_num_batched_tokens
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks) <= self.limits.max_num_seqs
-        assert sum(len(chunk.samplers) for chunk in plan.chunks) <= self.limits.max_num_seqs
+        assert sum(len(chunk.draws) for chunk in plan.chunks) <= self.limits.max_num_seqs
         self.assert_apart(plan)
         return plan
 
@@ -96,7 +96,7 @@ class FakeEngine:
             for position in range(chunk.end):
                 block = chunk.sequence.block_table[position // BLOCK_SIZE]
                 assert self.slots[block, position % BLOCK_SIZE] == tokens[: position + 1], "attention over a wrong KV"
-            rows += [SampledRow(draw(tokens, sampler.index)) for sampler in chunk.samplers]
+            rows += [SampledRow(draw(tokens, each.sequence.index)) for each in chunk.draws]
         self.sampled = [row.token_id for row in rows]
         return rows
 

@@ -139,7 +139,7 @@ class Scheduler:
         self.allocator.fork(live)
         for sequence in live.sequences:
             token = by_index[sequence.index]
-            sequence.token_ids.append(token.token_id)
+            sequence.append(token.token_id)
             if token.finish_reason is None:
                 self._run(sequence)
             else:
@@ -231,8 +231,8 @@ class Scheduler:
         assert last is plan
         self.pool.free([copy.source for copy in plan.copies])
         for chunk in plan.chunks:
-            for sampler in chunk.samplers:
-                sampler.num_pending -= 1
+            for draw in chunk.draws:
+                draw.sequence.num_pending -= 1
             self.booked(chunk.sequence)
 
     def booked(self, sequence: Sequence) -> None:
