@@ -116,7 +116,7 @@ class Worker:
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id() if in_ray else "",
             device=str(self.device),
-            fingerprint=f"{self.engine.model.fingerprint}-{self.engine.block_size}-{tuple(self.engine.kv.shape[2:])}",
+            fingerprint=f"{self.engine.model.fingerprint}-{self.engine.pool.layout}",
             num_blocks=self.engine.num_blocks,
             block_size=self.engine.block_size,
             max_model_len=self.engine.max_model_len,
@@ -155,15 +155,15 @@ class Worker:
         """All that makes the whole device wait, or takes its memory, happens here, before any channel is open."""
         import torch
 
-        from pdray.engine.engine import Engine
+        from pdray.engine.build import build_engine
         from pdray.models import load_model
 
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
         share = self.config.prefill_num_gpus if self.role == "prefill" else self.config.decode_num_gpus
-        engine = Engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
+        engine = build_engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
         for kind in self.kinds.values():
-            kind.attach(engine.kv)
+            kind.attach(engine.pool)
         return engine
 
     async def stop(self) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pdray.engine.kv.layout import KVLayout
 from pdray.kernels.activation import silu_and_mul
 from pdray.kernels.attention import AttentionMetadata, find_fresh, paged_attention
 from pdray.kernels.draw import draw_filtered, draw_tokens
@@ -174,9 +175,10 @@ class KernelCases:
         return self._per_token(heads * model.head_dim, make)
 
     def _pool(self, num_layers: int, num_blocks: int) -> Tensor:
-        model = self.model
-        shape = num_layers, num_blocks, 2, self.block_size, model.num_kv_heads, model.head_dim
-        return torch.randn(shape, device=self.device, dtype=torch.float32).to(self.dtype)
+        layout = KVLayout.of(self.model, self.block_size, self.dtype)
+        return torch.randn((num_layers, num_blocks, *layout.block_shape), device=self.device, dtype=torch.float32).to(
+            self.dtype
+        )
 
     def _attentions(self) -> Iterator[Case]:
         long = min(32768, self.max_len)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.step_times import StepSpread
+from pdray.engine.step.times import StepSpread
 from pdray.models.model_config import ModelConfig
 from pdray.sampling_params import SamplingParams
 
@@ -93,7 +93,7 @@ def floor_seconds(model: ModelConfig, requests: Requests) -> float:
     """
     weights = num_layer_weights(model)
     head_weights = model.vocab_size * model.hidden_size
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * BYTES_PER_VALUE
+    kv_bytes = kv_bytes_of_token(model)
     flops = 0.0
     for prompt in requests.prompts:
         attention = 2 * model.num_layers * model.num_heads * model.head_dim * len(prompt) ** 2
@@ -104,6 +104,15 @@ def floor_seconds(model: ModelConfig, requests: Requests) -> float:
         running = [len(p) + step for p, n in zip(requests.prompts, requests.output_lens, strict=True) if n > step]
         total += (weight_bytes + kv_bytes * sum(running)) / BYTES_PER_S
     return total
+
+
+def kv_bytes_of_token(model: ModelConfig) -> int:
+    """Bytes of one token's keys and values in all layers, bfloat16."""
+    import torch
+
+    from pdray.engine.kv.layout import KVLayout
+
+    return KVLayout.of(model, 1, torch.bfloat16).block_bytes
 
 
 def num_layer_weights(model: ModelConfig) -> int:

@@ -16,6 +16,8 @@ from pdray.background import BackgroundTasks
 from pdray.cluster.messages import AnyMessage, ChannelMessage, ChannelOffer, LegKey
 from pdray.cluster.session import PeerName, Session, SessionServer, connect
 from pdray.config import Config
+from pdray.engine.kv.layout import KVLayout
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Site
 from pdray.transfer.pending_writes import PendingWrites
@@ -43,10 +45,10 @@ class PoolSpec(NamedTuple):
     timeout_s: float = 2.0
     device: str = "cuda"
 
-    def allocate(self) -> torch.Tensor:
-        """[num_layers, num_blocks, 2, 16, 1, block_bytes / 64] of zeros."""
-        shape = (self.num_layers, self.num_blocks, 2, 16, 1, self.block_bytes // 64)
-        return torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
+    def allocate(self) -> KVPool:
+        """Blocks of 16 tokens with one head of block_bytes / 64."""
+        layout = KVLayout(self.num_layers, 16, 1, self.block_bytes // 64, torch.bfloat16)
+        return KVPool.allocate(layout, self.num_blocks, torch.device(self.device))
 
 
 class Rate(NamedTuple):
@@ -113,8 +115,9 @@ class _Peer:
         device = torch.device(spec.device)
         site = Site(config, spec.name, device, 1, lambda error: self.fatal.append(repr(error)))
         self.kind = (make_kind or load_kind(spec.kind))(site)
-        self.pool = spec.allocate()
-        self.kind.attach(self.pool)
+        pool = spec.allocate()
+        self.kind.attach(pool)
+        self.pool = pool.tensor
 
     def describe(self) -> dict[str, str]:
         """What the kind says of this end."""

@@ -1,7 +1,7 @@
 """Routers that wait for a decode worker's credit, and what each of them waits for.
 
 A router that cannot place its next request says with RenewLeases what that needs. The worker tells it as soon as its
-credit covers that, and not before. Both sides judge by covers() and by the same Demand (pdray/engine/demand.py), so a
+credit covers that, and not before. Both sides judge by covers() and by the same Demand, so a
 lease is asked for only when the worker, as far as it has told, would grant it.
 
 Pure and single-threaded.

@@ -160,7 +160,7 @@ class LeaseRequest(LegMessage, frozen=True):
 
 
 class CreditWanted(msgspec.Struct, frozen=True, array_like=True):
-    """What the request that waits first at a router needs; see pdray.engine.demand.Demand."""
+    """What the request that waits first at a router needs; see pdray.engine.schedule.demand.Demand."""
 
     blocks: int
     places: int

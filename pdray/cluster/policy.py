@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pdray.cluster.credit import covers
 from pdray.cluster.messages import Credit
-from pdray.engine.demand import Demand
+from pdray.engine.schedule.demand import Demand
 
 MAX_QUEUED_BATCHES = 2
 CACHED_PROMPT_WORTH = {False: 1.0, True: 4.0}  # sequences; by whether the worker prefills too

@@ -7,24 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 
-import torch
-
 from pdray.config import Config
-from pdray.engine.batch import InputBuffers, StepInputs
-from pdray.engine.block_pool import BlockPool, PrefixChanges
-from pdray.engine.demand import num_blocks_for
-from pdray.engine.integrity import check_in_slices
-from pdray.engine.layer_groups import layer_callback
-from pdray.engine.limits import EngineLimits
-from pdray.engine.memory import allocate_pool, choose_num_blocks, longest_sequence
-from pdray.engine.profile import profile_model
+from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
+from pdray.engine.kv.integrity import check_in_slices
+from pdray.engine.kv.pool import KVPool
+from pdray.engine.kv.sizing import longest_sequence
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
-from pdray.engine.results import Bookkeeper
-from pdray.engine.runner import Draws, Runner
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import LiveRequest, SequenceStatus
-from pdray.engine.step_plan import StepPlan
-from pdray.engine.step_times import StepSpread, StepTimes
+from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.demand import num_blocks_for
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import LiveRequest, SequenceStatus
+from pdray.engine.step.lane import Draws, Lane
+from pdray.engine.step.layer_groups import layer_callback
+from pdray.engine.step.times import StepSpread, StepTimes
 from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
@@ -41,47 +38,27 @@ class Engine:
     state, and is never held while the model runs. What a step in flight uses stays as it is until the step is booked.
 
     Args:
-        num_kv_blocks: size of the pool, dummy block included; default: as the configuration says.
-        gpu_share: part of the GPU that this engine may use (CUDA, measured pool).
+        pool: this engine's alone to allocate from.
         overlap: launch a step before the tokens of the one before it are read; default: config.async_scheduling, and
             where that says nothing, on CUDA.
 
     Attributes:
         max_model_len: tokens of prompt and output: the configured limit, or what the pool holds of one sequence.
-        kv: the pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; block 0 is a dummy.
         on_layer_group: called by the engine's thread in the midst of a step, for prefill_only requests, after each
             group of transfer_layer_group layers; over a request's life, each block of each layer once.
         on_work: called, without the lock, after anything that may have given step() something to do.
-
-    Raises:
-        OutOfMemoryError: the measured pool cannot hold one sequence of max_model_len.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: LoadedModel,
-        device: torch.device,
-        *,
-        num_kv_blocks: int | None = None,
-        gpu_share: float = 1.0,
-        overlap: bool | None = None,
-    ) -> None:
+    def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
+        device = pool.device
         config = config.for_device(device.type)
         self.config = config
         self.model = model
+        self.pool = pool
         self.device = device
-        self.block_size: int = config.block_size
+        self.block_size = pool.layout.block_size
+        self.num_blocks = pool.num_blocks
         max_model_len = model.decoder.max_len
-        self.num_blocks = num_kv_blocks or choose_num_blocks(
-            config,
-            model.config,
-            model.dtype,
-            device,
-            max_model_len,
-            gpu_share=gpu_share,
-            profile=lambda: profile_model(config, model.decoder),
-        )
         self.max_model_len = min(max_model_len, longest_sequence(self.num_blocks, self.block_size))
         if self.max_model_len < max_model_len:  # only num_kv_blocks asks for a pool so small
             logger.warning(
@@ -91,7 +68,6 @@ class Engine:
                 self.num_blocks,
                 num_blocks_for(max_model_len, self.block_size) + 1,
             )
-        self.kv = allocate_pool(model.config, self.num_blocks, self.block_size, model.dtype, device)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
         limits = EngineLimits(
@@ -107,13 +83,10 @@ class Engine:
         self.overlap = overlap if overlap is not None else config.async_scheduling
         if self.overlap is None:
             self.overlap = device.type == "cuda"
-        self.runner = Runner(model.decoder, self.kv, limits.max_num_seqs)
+        capture = device.type == "cuda" and not config.enforce_eager
+        self.lane = Lane(model.decoder, pool, limits, capture=capture)
         self._scheduler = Scheduler(limits, BlockPool(self.num_blocks, config.enable_prefix_caching))
         self._bookkeeper = Bookkeeper(self._scheduler)
-        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device)
-        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device)
-        if device.type == "cuda" and not config.enforce_eager:
-            self.runner.capture(self._decode_buffers, self._buffers, config.max_num_batched_tokens)
         self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
         self._lock = threading.Lock()
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
@@ -245,12 +218,12 @@ class Engine:
         On CUDA an error may be that of any earlier launch, and the device be lost, unless it is Python's own and comes
         before this plan's first launch. The device's errors are RuntimeErrors.
         """
-        launching = False
+        launching, lane = False, self._lane_for(plan)
         try:
             with self._lock:
-                inputs, on_layer = self._fill(plan), self._layer_callback(plan)
+                inputs, on_layer = lane.prepare(plan), self._layer_callback(plan)
             launching = True
-            self._in_flight = plan, self.runner.launch(inputs, on_layer)
+            self._in_flight = plan, lane.launch(inputs, on_layer)
         except Exception as error:
             if self.device.type != "cpu" and (launching or isinstance(error, RuntimeError)):
                 raise
@@ -284,10 +257,8 @@ class Engine:
                 self._step_times.pause()
         return updates
 
-    def _fill(self, plan: StepPlan) -> StepInputs:
-        graphs = self.runner.graphs
-        padded = None if graphs is None else graphs.shape_for(plan)
-        return (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
+    def _lane_for(self, plan: StepPlan) -> Lane:
+        return self.lane
 
     def _layer_callback(self, plan: StepPlan) -> Callable[[int], None] | None:
         """What the model calls after each layer, if anyone is to hear of it."""

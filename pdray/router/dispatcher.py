@@ -28,7 +28,7 @@ from pdray.cluster.messages import (
     StepFailed,
 )
 from pdray.config import Config
-from pdray.engine.block_pool import hash_blocks, short_hash
+from pdray.engine.kv.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, PdrayError, RequestFailedError
 from pdray.router.connections import WorkerConnections
 from pdray.router.leg import RoutedLeg

@@ -9,7 +9,7 @@ from pdray.cluster.messages import LegKey
 from pdray.cluster.policy import Choice
 from pdray.cluster.request_tracker import Leg
 from pdray.config import Config
-from pdray.engine.demand import Demand, lease_demand
+from pdray.engine.schedule.demand import Demand, lease_demand
 from pdray.router.request import RoutedRequest
 
 

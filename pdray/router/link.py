@@ -10,7 +10,7 @@ from pdray.cluster.credit import covers
 from pdray.cluster.messages import Credit, CreditWanted, LegKey, PrefixUpdate, WorkerInfo, unpack_hashes
 from pdray.cluster.policy import DecodeState, PrefillState
 from pdray.cluster.session import Session
-from pdray.engine.demand import Demand
+from pdray.engine.schedule.demand import Demand
 
 NO_CREDIT = Credit(free_blocks=0, free_places=0, running=0, waiting=0, leases=0)
 

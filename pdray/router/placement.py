@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pdray.cluster.policy import Choice, choose, choose_prefill, has_credit
 from pdray.config import Config
-from pdray.engine.demand import Demand
+from pdray.engine.schedule.demand import Demand
 from pdray.errors import InvalidRequestError
 from pdray.router.connections import WorkerConnections
 from pdray.router.leg import RoutedLeg

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from pdray.engine.kv.pool import KVPool
     from pdray.transfer.pending_writes import PendingWrites
 
 
@@ -194,8 +195,8 @@ class Kind(ABC):
         """Why this kind cannot join the two; None if it can."""
 
     @abstractmethod
-    def attach(self, kv: torch.Tensor) -> None:
-        """Take the worker's pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; warm up."""
+    def attach(self, pool: KVPool) -> None:
+        """Take the worker's pool; warm up."""
 
     @abstractmethod
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> Receiver:

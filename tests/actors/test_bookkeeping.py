@@ -14,7 +14,7 @@ from pdray.actors.prefill_worker import PrefillWorker
 from pdray.cluster.messages import PrefixUpdate, unpack_hashes
 from pdray.cluster.prefixes import PART
 from pdray.config import Config
-from pdray.engine.block_pool import PrefixChanges
+from pdray.engine.kv.block_pool import PrefixChanges
 
 CONFIG = Config(model="config.json", skip_tokenizer_init=True)
 

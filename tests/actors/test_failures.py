@@ -26,7 +26,7 @@ from pdray.cluster.messages import (
 )
 from pdray.config import Config
 from pdray.engine.engine import Engine
-from pdray.engine.sequence import LiveRequest
+from pdray.engine.schedule.sequence import LiveRequest
 from pdray.errors import EngineHungError, StepFailedError
 from pdray.sampling_params import SamplingParams
 
@@ -47,7 +47,7 @@ class DeviceLostError(BaseException):
 
 def poison(engine: Engine, error: BaseException, *, from_outputs: int = 0) -> None:
     """Makes every step raise that computes a request with POISON in its prompt, and so many outputs."""
-    launch = engine.runner.launch
+    launch = engine.lane.launch
 
     def is_poison(live: LiveRequest) -> bool:
         return POISON in live.prompt_token_ids and live.lead.num_output_tokens >= from_outputs
@@ -58,7 +58,7 @@ def poison(engine: Engine, error: BaseException, *, from_outputs: int = 0) -> No
             raise error
         return launch(*arguments)
 
-    engine.runner.launch = failing  # type: ignore[method-assign]
+    engine.lane.launch = failing  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -216,13 +216,13 @@ async def test_a_router_that_does_not_listen_delays_the_end_only_a_little(
 
 async def test_a_step_that_hangs_has_suspects_too(pair: Any) -> None:
     gate = threading.Event()
-    launch = pair.decode.engine.runner.launch
+    launch = pair.decode.engine.lane.launch
 
     def hang(*arguments: Any) -> Any:
         gate.wait(20)
         return launch(*arguments)
 
-    pair.decode.engine.runner.launch = hang
+    pair.decode.engine.lane.launch = hang
     watch = asyncio.create_task(pair.decode._end_if_hung(0.2))
     joined = asyncio.create_task(pair.decode.join())
     key = lease(pair, "r", prompt())

@@ -502,7 +502,7 @@ async def test_a_put_cannot_name_what_its_lease_does_not_hold(
     """Nothing is written, the lease ends, and both workers go on."""
     expected = await finish(pair, "honest", 1)  # 64 of its 70 tokens are cached from now on
     channel = pair.prefill._channels["decode-0"]
-    before, put = pair.decode.engine.kv.clone(), channel.put
+    before, put = pair.decode.engine.pool.tensor.clone(), channel.put
     key = pair.lease("forged", PROMPT, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
     monkeypatch.setattr(channel, "put", lambda each: put(FORGERIES[forgery](each)))
     await pair.start_prefill(key, PROMPT, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
@@ -510,7 +510,7 @@ async def test_a_put_cannot_name_what_its_lease_does_not_hold(
     assert "which the lease does not hold" in closed.reason
     monkeypatch.undo()
     await pair.quiet()
-    assert torch.equal(pair.decode.engine.kv[:, 1:], before[:, 1:])
+    assert torch.equal(pair.decode.engine.pool.tensor[:, 1:], before[:, 1:])
     assert await finish(pair, "after", 1) == expected
     await pair.quiet()
 

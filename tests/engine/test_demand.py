@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from pdray.cluster.credit import covers
 from pdray.cluster.messages import Credit
-from pdray.engine.block_pool import BlockPool
-from pdray.engine.demand import lease_demand
-from pdray.engine.limits import EngineLimits
+from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest
-from pdray.engine.scheduler import Scheduler
+from pdray.engine.schedule.demand import lease_demand
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.scheduler import Scheduler
 from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams
 

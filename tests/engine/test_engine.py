@@ -13,7 +13,7 @@ import torch
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import EngineRequest, RequestUpdate
-from pdray.engine.runner import Draws
+from pdray.engine.step.lane import Draws
 from pdray.errors import InvalidRequestError, StepFailedError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
@@ -66,7 +66,7 @@ def test_release_during_the_step_frees_at_its_end_and_announces_nothing(llama: A
         engine.release("r")
         seen.append((engine.stats().free_blocks, engine.check_integrity()))
 
-    engine.runner.on_logits = release
+    engine.lane.on_logits = release
     updates = engine.step()
     assert seen == [(199 - 4, [])]
     assert [update.key for update in updates] == ["s"] and engine.stats().free_blocks == 199 - 2
@@ -259,7 +259,7 @@ def test_a_loop_that_never_started_stops(llama: Any) -> None:
 
 def test_the_pool_has_the_documented_shape(llama: Any) -> None:
     engine = llama.engine(block_size=32, num_kv_blocks=9)
-    assert engine.kv.shape == (3, 9, 2, 32, 2, 8) and engine.kv.dtype == torch.float32
+    assert engine.pool.tensor.shape == (3, 9, 2, 32, 2, 8) and engine.pool.tensor.dtype == torch.float32
     assert (engine.num_blocks, engine.block_size, engine.max_model_len) == (9, 32, 256)
     assert isinstance(engine.config, Config)
     r = request("r", 70)

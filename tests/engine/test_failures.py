@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pdray.engine.batch import InputBuffers
 from pdray.engine.request import EngineRequest, RequestUpdate
-from pdray.engine.runner import Draws
-from pdray.engine.sequence import ALONE_STEPS, Sequence
+from pdray.engine.schedule.sequence import ALONE_STEPS, Sequence
+from pdray.engine.step.inputs import InputBuffers
+from pdray.engine.step.lane import Draws
 from pdray.errors import RequestFailedError, StepFailedError
 from pdray.sampling_params import SamplingParams
 
@@ -27,7 +27,7 @@ def request(key: Hashable, n: int = 1, max_tokens: int = 10, **fields: Any) -> E
 def poisoned(engine: Any, condition: Condition, error: BaseException) -> list[set[Hashable]]:
     """Makes steps raise that compute a sequence of this kind; returns the keys of every step in flight, by launch."""
     launches: list[set[Hashable]] = []
-    launch = engine.runner.launch
+    launch = engine.lane.launch
 
     def failing(*arguments: Any) -> Draws:
         plans = list(engine._scheduler.plans_in_flight)
@@ -37,7 +37,7 @@ def poisoned(engine: Any, condition: Condition, error: BaseException) -> list[se
         result: Draws = launch(*arguments)
         return result
 
-    engine.runner.launch = failing
+    engine.lane.launch = failing
     return launches
 
 

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from pdray.engine import block_pool, integrity
-from pdray.engine.block_pool import BlockPool
-from pdray.engine.integrity import check_in_slices, check_integrity
-from pdray.engine.limits import EngineLimits
+from pdray.engine.kv import block_pool, integrity
+from pdray.engine.kv.block_pool import BlockPool
+from pdray.engine.kv.integrity import check_in_slices, check_integrity
 from pdray.engine.request import EngineRequest
-from pdray.engine.results import Bookkeeper
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import ALONE_STEPS, LiveRequest
-from pdray.engine.step_plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import ALONE_STEPS, LiveRequest
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
@@ -64,7 +64,7 @@ class FakeEngine:
         self.assert_clean()
         assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks) <= self.limits.max_num_batched_tokens
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks) <= self.limits.max_num_seqs
-        assert sum(len(chunk.samplers) for chunk in plan.chunks) <= self.limits.max_num_seqs
+        assert sum(len(chunk.draws) for chunk in plan.chunks) <= self.limits.max_num_seqs
         self.assert_apart(plan)
         return plan
 
@@ -98,7 +98,7 @@ class FakeEngine:
             for position in range(chunk.end):
                 block = chunk.sequence.block_table[position // BLOCK_SIZE]
                 assert self.slots[block, position % BLOCK_SIZE] == tokens[: position + 1], "attention over a wrong KV"
-            rows += [SampledRow(draw(tokens, sampler.index)) for sampler in chunk.samplers]
+            rows += [SampledRow(draw(tokens, each.sequence.index)) for each in chunk.draws]
         self.sampled = [row.token_id for row in rows]
         return rows
 

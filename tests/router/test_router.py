@@ -19,7 +19,7 @@ from pdray.cluster.messages import (
     PrefixUpdate,
     pack_hashes,
 )
-from pdray.engine.block_pool import hash_blocks, short_hash
+from pdray.engine.kv.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, NoWorkerError
 from pdray.router.completion import CompletionDelta
 from pdray.router.request import RoutedRequest

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pdray.cluster.messages import LegKey
+from pdray.engine.kv.pool import KVPool
 from pdray.transfer.channel import Put, PutResult
 from pdray.transfer.nccl.communicator import SENDER_RANK, open_communicator
 from pdray.transfer.nccl.messages import (
@@ -97,7 +98,7 @@ class Sender:
         world.receiver.on_message(self.name, self.epoch, encode(OpenCommunicator()), self.take)
         communicator = await open_communicator(lambda: self.transport.connect(unique_id, SENDER_RANK))
         self.channel = NcclSender(
-            Staging(self.pool, self.buffer),
+            Staging(KVPool.of(self.pool), self.buffer),
             communicator,
             self.transport.new_stream,
             name=self.name,
@@ -145,7 +146,7 @@ class World:
         self.staged: list[Staged] = []
         self.fatal: list[BaseException] = []
         self.senders: list[Sender] = []
-        self.staging = Staging(self.pool, torch.zeros(STAGING_BYTES, dtype=torch.uint8))
+        self.staging = Staging(KVPool.of(self.pool), torch.zeros(STAGING_BYTES, dtype=torch.uint8))
         self.receiver = NcclReceiver(
             self.staging,
             self.transport,

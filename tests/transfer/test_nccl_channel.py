@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pdray.cluster.messages import LegKey
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import HandshakeError, TransferError
 from pdray.transfer.channel import PutResult
 from pdray.transfer.nccl.communicator import GuardedCommunicator, open_communicator
@@ -284,7 +285,7 @@ async def test_stagings_of_different_sizes_are_refused(world: Any) -> None:
     small = torch.zeros(len(sender.buffer) - 4096, dtype=torch.uint8)
     with pytest.raises(HandshakeError, match="transfer_staging_bytes"):
         NcclSender(
-            Staging(sender.pool, small), GuardedCommunicator(sender.transport.communicators[-1]),
+            Staging(KVPool.of(sender.pool), small), GuardedCommunicator(sender.transport.communicators[-1]),
             sender.transport.new_stream, name="b", epoch=1, piece_bytes=world.receiver.piece_bytes,
             timeout_s=1, send=print, on_failed=print,
         )  # fmt: skip

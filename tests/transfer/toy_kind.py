@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from pdray.cluster.messages import LegKey, WorkerInfo
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site
 from pdray.transfer.pending_writes import PendingWrites
@@ -73,8 +74,8 @@ class ToyKind(Kind):
     def obstacle(cls, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
         return None
 
-    def attach(self, kv: torch.Tensor) -> None:
-        self.kv = kv
+    def attach(self, pool: KVPool) -> None:
+        self.kv = pool.tensor
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> ToyReceiver:
         return ToyReceiver(self.kv, sink)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pdray.cluster.messages import WorkerInfo
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import HandshakeError
 from pdray.transfer.channel import Kind, Link, Sink, Site
 from pdray.transfer.nccl.communicator import SENDER_RANK, Transport, open_communicator
@@ -65,17 +66,17 @@ class NcclKind(Kind):
             return f"{prefill.worker_id} and {decode.worker_id} share {ours['gpu']}, and NCCL takes a GPU only once"
         return None
 
-    def attach(self, kv: torch.Tensor) -> None:
+    def attach(self, pool: KVPool) -> None:
         """See Kind."""
-        self._kv = kv
+        self._pool = pool
         for buffer in self._buffers:
-            Staging(kv, buffer).warm_up()
+            Staging(pool, buffer).warm_up()
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> NcclReceiver:
         """See Kind."""
         assert self._transport is not None
         return NcclReceiver(
-            Staging(self._kv, self._buffers[0]),
+            Staging(self._pool, self._buffers[0]),
             self._transport,
             sink,
             writes,
@@ -99,7 +100,7 @@ class NcclKind(Kind):
         communicator = await open_communicator(partial(transport.connect, offer.unique_id, SENDER_RANK))
         try:
             return NcclSender(
-                Staging(self._kv, self._buffer_of[link.peer]),
+                Staging(self._pool, self._buffer_of[link.peer]),
                 communicator,
                 transport.new_stream,
                 name=link.peer,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
 from pdray.kernels.kv_pack import pack_blocks, unpack_blocks
 
@@ -92,18 +93,19 @@ class Staging:
     """Staging for blocks of one pool. Each region holds a piece's data, and behind them its block ids.
 
     Args:
-        kv: the pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
+        pool: see KVPool.
         buffer: [num_bytes] uint8 on the pool's device.
 
     Raises:
         ConfigError: the buffer is too small for this pool's blocks.
     """
 
-    def __init__(self, kv: torch.Tensor, buffer: torch.Tensor) -> None:
-        self.kv = kv
+    def __init__(self, pool: KVPool, buffer: torch.Tensor) -> None:
+        self.layout = pool.layout
+        self.kv = pool.tensor
         self.buffer = buffer
         self.ring = StagingRing(len(buffer) // ALIGNMENT * ALIGNMENT)
-        self.bytes_per_block: int = kv[0, 0].numel() * kv.dtype.itemsize
+        self.bytes_per_block = pool.layout.layer_block_bytes
         self.piece_bytes = len(buffer) // RING_PIECES - MAX_PIECE_BLOCKS * INDEX_BYTES - 2 * ALIGNMENT
         if self.piece_bytes < max(self.bytes_per_block, PROBE_BYTES):
             least = RING_PIECES * (self.bytes_per_block + MAX_PIECE_BLOCKS * INDEX_BYTES + PROBE_BYTES)
@@ -147,7 +149,7 @@ class Staging:
 
     def warm_up(self) -> None:
         """Compile and load the kernels; leaves the pool as it was, but for its dummy block. Waits for the device."""
-        piece = Piece(range(0, len(self.kv)), 0, 1)
+        piece = Piece(range(0, self.layout.num_layers), 0, 1)
         for each in self.split(piece.layers, 1, self.piece_bytes):
             region = self.allocate(each)
             assert region is not None
@@ -158,8 +160,8 @@ class Staging:
             torch.cuda.synchronize(self.kv.device)
 
     def _data(self, region: Region, piece: Piece) -> torch.Tensor:
-        shape = (len(piece.layers), piece.stop - piece.start, *self.kv.shape[2:])
-        return self._bytes(region.offset, self.num_bytes(piece)).view(self.kv.dtype).view(shape)
+        shape = (len(piece.layers), piece.stop - piece.start, *self.layout.block_shape)
+        return self._bytes(region.offset, self.num_bytes(piece)).view(self.layout.dtype).view(shape)
 
     def _index(self, region: Region, piece: Piece, block_ids: list[int]) -> torch.Tensor:
         """The piece's block ids on the device. The host's copy is read before copy_() returns: it is pageable."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from pdray.cluster.messages import LegKey, WorkerInfo
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
 from pdray.kernels.kv_store import gather_blocks, scatter_blocks
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site
@@ -197,9 +198,9 @@ class ObjectStoreKind(Kind):
         """See Kind."""
         return None
 
-    def attach(self, kv: torch.Tensor) -> None:
+    def attach(self, pool: KVPool) -> None:
         """See Kind."""
-        self._kv = kv
+        self._kv = pool.tensor
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> ObjectStoreReceiver:
         """See Kind."""

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pdray.engine.limits import EngineLimits
-from pdray.engine.sequence import Sequence, uses_penalties
-from pdray.engine.step_plan import BlockCopy, StepPlan
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import BlockCopy, StepPlan
+from pdray.engine.schedule.sequence import Sequence
 from pdray.kernels.attention import AttentionMetadata, find_fresh
+from pdray.kernels.embedding import pending_id
 from pdray.kernels.sampling import SamplingMetadata, SamplingRow
 from pdray.kernels.sampling_metadata import GREEDY_TEMPERATURE
 
@@ -51,7 +52,7 @@ class StepInputs(NamedTuple):
     """One forward pass over T tokens of B sequences, and S draws from its logits.
 
     Attributes:
-        input_ids: [T] int64; -1 - i stands for the token that draw i of the step before has drawn.
+        input_ids: [T] int64; pending_id(i) stands for the token that draw i of the step before has drawn.
         positions: [T] int64.
         logit_rows: [S] int64, the token whose logits each draw uses; a row may occur more than once.
         draws: on CUDA.
@@ -181,7 +182,8 @@ class InputBuffers:
             host.set_table(row, chunk.sequence, -(-chunk.end // self.block_size))
         starts = np.fromiter((chunk.start for chunk in chunks), np.int64, num)
         host.ids[:num] = [
-            chunk.sequence.token_ids[chunk.start] if chunk.late_row is None else -1 - chunk.late_row for chunk in chunks
+            chunk.sequence.token_ids[chunk.start] if chunk.late_row is None else pending_id(chunk.late_row)
+            for chunk in chunks
         ]
         host.positions[:num] = starts
         blocks = host.tables[self._arange[:num], starts // self.block_size].astype(np.int64)
@@ -199,13 +201,15 @@ class InputBuffers:
             host.set_table(i, sequence, -(-end // self.block_size))
             last = token + chunk.num_tokens
             positions = self._arange[start:end]
-            host.ids[token:last] = sequence.token_ids[start:end] if chunk.late_row is None else -1 - chunk.late_row
+            host.ids[token:last] = (
+                sequence.token_ids[start:end] if chunk.late_row is None else pending_id(chunk.late_row)
+            )
             host.positions[token:last] = positions
             blocks = sequence.block_row[positions // self.block_size].astype(np.int64)
             host.slots[token:last] = blocks * self.block_size + positions % self.block_size
             host.lens[i] = end
             token = last
-            rows += [token - 1] * len(chunk.samplers)
+            rows += [token - chunk.num_tokens + draw.row for draw in chunk.draws]
             query_lens.append(chunk.num_tokens)
         host.rows[: len(rows)] = rows
         host.starts[0] = 0
@@ -213,11 +217,11 @@ class InputBuffers:
 
     @staticmethod
     def _fill_draws(host: HostInputs, plan: StepPlan, num_draws: int) -> None:
-        samplers = [sampler for chunk in plan.chunks for sampler in chunk.samplers]
-        num = len(samplers)
-        host.temperature[:num] = [_temperature(sampler) for sampler in samplers]
-        host.seeds[:num] = [sampler.seed for sampler in samplers]
-        host.draw_positions[:num] = [sampler.draw_position for sampler in samplers]
+        draws = [draw for chunk in plan.chunks for draw in chunk.draws]
+        num = len(draws)
+        host.temperature[:num] = [_temperature(draw.sequence) for draw in draws]
+        host.seeds[:num] = [draw.sequence.seed for draw in draws]
+        host.draw_positions[:num] = [draw.position for draw in draws]
         for padding in (host.temperature, host.seeds, host.draw_positions):
             padding[num:num_draws] = 0
 
@@ -257,26 +261,18 @@ class InputBuffers:
 
     def _sampling(self, plan: StepPlan) -> tuple[SamplingMetadata | None, list[int | None]]:
         """How to draw; a batch of plain rows builds nothing."""
-        samplers = [sampler for chunk in plan.chunks for sampler in chunk.samplers]
-        num_logprobs = [sampler.request.params.logprobs for sampler in samplers]
-        if self.device.type == "cuda" and all(sampler.request.is_plain for sampler in samplers):
+        draws = [draw for chunk in plan.chunks for draw in chunk.draws]
+        num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
+        if self.device.type == "cuda" and all(draw.sequence.request.is_plain for draw in draws):
             return None, num_logprobs
-        if all(sampler.request.is_plain and sampler.request.params.greedy for sampler in samplers):
+        if all(draw.sequence.request.is_plain and draw.sequence.request.params.greedy for draw in draws):
             return GREEDY, num_logprobs
         rows = []
-        for sampler in samplers:
-            params, num_outputs = sampler.request.params, sampler.draw_position
-            has_penalty = uses_penalties(params)
-            rows.append(
-                SamplingRow(
-                    params,
-                    sampler.seed,
-                    num_outputs,
-                    sampler.request.prompt_token_ids if has_penalty else (),
-                    sampler.token_ids[sampler.num_prompt_tokens :] if has_penalty else (),
-                    sampler.request.end_token_ids if num_outputs < params.min_tokens else (),
-                )
-            )
+        for sequence, _, position in draws:
+            row = SamplingRow(sequence.request.params, sequence.seed, position)
+            for rule in sequence.rules:
+                row = rule.change(row)
+            rows.append(row)
         return SamplingMetadata.build(rows, self.device), num_logprobs
 
 

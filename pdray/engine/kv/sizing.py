@@ -1,17 +1,16 @@
-"""How many KV blocks a worker's pool gets, and the pool itself."""
+"""How many KV blocks a worker's pool gets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
 from pdray.config import Config
+from pdray.engine.kv.layout import KVLayout
 from pdray.errors import ConfigError, OutOfMemoryError
-from pdray.models.model_config import ModelConfig
 
 CGROUP_FILES = (  # limit, usage; versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -19,26 +18,9 @@ CGROUP_FILES = (  # limit, usage; versions 2 and 1
 )
 
 
-def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of all layers."""
-    return 2 * model.num_layers * block_size * model.num_kv_heads * model.head_dim * dtype.itemsize
-
-
-def allocate_pool(
-    model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Zeros [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; on CPU pages are taken when used."""
-    shape = (model.num_layers, num_blocks, 2, block_size, model.num_kv_heads, model.head_dim)
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = np.zeros(num_blocks * block_bytes(model, block_size, dtype), dtype=np.uint8)
-    return torch.from_numpy(pages).view(dtype).view(shape)
-
-
 def choose_num_blocks(
     config: Config,
-    model: ModelConfig,
-    dtype: torch.dtype,
+    layout: KVLayout,
     device: torch.device,
     max_model_len: int,
     *,
@@ -59,7 +41,7 @@ def choose_num_blocks(
         if config.num_kv_blocks < 2:
             raise ConfigError("num_kv_blocks is 1, but one block is kept for padding; it must be at least 2")
         return config.num_kv_blocks
-    size = block_bytes(model, config.block_size, dtype)
+    size = layout.block_bytes
     blocks_per_sequence = -(-max_model_len // config.block_size)
     if config.kv_cache_memory_bytes is not None:
         available, setting = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"

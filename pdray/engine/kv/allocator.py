@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pdray.engine.block_pool import BlockPool
-from pdray.engine.limits import EngineLimits
-from pdray.engine.sequence import BlockCopy, LiveRequest, Sequence
+from pdray.engine.kv.block_pool import BlockPool
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.sequence import BlockCopy, LiveRequest, Sequence
 
 
 class KVAllocator:

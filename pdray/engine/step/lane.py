@@ -1,4 +1,4 @@
-"""Runs steps on the device: block copies, the model, sampling, and the one late read of what was drawn."""
+"""Runs steps on a device: block copies, the model, sampling, and the one late read of what was drawn."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from pdray.engine.batch import InputBuffers, StepInputs
-from pdray.engine.step_graphs import StepGraphs
-from pdray.engine.step_plan import SampledRow
+from pdray.engine.kv.pool import KVPool
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import SampledRow, StepPlan
+from pdray.engine.step.graphs import StepGraphs
+from pdray.engine.step.inputs import InputBuffers, StepInputs
 from pdray.kernels.draw import draw_tokens
 from pdray.kernels.kv_store import copy_blocks
 from pdray.kernels.sampling import SampleOutput, sample
@@ -41,41 +43,61 @@ class Draws(NamedTuple):
         return unpack_samples(self.packed, self.num_logprobs, self.num_top)
 
 
-class Runner:
-    """The model over one KV pool. For the engine's thread alone.
+class Lane:
+    """Launches plans one after the other: input buffers, padding, graphs. For one thread.
+
+    Several lanes may serve one pool. Draws that the host has not read are looked up in ``sampled``, so lanes whose
+    plans continue each other's share it.
 
     Args:
-        max_num_draws: of one step.
+        sampled: [max_num_seqs] int64 on the device; default: its own.
+        capture: make CUDA graphs, and load what launched steps need.
 
     Attributes:
-        sampled: [max_num_draws] int64 on the device, the last launched step's draws.
+        sampled: the last launched step's draws.
         graphs: of decode steps and short prompts; None: every step is launched kernel by kernel.
         on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
 
-    def __init__(self, decoder: Decoder, kv: torch.Tensor, max_num_draws: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: KVPool,
+        limits: EngineLimits,
+        *,
+        sampled: torch.Tensor | None = None,
+        capture: bool = False,
+    ) -> None:
         self.decoder = decoder
-        self.kv = kv
-        self.sampled = torch.zeros(max_num_draws, dtype=torch.int64, device=kv.device)
+        self.pool = pool
+        device = pool.device
+        self.sampled = (
+            torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device) if sampled is None else sampled
+        )
         self.graphs: StepGraphs | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
+        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device)
+        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device)
+        if capture:
+            self._capture(limits.max_num_batched_tokens)
 
-    def capture(self, decode_buffers: InputBuffers, buffers: InputBuffers, max_num_batched_tokens: int) -> None:
-        """Make the graphs, and load what launched steps need.
-
-        The buffers hold the inputs of decode steps, and of all others, from now on.
-        """
+    def _capture(self, max_num_batched_tokens: int) -> None:
         shape = (len(self.sampled), self.decoder.config.vocab_size)
-        logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.kv.device)
+        logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.pool.device)
         self.graphs = StepGraphs(logits, max_num_batched_tokens)
-        self.graphs.capture(self.compute, decode_buffers, buffers)
+        self.graphs.capture(self.compute, self._decode_buffers, self._buffers)
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
+
+    def prepare(self, plan: StepPlan) -> StepInputs:
+        """The plan's inputs, padded for a graph where one can run it. Reads the sequences: under the engine's lock."""
+        padded = None if self.graphs is None else self.graphs.shape_for(plan)
+        return (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
 
     @torch.inference_mode()
     def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
         """Start the step, which reads ``sampled`` and then overwrites it; on CPU, compute it."""
-        copy_blocks(self.kv, list(inputs.copies))
+        copy_blocks(self.pool.tensor, list(inputs.copies))
         num_draws = len(inputs.num_logprobs)
         if self.graphs is not None and inputs.shape in self.graphs:
             logits = self.graphs.replay(inputs.shape)
@@ -102,7 +124,7 @@ class Runner:
         """Logits of the step's draws; plain draws go to ``sampled``. Can be captured."""
         tokens = inputs.input_ids, inputs.positions
         rows = None if inputs.shape.is_decode else inputs.logit_rows
-        hidden = self.decoder.forward(*tokens, self.kv, inputs.attention, on_layer, self.sampled, rows)
+        hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
         logits = self.decoder.compute_logits(hidden, logits_out)
         if inputs.draws is not None and len(logits):
             draw_tokens(logits, *inputs.draws, out=self.sampled[: len(logits)])

@@ -7,9 +7,9 @@ from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 from pdray.engine.request import RequestUpdate
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import LiveRequest, Sequence, SequenceStatus
-from pdray.engine.step_plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
 
@@ -55,7 +55,7 @@ class Bookkeeper:
         """Book the oldest step in flight.
 
         Args:
-            rows: one for each sampler of each chunk, in order.
+            rows: one for each draw of each chunk, in order.
         """
         scheduler, allocator = self.scheduler, self.scheduler.allocator
         assert scheduler.plans_in_flight[0] is plan
@@ -65,9 +65,9 @@ class Bookkeeper:
         updates: dict[Hashable, RequestUpdate] = {}
         for chunk in plan.chunks:
             sequence, live = chunk.sequence, chunk.sequence.request
-            tokens = [next(drawn) for _ in chunk.samplers]
-            for sampler in chunk.samplers:
-                sampler.num_pending -= 1
+            tokens = [next(drawn) for _ in chunk.draws]
+            for draw in chunk.draws:
+                draw.sequence.num_pending -= 1
             is_over_run = sequence.status is SequenceStatus.FINISHED
             scheduler.booked(sequence)
             if is_over_run:
@@ -84,20 +84,20 @@ class Bookkeeper:
         return list(updates.values())
 
     def _book(self, chunk: Chunk, rows: list[SampledRow], update: RequestUpdate) -> None:
-        """Hand the drawn tokens to the chunk's samplers."""
+        """Hand the drawn tokens to their sequences."""
         live = chunk.sequence.request
         self.num_output_tokens += len(rows)
         if not live.forked and not live.prefill_only:
             self.scheduler.fork(live)
         has_ended = False
-        for sampler, row in zip(chunk.samplers, rows, strict=True):
+        for (sampler, _, _), row in zip(chunk.draws, rows, strict=True):
             token = self._token(sampler, row)
             update.tokens.append(token)
             if live.prefill_only:
                 self.scheduler.finish(sampler, hold_blocks=sampler is live.lead)
                 has_ended = True
                 continue
-            sampler.token_ids.append(row.token_id)
+            sampler.append(row.token_id)
             if token.finish_reason is not None:
                 self.scheduler.finish(sampler)
                 has_ended = True

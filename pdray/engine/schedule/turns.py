@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
-from pdray.engine.sequence import LiveRequest, Sequence
+from pdray.engine.schedule.sequence import LiveRequest, Sequence
 
 Turn = LiveRequest | None  # whose step it is: a request's alone, or everyone else's
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdray.engine.demand import Demand, lease_demand, num_blocks_for, num_reserved_tokens, num_start_blocks
 from pdray.engine.request import EngineRequest
+from pdray.engine.schedule.demand import Demand, lease_demand, num_blocks_for, num_reserved_tokens, num_start_blocks
 from pdray.errors import InvalidRequestError
 
 

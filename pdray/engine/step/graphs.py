@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from pdray.engine.batch import InputBuffers, StepInputs, StepShape
-from pdray.engine.step_plan import StepPlan
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 
 # Launched one by one, a step's kernels take 12 ms of the host's time, and ten times that while another thread of the
 # process is busy: more than a GPU needs for 4,096 tokens of a small model.

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.block_pool import hash_blocks
+from pdray.engine.kv.block_pool import hash_blocks
 from pdray.engine.request import EngineRequest
+from pdray.engine.schedule.rules import History, Rule, make_rules
 from pdray.sampling_params import SamplingParams, wrap_seed
 
 # Steps that draw, after which a request that was to be computed alone joins the others. The step that failed was at
@@ -73,12 +74,14 @@ class Sequence:
         "seed",
         "status",
         "token_ids",
+        "_rules",
     )
 
     def __init__(self, request: LiveRequest, index: int, token_ids: list[int], max_total_tokens: int) -> None:
         self.request = request
         self.index = index
         self.token_ids = token_ids
+        self._rules: list[Rule] | None = None
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_total_tokens = max_total_tokens
         self.seed = wrap_seed((request.params.seed or 0) + index)
@@ -109,9 +112,18 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def draw_position(self) -> int:
-        """Index among the outputs of the token that the last planned step draws."""
-        return len(self.token_ids) + self.num_pending - 1 - self.num_prompt_tokens
+    def rules(self) -> list[Rule]:
+        """What its draws follow; made with the first of them, and told every token from then on."""
+        if self._rules is None:
+            outputs = self.token_ids[self.num_prompt_tokens :]
+            self._rules = self.request.make_rules(outputs)
+        return self._rules
+
+    def append(self, token_id: int) -> None:
+        """A token that was drawn is known."""
+        self.token_ids.append(token_id)
+        for rule in self._rules or ():
+            rule.told(token_id)
 
     def extend_blocks(self, blocks: list[int]) -> None:
         """Append to the block table."""
@@ -157,7 +169,7 @@ class LiveRequest:
         arrival: rank among the engine's requests, from 0.
         sequences: one per index; the first one computes the prompt for all.
         end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
-        is_plain: its draws know no filter, penalty or ban, and nothing but the token is asked for.
+        is_plain: its draws know no filter and no rule, and nothing but the token is asked for.
         forked: every sequence runs on its own.
         needs_history: its draws depend on the tokens before them, beyond the KV.
         has_places: its unfinished sequences are counted against max_num_seqs.
@@ -189,19 +201,24 @@ class LiveRequest:
     ) -> None:
         self.request = request
         self.end_token_ids = end_token_ids
-        self.is_plain = is_plain(request.params)
+        rules = self.make_rules([])
+        self.is_plain = is_plain(request.params) and not rules
+        self.needs_history = any(rule.needs_tokens for rule in rules)
         self.arrival = arrival
         token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.sequences = [Sequence(self, index, token_ids, max_total_tokens) for index in request.indices]
         self.forked = False
         self.has_places = False
-        self.needs_history = uses_penalties(request.params)
         self.num_cached_tokens: int | None = None
         self.num_alone_steps = ALONE_STEPS if request.alone else 0
         self.queued_at: float | None = None
         self.scheduled_at: float | None = None
         self.started_at: float | None = None
         self.joined_at: float | None = None
+
+    def make_rules(self, output_token_ids: list[int]) -> list[Rule]:
+        """New rules for a sequence that has these outputs."""
+        return make_rules(History(self.params, self.prompt_token_ids, output_token_ids, self.end_token_ids))
 
     @property
     def key(self) -> Hashable:
@@ -239,12 +256,6 @@ class LiveRequest:
         return sum(s.status not in (SequenceStatus.FINISHED, SequenceStatus.HELD) for s in self.sequences)
 
 
-def uses_penalties(params: SamplingParams) -> bool:
-    """Whether drawing needs to know the tokens so far."""
-    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-
-
 def is_plain(params: SamplingParams) -> bool:
-    """Whether a draw needs no more than temperature and seed, and no log-probabilities are asked for."""
-    filters = (params.top_p < 1, params.top_k > 0, params.min_p > 0)
-    return not any(filters) and not uses_penalties(params) and params.min_tokens == 0 and params.logprobs is None
+    """Whether a draw without rules needs no more than temperature and seed, and no log-probabilities are asked for."""
+    return not (params.top_p < 1 or params.top_k > 0 or params.min_p > 0) and params.logprobs is None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from pdray.config import Config
-from pdray.engine.memory import allocate_pool
+from pdray.engine.kv.layout import KVLayout
+from pdray.engine.kv.pool import KVPool
 from pdray.kernels.attention import AttentionMetadata
 from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
 from pdray.models.decoder import Decoder
@@ -24,7 +25,8 @@ def profile_model(config: Config, decoder: Decoder) -> None:
     if config.max_num_batched_tokens % length:
         query_lens.append(config.max_num_batched_tokens % length)
     num_blocks = -(-length // block_size)
-    kv = allocate_pool(decoder.config, num_blocks, block_size, decoder.dtype, device)
+    layout = KVLayout.of(decoder.config, block_size, decoder.dtype)
+    pool = KVPool.allocate(layout, num_blocks, device)
     positions = torch.cat([torch.arange(n, device=device) for n in query_lens])
     starts = torch.tensor([0, *query_lens], device=device).cumsum(0).to(torch.int32)
     table = torch.arange(num_blocks, dtype=torch.int32, device=device)
@@ -37,7 +39,7 @@ def profile_model(config: Config, decoder: Decoder) -> None:
         kv_lens=query_lens,
         fresh_from=0,
     )
-    hidden = decoder.forward(torch.zeros_like(positions), positions, kv, meta)
+    hidden = decoder.forward(torch.zeros_like(positions), positions, pool.tensor, meta)
     num_rows = config.max_num_seqs
     logits = decoder.compute_logits(hidden[:num_rows]).float()
     params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, repetition_penalty=1.1, logprobs=20)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from pdray.engine.request import LayerGroupReady
-from pdray.engine.step_plan import Chunk, StepPlan
+from pdray.engine.schedule.plan import Chunk, StepPlan
 
 
 class FinalBlocks(NamedTuple):

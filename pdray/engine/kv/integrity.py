@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.block_pool import CHECK_SLICE
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import Sequence, SequenceStatus
+from pdray.engine.kv.block_pool import CHECK_SLICE
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import Sequence, SequenceStatus
 
 
 def check_integrity(scheduler: Scheduler) -> list[str]:

@@ -17,13 +17,13 @@ from collections.abc import Hashable
 from itertools import count
 from typing import NamedTuple
 
-from pdray.engine.block_pool import BlockPool
-from pdray.engine.kv_allocator import KVAllocator
-from pdray.engine.limits import EngineLimits
+from pdray.engine.kv.allocator import KVAllocator
+from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
-from pdray.engine.sequence import LiveRequest, Sequence, SequenceStatus
-from pdray.engine.step_plan import StepPlan
-from pdray.engine.turns import Turn, Turns
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
+from pdray.engine.schedule.turns import Turn, Turns
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
 
@@ -139,7 +139,7 @@ class Scheduler:
         self.allocator.fork(live)
         for sequence in live.sequences:
             token = by_index[sequence.index]
-            sequence.token_ids.append(token.token_id)
+            sequence.append(token.token_id)
             if token.finish_reason is None:
                 self._run(sequence)
             else:
@@ -231,8 +231,8 @@ class Scheduler:
         assert last is plan
         self.pool.free([copy.source for copy in plan.copies])
         for chunk in plan.chunks:
-            for sampler in chunk.samplers:
-                sampler.num_pending -= 1
+            for draw in chunk.draws:
+                draw.sequence.num_pending -= 1
             self.booked(chunk.sequence)
 
     def booked(self, sequence: Sequence) -> None:
