@@ -682,7 +682,10 @@ class World:
         ]
         for request, leg in waiting[:1]:
             request.denied.discard(leg.key)
-            for again in request.tracker.replace(leg.key):
+            for again in request.tracker.replace(leg.key):  # it was denied, not lost: it is what it was
+                request.num_losses[again.key] = request.num_losses.get(leg.key, 0)
+                if leg.key in request.alone:
+                    request.alone.add(again.key)
                 self._open(router, request, again)
         if waiting[1:]:
             self._want(router, decode)
