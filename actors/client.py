@@ -12,8 +12,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util import list_named_actors
 
+from pdray.actors.answer import answer_of
 from pdray.actors.coordinator import Coordinator
-from pdray.actors.placement import NAMESPACE
+from pdray.actors.importable import why_not_importable
+from pdray.actors.placement import NAMESPACE, OUTSIDE_PLACEMENT_GROUPS
 from pdray.cluster.messages import ClusterView
 from pdray.config import Config
 from pdray.errors import PdrayError, WorkerDiedError
@@ -42,8 +44,18 @@ class CoordinatorClient:
 
         Args:
             detached: for a Serve application; otherwise it ends with this driver.
+
+        Raises:
+            PdrayError: the cluster's processes cannot import pdray.
         """
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": -1}
+        if not detached and (problem := await why_not_importable()) is not None:
+            raise PdrayError(problem)
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "max_concurrency": 1000,
+            "max_restarts": -1,
+            "scheduling_strategy": OUTSIDE_PLACEMENT_GROUPS,
+        }
         if detached:
             name = f"{PREFIX}{app_name}:{config.fingerprint()}"
             options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
@@ -58,7 +70,7 @@ class CoordinatorClient:
             WorkerDiedError: the Coordinator is gone, for now or (see `gone`) for ever.
         """
         try:
-            view: ClusterView = await self._actor.watch.remote(version, router)
+            view: ClusterView = await answer_of(self._actor.watch.remote(version, router))
         except ActorUnavailableError as error:
             raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
         except RayActorError as error:
@@ -74,7 +86,7 @@ class CoordinatorClient:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                error = await self._actor.wait_ready.remote()
+                error = await answer_of(self._actor.wait_ready.remote())
         except TimeoutError:
             raise PdrayError(f"the workers were not ready within {timeout_s:g} s (start_timeout_s)") from None
         if error is not None:

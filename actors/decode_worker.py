@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 class DecodeWorker(Worker):
     """See the module. Everything runs on the event loop's thread but the engine's steps and the channels' copies."""
 
-    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
-        super().__init__(config, worker_id, incarnation, secret)
+    def __init__(
+        self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
+    ) -> None:
+        super().__init__(config, worker_id, incarnation, secret, app_name=app_name)
         self._waiters = CreditWaiters()
         self._writes = PendingWrites()
         self._receivers: dict[str, Receiver] = {}  # by kind of channel

@@ -150,7 +150,7 @@ class WorkerFleet:
                     options |= self._gpus.options(start.worker_id)
                 actor_class: Any = ray.remote(cls)
                 arguments = (self.config, start.worker_id, start.incarnation, self.secret)
-                actor = actor_class.options(**options).remote(*arguments)
+                actor = actor_class.options(**options).remote(*arguments, app_name=self.app_name)
                 self._processes[start.incarnation] = process = _Process(start.worker_id, actor)
                 process.info = await actor.start.remote()
         except (RayError, TimeoutError, ValueError, PdrayError) as error:

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pdray.config import Config
 
 NAMESPACE = "pdray"
+OUTSIDE_PLACEMENT_GROUPS = "DEFAULT"  # Ray's name for it
 DEATH_POLL_S = 0.01
 RAY_KILL_GRACE_S = 1.0
 
@@ -32,12 +33,15 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
 
     Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS. Without an environment of its
     own an actor gets a process that Ray has ready: on a GPU, where threads do not matter, that saves a start.
+    The scheduling strategy is named because the default is the creator's placement group, where that captures child
+    tasks: its bundles have no room for a worker, which would be pending for ever.
     """
     options: dict[str, Any] = {
         "name": f"{app_name}:{worker_id}",
         "namespace": NAMESPACE,
         "num_cpus": config.worker_num_cpus,
         "max_restarts": 0,
+        "scheduling_strategy": OUTSIDE_PLACEMENT_GROUPS,
     }
     environment = {} if uses_cuda(config) else {"OMP_NUM_THREADS": str(config.num_threads)}
     environment |= {name: value.replace("{worker_id}", worker_id) for name, value in config.worker_env.items()}

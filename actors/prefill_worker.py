@@ -50,8 +50,10 @@ class PrefillWorker(Worker):
 
     role: Literal["prefill", "decode", "both"] = "prefill"
 
-    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
-        super().__init__(config, worker_id, incarnation, secret)
+    def __init__(
+        self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
+    ) -> None:
+        super().__init__(config, worker_id, incarnation, secret, app_name=app_name)
         self.ledger = PrefillLedger()
         self._channels: dict[str, Sender] = {}
         # By decode worker: what is opened or closed there is so one after the other.

@@ -39,6 +39,7 @@ from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import EngineHungError, StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
+from pdray.logs import log_to_stderr
 from pdray.metrics import WorkerMetrics
 from pdray.transfer.registry import allowed_kinds, load_kind
 
@@ -70,8 +71,11 @@ class Worker:
 
     role: Literal["prefill", "decode", "both"]
 
-    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
+    def __init__(
+        self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
+    ) -> None:
         self.config = config
+        self.app_name = app_name
         self.worker_id = worker_id
         self.incarnation = incarnation
         self.secret = secret
@@ -87,10 +91,12 @@ class Worker:
         self._fatal: BaseException | None = None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.worker_id})"
+        return f"{type(self).__name__}({self.app_name}:{self.worker_id})"
 
     async def start(self) -> WorkerInfo:
         """Load, warm up, listen. Returns what peers need to know; raises what loading raises."""
+        if in_ray := ray.is_initialized():
+            log_to_stderr()
         self._loop = asyncio.get_running_loop()
         self.device = await asyncio.to_thread(self._select_device)
         self.kinds = await asyncio.to_thread(self._make_kinds)
@@ -101,7 +107,6 @@ class Worker:
         self._server = SessionServer(
             PeerName(self.worker_id, self.incarnation), self.secret, self, timeout_s=self.config.worker_timeout_s
         )
-        in_ray = ray.is_initialized()
         host = listen_address(self.config)
         port = await self._server.start(host)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -127,14 +132,29 @@ class Worker:
         if self.engine.config.step_timeout_s is not None:
             self._tasks.spawn(self._end_if_hung(self.engine.config.step_timeout_s))
         if in_ray:
-            self.metrics = WorkerMetrics(self.worker_id, self.role)
+            self.metrics = WorkerMetrics(
+                self.worker_id, self.role, application=self.app_name, model=self.config.model_name
+            )
             self._tasks.spawn(self._report_metrics(self.metrics))
             self._tasks.spawn(self._end_if_orphaned())
             self._tasks.spawn(self._check_when_idle(self.metrics))
         if self.config.enable_prefix_caching:
             self._tasks.spawn(self._publish_prefixes())
         self._started = True
+        self._log_start()
         return self.info
+
+    def _log_start(self) -> None:
+        """Once: what this process serves, with what."""
+        info, config = self.info, self.config
+        given = ", ".join(f"{name}={value!r}" for name, value in config.model_dump(exclude_unset=True).items())
+        logger.info(
+            "%s: model %s (%s) on %s at %s:%d; KV pool of %d blocks of %d tokens; max_model_len %d, max_num_seqs %d, "
+            "max_num_batched_tokens %d; given: %s",
+            *(self, config.model_name, str(self.engine.kv.dtype).removeprefix("torch."), info.device),
+            *(info.host, info.port, info.num_blocks, info.block_size),
+            *(info.max_model_len, info.max_num_seqs, info.max_num_batched_tokens, given or "no settings"),
+        )
 
     def _select_device(self) -> torch.device:
         from pdray.engine.device import select_device

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from pdray.errors import ConfigError
 from pdray.transfer.registry import KINDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -37,7 +39,10 @@ class Config(BaseModel):
 
     # model
     model: str = Field(
-        DEFAULT_MODEL, min_length=1, description="Hugging Face id, folder, .gguf file, or config.json for dummy weights"
+        DEFAULT_MODEL,
+        min_length=1,
+        description="Hugging Face id, folder, .gguf file, or config.json for dummy weights; a relative path starts"
+        " where the driver or command runs, and in a Serve YAML where Ray's workers run: give an absolute one there",
     )
     tokenizer: str | None = Field(None, description="Hugging Face id or folder; default: the model's own")
     served_model_name: str | None = Field(None, description="name in the API; default: the model as given")
@@ -193,6 +198,31 @@ class Config(BaseModel):
     def model_name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or self.model
+
+    def with_absolute_paths(self) -> Config:
+        """With `model` and `tokenizer` found from this process's working directory; workers have others.
+
+        The model's name in the API stays as it was given. What is no path here is left: a Hugging Face id, or a path
+        on the cluster's nodes.
+
+        Raises:
+            ConfigError: a relative path that leads nowhere.
+        """
+        changes: dict[str, str] = {}
+        for name in ("model", "tokenizer"):
+            given: str | None = getattr(self, name)
+            if given is None or Path(given).is_absolute():
+                continue
+            path = Path(given).expanduser()
+            if path.exists():
+                changes[name] = str(path.absolute())
+            elif given.startswith((".", "~")) or path.suffix in (".gguf", ".json"):
+                raise ConfigError(
+                    f"{name} is {given!r}, and there is no {path.absolute()}; a path on other machines must be absolute"
+                )
+        if "model" in changes:
+            changes.setdefault("served_model_name", self.model_name)
+        return self.model_copy(update=changes) if changes else self
 
     def for_device(self, device_type: str) -> Config:
         """With that kind of device's defaults, where this one's depend on it and nothing was given."""

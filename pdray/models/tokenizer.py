@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdray.cache import cache_folder
+from pdray.cache import cache_folder, make_folder
 from pdray.config import Config
 from pdray.errors import ModelLoadError
 from pdray.models.resolve import SourceKind, resolve_tokenizer
@@ -83,7 +83,7 @@ def converted_tokenizer(gguf_file: Path) -> Path:
         return target
     from pdray.models.gguf_tokenizer import convert_tokenizer
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     work = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     try:
         convert_tokenizer(gguf_file, work)

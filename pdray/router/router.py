@@ -208,6 +208,24 @@ class Router:
             raise NoWorkerError(self.why_not_ready)
         return max_model_len
 
+    async def check(
+        self, prompt: str | list[int], params: SamplingParams, default_max_tokens: int | None = None
+    ) -> tuple[list[int], SamplingParams]:
+        """What submit() would make of them: the prompt's token ids, and the parameters with nothing left open.
+
+        Raises:
+            InvalidRequestError: it can never be served. NoWorkerError: nobody is there.
+        """
+        max_model_len = self._context_length()
+        max_num_seqs = min(link.info.max_num_seqs for link in self._connections.links.values())
+        if params.n > max_num_seqs:
+            raise InvalidRequestError(
+                f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
+            )
+        check_tokenizer(params, self.tokenizer)
+        ids = await tokenize(self.tokenizer, prompt, max_model_len)
+        return ids, complete_params(params, len(ids), max_model_len, default_max_tokens)
+
     async def _make_request(
         self,
         prompt: str | list[int],
@@ -218,15 +236,7 @@ class Router:
         arrival: float,
         default_max_tokens: int | None,
     ) -> RoutedRequest:
-        max_model_len = self._context_length()
-        max_num_seqs = min(link.info.max_num_seqs for link in self._connections.links.values())
-        if params.n > max_num_seqs:
-            raise InvalidRequestError(
-                f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
-            )
-        check_tokenizer(params, self.tokenizer)
-        ids = await tokenize(self.tokenizer, prompt, max_model_len)
-        params = complete_params(params, len(ids), max_model_len, default_max_tokens)
+        ids, params = await self.check(prompt, params, default_max_tokens)
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another", "request_id")
         text = prompt if isinstance(prompt, str) else text
