@@ -11,14 +11,26 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pdray.cluster.room import NodeRoom
 from pdray.config import Config
 from pdray.transfer.one_gpu import one_gpu_environment
 
 NAMESPACE = "pdray"
 DEATH_POLL_S = 0.01
 RAY_KILL_GRACE_S = 1.0
+
+
+def cluster_nodes() -> list[NodeRoom]:
+    """The live nodes of Ray's cluster. Asks Ray's GCS: not for an event loop's thread."""
+    free = available_resources_per_node()
+    return [
+        NodeRoom(node["NodeID"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def uses_cuda(config: Config) -> bool:
@@ -31,15 +43,21 @@ def uses_cuda(config: Config) -> bool:
 def worker_options(config: Config, app_name: str, worker_id: str, *, detached: bool) -> dict[str, Any]:
     """Options of one worker's actor, but for its GPU: readable name, fractional CPUs, its own number of threads.
 
+    The name carries the configuration's fingerprint: workers of two configurations may run side by side.
     Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS. Without an environment of its
     own an actor gets a process that Ray has ready: on a GPU, where threads do not matter, that saves a start.
     """
     options: dict[str, Any] = {
-        "name": f"{app_name}:{worker_id}",
+        "name": f"{app_name}:{config.fingerprint()}:{worker_id}",
         "namespace": NAMESPACE,
         "num_cpus": config.worker_num_cpus,
         "max_restarts": 0,
     }
+    others = dict(config.worker_resources)
+    if memory := others.pop("memory", 0):
+        options["memory"] = memory
+    if others:
+        options["resources"] = others
     environment = {} if uses_cuda(config) else {"OMP_NUM_THREADS": str(config.num_threads)}
     if config.nccl_on_one_gpu:
         environment |= one_gpu_environment(worker_id)
@@ -48,6 +66,12 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
     if detached:
         options["lifetime"] = "detached"
     return options
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """What each worker reserves besides a GPU, in Ray's names; empty if nothing."""
+    resources = {"CPU": config.worker_num_cpus} | dict(config.worker_resources)
+    return {name: amount for name, amount in resources.items() if amount > 0}
 
 
 def listen_address(config: Config) -> str:

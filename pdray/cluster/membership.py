@@ -124,6 +124,10 @@ class Membership:
         self._error = text
         self._version += 1
 
+    def changed(self) -> None:
+        """Something has changed that is told with the view but is no part of this table."""
+        self._version += 1
+
     @property
     def worker_ids(self) -> list[str]:
         return list(self._workers)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from pdray.background import BackgroundTasks
-from pdray.cluster.messages import AnyMessage, ClusterView, Ping, RenewLeases, WorkerInfo
+from pdray.cluster.messages import AnyMessage, ClusterView, Draining, Ping, RenewLeases, WorkerInfo
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.errors import HandshakeError, WorkerDiedError
 from pdray.router.link import WorkerLink
@@ -42,12 +42,14 @@ class WorkerConnections:
         links: by worker id, open or not.
         pairs: (prefill, decode) worker ids to the epoch of their channel.
         error: what kept a worker from starting or a pair from connecting, as the last view tells it.
+        draining: the workers are about to end, as the last view tells it.
     """
 
     def __init__(self, router_id: str, secret: bytes, watch: Watch, timeout_s: float, owner: ConnectionsOwner) -> None:
         self.links: dict[str, WorkerLink] = {}
         self.pairs: dict[tuple[str, str], int] = {}
         self.error: str | None = None
+        self.draining: Draining | None = None
         self._router_id = router_id
         self._secret = secret
         self._watch = watch
@@ -127,7 +129,7 @@ class WorkerConnections:
                 version = -1  # a Coordinator that was started again counts anew
                 await asyncio.sleep(RECONNECT_S)
                 continue
-            version, self.error = view.version, view.error
+            version, self.error, self.draining = view.version, view.error, view.draining
             self.pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
             self._workers = {info.worker_id: info for info in view.workers}
             for link in list(self.links.values()):

@@ -41,6 +41,7 @@ from pdray.errors import (
 from pdray.outputs import RequestOutput, RequestTimings, SampledToken
 from pdray.router.connections import WorkerConnections
 from pdray.router.dispatcher import Dispatcher
+from pdray.router.drain import Drain
 from pdray.router.leg import RoutedLeg
 from pdray.router.link import WorkerLink
 from pdray.router.request import RoutedRequest
@@ -100,6 +101,7 @@ class Router:
         self._requests: dict[str, RoutedRequest] = {}
         self._tasks = BackgroundTasks(self._failed)
         self._became_ready = asyncio.Event()
+        self.drain = Drain(self._end_all)
 
     # for the API
 
@@ -109,22 +111,21 @@ class Router:
         self._tasks.spawn(self._keep_house())
 
     async def stop(self) -> None:
-        """Abort what runs, refuse what waits, close the sessions."""
-        for request in list(self._requests.values()):
-            if request.granted.done():
-                request.abort()
-            else:
-                self._end(request, "rejected", NoWorkerError("this router is stopping; try again shortly"))
+        """End what runs or waits, with an error: half an answer must not look whole. Close the sessions."""
+        self._end_all(NoWorkerError("this router is stopping; try again shortly"))
+        self.drain.cancel()
         await self._connections.stop()
         await self._tasks.stop()
 
     @property
     def ready(self) -> bool:
         """Whether a request could be served: a pair, or a worker that does both, is connected."""
-        return self._connections.can_serve
+        return self._connections.can_serve and self.drain.refuses is None
 
     @property
     def why_not_ready(self) -> str:
+        if self.drain.refuses is not None:
+            return self.drain.refuses
         reason = self._connections.error
         return "no prefill and decode worker are connected now; try again shortly" + (f" ({reason})" if reason else "")
 
@@ -305,6 +306,16 @@ class Router:
         self.on_queue_changed()
         self._dispatcher.pump()
 
+    def _end_all(self, error: NoWorkerError) -> None:
+        for request in list(self._requests.values()):
+            self._end(request, "error" if request.granted.done() else "rejected", error)
+
+    def _end_waiting(self, reason: str) -> None:
+        """Requests that have not begun are better off with whoever comes next."""
+        for request in list(self._requests.values()):
+            if not request.granted.done():
+                self._end(request, "rejected", NoWorkerError(reason))
+
     def _close(self, leg: RoutedLeg, reason: str) -> None:
         """Its workers are told, unless they have ended every completion of it by themselves."""
         request = leg.request
@@ -348,6 +359,12 @@ class Router:
 
     def on_view(self) -> None:
         """See ConnectionsOwner."""
+        draining = self._connections.draining
+        if draining is not None:
+            self.drain.begin(draining.left_s, draining.reason, refuse=True)
+            self._end_waiting(draining.reason)
+        elif self.drain.refuses is not None:
+            self.drain.cancel()
         self._note_ready()
         self._dispatcher.pump()
 
