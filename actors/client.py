@@ -126,8 +126,7 @@ class CoordinatorClient:
                     reason = state.reason or reason
         except TimeoutError:
             raise StartTimeoutError(
-                f"the workers were not ready within {timeout_s:g} s (start_timeout_s)"
-                + (f": {reason}" if reason else "")
+                f"the workers were not ready within {timeout_s:g} s (start_timeout_s): {reason or 'no reason is known'}"
             ) from None
 
     async def tell(self, at_most: int) -> bool:

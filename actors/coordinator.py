@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from pdray.actors.fleet import WorkerFleet
 from pdray.actors.succession import Standing, Succession
 from pdray.background import BackgroundTasks
-from pdray.cluster.generations import Generation, Phase
+from pdray.cluster.generations import Phase
 from pdray.cluster.membership import Membership
 from pdray.cluster.messages import ClusterView, Draining, WorkerInfo
 from pdray.cluster.room import Held
@@ -59,7 +59,7 @@ class Coordinator:
         self._table_generation = 0
         self._num_told = 0
         self._make_fleet()
-        self._succession = Succession(config, app_name, Generation(config.graceful_shutdown_timeout_s), self)
+        self._succession = Succession(config, app_name, self)
         self._adopted = asyncio.Event()
         self._routers: dict[str, dict[str, Any]] = {}
         self._last_watch = time.monotonic()
@@ -88,8 +88,9 @@ class Coordinator:
         return f"Coordinator({self.app_name})"
 
     async def open(self, opened_at: float) -> bytes | None:
-        """A new router joins. Returns the cluster's secret, that of whoever was first to create this actor; None if this
-        Coordinator is ending, and another must be created.
+        """A new router joins. Returns the cluster's secret, that of whoever was first to create this actor.
+
+        None if this Coordinator is ending, and another must be created.
 
         Args:
             opened_at: wall-clock time; the configuration that was opened last is the one that Serve wants.

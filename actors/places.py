@@ -1,4 +1,4 @@
-"""Where an application's workers may run: looks for room in Ray's cluster, and says what it waits for while there is none.
+"""Where an application's workers may run: finds room in Ray's cluster, and says what it waits for if there is none.
 
 On GPUs the room is reserved first (GpuGroups); on CPU each worker's actor reserves its own.
 """

@@ -87,19 +87,19 @@ def application_of(coordinator: str) -> str:
 
 
 class Succession:
-    """Args:
-    generation: this Coordinator's.
+    """See the module.
 
     Attributes:
+        generation: this Coordinator's.
         may_start: there is room for the workers, or was: they may be started, and started again.
     """
 
-    def __init__(self, config: Config, app_name: str, generation: Generation, owner: SuccessionOwner) -> None:
-        self.generation = generation
+    def __init__(self, config: Config, app_name: str, owner: SuccessionOwner) -> None:
         self.may_start = False
         self._config = config
         self._app_name = app_name
         self._name = coordinator_name(app_name, config.fingerprint())
+        self.generation = Generation(self._name, config.graceful_shutdown_timeout_s)
         self._owner = owner
         self._needs_room = False
         self._withdrawn = False
@@ -122,7 +122,8 @@ class Succession:
     async def step(self) -> None:
         """One look around."""
         generation = self.generation
-        older = [each for each in await self._announce() if each.opened_at < generation.opened_at]
+        standings = await self._announce()
+        older = [each for name, each in standings.items() if generation.is_newer_than(name, each.opened_at)]
         if not self.may_start and generation.phase is Phase.SERVING and not self._withdrawn:
             await self._look_for_room(older)
         idle = generation.phase is Phase.DRAINING and await self._owner.num_running() == 0
@@ -170,16 +171,16 @@ class Succession:
                 self._needs_room = False
                 self._owner.fails(PlacementError(explain(wanted, nodes)))
 
-    async def _announce(self) -> list[Standing]:
-        """Tell the other generations; those that answer."""
+    async def _announce(self) -> dict[str, Standing]:
+        """Tell the other generations; those that answer, by name."""
         self._others = await asyncio.to_thread(self._find, self._others)
         opened_at, needs_room = self.generation.opened_at, self._needs_room
         if not opened_at:
-            return []  # started again, and no router has told it yet
+            return {}  # started again, and no router has told it yet
         answers = await asyncio.gather(
             *(self._ask(name, actor, opened_at, needs_room) for name, actor in self._others.items())
         )
-        return [each for each in answers if each is not None]
+        return {name: each for name, each in zip(self._others, answers, strict=True) if each is not None}
 
     def _find(self, known: dict[str, ActorHandle]) -> dict[str, ActorHandle]:
         found: dict[str, ActorHandle] = {}

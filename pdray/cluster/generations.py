@@ -57,6 +57,7 @@ class _Successor:
 @dataclass(slots=True)
 class Generation:
     """Args:
+    name: of the generation; decides between two that were opened at the same time.
     grace_s: for so long requests may go on after the workers were asked for.
 
     Attributes:
@@ -64,6 +65,7 @@ class Generation:
         failed: it can never start; the text says why.
     """
 
+    name: str
     grace_s: float
     opened_at: float = 0.0
     failed: str | None = None
@@ -105,9 +107,9 @@ class Generation:
         self._successors[name] = _Successor(opened_at, now, needs_room)
         return self.phase
 
-    def superseded(self, now: float) -> bool:
-        """Whether a newer generation is there."""
-        return bool(self._newer(now))
+    def is_newer_than(self, name: str, opened_at: float) -> bool:
+        """Whether this generation was opened after another."""
+        return (self.opened_at, self.name) > (opened_at, name)
 
     def drain_left_s(self, now: float) -> float:
         """For how long requests may go on; 0 once the grace is over."""
@@ -147,7 +149,7 @@ class Generation:
 
     def _newer(self, now: float) -> list[_Successor]:
         self._successors = {n: s for n, s in self._successors.items() if now - s.seen_at <= ANNOUNCED_FOR_S}
-        return [each for each in self._successors.values() if each.opened_at > self.opened_at]
+        return [each for name, each in self._successors.items() if not self.is_newer_than(name, each.opened_at)]
 
     def _watched(self, now: float) -> bool:
         self._routers = {n: seen for n, seen in self._routers.items() if now - seen <= UNWATCHED_S}

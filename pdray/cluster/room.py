@@ -79,7 +79,8 @@ def explain(demands: Sequence[Resources], nodes: Sequence[NodeRoom]) -> str:
     parts = []
     for name in waited_for:
         total, free = (_sum((getattr(node, kind) for node in nodes), name) for kind in ("total", "free"))
-        parts.append(f"{_sum(demands, name):g} {_plural(name)} of which {free:g} of {total:g} are free")
+        needed, total_text = _amount(name, _sum(demands, name)), _amount(name, total)
+        parts.append(f"{needed} {_plural(name)} of which {_amount(name, free)} of {total_text} are free")
     where = "" if short else ", but not on one node as each worker needs them"
     return (
         f"the workers wait for {' and '.join(parts)}{where}; stop what uses them, or lower "
@@ -90,10 +91,13 @@ def explain(demands: Sequence[Resources], nodes: Sequence[NodeRoom]) -> str:
 def _too_little(name: str, demands: Sequence[Resources], nodes: Sequence[NodeRoom]) -> str:
     needed, total = _sum(demands, name), _sum((node.total for node in nodes), name)
     if needed > total + EPSILON:
-        return f"the workers need {needed:g} {_plural(name)} and Ray's cluster has {total:g}; lower {_setting(name)}"
+        return (
+            f"the workers need {_amount(name, needed)} {_plural(name)} and Ray's cluster has {_amount(name, total)}; "
+            f"lower {_setting(name)}"
+        )
     largest, node = _largest(demands, name), _largest((node.total for node in nodes), name)
     return (
-        f"a worker needs {largest:g} {_plural(name)} and Ray's largest node has {node:g}; "
+        f"a worker needs {_amount(name, largest)} {_plural(name)} and Ray's largest node has {_amount(name, node)}; "
         f"lower {_setting(name).partition(' or ')[0]}"
     )
 
@@ -103,7 +107,11 @@ def _setting(name: str) -> str:
 
 
 def _plural(name: str) -> str:
-    return {"CPU": "CPUs", "GPU": "GPUs", "memory": "bytes of memory"}.get(name, name)
+    return {"CPU": "CPUs", "GPU": "GPUs"}.get(name, name)
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value / 2**30:.3g} GiB" if name == "memory" else f"{value:g}"
 
 
 def _names(demands: Sequence[Resources]) -> list[str]:

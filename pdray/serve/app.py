@@ -1,7 +1,7 @@
 """The Serve application: a router replica that is its own HTTP ingress, and one that stands for the workers.
 
-Serve calls a deployment healthy once its replicas are constructed, and stops the replicas of a former configuration only
-then. So each replica is constructed when that is true: the workers' one (pdray.serve.readiness) when they can serve; the
+Serve calls a deployment healthy once its replicas are constructed, and only then stops those of a former configuration.
+So each replica is constructed when that is true: the workers' one (pdray.serve.readiness) when they can serve; the
 router's at once if nobody else answers /health, which then tells what it waits for, and otherwise when it can serve.
 """
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 class RouterReplica:
     """One router. See the module for when it is constructed."""
 
-    async def __init__(self, config: Config, workers: Any = None) -> None:
+    async def __init__(self, config: Config, workers: Any = None) -> None:  # type: ignore[misc]
         """Args:
             workers: the handle of the workers' deployment, which makes it a part of the application.
 
@@ -177,4 +177,4 @@ def build(args: Config) -> serve.Application:
         graceful_shutdown_wait_loop_s=GRACEFUL_LOOP_S,
         **common,
     )
-    return router(serve.ingress()(RouterReplica)).bind(args, workers(WorkersReplica).bind(args))
+    return router(serve.ingress()(RouterReplica)).bind(args, workers=workers(WorkersReplica).bind(args))

@@ -15,10 +15,10 @@ ANSWER_TIMEOUT_S = 5.0
 async def is_stopping() -> bool:
     """Whether Serve has begun to stop this replica. False while Serve does not answer."""
     context = serve.get_replica_context()
-    controller: Any = _get_global_client()._controller
+    client: Any = _get_global_client()
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            details = await controller.get_serve_instance_details.remote()
+            details = await client._controller.get_serve_instance_details.remote()
     except (RayError, TimeoutError):
         return False
     application = details["applications"].get(context.app_name, {})

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class WorkersReplica:
     """See the module."""
 
-    async def __init__(self, config: Config) -> None:
+    async def __init__(self, config: Config) -> None:  # type: ignore[misc]
         """Returns once the workers can serve.
 
         Raises:

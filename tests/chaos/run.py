@@ -22,6 +22,7 @@ from deaths import deaths
 from only_decode import only_decode
 from open_loop import open_loop
 from overload import run_overload
+from redeploy import PLACE, beside, cut_short, in_place
 from rows import Row
 from scale import QUICK, Scale
 from slow_client import slow_client
@@ -39,9 +40,11 @@ BASE = {
     "num_threads": 1,
     "max_model_len": 512,
     "num_kv_blocks": 600,
+    "graceful_shutdown_timeout_s": 60.0,
     "restart_backoff_s": 0.5,
 }
 SMALL_QUEUE = {"max_num_seqs": 8, "max_queue_size": 32, "max_queue_wait_s": 10.0}
+NO_ROOM = {"num_decode_workers": 2, "worker_resources": {PLACE: 1.0}}
 SMALL_POOL = {"num_kv_blocks": 200}
 HEAD = "| test | figure | must hold | ok |\n|---|---|---|---|"
 
@@ -69,12 +72,22 @@ def served(config: Config, case: Case) -> RunsRows:
     return run
 
 
+def all_of(*cases: RunsRows) -> RunsRows:
+    """One after the other."""
+    return lambda scale: [row for case in cases for row in case(scale)]
+
+
 CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "deaths": lambda given: served(configured(given), deaths),
     "only-decode": lambda given: served(configured(given, num_decode_workers=1), only_decode),
     "storm": lambda given: served(configured(given), storm),
     "open-loop": lambda given: served(configured(given, **SMALL_QUEUE), open_loop),
     "slow-client": lambda given: served(configured(given), slow_client),
+    "redeploy": lambda given: all_of(
+        served(configured(given), beside),
+        served(configured(given, **NO_ROOM), in_place),
+        served(configured(given, **NO_ROOM, graceful_shutdown_timeout_s=1.0), cut_short),
+    ),
     "soak": lambda given: served(configured(given, **SMALL_POOL), soak),
     "overload": lambda _: lambda scale: run_overload(scale.paced_overload_s),
 }
