@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import os
 import signal
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -19,6 +20,7 @@ from pdray.config import Config
 from pdray.transfer.one_gpu import one_gpu_environment
 
 NAMESPACE = "pdray"
+LOOPBACK = "127.0.0.1"
 DEATH_POLL_S = 0.01
 RAY_KILL_GRACE_S = 1.0
 
@@ -74,13 +76,56 @@ def worker_resources(config: Config) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if amount > 0}
 
 
-def listen_address(config: Config) -> str:
-    """Where a worker listens: as configured; loopback while the cluster is one node; else the node's address."""
-    if config.host:
-        return config.host
-    if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) == 1:
-        return "127.0.0.1"
-    return str(ray.util.get_node_ip_address())
+class ListenAddress(NamedTuple):
+    """Attributes:
+    bind: where a worker listens. dial: what its peers connect to.
+    """
+
+    bind: str
+    dial: str
+
+
+def listen_address(config: Config) -> ListenAddress:
+    """As configured, else the node's address, by which nodes that join the cluster later reach it too.
+
+    Without Ray it is loopback. An address that stands for all of them (0.0.0.0) is none to dial: peers get the node's.
+    """
+    node = str(ray.util.get_node_ip_address()) if ray.is_initialized() else LOOPBACK
+    if not config.host:
+        return ListenAddress(node, node)
+    return ListenAddress(config.host, node if is_wildcard(config.host) else config.host)
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether it stands for all addresses of a machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False  # a name
+
+
+class OneNode:
+    """Lets only this machine connect while Ray's cluster is this one node: no other has any business here.
+
+    Args:
+        config: a `host` that is set is the user's word, and lets everybody connect.
+        address: where the worker listens.
+    """
+
+    def __init__(self, config: Config, address: ListenAddress) -> None:
+        self._own = {address.bind, address.dial}
+        self._open = bool(config.host)
+
+    async def admits(self, peer: str) -> bool:
+        """See SessionServer."""
+        if self._open or peer in self._own or ipaddress.ip_address(peer).is_loopback:
+            return True
+        self._open = await asyncio.to_thread(_num_nodes) > 1
+        return self._open
+
+
+def _num_nodes() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def origin(config: Config, secret: bytes) -> str:

@@ -97,7 +97,8 @@ class Config(BaseModel):
     )
     host: str = Field(
         "",
-        description="address workers listen on; default: loopback while the cluster is one node, else the node's own",
+        description="address workers listen on; default: the node's own, where only this machine may connect while the "
+        "cluster is one node",
     )
 
     # admission

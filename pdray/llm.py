@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from pdray.actors.client import CoordinatorClient
 from pdray.config import Config
-from pdray.errors import ConfigError, InvalidRequestError
+from pdray.errors import ConfigError, InvalidRequestError, StartTimeoutError
 from pdray.models import load_tokenizer
 from pdray.outputs import RequestOutput
 from pdray.ray_cluster import join_or_start
@@ -23,6 +24,7 @@ from pdray.sampling_params import SamplingParams
 T = TypeVar("T")
 Prompt = str | list[int] | dict[str, Any]
 
+ROUTER_READY_S = 10.0  # at least, after the workers are ready
 OFFLINE_QUEUE_WAIT_S = 7 * 24 * 3600.0  # a batch job waits its turn; admission control is for servers
 
 
@@ -39,7 +41,9 @@ class LLM:
         config: fields of pdray.config.Config.
 
     Raises:
-        ConfigError: a setting is wrong. ModelLoadError, OutOfMemoryError: what a worker met.
+        ConfigError: a setting is wrong. ModelLoadError, OutOfMemoryError: what a worker met, where trying again does
+            not help. PlacementError: Ray's cluster is too small. StartTimeoutError: the workers were not ready within
+            start_timeout_s; the text holds the last error, or what they wait for.
     """
 
     def __init__(self, model: str | None = None, *, ray_address: str | None = None, **config: Any) -> None:
@@ -69,6 +73,7 @@ class LLM:
     async def _start(self) -> None:
         app_name = f"llm-{uuid.uuid4().hex[:8]}"
         self._coordinator = await CoordinatorClient.open(self.config, app_name, detached=False)
+        deadline = time.monotonic() + self.config.start_timeout_s
         await self._coordinator.wait_ready(self.config.start_timeout_s)
         self._router = Router(
             self.config,
@@ -78,7 +83,14 @@ class LLM:
             watch=self._coordinator.watch,
         )
         await self._router.start()
-        await self._router.wait_ready()
+        try:
+            async with asyncio.timeout(max(ROUTER_READY_S, deadline - time.monotonic())):
+                await self._router.wait_ready()
+        except TimeoutError:
+            raise StartTimeoutError(
+                f"this process reached no worker within {self.config.start_timeout_s:g} s (start_timeout_s): "
+                f"{self._router.why_not_ready}"
+            ) from None
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

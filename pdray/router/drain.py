@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from pdray.errors import NoWorkerError
-
 
 class Drain:
     """Event loop's thread only.
 
     Args:
-        end_all: called with the error that every request ends with.
+        end_all: called with the reason that every request is to end with.
 
     Attributes:
         refuses: why new requests are refused; None while they are taken.
     """
 
-    def __init__(self, end_all: Callable[[NoWorkerError], None]) -> None:
+    def __init__(self, end_all: Callable[[str], None]) -> None:
         self.refuses: str | None = None
         self._end_all = end_all
         self._timer: asyncio.TimerHandle | None = None
@@ -36,7 +34,7 @@ class Drain:
             if self._timer.when() <= loop.time() + left_s:
                 return
             self._timer.cancel()
-        self._timer = loop.call_later(left_s, self._end_all, NoWorkerError(f"the answer was cut short: {reason}"))
+        self._timer = loop.call_later(left_s, self._end_all, f"the answer was cut short: {reason}")
 
     def cancel(self) -> None:
         """Go on as before."""

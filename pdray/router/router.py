@@ -112,7 +112,7 @@ class Router:
 
     async def stop(self) -> None:
         """End what runs or waits, with an error: half an answer must not look whole. Close the sessions."""
-        self._end_all(NoWorkerError("this router is stopping; try again shortly"))
+        self._end_all("this router is stopping; try again shortly")
         self.drain.cancel()
         await self._connections.stop()
         await self._tasks.stop()
@@ -306,9 +306,9 @@ class Router:
         self.on_queue_changed()
         self._dispatcher.pump()
 
-    def _end_all(self, error: NoWorkerError) -> None:
+    def _end_all(self, reason: str) -> None:
         for request in list(self._requests.values()):
-            self._end(request, "error" if request.granted.done() else "rejected", error)
+            self._end(request, "error" if request.granted.done() else "rejected", NoWorkerError(reason))
 
     def _end_waiting(self, reason: str) -> None:
         """Requests that have not begun are better off with whoever comes next."""
