@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from typing import Any, NamedTuple, Self
@@ -19,6 +20,9 @@ from pdray.cluster.messages import ClusterView
 from pdray.cluster.startup import StartState
 from pdray.config import Config
 from pdray.errors import PdrayError, StartTimeoutError, WorkerDiedError
+from pdray.router.probe import BrokenPair
+
+logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 30.0
 OPEN_TIMEOUT_S = 60.0
@@ -128,6 +132,14 @@ class CoordinatorClient:
             raise StartTimeoutError(
                 f"the workers were not ready within {timeout_s:g} s (start_timeout_s): {reason or 'no reason is known'}"
             ) from None
+
+    async def report_broken(self, pair: BrokenPair) -> None:
+        """See Coordinator.report_broken. A Coordinator that does not answer hears of it at the next probe."""
+        try:
+            async with asyncio.timeout(ROUTERS_TIMEOUT_S):
+                await self._actor.report_broken.remote(pair)
+        except (RayActorError, TimeoutError) as error:
+            logger.warning("the Coordinator was not told of %s: %r", pair, error)
 
     async def tell(self, at_most: int) -> bool:
         """See Coordinator.tell."""

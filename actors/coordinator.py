@@ -24,9 +24,11 @@ from pdray.background import BackgroundTasks
 from pdray.cluster.generations import Phase
 from pdray.cluster.membership import Membership
 from pdray.cluster.messages import ClusterView, Draining, WorkerInfo
+from pdray.cluster.pair_health import PairHealth, Reconnect, Replace
 from pdray.cluster.room import Held
 from pdray.cluster.startup import StartState, Startup
 from pdray.config import Config
+from pdray.router.probe import BrokenPair
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Coordinator:
         self._startup = Startup()
         self._table_generation = 0
         self._num_told = 0
+        self._pair_health = PairHealth()
         self._make_fleet()
         self._succession = Succession(config, app_name, self)
         self._adopted = asyncio.Event()
@@ -105,6 +108,21 @@ class Coordinator:
     async def num_routers(self) -> int:
         """Routers that have been seen lately."""
         return self._succession.generation.num_routers(time.monotonic())
+
+    async def report_broken(self, pair: BrokenPair) -> None:
+        """A router's workers are connected, and do not serve a request."""
+        logger.error("%s: %s and %s do not serve: %s", self.app_name, *pair[:2], pair.reason)
+        view = self._membership.view
+        if pair.incarnation not in {info.incarnation for info in view.workers}:
+            return  # it has been replaced since
+        step: Reconnect | Replace | None = Replace(pair.decode_worker_id)
+        if pair.prefill_worker_id != pair.decode_worker_id:
+            epochs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
+            if epochs.get(pair[:2]) != pair.epoch:
+                return  # it has been connected anew since
+            step = self._pair_health.failed(time.monotonic(), pair[:2], pair.epoch, epochs)
+        if step is not None:
+            self._fleet.mend(step, f"{pair.prefill_worker_id} and {pair.decode_worker_id} do not serve: {pair.reason}")
 
     async def leave(self, router_id: str) -> None:
         """A router has ended, and will not watch again."""

@@ -20,6 +20,7 @@ from pdray.actors.prefill_worker import PrefillWorker
 from pdray.background import BackgroundTasks
 from pdray.cluster.membership import Connect, Effect, Kill, Membership, Start, TellGone
 from pdray.cluster.messages import WorkerIdentity, WorkerInfo
+from pdray.cluster.pair_health import Reconnect, Replace
 from pdray.cluster.room import Held
 from pdray.cluster.startup import Startup
 from pdray.config import Config
@@ -132,6 +133,17 @@ class WorkerFleet:
         running = [process.info for process in self._processes.values() if process.info is not None]
         num_starting = len(self._processes) - len(running)
         return await asyncio.to_thread(self._places.held, running, num_starting)
+
+    def mend(self, step: Reconnect | Replace, reason: str) -> None:
+        """What follows from workers that do not serve. See PairHealth."""
+        match step:
+            case Reconnect(prefill_id, decode_id):
+                self._perform(self.membership.channel_broken(prefill_id, decode_id))
+            case Replace(worker_id):
+                info = next((i for i in self.membership.view.workers if i.worker_id == worker_id), None)
+                if info is not None:
+                    logger.error("%s: %s is replaced: %s", self.app_name, worker_id, reason)
+                    self._perform(self.membership.suspect(worker_id, info.incarnation))
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

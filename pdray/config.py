@@ -114,6 +114,10 @@ class Config(BaseModel):
     step_timeout_s: Seconds | None = Field(
         None, description="a worker whose engine takes longer for one step is replaced; default: 60 on a GPU, else none"
     )
+    probe_interval_s: Seconds | None = Field(
+        30.0, description="time between requests by which a router that is idle tries its workers; none: never"
+    )
+    probe_timeout_s: Seconds = Field(10.0, description="workers that take longer for one of them are seen to")
     restart_backoff_s: Seconds = Field(
         1.0, description="wait before a dead worker is replaced; doubles with each failure in a row"
     )

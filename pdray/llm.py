@@ -81,6 +81,7 @@ class LLM:
             router_id=f"router-{uuid.uuid4().hex[:8]}",
             secret=self._coordinator.secret,
             watch=self._coordinator.watch,
+            report_broken=self._coordinator.report_broken,
         )
         await self._router.start()
         try:

@@ -234,6 +234,12 @@ class Membership:
                 self._version += 1
         return []
 
+    def channel_broken(self, prefill_id: str, decode_id: str) -> list[Effect]:
+        """The pair's channel does not bring anything over: it is opened anew, in a higher epoch."""
+        self._pairs[prefill_id, decode_id].connected = False
+        self._version += 1
+        return []
+
     def _new_incarnation(self, worker_id: str) -> str:
         self._num_started += 1
         return f"{worker_id}.{self.generation}.{self._num_started}"

@@ -193,7 +193,9 @@ class Dispatcher:
         """Ask for a lease, if somebody has credit for it."""
         demand = leg.demand(self._config.block_size)
         decode = [
-            link for link in self._connections.open_links("decode", "both") if has_credit(link.decode_state(), demand)
+            link
+            for link in self._connections.open_links("decode", "both")
+            if not link.broken and has_credit(link.decode_state(), demand)
         ]
         if not decode:
             return False

@@ -17,6 +17,7 @@ class WorkerLink:
     """Attributes:
     session: None until it is open, and after it has closed.
     credit: the last that a decode worker told; none until it has.
+    broken: it does prefill and decode, and has not served a probe: it gets no new requests.
     denied: it refused a lease, and has told no new credit since.
     asked: blocks and places of leases asked for and not answered, by leg.
     prefixes: short hashes of the blocks in its prefix cache, as it told last.
@@ -28,6 +29,7 @@ class WorkerLink:
         self.session: Session | None = None
         self.credit = NO_CREDIT
         self.denied = False
+        self.broken = False
         self.asked: dict[LegKey, tuple[int, int]] = {}
         self.queued: dict[LegKey, int] = {}
         self.told_queued_tokens = 0

@@ -44,6 +44,7 @@ from pdray.router.dispatcher import Dispatcher
 from pdray.router.drain import Drain
 from pdray.router.leg import RoutedLeg
 from pdray.router.link import WorkerLink
+from pdray.router.probe import PairProbe, Report
 from pdray.router.request import RoutedRequest
 from pdray.router.validation import complete_params, tokenize
 from pdray.sampling_params import SamplingParams
@@ -75,6 +76,7 @@ class Router:
         tokenizer: None serves token ids only. One without tokenizer.json is a ConfigError.
         router_id: must begin with "router" and be unique in the cluster.
         watch: returns the first view newer than the version given, or after a while the same.
+        report_broken: told of workers that are connected and do not serve.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Router:
         secret: bytes,
         watch: Callable[[int], Awaitable[ClusterView]],
         metrics: Metrics | None = None,
+        report_broken: Report | None = None,
     ) -> None:
         if tokenizer is not None and not tokenizer.is_fast:
             raise ConfigError(
@@ -102,6 +105,14 @@ class Router:
         self._tasks = BackgroundTasks(self._failed)
         self._became_ready = asyncio.Event()
         self.drain = Drain(self._end_all)
+        self._probe = PairProbe(
+            router_id,
+            self._connections,
+            lambda: not self._requests,
+            report_broken,
+            interval_s=config.probe_interval_s or 0.0,
+            timeout_s=config.probe_timeout_s,
+        )
 
     # for the API
 
@@ -109,6 +120,8 @@ class Router:
         """Follow the cluster. Returns at once; see wait_ready()."""
         self._connections.start()
         self._tasks.spawn(self._keep_house())
+        if self.config.probe_interval_s is not None:
+            self._tasks.spawn(self._probe.run())
 
     async def stop(self) -> None:
         """End what runs or waits, with an error: half an answer must not look whole. Close the sessions."""
@@ -326,11 +339,16 @@ class Router:
 
     def on_worker_message(self, link: WorkerLink, message: AnyMessage) -> None:
         """See ConnectionsOwner."""
+        if self._probe.takes(message):
+            if isinstance(message, LeaseGranted | LeaseDenied):
+                link.update_credit(message.credit)
+            return
         match message:
             case Tokens():
                 link.update_credit(message.credit)
                 for update in message.updates:
-                    self._leg_tokens(update)
+                    if not self._probe.takes(update):
+                        self._leg_tokens(update)
             case FirstTokens():
                 self._first_tokens(link, message)
             case LeaseGranted():
@@ -401,6 +419,8 @@ class Router:
 
     def _renew(self) -> None:
         leases = self._dispatcher.leases()
+        for worker_id, keys in self._probe.leases().items():
+            leases.setdefault(worker_id, []).extend(keys)
         for link in self._connections.open_links("decode", "both"):
             self._connections.send(link.info.worker_id, RenewLeases(leases.get(link.info.worker_id, [])))
         self._ask_for_queues()

@@ -94,6 +94,7 @@ class RouterReplica:
             secret=coordinator.secret,
             watch=watch,
             metrics=RouterMetrics(self._router_id),
+            report_broken=coordinator.report_broken,
         )
         await router.start()
         gc.collect()

@@ -243,6 +243,13 @@ class Cluster:
             self._view = ClusterView(self._view.version + 1, infos, pairs)
             self._changed.notify_all()
 
+    async def show_pairs(self, epoch: int) -> None:
+        """Publish the same view, every pair connected in this epoch."""
+        pairs = [structs.replace(pair, epoch=epoch) for pair in self._view.pairs]
+        async with self._changed:
+            self._view = structs.replace(self._view, version=self._view.version + 1, pairs=pairs)
+            self._changed.notify_all()
+
     async def show_draining(self, draining: Draining | None) -> None:
         """Publish the same view, with or without the news that the workers are about to end."""
         async with self._changed:
