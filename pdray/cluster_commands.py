@@ -120,6 +120,8 @@ def format_status(applications: list[dict[str, Any]], *, leases: bool = False) -
         )
         if error := application.get("error"):
             lines.append(f"error: {error}")
+        if coming := application.get("next"):
+            lines.append(f"next configuration: {coming.get('error') or coming['state']}")
         for router in application.get("routers", []):
             facts = ", ".join(
                 f"{key.replace('_', ' ')} {_cell(value)}" for key, value in router.items() if key != "router_id"
