@@ -14,12 +14,15 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from pdray.actors.decode_worker import DecodeWorker
-from pdray.actors.gpu_groups import GpuGroups
-from pdray.actors.placement import NAMESPACE, make_dead, origin, uses_cuda, worker_options
+from pdray.actors.placement import NAMESPACE, make_dead, origin, worker_options
+from pdray.actors.places import WorkerPlaces
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.background import BackgroundTasks
 from pdray.cluster.membership import Connect, Effect, Kill, Membership, Start, TellGone
 from pdray.cluster.messages import WorkerIdentity, WorkerInfo
+from pdray.cluster.pair_health import Reconnect, Replace
+from pdray.cluster.room import Held
+from pdray.cluster.startup import Startup
 from pdray.config import Config
 from pdray.errors import PdrayError
 
@@ -44,6 +47,7 @@ class WorkerFleet:
     """The worker actors of one application. Runs on the Coordinator's event loop.
 
     Args:
+        startup: told what workers wait for, and what fails.
         on_change: called after every change of the membership.
     """
 
@@ -52,6 +56,7 @@ class WorkerFleet:
         config: Config,
         app_name: str,
         membership: Membership,
+        startup: Startup,
         secret: bytes,
         *,
         detached: bool,
@@ -60,11 +65,12 @@ class WorkerFleet:
         self.config = config
         self.app_name = app_name
         self.membership = membership
+        self.startup = startup
         self.secret = secret
         self.detached = detached
         self._on_change = on_change
         self._processes: dict[str, _Process] = {}  # by incarnation
-        self._gpus = GpuGroups(config, app_name, detached=detached) if uses_cuda(config) else None
+        self._places = WorkerPlaces(config, app_name, detached=detached, on_wait=self._waits)
         self._tasks = BackgroundTasks(self._failed)
         self._stopping = False
 
@@ -120,8 +126,24 @@ class WorkerFleet:
         self._stopping = True
         self._tasks.cancel()
         await asyncio.gather(*(self._bury(incarnation) for incarnation in list(self._processes)))
-        if self._gpus is not None:
-            await self._gpus.release()
+        await self._places.release()
+
+    async def held(self) -> list[Held]:
+        """What the workers reserve now."""
+        running = [process.info for process in self._processes.values() if process.info is not None]
+        num_starting = len(self._processes) - len(running)
+        return await asyncio.to_thread(self._places.held, running, num_starting)
+
+    def mend(self, step: Reconnect | Replace, reason: str) -> None:
+        """What follows from workers that do not serve. See PairHealth."""
+        match step:
+            case Reconnect(prefill_id, decode_id):
+                self._perform(self.membership.channel_broken(prefill_id, decode_id))
+            case Replace(worker_id):
+                info = next((i for i in self.membership.view.workers if i.worker_id == worker_id), None)
+                if info is not None:
+                    logger.error("%s: %s is replaced: %s", self.app_name, worker_id, reason)
+                    self._perform(self.membership.suspect(worker_id, info.incarnation))
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -142,21 +164,23 @@ class WorkerFleet:
 
     async def _start(self, start: Start) -> None:
         cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
-        options = worker_options(self.config, self.app_name, start.worker_id, detached=self.detached)
         try:
+            options = await self._places.place(start.worker_id)
+            self.startup.waits(start.worker_id, "")
             async with asyncio.timeout(self.config.start_timeout_s):
-                if self._gpus is not None:
-                    await self._gpus.reserve()
-                    options |= self._gpus.options(start.worker_id)
                 actor_class: Any = ray.remote(cls)
                 arguments = (self.config, start.worker_id, start.incarnation, self.secret)
                 actor = actor_class.options(**options).remote(*arguments, app_name=self.app_name)
                 self._processes[start.incarnation] = process = _Process(start.worker_id, actor)
+                await actor.identify.remote()
+                self._places.started(start.worker_id)
                 process.info = await actor.start.remote()
         except (RayError, TimeoutError, ValueError, PdrayError) as error:
-            self._report(f"{start.worker_id} did not start", error)
+            self._places.started(start.worker_id)
+            self._report(start.worker_id, f"{start.worker_id} did not start", error)
             self._perform(self.membership.suspect(start.worker_id, start.incarnation))
             return
+        self.startup.cleared(start.worker_id)
         self._perform(self.membership.ready(process.info))
         self._perform(self.membership.tick(time.monotonic()))
         self._adopt(process)
@@ -210,9 +234,11 @@ class WorkerFleet:
             offer = await decode_actor.accept.remote(prefill, epoch)
             await self.actor(prefill).connect.remote(decode, epoch, offer, decode_actor)
         except (RayError, KeyError) as error:
-            self._report(f"{prefill.worker_id} could not be connected to {decode.worker_id}", error)
+            what = f"{prefill.worker_id} could not be connected to {decode.worker_id}"
+            self._report(f"{prefill.worker_id} to {decode.worker_id}", what, error)
             self._perform(self.membership.connect_failed(time.monotonic(), prefill.worker_id, decode.worker_id, epoch))
             return
+        self.startup.cleared(f"{prefill.worker_id} to {decode.worker_id}")
         self._perform(self.membership.connected(prefill.worker_id, decode.worker_id, epoch))
 
     async def _tell_gone(self, tell: TellGone) -> None:
@@ -231,14 +257,28 @@ class WorkerFleet:
         self.membership.note_error(text)
         self._on_change()
 
-    def _report(self, what: str, error: BaseException) -> None:
+    def _waits(self, worker_id: str, reason: str) -> None:
+        if self.startup.waits(worker_id, reason):
+            logger.warning("%s: %s: %s", self.app_name, worker_id, reason)
+            self.membership.changed()
+            self._on_change()
+
+    def _report(self, subject: str, what: str, error: BaseException) -> None:
         logger.error("%s: %s: %s", self.app_name, what, error)
-        self._note_error(f"{what}: {_first_line(error)}")
+        text = f"{what}: {_first_line(error)}"
+        self.startup.failed(subject, text, _cause(error))
+        self._note_error(text)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Ray wraps an actor's exception in its traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
 
 
 def _first_line(error: BaseException) -> str:
-    """The cause's own words: Ray wraps an actor's exception in its traceback."""
-    cause = getattr(error, "cause", None) or error
+    """The cause's own words."""
+    cause = _cause(error)
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 

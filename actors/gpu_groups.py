@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pdray.actors.placement import cluster_nodes, worker_resources
 from pdray.cluster.gpu_plan import plan_gpus
+from pdray.cluster.room import Held, explain
 from pdray.config import Config
-from pdray.errors import PdrayError
+from pdray.errors import PdrayError, PlacementError
 
 POLL_S = 0.05
 FREE_GPU_TIMEOUT_S = 5.0  # a GPU that is free is reserved in milliseconds
@@ -39,11 +42,14 @@ class GpuGroups:
         self._groups: dict[int, tuple[PlacementGroup, int]] = {}  # group and index in it, by number in _bundles
         self._lock = asyncio.Lock()
 
-    async def reserve(self) -> None:
+    async def reserve(self, on_wait: Callable[[str], None] = lambda reason: None) -> None:
         """Returns once every bundle is reserved; finds what is there. Waits for GPUs that are in use.
 
+        Args:
+            on_wait: called with what it waits for, while it does.
+
         Raises:
-            PdrayError: the cluster has too few GPUs, or not the ones that the configuration names.
+            PlacementError: the cluster has too few GPUs. PdrayError: not the ones that the configuration names.
         """
         async with self._lock:
             alive = {group.id for group in self._find().values()}
@@ -52,7 +58,7 @@ class GpuGroups:
                 return
             total, needed = ray.cluster_resources().get("GPU", 0.0), sum(bundle.num_gpus for bundle in self._bundles)
             if total < needed:
-                raise PdrayError(
+                raise PlacementError(
                     f"the workers need {needed:g} GPUs and Ray's cluster has {total:g}; lower prefill_num_gpus, "
                     "decode_num_gpus or the numbers of workers, or set device to cpu"
                 )
@@ -60,7 +66,7 @@ class GpuGroups:
             if named:
                 await self._reserve_named(named)
             if len(named) < len(self._bundles):
-                await self._reserve_any(range(len(named), len(self._bundles)))
+                await self._reserve_any(range(len(named), len(self._bundles)), on_wait)
 
     def options(self, worker_id: str) -> dict[str, Any]:
         """Ray options that put a worker into its bundle, once it is reserved."""
@@ -80,20 +86,20 @@ class GpuGroups:
         while self._find() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
 
-    async def _reserve_any(self, numbers: range) -> None:
+    async def _reserve_any(self, numbers: range, on_wait: Callable[[str], None]) -> None:
         """One group for all that may lie on any GPU: it gets all of them or none."""
-        each = self._config.worker_num_cpus
         bundles = [self._bundles[number] for number in numbers]
-        group = self._group("any", [{"GPU": b.num_gpus, "CPU": each * len(b.shares)} for b in bundles])
+        wanted = [{"GPU": b.num_gpus} | self._beside(len(b.shares)) for b in bundles]
+        group = self._group("any", wanted)
         while not await asyncio.to_thread(group.wait, 1):
-            pass  # the caller has a deadline
+            on_wait(await asyncio.to_thread(_why_waiting, wanted))
         self._groups |= {number: (group, index) for index, number in enumerate(numbers)}
 
     async def _reserve_named(self, numbers: list[int]) -> None:
         wanted = {self._bundles[number].device_id: number for number in numbers}
         node, total = self._only_gpu_node()
         num_workers = max(len(self._bundles[number].shares) for number in numbers)
-        bundle = {"GPU": 1.0, "CPU": self._config.worker_num_cpus * num_workers, f"node:{node}": 0.001}
+        bundle = {"GPU": 1.0, f"node:{node}": 0.001} | self._beside(num_workers)
         seen: dict[int | str, PlacementGroup] = {}
         for attempt in range(total):
             group = self._group(f"gpu{attempt}", [bundle])
@@ -114,6 +120,19 @@ class GpuGroups:
                 "was started with, or leave the choice to Ray"
             )
         self._groups |= {wanted[device_id]: (group, 0) for device_id, group in kept.items()}
+
+    def held(self) -> list[Held]:
+        """What this application's groups reserve. Asks Ray's GCS."""
+        return [
+            Held(row["bundles_to_node_id"].get(number) or "", bundle)
+            for row in placement_group_table().values()
+            if row["name"].startswith(self._name) and row["state"] not in ("REMOVED", "PENDING")
+            for number, bundle in row["bundles"].items()
+        ]
+
+    def _beside(self, num_workers: int) -> dict[str, float]:
+        """What so many workers reserve besides their GPU."""
+        return {name: amount * num_workers for name, amount in worker_resources(self._config).items()}
 
     def _group(self, kind: str, bundles: list[dict[str, float]]) -> PlacementGroup:
         """The group of that name; a new one if there is none."""
@@ -144,6 +163,10 @@ class GpuGroups:
             for group_id, row in placement_group_table().items()
             if row["name"].startswith(self._name) and row["state"] != "REMOVED"
         }
+
+
+def _why_waiting(bundles: list[dict[str, float]]) -> str:
+    return explain(bundles, cluster_nodes())
 
 
 async def _which_gpu(group: PlacementGroup) -> int | str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from pdray.actors.placement import listen_address, origin
+from pdray.actors.placement import OneNode, listen_address, origin
 from pdray.background import BackgroundTasks
 from pdray.cluster.effects import Send
 from pdray.cluster.messages import (
@@ -104,11 +104,15 @@ class Worker:
         self.engine.on_layer_group = self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
         self._engine_loop.start()
+        address = listen_address(self.config)
         self._server = SessionServer(
-            PeerName(self.worker_id, self.incarnation), self.secret, self, timeout_s=self.config.worker_timeout_s
+            PeerName(self.worker_id, self.incarnation),
+            self.secret,
+            self,
+            timeout_s=self.config.worker_timeout_s,
+            admits=OneNode(self.config, address).admits,
         )
-        host = listen_address(self.config)
-        port = await self._server.start(host)
+        port = await self._server.start(address.bind)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         quiet_garbage_collection()
         self._last_heartbeat = self._now()
@@ -116,7 +120,7 @@ class Worker:
             worker_id=self.worker_id,
             incarnation=self.incarnation,
             role=self.role,
-            host=host,
+            host=address.dial,
             port=port,
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id() if in_ray else "",

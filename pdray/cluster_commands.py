@@ -89,6 +89,8 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
         )
         if error := application.get("error"):
             lines.append(f"error: {error}")
+        if coming := application.get("next"):
+            lines.append(f"next configuration: {coming.get('error') or coming['state']}")
         for router in application.get("routers", []):
             facts = ", ".join(
                 f"{key.replace('_', ' ')} {_cell(value)}" for key, value in router.items() if key != "router_id"

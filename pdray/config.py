@@ -95,6 +95,9 @@ class Config(BaseModel):
         None, description="GPU of the decode workers, or one for each, on a single host; default: as Ray chooses"
     )
     worker_num_cpus: float = Field(0.25, ge=0, description="Ray CPUs that each worker reserves")
+    worker_resources: dict[str, float] = Field(
+        {}, description='other Ray resources that each worker reserves, as {"memory": 2e9, "fast_disk": 1}'
+    )
     channel: Channel = Field("auto", description="how KV blocks travel; auto: nccl between two GPUs, else object_store")
     transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
     transfer_staging_bytes: Positive = Field(
@@ -107,7 +110,8 @@ class Config(BaseModel):
     )
     host: str = Field(
         "",
-        description="address workers listen on; default: loopback while the cluster is one node, else the node's own",
+        description="address workers listen on; default: the node's own, where only this machine may connect while the "
+        "cluster is one node",
     )
 
     # admission
@@ -123,10 +127,17 @@ class Config(BaseModel):
     step_timeout_s: Seconds | None = Field(
         None, description="a worker whose engine takes longer for one step is replaced; default: 60 on a GPU, else none"
     )
+    probe_interval_s: Seconds | None = Field(
+        30.0, description="time between requests by which a router that is idle tries its workers; none: never"
+    )
+    probe_timeout_s: Seconds = Field(10.0, description="workers that take longer for one of them are seen to")
     restart_backoff_s: Seconds = Field(
         1.0, description="wait before a dead worker is replaced; doubles with each failure in a row"
     )
     start_timeout_s: Seconds = Field(600.0, description="workers not ready after so long are an error")
+    graceful_shutdown_timeout_s: Seconds = Field(
+        20.0, description="requests of a server that stops, or changes its configuration, may go on for so long"
+    )
     local_prefill_max_tokens: NonNegative = Field(
         0, description="prompts with at most so many uncached tokens are prefilled by the decode worker"
     )
@@ -160,6 +171,12 @@ class Config(BaseModel):
             share = getattr(self, name)
             if share > 1:
                 raise ValueError(f"{name} is {share}; tensor parallelism is not there yet: it must be at most 1")
+        for name, amount in self.worker_resources.items():
+            if name in ("CPU", "GPU", "object_store_memory") or not amount > 0:
+                raise ValueError(
+                    f"worker_resources gives {amount:g} for {name}; it takes amounts above 0 of resources other than "
+                    "CPU (worker_num_cpus) and GPU (prefill_num_gpus, decode_num_gpus)"
+                )
         self._check_device_ids()
         if self.api_key is not None and not VISIBLE_ASCII.fullmatch(self.api_key.get_secret_value()):
             raise ValueError("api_key must be one or more visible ASCII characters, without spaces")

@@ -33,6 +33,14 @@ class OutOfMemoryError(PdrayError):
     """The device cannot hold what the configuration asks for."""
 
 
+class PlacementError(PdrayError):
+    """Ray's cluster, as it is, will never have what the workers ask for."""
+
+
+class StartTimeoutError(PdrayError, TimeoutError):
+    """The workers were not ready within start_timeout_s; the text holds what kept them from it."""
+
+
 class QueueFullError(PdrayError):
     """The router's bounded queue is full, or the request waited too long (HTTP 429).
 

@@ -47,7 +47,9 @@ class LLM:
         config: fields of pdray.config.Config.
 
     Raises:
-        ConfigError: a setting is wrong. ModelLoadError, OutOfMemoryError: what a worker met.
+        ConfigError: a setting is wrong. ModelLoadError, OutOfMemoryError: what a worker met, where trying again does
+            not help. PlacementError: Ray's cluster is too small. StartTimeoutError: the workers were not ready within
+            start_timeout_s; the text holds the last error, or what they wait for.
     """
 
     def __init__(self, model: str | None = None, *, ray_address: str | None = None, **config: Any) -> None:
@@ -84,6 +86,7 @@ class LLM:
             router_id=f"router-{uuid.uuid4().hex[:8]}",
             secret=self._coordinator.secret,
             watch=self._coordinator.watch,
+            report_broken=self._coordinator.report_broken,
         )
         await self._router.start()
         try:
@@ -93,9 +96,9 @@ class LLM:
             workers = (await self._coordinator.describe())["workers"]
             where = ", ".join(str(worker["address"]) for worker in workers if "address" in worker)
             raise NoWorkerError(
-                f"the workers are ready, but this process could not connect to them within {CONNECT_TIMEOUT_S:g} s; "
-                f"they listen at {where or 'no address now'}: set host to an address of their nodes that this process "
-                "can reach, or run this where they are"
+                f"the workers are ready, but this process could not connect to them within {CONNECT_TIMEOUT_S:g} s "
+                f"({self._router.why_not_ready}); they listen at {where or 'no address now'}: set host to an address "
+                "of their nodes that this process can reach, or run this where they are"
             ) from None
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import types
 import typing
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pdray.sampling_params import SamplingParams
 # Fields whose plain names mean something else on a command line: the HTTP host, and the sampling seed.
 RENAMED = {"host": "worker-host", "seed": "weights-seed"}
 NOT_SAMPLING_OPTIONS = ("stop_token_ids", "skip_special_tokens", "include_stop_str_in_output")
-PARSERS: dict[str, Callable[[str], Any]] = {"integer": int, "number": float, "string": str}
+PARSERS: dict[str, Callable[[str], Any]] = {"integer": int, "number": float, "string": str, "object": json.loads}
 
 
 def option_name(field: str) -> str:
@@ -32,7 +33,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ..
     for field, schema in Config.model_json_schema()["properties"].items():
         if field in skip:
             continue
-        default = schema.get("default")
+        default = schema.get("default") or None if schema.get("type") == "object" else schema.get("default")
         text = schema.get("description", field.replace("_", " "))
         text += (
             ""
@@ -49,7 +50,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ..
             choices = [str(choice) for choice in kind["enum"]]
             group.add_argument(option_name(field), choices=choices, type=str, **add)
         else:
-            metavar = {"integer": "N", "number": "X", "string": "TEXT"}[kind["type"]]
+            metavar = {"integer": "N", "number": "X", "string": "TEXT", "object": "JSON"}[kind["type"]]
             group.add_argument(option_name(field), type=PARSERS[kind["type"]], metavar=metavar, **add)
 
 

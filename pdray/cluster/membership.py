@@ -124,6 +124,10 @@ class Membership:
         self._error = text
         self._version += 1
 
+    def changed(self) -> None:
+        """Something has changed that is told with the view but is no part of this table."""
+        self._version += 1
+
     @property
     def worker_ids(self) -> list[str]:
         return list(self._workers)
@@ -228,6 +232,12 @@ class Membership:
             if prefill == prefill_id and pair.connected and epochs.get(decode) != pair.epoch:
                 pair.connected = False
                 self._version += 1
+        return []
+
+    def channel_broken(self, prefill_id: str, decode_id: str) -> list[Effect]:
+        """The pair's channel does not bring anything over: it is opened anew, in a higher epoch."""
+        self._pairs[prefill_id, decode_id].connected = False
+        self._version += 1
         return []
 
     def _new_incarnation(self, worker_id: str) -> str:

@@ -123,17 +123,31 @@ class Pair(msgspec.Struct, frozen=True):
     epoch: int
 
 
+class Draining(msgspec.Struct, frozen=True):
+    """The workers are about to end: no new requests; what runs may go on for `left_s` seconds."""
+
+    reason: str
+    left_s: float
+
+
 class ClusterView(msgspec.Struct, frozen=True):
     """The cluster at one moment. A higher version is newer.
 
     Attributes:
-        error: the last thing that kept a worker from starting or a pair from connecting, while it is not served.
+        error: what keeps a worker from starting or a pair from connecting, while it is not served.
+        draining: None in normal times.
     """
 
     version: int
     workers: list[WorkerInfo]
     pairs: list[Pair]
     error: str | None = None
+    draining: Draining | None = None
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether a request could be served."""
+        return bool(self.pairs) or any(worker.role == "both" for worker in self.workers)
 
 
 # --- router → decode worker ---------------------------------------------------------------------

@@ -19,6 +19,7 @@ class WorkerLink:
     """Attributes:
     session: None until it is open, and after it has closed.
     credit: the last that a decode worker told; none until it has.
+    broken: it does prefill and decode, and has not served a probe: it gets no new requests.
     denied: it refused a lease, and has told no new credit since.
     wanted: it is to tell when it has this much credit, and has not.
     asked: blocks and places of leases asked for and not answered, by leg.
@@ -34,6 +35,7 @@ class WorkerLink:
         self.denied = False
         self.failed = False
         self.wanted: CreditWanted | None = None
+        self.broken = False
         self.asked: dict[LegKey, tuple[int, int]] = {}
         self.queued: dict[LegKey, int] = {}
         self.told_queued_tokens = 0

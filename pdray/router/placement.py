@@ -29,7 +29,7 @@ class Placement:
         decode = [
             link
             for link in self._connections.open_links("decode", "both")
-            if link.could_decode(demand) and has_credit(link.decode_state(), demand)
+            if not link.broken and link.could_decode(demand) and has_credit(link.decode_state(), demand)
         ]
         if not decode:
             return None

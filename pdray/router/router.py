@@ -45,8 +45,10 @@ from pdray.models.generation_config import NEUTRAL, SamplingDefaults
 from pdray.outputs import RequestOutput, RequestTimings, SampledToken
 from pdray.router.connections import WorkerConnections
 from pdray.router.dispatcher import Dispatcher
+from pdray.router.drain import Drain
 from pdray.router.leg import RoutedLeg
 from pdray.router.link import WorkerLink
+from pdray.router.probe import PairProbe, Report
 from pdray.router.request import RoutedRequest
 from pdray.router.tokenization import encoder_of
 from pdray.router.validation import check_tokenizer, complete_params, tokenize, tokenize_all
@@ -81,6 +83,7 @@ class Router:
         router_id: must begin with "router" and be unique in the cluster.
         watch: returns the first view newer than the version given, or after a while the same.
         sampling_defaults: what the API's requests get where they leave sampling parameters out.
+        report_broken: told of workers that are connected and do not serve.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Router:
         watch: Callable[[int], Awaitable[ClusterView]],
         metrics: Metrics | None = None,
         sampling_defaults: SamplingDefaults = NEUTRAL,
+        report_broken: Report | None = None,
     ) -> None:
         if tokenizer is not None and not tokenizer.is_fast:
             raise ConfigError(
@@ -111,6 +115,15 @@ class Router:
         self._requests: dict[str, RoutedRequest] = {}
         self._tasks = BackgroundTasks(self._failed)
         self._became_ready = asyncio.Event()
+        self.drain = Drain(self._end_all)
+        self._probe = PairProbe(
+            router_id,
+            self._connections,
+            lambda: not self._requests,
+            report_broken,
+            interval_s=config.probe_interval_s or 0.0,
+            timeout_s=config.probe_timeout_s,
+        )
 
     # for the API
 
@@ -118,22 +131,25 @@ class Router:
         """Follow the cluster. Returns at once; see wait_ready()."""
         self._connections.start()
         self._tasks.spawn(self._keep_house())
+        if self.config.probe_interval_s is not None:
+            self._tasks.spawn(self._probe.run())
 
     async def stop(self) -> None:
-        """Fail what runs and what waits, close the sessions: an answer that was cut off must not look whole."""
-        for request in list(self._requests.values()):
-            outcome = "error" if request.granted.done() else "rejected"
-            self._end(request, outcome, NoWorkerError("this router is stopping; try again shortly"))
+        """End what runs or waits, with an error: half an answer must not look whole. Close the sessions."""
+        self._end_all("this router is stopping; try again shortly")
+        self.drain.cancel()
         await self._connections.stop()
         await self._tasks.stop()
 
     @property
     def ready(self) -> bool:
         """Whether a request could be served: a pair, or a worker that does both, is connected."""
-        return self._connections.can_serve
+        return self._connections.can_serve and self.drain.refuses is None
 
     @property
     def why_not_ready(self) -> str:
+        if self.drain.refuses is not None:
+            return self.drain.refuses
         reason = self._connections.error
         return "no prefill and decode worker are connected now; try again shortly" + (f" ({reason})" if reason else "")
 
@@ -384,6 +400,16 @@ class Router:
         self.on_queue_changed()
         self._dispatcher.pump()
 
+    def _end_all(self, reason: str) -> None:
+        for request in list(self._requests.values()):
+            self._end(request, "error" if request.granted.done() else "rejected", NoWorkerError(reason))
+
+    def _end_waiting(self, reason: str) -> None:
+        """Requests that have not begun are better off with whoever comes next."""
+        for request in list(self._requests.values()):
+            if not request.granted.done():
+                self._end(request, "rejected", NoWorkerError(reason))
+
     def _close(self, leg: RoutedLeg, reason: str) -> None:
         """Its workers are told, unless they have ended every completion of it by themselves."""
         request = leg.request
@@ -394,11 +420,16 @@ class Router:
 
     def on_worker_message(self, link: WorkerLink, message: AnyMessage) -> None:
         """See ConnectionsOwner."""
+        if self._probe.takes(message):
+            if isinstance(message, LeaseGranted | LeaseDenied):
+                link.update_credit(message.credit)
+            return
         match message:
             case Tokens():
                 link.update_credit(message.credit)
                 for update in message.updates:
-                    self._leg_tokens(update)
+                    if not self._probe.takes(update):
+                        self._leg_tokens(update)
             case FirstTokens():
                 self._first_tokens(link, message)
             case LeaseGranted():
@@ -430,6 +461,12 @@ class Router:
 
     def on_view(self) -> None:
         """See ConnectionsOwner."""
+        draining = self._connections.draining
+        if draining is not None:
+            self.drain.begin(draining.left_s, draining.reason, refuse=True)
+            self._end_waiting(draining.reason)
+        elif self.drain.refuses is not None:
+            self.drain.cancel()
         self._note_ready()
         self._dispatcher.pump()
 
@@ -466,6 +503,8 @@ class Router:
 
     def _renew(self) -> None:
         leases = self._dispatcher.leases()
+        for worker_id, keys in self._probe.leases().items():
+            leases.setdefault(worker_id, []).extend(keys)
         for link in self._connections.open_links("decode", "both"):
             keys = leases.get(link.info.worker_id, [])
             self._connections.send(link.info.worker_id, RenewLeases(keys, link.wanted))

@@ -31,9 +31,14 @@ MAX_LOGGED_CHARS = 2000
 logger = logging.getLogger(__name__)
 
 
-def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastAPI:
+def create_app(
+    config: Config,
+    get_router: Callable[[], Router | None],
+    why_no_router: Callable[[], str] = lambda: "the server is starting; try again shortly",
+) -> FastAPI:
     """Args:
     get_router: the router, or None while there is none yet.
+    why_no_router: what it waits for.
     """
     app = FastAPI(title="pdray", version=pdray.__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     install(app)
@@ -44,7 +49,7 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
     def router() -> Router:
         current = get_router()
         if current is None:
-            raise NoWorkerError("the server is starting; try again shortly")
+            raise NoWorkerError(why_no_router())
         return current
 
     def check_model(name: str | None) -> None:

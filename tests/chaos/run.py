@@ -23,6 +23,7 @@ from only_decode import only_decode
 from open_loop import open_loop
 from overload import run_overload
 from poison import faults, poison
+from redeploy import PLACE, beside, cut_short, in_place
 from rows import Row
 from scale import QUICK, Scale
 from slow_client import slow_client
@@ -40,9 +41,11 @@ BASE = {
     "num_threads": 1,
     "max_model_len": 512,
     "num_kv_blocks": 600,
+    "graceful_shutdown_timeout_s": 60.0,
     "restart_backoff_s": 0.5,
 }
 SMALL_QUEUE = {"max_num_seqs": 8, "max_queue_size": 32, "max_queue_wait_s": 10.0}
+NO_ROOM = {"num_decode_workers": 2, "worker_resources": {PLACE: 1.0}}
 SMALL_POOL = {"num_kv_blocks": 200}
 HEAD = "| test | figure | must hold | ok |\n|---|---|---|---|"
 
@@ -80,6 +83,11 @@ def with_faults(runs: RunsRows) -> RunsRows:
     return run
 
 
+def all_of(*cases: RunsRows) -> RunsRows:
+    """One after the other."""
+    return lambda scale: [row for case in cases for row in case(scale)]
+
+
 CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "deaths": lambda given: served(configured(given), deaths),
     "only-decode": lambda given: served(configured(given, num_decode_workers=1), only_decode),
@@ -87,6 +95,11 @@ CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "storm": lambda given: served(configured(given), storm),
     "open-loop": lambda given: served(configured(given, **SMALL_QUEUE), open_loop),
     "slow-client": lambda given: served(configured(given), slow_client),
+    "redeploy": lambda given: all_of(
+        served(configured(given), beside),
+        served(configured(given, **NO_ROOM), in_place),
+        served(configured(given, **NO_ROOM, graceful_shutdown_timeout_s=1.0), cut_short),
+    ),
     "soak": lambda given: served(configured(given, **SMALL_POOL), soak),
     "overload": lambda _: lambda scale: run_overload(scale.paced_overload_s),
 }

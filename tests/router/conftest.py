@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
 import pytest
+from msgspec import structs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +17,7 @@ from pdray.cluster.messages import (
     Credit,
     CreditUpdate,
     CreditWanted,
+    Draining,
     FirstTokens,
     LeaseDenied,
     LeaseGranted,
@@ -252,6 +254,19 @@ class Cluster:
         self.workers.update({worker.worker_id: worker for worker in workers})
         async with self._changed:
             self._view = ClusterView(self._view.version + 1, infos, pairs)
+            self._changed.notify_all()
+
+    async def show_pairs(self, epoch: int) -> None:
+        """Publish the same view, every pair connected in this epoch."""
+        pairs = [structs.replace(pair, epoch=epoch) for pair in self._view.pairs]
+        async with self._changed:
+            self._view = structs.replace(self._view, version=self._view.version + 1, pairs=pairs)
+            self._changed.notify_all()
+
+    async def show_draining(self, draining: Draining | None) -> None:
+        """Publish the same view, with or without the news that the workers are about to end."""
+        async with self._changed:
+            self._view = structs.replace(self._view, version=self._view.version + 1, draining=draining)
             self._changed.notify_all()
 
     def __getattr__(self, name: str) -> FakeWorker:
