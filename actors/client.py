@@ -54,8 +54,8 @@ class CoordinatorClient:
             detached: for a Serve application; otherwise it ends with this driver.
 
         Raises:
-            PdrayError: the cluster's processes cannot import pdray, or the Coordinator of that name is ending, and does not
-                come to an end.
+            PdrayError: the cluster's processes cannot import pdray, or the Coordinator of that name is ending, and does
+                not come to an end.
         """
         if not detached and (problem := await why_not_importable()) is not None:
             raise PdrayError(problem)

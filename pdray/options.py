@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import types
 import typing
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pdray.sampling_params import SamplingParams
 # Fields whose plain names mean something else on a command line: the HTTP host, and the sampling seed.
 RENAMED = {"host": "worker-host", "seed": "weights-seed"}
 NOT_SAMPLING_OPTIONS = ("stop_token_ids", "skip_special_tokens", "include_stop_str_in_output")
-PARSERS: dict[str, Callable[[str], Any]] = {"integer": int, "number": float, "string": str, "object": json.loads}
+PARSERS: dict[str, Callable[[str], Any]] = {"integer": int, "number": float, "string": str}
 
 
 def option_name(field: str) -> str:
@@ -50,7 +49,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ..
             choices = [str(choice) for choice in kind["enum"]]
             group.add_argument(option_name(field), choices=choices, type=str, **add)
         else:
-            metavar = {"integer": "N", "number": "X", "string": "TEXT", "object": "JSON"}[kind["type"]]
+            metavar = {"integer": "N", "number": "X", "string": "TEXT"}[kind["type"]]
             group.add_argument(option_name(field), type=PARSERS[kind["type"]], metavar=metavar, **add)
 
 
@@ -66,8 +65,9 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     values = {name.removeprefix("config_"): value for name, value in vars(args).items() if name.startswith("config_")}
     if getattr(args, "model", None):
         values["model"] = args.model
-    if "worker_env" in values:
-        values["worker_env"] = dict(values["worker_env"])
+    for name in ("worker_env", "worker_resources"):
+        if name in values:
+            values[name] = dict(values[name])
     if "block_size" in values:
         values["block_size"] = int(values["block_size"])
     return values

@@ -54,7 +54,7 @@ def another_value(field: str) -> Any:
     if kind["type"] == "number":
         return 0.625
     if kind["type"] == "object":
-        return {"NAME": "a=b"}
+        return {"NAME": "a=b"} if kind["additionalProperties"]["type"] == "string" else {"NAME": 0.5}
     return 1024
 
 

@@ -166,12 +166,10 @@ class PairProbe:
         num_tokens = 0
         while True:
             match await self._messages.get():
-                case LeaseGranted(block_ids=blocks, num_cached_tokens=num_cached):
+                case LeaseGranted(num_cached_tokens=num_cached):
                     if prefill_id is not None:
-                        send(
-                            prefill_id,
-                            PrefillRequest(*key, PROMPT, PARAMS, [0], [], decode_id, epoch, blocks, num_cached, LAST),
-                        )
+                        ask = PrefillRequest(*key, PROMPT, PARAMS, [0], [], decode_id, epoch, num_cached, LAST)
+                        send(prefill_id, ask)
                 case LeaseDenied():
                     raise _Busy
                 case LeaseClosed(reason=reason) | PrefillFailed(reason=reason):
