@@ -155,7 +155,7 @@ class Worker:
         logger.info(
             "%s: model %s (%s) on %s at %s:%d; KV pool of %d blocks of %d tokens; max_model_len %d, max_num_seqs %d, "
             "max_num_batched_tokens %d; given: %s",
-            *(self, config.model_name, str(self.engine.kv.dtype).removeprefix("torch."), info.device),
+            *(self, config.model_name, str(self.engine.pool.layout.dtype).removeprefix("torch."), info.device),
             *(info.host, info.port, info.num_blocks, info.block_size),
             *(info.max_model_len, info.max_num_seqs, info.max_num_batched_tokens, given or "no settings"),
         )
