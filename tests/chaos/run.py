@@ -22,6 +22,7 @@ from deaths import deaths
 from only_decode import only_decode
 from open_loop import open_loop
 from overload import run_overload
+from poison import faults, poison
 from rows import Row
 from scale import QUICK, Scale
 from slow_client import slow_client
@@ -69,9 +70,20 @@ def served(config: Config, case: Case) -> RunsRows:
     return run
 
 
+def with_faults(runs: RunsRows) -> RunsRows:
+    """Run it with processes whose engines fail on marked requests."""
+
+    def run(scale: Scale) -> list[Row]:
+        with faults():
+            return runs(scale)
+
+    return run
+
+
 CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "deaths": lambda given: served(configured(given), deaths),
     "only-decode": lambda given: served(configured(given, num_decode_workers=1), only_decode),
+    "poison": lambda given: with_faults(served(configured(given), poison)),
     "storm": lambda given: served(configured(given), storm),
     "open-loop": lambda given: served(configured(given, **SMALL_QUEUE), open_loop),
     "slow-client": lambda given: served(configured(given), slow_client),

@@ -3,6 +3,9 @@
 Time, network, processes, engines and channels are simulated; every decision is taken by the code under test. An
 action is chosen from those that are possible; after each, violations() says what must never be. Puts write straight
 into the decode worker's blocks when they complete, with no check by the receiver: the harshest channel.
+
+Some requests are poison: every step that computes one of them fails, or every step of decoding. An engine that fails either ends the legs of that
+step and goes on, or says whose step it was and dies.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 from pdray.cluster.credit import CreditWaiters, covers
 from pdray.cluster.effects import FlushPuts, Release, Send, StartCompute
 from pdray.cluster.lease import LeaseTable
+from pdray.cluster.losses import Loss, Losses, Verdict, blame
 from pdray.cluster.membership import Connect, Kill, Membership, Start, TellGone
 from pdray.cluster.messages import (
     AbortPut,
@@ -38,6 +42,7 @@ from pdray.cluster.messages import (
     PutAborted,
     PutDone,
     RenewLeases,
+    StepFailed,
     Tokens,
     WorkerIdentity,
     WorkerInfo,
@@ -54,6 +59,8 @@ NUM_BLOCKS = 12
 BLOCKS_PER_LEG = 2
 OUTPUT_TOKENS = 4
 LAYER_GROUPS = 3
+ALONE_STEPS = 2
+MAX_REPLAYS = 1000
 PROGRESS_WEIGHT = 30  # or kills and stops would leave nothing that could get anywhere
 
 
@@ -74,6 +81,8 @@ class Pool:
         self.owner: dict[int, LegKey] = {}
         self.requests: dict[LegKey, EngineRequest] = {}
         self.running: dict[LegKey, dict[int, int]] = {}  # leg -> index -> next position
+        self.alone: dict[LegKey, int] = {}  # steps of its own that a leg still gets
+        self.had_turn = False  # the last step was of one leg alone
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
         free = [block for block in range(NUM_BLOCKS) if block not in self.owner]
@@ -82,6 +91,8 @@ class Pool:
         assert request.key not in self.requests
         blocks = free[:BLOCKS_PER_LEG]
         self.requests[request.key] = request  # type: ignore[index]
+        if request.alone:
+            self.alone[request.key] = ALONE_STEPS  # type: ignore[index]
         self.owner.update(dict.fromkeys(blocks, request.key))  # type: ignore[arg-type]
         return Reservation(blocks, 0)
 
@@ -96,22 +107,39 @@ class Pool:
     def release(self, key: LegKey) -> None:
         self.requests.pop(key, None)
         self.running.pop(key, None)
+        self.alone.pop(key, None)
         self.owner = {block: owner for block, owner in self.owner.items() if owner != key}
+
+    def plan(self) -> list[LegKey]:
+        """Legs of the next step: one that is to be alone, or, every other time, all others."""
+        alone = [key for key in self.running if self.alone.get(key)]
+        others = [key for key in self.running if key not in alone]
+        self.had_turn = bool(alone) and not (others and self.had_turn)
+        if not self.had_turn:
+            return others
+        self.alone[alone[0]] -= 1
+        return alone[:1]
 
 
 @dataclass(eq=False)
 class Process:
-    """name is a worker or router id. A dead process does nothing; a stopped one nothing until it goes on."""
+    """name is a worker or router id. A dead process does nothing; a stopped one nothing until it goes on; one whose
+    engine has broken computes nothing."""
 
     name: str
     incarnation: str
     alive: bool = True
     stopped: bool = False
+    broken: bool = False
     info: WorkerInfo | None = None
 
     @property
     def runs(self) -> bool:
         return self.alive and not self.stopped
+
+    @property
+    def computes(self) -> bool:
+        return self.runs and not self.broken
 
 
 @dataclass(eq=False)
@@ -146,6 +174,9 @@ class Request:
     patient: bool = True
     places: dict[LegKey, tuple[str | None, str | None]] = field(default_factory=dict)
     denied: set[LegKey] = field(default_factory=set)  # legs that wait for credit of the worker that denied them
+    losses: Losses = field(default_factory=Losses)
+    num_losses: dict[LegKey, int] = field(default_factory=dict)  # of the legs before it
+    alone: set[LegKey] = field(default_factory=set)
     received: dict[int, list[int]] = field(default_factory=dict)
     outcomes: list[str] = field(default_factory=list)
 
@@ -154,12 +185,13 @@ class Request:
 class RouterProcess(Process):
     requests: dict[str, Request] = field(default_factory=dict)
     wanted: dict[str, CreditWanted] = field(default_factory=dict)  # by decode worker
+    failed: set[str] = field(default_factory=set)  # incarnations that have said so
 
 
 class World:
     """Args:
     num_prefill: 0 is colocated.
-    table, ledger, waiters: the classes under test, or mutants of them.
+    table, ledger, waiters, blame: what is under test, or mutants of it.
     """
 
     def __init__(
@@ -169,9 +201,12 @@ class World:
         table: type[LeaseTable] = LeaseTable,
         ledger: type[PrefillLedger] = PrefillLedger,
         waiters: type[CreditWaiters] = CreditWaiters,
+        blame: Callable[[list[LegKey]], Verdict] = blame,
     ) -> None:
         self.now = 0.0
-        self._table, self._ledger, self._waiters = table, ledger, waiters
+        self._table, self._ledger, self._waiters, self._blame = table, ledger, waiters, blame
+        self.poison: dict[str, bool] = {}  # whether it breaks prefill workers, too
+        self.num_failures = 0
         self.membership = Membership(num_prefill, num_decode, backoff_s=0.01)
         self.processes: dict[str, Process] = {}
         self.links: dict[tuple[Process, Process], deque[Any]] = {}
@@ -396,6 +431,9 @@ class World:
         if leg is None:
             del prefill.computing[key]
             return
+        if self.poison.get(key.request_id):
+            self._engine_fails(prefill, [key] if leg.alone else self._shared_step(prefill))
+            return
         if prefill.ledger.may_put(key):
             self._put(prefill, key)
         elif prefill.ledger.may_hold(key):
@@ -425,10 +463,41 @@ class World:
             if decode.pool.owner.get(block) != key:
                 self.problems.append(f"{key} may write block {block}, which belongs to {decode.pool.owner.get(block)}")
 
+    @staticmethod
+    def _shared_step(prefill: PrefillProcess) -> list[LegKey]:
+        """Legs that are computed together."""
+        legs = {key: prefill.ledger.leg(key) for key in prefill.computing}
+        return [key for key, leg in legs.items() if leg is not None and not leg.alone]
+
+    def _engine_fails(self, worker: DecodeProcess | PrefillProcess, step: list[LegKey]) -> None:
+        """Every other time it survives, and only the legs of the step end."""
+        self.num_failures += 1
+        if self.num_failures % 2:
+            worker.broken = True
+            for router in self.routers:
+                self._send(worker, [Send(router.name, StepFailed("broken", step))])
+            return
+        for key in step:
+            if isinstance(worker, DecodeProcess):
+                worker.pool.release(key)
+                self._send(worker, worker.table.failed(key, "broken", self._blame(step)))
+            else:
+                worker.computing.pop(key, None)
+                self._ledger_do(worker, worker.ledger.fail(key, "broken", self._blame(step)))
+
+    def bury(self, worker: Process) -> None:
+        """The Coordinator has learned that its engine is broken."""
+        self._membership_do(self.membership.suspect(worker.name, worker.incarnation))
+
     def step(self, decode: DecodeProcess) -> None:
-        """One decode step: a token for every running completion."""
+        """One decode step: a token for every completion that it computes."""
         by_router: dict[str, list[LegTokens]] = {}
-        for key, positions in list(decode.pool.running.items()):
+        plan = decode.pool.plan()
+        if any(key.request_id in self.poison for key in plan):
+            self._engine_fails(decode, plan)
+            return
+        for key in plan:
+            positions = decode.pool.running[key]
             tokens = [sampled(key.request_id, index, position) for index, position in positions.items()]
             decode.pool.running[key] = {
                 index: position + 1 for index, position in positions.items() if position + 1 < OUTPUT_TOKENS
@@ -446,9 +515,11 @@ class World:
 
     # routers
 
-    def submit(self, router: RouterProcess, n: int) -> None:
+    def submit(self, router: RouterProcess, n: int, poison: bool = False) -> None:
         request_id = f"request-{self.num_requests}"
         self.num_requests += 1
+        if poison:
+            self.poison[request_id] = self.num_requests % 2 == 0
         request = Request(RequestTracker(request_id, n), n, patient=self.num_requests % 4 > 0)
         router.requests[request_id] = request
         self._open(router, request, request.tracker.start())
@@ -457,7 +528,7 @@ class World:
         view = self.membership.view
         pairs: list[tuple[str | None, str]] = [(p.prefill_worker_id, p.decode_worker_id) for p in view.pairs]
         pairs += [(None, worker.worker_id) for worker in view.workers if worker.role == "both"]
-        pairs = [pair for pair in pairs if all(name is None or self.processes[name].alive for name in pair)]
+        pairs = [pair for pair in pairs if all(name is None or self._takes(router, name) for name in pair)]
         if not pairs:
             self._end(router, request, "failed")
             return
@@ -469,12 +540,26 @@ class World:
             self._ask_prefill(router, request, leg)
             return
         ask = LeaseRequest(
-            *leg.key, [1], SamplingParams(n=request.n, seed=1), list(leg.indices), list(leg.output_token_ids), place[0]
+            *leg.key,
+            [1],
+            SamplingParams(n=request.n, seed=1),
+            list(leg.indices),
+            list(leg.output_token_ids),
+            place[0],
+            alone=leg.key in request.alone,
         )
         self._send(router, [Send(place[1], ask)])
 
+    def _takes(self, router: RouterProcess, worker_id: str) -> bool:
+        """Whether the router may ask it, as far as it knows."""
+        process = self.processes[worker_id]
+        return process.alive and process.incarnation not in router.failed
+
     def _end(self, router: RouterProcess, request: Request, outcome: str) -> None:
         request.outcomes.append(outcome)
+        is_poison = request.tracker.request_id in self.poison
+        if outcome == ("finished" if is_poison else "blamed"):
+            self.problems.append(f"{request.tracker.request_id} {outcome}, poison: {is_poison}")
         for leg in request.tracker.drop():
             self._close(router, request, leg.key)
         del router.requests[request.tracker.request_id]
@@ -498,13 +583,38 @@ class World:
         for request in list(router.requests.values()):
             for leg in request.tracker.legs:
                 if dead.name in request.places.get(leg.key, ()):
-                    self._replay(router, request, leg.key)
+                    self._lose(router, request, leg.key, Loss("it died", dead.name))
 
-    def _replay(self, router: RouterProcess, request: Request, key: LegKey) -> None:
+    def _step_failed(self, router: RouterProcess, worker: Process, message: StepFailed) -> None:
+        router.failed.add(worker.incarnation)
+        suspects = [LegKey(*key) for key in message.suspects]
+        for request in list(router.requests.values()):
+            for leg in request.tracker.legs:
+                if worker.name in request.places.get(leg.key, ()):
+                    verdict = self._blame(suspects) if leg.key in suspects else "innocent"
+                    self._lose(router, request, leg.key, Loss(message.reason, worker.name, verdict))
+
+    def _lose(self, router: RouterProcess, request: Request, key: LegKey, loss: Loss) -> None:
+        """As a router does it."""
+        if request.outcomes:
+            return
+        before = request.losses.num
+        request.losses.count(loss, request.num_losses.get(key, 0))
+        if request.losses.num > before and loss.verdict != "lost":
+            self.problems.append(f"{key}: {loss.verdict} counts")
+        if loss.verdict == "suspect" and key in request.alone and request.tracker.request_id in self.poison:
+            self.problems.append(f"{key} was to be alone, and was computed with others")
+        if loss.verdict == "failed" or request.losses.num > MAX_REPLAYS:
+            self._end(router, request, "blamed" if loss.verdict == "failed" else "failed")
+            return
+        alone = key in request.alone or loss.verdict == "suspect"
         self._close(router, request, key)
         for leg in request.tracker.replace(key):
             if request.outcomes:
                 return
+            request.num_losses[leg.key] = request.num_losses.get(key, 0) + 1
+            if alone:
+                request.alone.add(leg.key)
             self._open(router, request, leg)
 
     def _router_receives(self, router: RouterProcess, source: Process, message: Any) -> None:
@@ -514,6 +624,9 @@ class World:
         if isinstance(message, Tokens):
             for update in message.updates:
                 self._router_tokens(router, update.key, update.tokens)
+            return
+        if isinstance(message, StepFailed):
+            self._step_failed(router, source, message)
             return
         request = router.requests.get(message.request_id)
         leg = next((leg for leg in request.tracker.legs if leg.key == message.key), None) if request else None
@@ -535,7 +648,8 @@ class World:
             case FirstTokens():
                 self._router_tokens(router, message.key, message.tokens)
             case LeaseClosed() | PrefillFailed():
-                self._replay(router, request, leg.key)
+                loss = Loss(message.reason, message.lost_worker_id or message.reason, message.verdict)
+                self._lose(router, request, leg.key, loss)
 
     def _ask_prefill(self, router: RouterProcess, request: Request, leg: Leg) -> None:
         prefill, decode = request.places[leg.key]
@@ -544,7 +658,8 @@ class World:
         epoch = 0 if decode is None else epochs.get((prefill, decode), 0)
         params = SamplingParams(n=request.n, seed=1)
         indices, outputs = list(leg.indices), list(leg.output_token_ids)
-        ask = PrefillRequest(*leg.key, [1], params, indices, outputs, decode, epoch, 0)
+        alone = leg.key in request.alone
+        ask = PrefillRequest(*leg.key, [1], params, indices, outputs, decode, epoch, 0, alone=alone)
         self._send(router, [Send(prefill, ask)])
 
     def _want(self, router: RouterProcess, decode: str) -> None:
@@ -569,6 +684,9 @@ class World:
         for request, leg in waiting[:1]:
             request.denied.discard(leg.key)
             for again in request.tracker.replace(leg.key):
+                request.num_losses[again.key] = request.num_losses.get(leg.key, 0)
+                if leg.key in request.alone:
+                    request.alone.add(again.key)
                 self._open(router, request, again)
         if waiting[1:]:
             self._want(router, decode)
@@ -624,16 +742,26 @@ class World:
             result += [lambda: self.notices.popleft()()] * 3
         result += [lambda ends=ends: self.deliver(ends) for ends in self.links if ends[1].runs]
         for prefill in self.workers(PrefillProcess):
-            if prefill.runs:
+            if prefill.computes:
                 result += [lambda p=prefill, key=key: self.compute(p, key) for key in prefill.computing]
+            if prefill.runs:
                 result += [lambda p=prefill, put=put: self.finish_put(p, put) for put in prefill.puts]
-        result += [lambda d=d: self.step(d) for d in self.workers(DecodeProcess) if d.runs and d.pool.running]
+        result += [lambda d=d: self.step(d) for d in self.workers(DecodeProcess) if d.computes and d.pool.running]
+        result += [
+            lambda p=p: self.bury(p) for p in self.processes.values() if p.broken and p.alive and self._is_heard(p)
+        ]
         result += [lambda r=router: self.renew(r) for router in self.routers if router.runs and router.requests]
         return result * PROGRESS_WEIGHT + self._submissions() + self._disturbances() if self.disturb else result
 
+    def _is_heard(self, worker: Process) -> bool:
+        """Whether every router that runs has its last word."""
+        heard = (ends for ends in self.links if ends[0] is worker and ends[1].runs)
+        return not any(isinstance(message, StepFailed) for ends in heard for message in self.links[ends])
+
     def _submissions(self) -> list[Callable[[], None]]:
         weight = PROGRESS_WEIGHT // 4 if self.membership.serving else 1
-        return [lambda r=r, n=n: self.submit(r, n) for r in self.routers if r.runs for n in (1, 2)] * weight
+        result = [lambda r=r, n=n: self.submit(r, n) for r in self.routers if r.runs for n in (1, 2)] * weight
+        return result + [lambda r=r, n=n: self.submit(r, n, True) for r in self.routers if r.runs for n in (1, 2)]
 
     def _disturbances(self) -> list[Callable[[], None]]:
         result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2), self.crash_coordinator]
@@ -656,7 +784,8 @@ class World:
     def _is_idle(self) -> bool:
         prefills = [worker for worker in self.workers(PrefillProcess) if worker.alive]
         decodes = [worker for worker in self.workers(DecodeProcess) if worker.alive]
-        at_work = any(p.computing or p.puts for p in prefills) or any(d.pool.running for d in decodes)
+        at_work = any(p.computing or p.puts or p.broken for p in prefills)
+        at_work |= any(d.pool.running or d.broken for d in decodes)
         return not (self.links or self.calls or self.notices or at_work)
 
     def violations(self) -> list[str]:

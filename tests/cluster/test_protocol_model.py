@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -94,7 +95,7 @@ def test_walks_reach_every_state_and_outcome() -> None:
                     states |= {info.state for info in decode.table.leases(world.now)}
             world.settle(rng)
     assert states == {str(state) for state in LeaseState}
-    assert outcomes == {"finished", "aborted", "rejected", "failed"}
+    assert outcomes == {"finished", "aborted", "rejected", "failed", "blamed"}
     assert attempts >= 3  # a second failure during recovery
 
 
@@ -145,9 +146,29 @@ class KeepsWhatNobodyDecodes(PrefillLedger):
         return [] if leg.request.decode_worker_id is None else super()._finish_if_pushed(now, key, leg)
 
 
+class ForgetsWhoIsAlone(LeaseTable):
+    """A suspect is computed with others again, and nobody learns who is to blame."""
+
+    def request(self, now: float, router_id: str, message: Any) -> list[Send]:
+        return super().request(now, router_id, msgspec.structs.replace(message, alone=False))
+
+
+def blames_everybody(suspects: list[LegKey]) -> str:
+    """Whoever was in the step fails at once."""
+    return "failed"
+
+
+def blames_nobody(suspects: list[LegKey]) -> str:
+    """The guilty one is replayed for ever."""
+    return "suspect"
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
+        {"table": ForgetsWhoIsAlone, "num_prefill": 0, "num_decode": 1},
+        {"blame": blames_everybody},
+        {"blame": blames_nobody},
         {"table": FreesFillingLeases},
         {"table": ExpiresQuarantine},
         {"ledger": AcknowledgesTooEarly},
