@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_INT32 = 2**31 - 1  # what the kernels count with
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+RANDOM_SEED = -1  # as in vLLM
 SMALLEST_FLOAT32 = 2.0**-126  # the smallest normal one: what is below may count as 0 on a GPU, and has no reciprocal
 
 
@@ -62,7 +63,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         n: independent completions of one prompt; the prompt is prefilled once.
         temperature: 0 is greedy.
         top_k: 0 or -1 switches it off.
-        seed: any 64-bit integer; None draws one at the router. Completion ``i`` uses ``seed + i``, wrapped to 64 bits.
+        seed: any 64-bit integer; None or -1 draws one at the router. Completion ``i`` uses ``seed + i``, wrapped to
+            64 bits.
         max_tokens: None means as many as ``max_model_len`` leaves.
         min_tokens: end-of-sequence and stop token ids are masked before this many tokens.
         stop: strings that end the text; cut from it unless include_stop_str_in_output.
@@ -103,6 +105,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             self._set(name, _to_float32(getattr(self, name)), allowed)
         for name, allowed in INTEGERS.items():
             self._set(name, _to_int(getattr(self, name)), allowed)
+        if self.seed == RANDOM_SEED:
+            msgspec.structs.force_setattr(self, "seed", None)
         self._check(
             "min_tokens",
             self.max_tokens is None or self.min_tokens <= self.max_tokens,

@@ -4,8 +4,8 @@ Time, network, processes, engines and channels are simulated; every decision is 
 action is chosen from those that are possible; after each, violations() says what must never be. Puts write straight
 into the decode worker's blocks when they complete, with no check by the receiver: the harshest channel.
 
-Some requests are poison: every step that computes one of them fails, or every step of decoding. An engine that fails either ends the legs of that
-step and goes on, or says whose step it was and dies.
+Some requests are poison: every step that computes one of them fails, or every step of decoding. An engine that fails
+either ends the legs of that step and goes on, or says whose step it was and dies.
 """
 
 from __future__ import annotations

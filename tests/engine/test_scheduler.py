@@ -312,7 +312,7 @@ def test_suspects_go_one_after_the_other() -> None:
     engine = FakeEngine(40, max_num_seqs=4)
     for key in "abc":
         engine.add(make(key, 3, 30, n=1 + (key == "b"), alone=True))
-    steps = [engine.step().keys for _ in range(5 * ALONE_STEPS)]
+    steps = [engine.step().keys for _ in range(6 * ALONE_STEPS)]
     assert steps[:ALONE_STEPS] == [["a"]] * ALONE_STEPS
     assert [keys for keys in steps if "b" in keys][:ALONE_STEPS] == [["b"]] * ALONE_STEPS
     assert [keys for keys in steps if "c" in keys][:ALONE_STEPS] == [["c"]] * ALONE_STEPS
