@@ -100,14 +100,14 @@ class CoordinatorClient:
             raise WorkerDiedError(f"the Coordinator is gone: {error}") from error
         return view
 
-    async def start_state(self, router_id: str = "") -> StartState:
+    async def start_state(self, router_id: str = "", *, with_router: bool = False) -> StartState:
         """See Coordinator.wait_ready.
 
         Raises:
             WorkerDiedError: as watch().
         """
         try:
-            state: StartState = await answer_of(self._actor.wait_ready.remote(router_id))
+            state: StartState = await answer_of(self._actor.wait_ready.remote(router_id, with_router=with_router))
         except ActorUnavailableError as error:
             raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
         except RayActorError as error:

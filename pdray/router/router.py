@@ -164,7 +164,8 @@ class Router:
     def stats(self) -> dict[str, Any]:
         """For `pdray status`."""
         running = sum(request.granted.done() for request in self._requests.values())
-        return {"router_id": self.router_id, "queue_depth": len(self._dispatcher.queue), "running": running}
+        queue_depth = len(self._dispatcher.queue)
+        return {"router_id": self.router_id, "ready": self.ready, "queue_depth": queue_depth, "running": running}
 
     async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids of prompts that belong together: one that cannot be served refuses all, before any is submitted.
