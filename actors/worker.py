@@ -132,6 +132,7 @@ class Worker:
             max_num_seqs=self.engine.config.max_num_seqs,
             max_num_batched_tokens=self.engine.config.max_num_batched_tokens,
             channels={name: kind.facts for name, kind in self.kinds.items()},
+            vocab_size=self.engine.model.config.vocab_size,
         )
         if self.engine.config.step_timeout_s is not None:
             self._tasks.spawn(self._end_if_hung(self.engine.config.step_timeout_s))

@@ -25,6 +25,13 @@ class InvalidRequestError(PdrayError, ValueError):
         self.param = param
 
 
+class ContextLengthError(InvalidRequestError):
+    """A prompt, or a prompt and its output, that the model's context cannot hold.
+
+    Its text begins like OpenAI's, by which clients know it: see pdray.router.validation.over_context.
+    """
+
+
 class ModelLoadError(PdrayError):
     """The model's files are missing, of an unknown kind, or inconsistent."""
 

@@ -19,6 +19,8 @@ from pdray.models import load_tokenizer
 from pdray.models.generation_config import load_sampling_defaults
 from pdray.outputs import RequestOutput
 from pdray.ray_hold import hold_ray
+from pdray.router.chat_template import ChatOptions, ChatTemplate
+from pdray.router.conversation import parse_messages
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
 
@@ -70,6 +72,7 @@ class LLM:
         try:
             self.tokenizer = load_tokenizer(self.config)
             self._sampling_defaults = load_sampling_defaults(self.config)
+            self._chat_template = ChatTemplate(self.tokenizer)
             self._run(self._start())
         except BaseException:
             self.shutdown()
@@ -151,16 +154,35 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """generate() on conversations rendered with the tokenizer's chat template."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise InvalidRequestError(f"model {self.config.model} has no chat template; use generate()", "messages")
-        conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        prompts = [
-            {"prompt_token_ids": self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False)}
-            for c in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        """generate() on conversations, rendered with the model's chat template.
+
+        Args:
+            messages: one conversation, or a list of them, each in OpenAI's form and checked as over HTTP.
+            add_generation_prompt, continue_final_message, chat_template_kwargs: see ChatOptions.
+
+        Raises:
+            InvalidRequestError: one cannot be rendered, and nothing was computed for the others; or see generate().
+        """
+        options = ChatOptions(add_generation_prompt, continue_final_message, chat_template_kwargs or {})
+        is_many = isinstance(messages, list | tuple) and all(isinstance(each, list | tuple) for each in messages)
+        conversations: Sequence[Any] = messages if is_many else [messages]
+        prompts: list[Prompt] = []
+        for index, conversation in enumerate(conversations):
+            try:
+                prompts.append(self._chat_template.render(parse_messages(conversation), options))
+            except InvalidRequestError as error:
+                if is_many:
+                    error.add_note(f"in conversation {index} of {len(conversations)}, counted from 0")
+                raise
+        try:
+            return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        except InvalidRequestError as error:
+            error.param = "messages" if error.param == "prompt" else error.param
+            raise
 
     async def _generate_all(
         self,

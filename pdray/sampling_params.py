@@ -12,7 +12,7 @@ from pdray.errors import InvalidRequestError
 
 MAX_N = 64
 MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS = 256
 MAX_INT32 = 2**31 - 1  # what the kernels count with
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 RANDOM_SEED = -1  # as in vLLM
@@ -112,11 +112,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"at most max_tokens ({self.max_tokens})",
         )
-        self._check(
-            "stop",
-            len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(each, str) and each for each in self.stop),
-            f"at most {MAX_STOP_STRINGS} non-empty strings",
-        )
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(
+                f"stop has {len(self.stop)} strings; it may have at most {MAX_STOP_STRINGS}", "stop"
+            )
+        self._check("stop", all(isinstance(each, str) and each for each in self.stop), "non-empty strings")
         token_ids = tuple(_to_int(token_id) for token_id in self.stop_token_ids)
         self._check(
             "stop_token_ids",

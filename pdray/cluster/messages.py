@@ -70,6 +70,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         incarnation: changes with every process that takes the name.
         fingerprint: of weights, dtype, block size and KV layout; peers must agree.
         channels: what each channel kind of this worker must be known by; see pdray.transfer.channel.Kind.facts.
+        vocab_size: the model's; token ids are below it. None is not known.
     """
 
     worker_id: str
@@ -87,6 +88,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     channels: dict[str, dict[str, str]] = {}
+    vocab_size: int | None = None
 
 
 class ChannelOffer(msgspec.Struct, frozen=True):

@@ -167,6 +167,12 @@ class Router:
         queue_depth = len(self._dispatcher.queue)
         return {"router_id": self.router_id, "ready": self.ready, "queue_depth": queue_depth, "running": running}
 
+    @property
+    def vocab_size(self) -> int | None:
+        """The model's, None before any worker is known. A prompt may hold ids that the tokenizer has not."""
+        sizes = (link.info.vocab_size for link in self._connections.links.values())
+        return min((size for size in sizes if size is not None), default=None)
+
     async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids of prompts that belong together: one that cannot be served refuses all, before any is submitted.
 
@@ -174,7 +180,7 @@ class Router:
             InvalidRequestError: see tokenize_all. NoWorkerError: nobody is there.
         """
         try:
-            return await tokenize_all(self.tokenizer, prompts, self._context_length())
+            return await tokenize_all(self.tokenizer, prompts, self._context_length(), self.vocab_size)
         except PdrayError:
             self._report("rejected", None)
             raise
@@ -240,7 +246,7 @@ class Router:
                 f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
             )
         check_tokenizer(params, self.tokenizer)
-        ids = await tokenize(self.tokenizer, prompt, max_model_len)
+        ids = await tokenize(self.tokenizer, prompt, max_model_len, self.vocab_size)
         return ids, complete_params(params, len(ids), max_model_len, default_max_tokens)
 
     async def _make_request(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pdray.errors import InvalidRequestError
+from pdray.errors import ContextLengthError
 from pdray.router.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
@@ -40,12 +40,29 @@ async def beside_loop(num_chars: int, work: Callable[[], T]) -> T:
     return await asyncio.wrap_future(lane.submit(work))
 
 
-def too_long(num_tokens: str, max_model_len: int) -> InvalidRequestError:
-    """For a prompt of so many tokens, which do not fit the context; clients know it by how the text begins."""
-    return InvalidRequestError(
-        f"This model's maximum context length is {max_model_len} tokens (max_model_len), prompt and output, but "
-        f"the prompt has {num_tokens} tokens; shorten the prompt",
-        "prompt",
+def over_context(
+    num_prompt_tokens: int, max_model_len: int, max_tokens: int | None = None, *, at_least: bool = False
+) -> ContextLengthError:
+    """The error of a prompt, or prompt and output, longer than the context.
+
+    litellm, aider and others know it by its first words, and read the numbers of OpenAI's wording out of it.
+
+    Args:
+        at_least: the prompt was not counted to its end.
+    """
+    left = max_model_len - num_prompt_tokens
+    about = "at least " if at_least else ""
+    advice = "Please reduce the length of the prompt"
+    if left >= 1:
+        advice = (
+            f"max_tokens is {max_tokens}, but the prompt's {num_prompt_tokens} tokens leave {left}. "
+            "Please reduce max_tokens or the length of the prompt"
+        )
+    return ContextLengthError(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{about}{num_prompt_tokens + (max_tokens or 1)} tokens ({about}{num_prompt_tokens} in the prompt, "
+        f"{max_tokens or 'at least 1'} in the completion). {advice} (the limit is max_model_len).",
+        "prompt" if left < 1 else "max_tokens",
     )
 
 
@@ -64,7 +81,7 @@ class TextEncoder:
         """Refuse, without looking at it, what no tokens of this vocabulary can make fit.
 
         Raises:
-            InvalidRequestError: the text is too long.
+            ContextLengthError: the text is too long.
         """
         if self._token_reach is None or len(text) <= self._token_reach * max_model_len:
             return
@@ -72,7 +89,7 @@ class TextEncoder:
         num_bytes = len(text) if is_ascii else len(text.encode(errors="replace")) // MAX_SHRINK
         if num_bytes > self._token_reach * max_model_len:
             least = -(-num_bytes // self._token_reach)
-            raise too_long(f"at least {least}", max_model_len)
+            raise over_context(least, max_model_len, at_least=True)
 
     def encode(self, text: str, max_model_len: int | None = None, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. What does not fit costs about as much as what does.
@@ -81,18 +98,18 @@ class TextEncoder:
         tokens, the rest is not looked at. (Twice: a cut may change how what stands before it is divided.)
 
         Raises:
-            InvalidRequestError: the text is too long.
+            ContextLengthError: the text is too long.
         """
         if max_model_len is not None:
             self.check_length(text, max_model_len)
             num_chars = max(MIN_SLICE_CHARS, SLICE_CHARS_PER_TOKEN * max_model_len)
             while num_chars < len(text):
                 if self._count(text[:num_chars]) > 2 * max_model_len:
-                    raise too_long(f"more than {max_model_len}", max_model_len)
+                    raise over_context(max_model_len + 1, max_model_len, at_least=True)
                 num_chars *= 4
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         if max_model_len is not None and len(encoding) >= max_model_len:
-            raise too_long(str(len(encoding)), max_model_len)
+            raise over_context(len(encoding), max_model_len)
         return list(encoding.ids)
 
     def _count(self, text: str) -> int:

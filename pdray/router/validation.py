@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pdray.errors import InvalidRequestError
-from pdray.router.tokenization import beside_loop, encoder_of, too_long
+from pdray.router.prompt import CompleteText
+from pdray.router.tokenization import beside_loop, encoder_of, over_context
 from pdray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -26,17 +27,27 @@ NEED_TOKENIZER = {
 
 
 async def tokenize(
-    tokenizer: PreTrainedTokenizerBase | None, prompt: str | list[int], max_model_len: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str | list[int],
+    max_model_len: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """Token ids of a prompt; see tokenize_all."""
-    [ids] = await tokenize_all(tokenizer, [prompt], max_model_len)
+    [ids] = await tokenize_all(tokenizer, [prompt], max_model_len, vocab_size)
     return ids
 
 
 async def tokenize_all(
-    tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[str | list[int]], max_model_len: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[str | list[int]],
+    max_model_len: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt. All are looked at before any is tokenized, and those of a call are tokenized in turn.
+
+    Args:
+        vocab_size: the model's, which may be larger than the tokenizer's: a model can draw the ids that pad it. None
+            where it is not known.
 
     Raises:
         InvalidRequestError: a prompt is empty, no text or ids, has ids outside of the vocabulary, or is too long for
@@ -51,13 +62,22 @@ async def tokenize_all(
             if max_model_len is not None:
                 encoder_of(tokenizer).check_length(prompt, max_model_len)
         else:
-            _check_ids(prompt, 2**31 if tokenizer is None else len(tokenizer), max_model_len)
+            limit = vocab_size or (2**31 if tokenizer is None else len(tokenizer))
+            _check_ids(prompt, limit, max_model_len)
     abandoned = threading.Event()
 
     def encode(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             assert tokenizer is not None
-            return encoder_of(tokenizer).encode(prompt, max_model_len)
+            add_special_tokens = not isinstance(prompt, CompleteText)
+            ids = encoder_of(tokenizer).encode(prompt, max_model_len, add_special_tokens=add_special_tokens)
+            if vocab_size is not None and (largest := max(ids, default=0)) >= vocab_size:
+                raise InvalidRequestError(
+                    f"the prompt has the token {tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), which the "
+                    f"model's vocabulary of {vocab_size} has not; leave it out",
+                    "prompt",
+                )
+            return ids
         return list(prompt)
 
     def encode_all() -> list[list[int]]:
@@ -74,10 +94,12 @@ async def tokenize_all(
 
 def _check_ids(ids: list[int], limit: int, max_model_len: int | None) -> None:
     if max_model_len is not None and len(ids) >= max_model_len:
-        raise too_long(str(len(ids)), max_model_len)
+        raise over_context(len(ids), max_model_len)
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
-            raise InvalidRequestError(f"prompt token id {token_id!r} is not in [0, {limit})", "prompt")
+            raise InvalidRequestError(
+                f"prompt token id {token_id!r} is not in [0, {limit}), the model's vocabulary", "prompt"
+            )
 
 
 def check_tokenizer(params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -104,17 +126,11 @@ def complete_params(
         default_max_tokens: instead of all that the context length leaves, and never more.
 
     Raises:
-        InvalidRequestError: prompt, or prompt and max_tokens, do not fit max_model_len.
+        ContextLengthError: prompt, or prompt and max_tokens, do not fit max_model_len.
     """
     left = max_model_len - num_prompt_tokens
-    if left < 1:
-        raise too_long(str(num_prompt_tokens), max_model_len)
-    if params.max_tokens is not None and params.max_tokens > left:
-        raise InvalidRequestError(
-            f"max_tokens is {params.max_tokens}, but the prompt's {num_prompt_tokens} tokens leave {left} of "
-            f"the context length (max_model_len) of {max_model_len}; lower max_tokens",
-            "max_tokens",
-        )
+    if left < 1 or (params.max_tokens or 1) > left:
+        raise over_context(num_prompt_tokens, max_model_len, params.max_tokens)
     changes: dict[str, int] = {}
     if params.max_tokens is None:
         changes["max_tokens"] = max_tokens = left if default_max_tokens is None else min(left, default_max_tokens)

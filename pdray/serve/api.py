@@ -15,12 +15,14 @@ from fastapi.responses import JSONResponse, Response
 import pdray
 from pdray.config import Config
 from pdray.errors import NoWorkerError
+from pdray.router.chat_template import ChatTemplate
 from pdray.router.router import Router
 from pdray.serve.auth import ApiKey
 from pdray.serve.body import read_body
 from pdray.serve.connection import ClientGone
 from pdray.serve.endpoints import Chat, Completion, render_chat
 from pdray.serve.errors import ApiError, install
+from pdray.serve.paths import LenientPaths
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.schema import ERRORS, GENERATED, describe_bodies, request_body
 
@@ -40,17 +42,34 @@ def create_app(
     get_router: the router, or None while there is none yet.
     why_no_router: what it waits for.
     """
-    app = FastAPI(title="pdray", version=pdray.__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+    app = FastAPI(
+        title="pdray",
+        version=pdray.__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=ERRORS,
+    )
     install(app)
+    app.add_middleware(LenientPaths)
     describe_bodies(app)
     v1 = APIRouter(prefix="/v1", dependencies=[] if config.api_key is None else [Depends(ApiKey(config.api_key))])
     started = int(time.time())
+    template: ChatTemplate | None = None
 
     def router() -> Router:
         current = get_router()
         if current is None:
             raise NoWorkerError(why_no_router())
         return current
+
+    def chat_template() -> ChatTemplate:
+        """The router's tokenizer's; it remembers what it has found out about templates."""
+        nonlocal template
+        tokenizer = router().tokenizer
+        if template is None or template.tokenizer is not tokenizer:
+            template = ChatTemplate(tokenizer)
+        return template
 
     def check_model(name: str | None) -> None:
         if name is not None and name != config.model_name:
@@ -99,9 +118,9 @@ def create_app(
         body = await read_body(request, ChatBody, config.max_request_bytes)
         check_model(body.model)
         request_id = _request_id("chatcmpl", request)
-        log_prompt(request_id, [message.plain() for message in body.messages])
-        prompt_token_ids = await render_chat(body, router().tokenizer, router().max_model_len)
-        generation = Chat(body, prompt_token_ids, request_id, config.model_name, router().sampling_defaults)
+        log_prompt(request_id, [(message.role, message.text) for message in body.messages])
+        prompt = await render_chat(body, chat_template())
+        generation = Chat(body, prompt, request_id, config.model_name, router().sampling_defaults)
         return await generation.respond(request, router())
 
     app.include_router(v1)

@@ -1,7 +1,8 @@
-"""A request's body: read within its bound, parsed as strict JSON, checked."""
+"""A request's body: read within its bound, inflated, parsed as strict JSON, checked."""
 
 from __future__ import annotations
 
+import codecs
 from typing import TypeVar
 
 import msgspec
@@ -9,8 +10,10 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
+from pdray.router.conversation import kind_of
 from pdray.serve.connection import ClientGone
 from pdray.serve.errors import ApiError
+from pdray.serve.inflate import Inflater, coding_of
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -19,44 +22,40 @@ async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
     """The request's body, whatever its Content-Type says.
 
     Raises:
-        ApiError: 413 as soon as it is known to be too large; 400 if it is no JSON object. msgspec refuses what RFC 8259
-            does (NaN, Infinity, invalid UTF-8), lone surrogates, and numbers that no float can hold.
+        ApiError: 413 as soon as it is known to be too large, inflated or not; 415 for a Content-Encoding other than
+            gzip and deflate; 400 if it is no JSON object. msgspec refuses what RFC 8259 does (NaN, Infinity, invalid
+            UTF-8), lone surrogates, and numbers that no float can hold.
         ValidationError: it is not of this kind (400). ClientGone: it never came to its end.
     """
     raw = await _read(request, max_bytes)
+    text = memoryview(raw)[len(codecs.BOM_UTF8) :] if raw.startswith(codecs.BOM_UTF8) else raw
     try:
-        value = msgspec.json.decode(raw)
+        value = msgspec.json.decode(text)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {_json_name(value)}")
+        raise ApiError(400, f"the body must be a JSON object, not {kind_of(value)}")
     return kind.model_validate(value)
 
 
 async def _read(request: Request, max_bytes: int) -> bytearray:
     too_large = ApiError(413, f"the body is larger than {max_bytes} bytes (max_request_bytes)")
+    coding = coding_of(",".join(request.headers.getlist("content-encoding")))
+    inflater = None if coding is None else Inflater(coding, max_bytes)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise too_large
     raw = bytearray()
+    num_bytes = 0
     try:
         async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > max_bytes:
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
                 raise too_large
+            if inflater is None:
+                raw += chunk
+            else:
+                inflater.feed(chunk)
     except ClientDisconnect:
         raise ClientGone from None
-    return raw
-
-
-def _json_name(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-    return "an array"
+    return raw if inflater is None else inflater.finish()

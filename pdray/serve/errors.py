@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdray.errors import (
+    ContextLengthError,
     InvalidRequestError,
     NoWorkerError,
     PdrayError,
@@ -67,9 +68,10 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(503, str(error), type="server_error", code="service_unavailable", headers=retry_after)
         case RequestTimeoutError():
             return ApiError(504, str(error), type="server_error", code="timeout")
+        case ContextLengthError():
+            return ApiError(400, str(error), param=error.param, code="context_length_exceeded")
         case InvalidRequestError():
-            is_length = "context length" in str(error)
-            return ApiError(400, str(error), param=error.param, code="context_length_exceeded" if is_length else None)
+            return ApiError(400, str(error), param=error.param)
         case ValidationError():
             problem = _first_problem(error)
             return ApiError(400, problem.message, param=problem.param)

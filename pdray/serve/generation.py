@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from fastapi import Request
 from fastapi.responses import Response
 
+from pdray.errors import InvalidRequestError
 from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.completion import CompletionDelta
 from pdray.router.request import RoutedRequest
@@ -45,10 +46,12 @@ class Generation(ABC):
 
     Attributes:
         object_name, chunk_object_name: the "object" of the answer, and of its chunks.
+        prompt_field: of the body, which the prompt is made of.
     """
 
     object_name: str
     chunk_object_name: str
+    prompt_field: str
 
     def __init__(
         self,
@@ -79,6 +82,10 @@ class Generation(ABC):
         """Choices of chunks that come before any token."""
         return []
 
+    def prompt_fields(self, output: RequestOutput) -> dict[str, Any]:
+        """What an answer, and each of the chunks before any token, says of a prompt."""
+        return {}
+
     async def respond(self, http: Request, router: Submits) -> Response:
         """The HTTP answer. Admission is over before a streaming one begins: what is raised here has a status.
 
@@ -94,6 +101,9 @@ class Generation(ABC):
                 streaming = True
                 return EventStream(self._stream(requests), lambda: _abort(requests))
             outputs = await unless_gone(http.receive, asyncio.gather(*(request.wait() for request in requests)))
+        except InvalidRequestError as error:
+            error.param = self.prompt_field if error.param == "prompt" else error.param
+            raise
         finally:
             if not streaming:
                 _abort(admitted.values())
@@ -103,6 +113,7 @@ class Generation(ABC):
             for completion in output.outputs
         ]
         answer = envelope(self.object_name, self.request_id, self.created, self.model)(choices)
+        answer |= self.prompt_fields(outputs[0])
         answer |= {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)}
         return Response(encode_json(answer), media_type="application/json")
 
@@ -138,8 +149,8 @@ class Generation(ABC):
         with_usage = options is not None and bool(options.include_usage)
         outputs = [request.output for request in requests]
 
-        def chunk(choices: list[dict[str, Any]]) -> bytes:
-            value = wrap(choices)
+        def chunk(choices: list[dict[str, Any]], **fields: Any) -> bytes:
+            value = wrap(choices) | fields
             if with_usage and choices:
                 continuous = options is not None and options.continuous_usage_stats
                 value["usage"] = usage(outputs) if continuous else None
@@ -149,7 +160,7 @@ class Generation(ABC):
             for p, output in enumerate(outputs):
                 for i in range(self.params.n):
                     for choice in self.first_choices(p * self.params.n + i, output):
-                        yield chunk([choice])
+                        yield chunk([choice], **self.prompt_fields(output))
             async with contextlib.aclosing(_merged(requests)) as arriving:
                 async for p, deltas in arriving:
                     for delta in deltas:

@@ -202,6 +202,10 @@ def test_chat_and_token_prompts(disaggregated: LLM) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = disaggregated.chat(question, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0]
     assert "Paris" in answer.outputs[0].text
+    in_parts = [{"role": "user", "content": [{"type": "text", "text": question[0]["content"]}]}]
+    again = disaggregated.chat([in_parts], SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0]
+    assert (again.prompt, again.prompt_token_ids) == (answer.prompt, answer.prompt_token_ids)
+    assert disaggregated._router is not None and disaggregated._router.vocab_size == 49_152
     ids = disaggregated.tokenizer.encode("The capital of France is")
     by_text, by_ids = disaggregated.generate(
         ["The capital of France is", {"prompt_token_ids": ids}],

@@ -57,6 +57,7 @@ class FakeWorker:
 
     Attributes:
         credit, queued_tokens, max_num_seqs, max_num_batched_tokens, num_blocks, max_model_len: what it tells.
+        vocab_size: likewise.
         wanted: the credit that routers have asked for with RenewLeases, each once.
         on_received: called with every message that it keeps.
     """
@@ -68,6 +69,7 @@ class FakeWorker:
         self.max_num_seqs, self.max_num_batched_tokens = 64, 2048
         self.num_blocks, self.max_model_len = 1000, 100
         self.wanted: list[CreditWanted] = []
+        self.vocab_size: int | None = None
         self.received: list[Any] = []
         self.renewed: set[LegKey] = set()
         self.session: Session | None = None
@@ -88,6 +90,7 @@ class FakeWorker:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            vocab_size=self.vocab_size,
             **place,  # type: ignore[arg-type]
         )
         return self.info

@@ -304,7 +304,7 @@ async def test_timings_add_up(make_cluster: MakeCluster) -> None:
         ([1, 129], {}, r"129 is not in \[0, 129\)"),
         ([1, -1], {}, "-1 is not in"),
         ([1, "x"], {}, "'x' is not in"),
-        ("x" * 100, {"max_tokens": None}, r"maximum context length is 100 tokens \(max_model_len\).*has 100 tokens"),
+        ("x" * 100, {"max_tokens": None}, "maximum context length is 100 tokens.*100 in the prompt"),
         ("x" * 95, {"max_tokens": 6}, "max_tokens is 6.*95 tokens leave 5"),
         ("x", {"n": 5}, "max_num_seqs"),
         ("x" * 95, {"max_tokens": None, "min_tokens": 6}, "min_tokens is 6"),
@@ -316,6 +316,20 @@ async def test_invalid_requests(make_cluster: MakeCluster, prompt: Any, params: 
         await cluster.router.submit(prompt, SamplingParams(**params), request_id="r")
     assert cluster.decode.received == [] and cluster.metrics.outcomes == [("rejected", None)]
     cluster.assert_clean()
+
+
+async def test_the_vocabulary_is_the_models(make_cluster: MakeCluster) -> None:
+    """Ids that the tokenizer has not, but the model, which may have drawn them."""
+    cluster = await make_cluster(empty=True)
+    workers = cluster.new_worker("prefill-0", "prefill"), cluster.new_worker("decode-0", "decode")
+    for worker in workers:
+        worker.vocab_size = 160
+    await cluster.show(*workers)
+    await asyncio.wait_for(cluster.router.wait_ready(), 10)
+    await start(cluster, "r", GREEDY, prompt=[1, 159])
+    assert cluster.prefill.received[-1].prompt_token_ids == [1, 159]
+    with pytest.raises(InvalidRequestError, match=r"160 is not in \[0, 160\)"):
+        await cluster.router.submit([160], GREEDY, request_id="s")
 
 
 async def test_what_the_router_fills_in(make_cluster: MakeCluster) -> None:
@@ -333,7 +347,7 @@ async def test_what_the_router_fills_in(make_cluster: MakeCluster) -> None:
 async def test_a_long_text_is_tokenized_beside_the_loop(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     first = cluster.submit("r", prompt="x" * 10_000)
-    with pytest.raises(InvalidRequestError, match="10000 tokens"):
+    with pytest.raises(InvalidRequestError, match="10000 in the prompt"):
         await first
 
 

@@ -56,6 +56,7 @@ class ScriptedRouter:
         self.tokenizer: PreTrainedTokenizerFast | None = ascii_tokenizer()
         self.max_model_len: int | None = MAX_MODEL_LEN
         self.sampling_defaults = NEUTRAL
+        self.vocab_size: int | None = None
         self.ready = True
         self.why_not_ready = "no prefill and decode worker are connected now"
         self.reply = REPLY
@@ -72,7 +73,7 @@ class ScriptedRouter:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        return await tokenize_all(self.tokenizer, prompts, self.max_model_len)
+        return await tokenize_all(self.tokenizer, prompts, self.max_model_len, self.vocab_size)
 
     async def submit(
         self,

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
+from tokenizers import processors
 
 import pdray
 from pdray.config import Config
@@ -108,6 +109,112 @@ async def test_continue_final_message(client: openai.AsyncOpenAI, router: Any) -
     extra = {"add_generation_prompt": False, "continue_final_message": True}
     await client.chat.completions.create(model="smol", messages=messages, extra_body=extra)
     assert prompt_of(router).endswith("assistant: The capital")
+
+
+@pytest.mark.parametrize("prefill", ["", "The ", None])
+async def test_a_prefill_is_continued_where_it_ends(http: httpx.AsyncClient, router: Any, prefill: str | None) -> None:
+    """A template that trims has not trimmed the header's end with it."""
+    router.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ '\n' + m.content | trim }}[end]{% endfor %}"
+    )
+    messages = [*ASK, {"role": "assistant", "content": prefill}]
+    body = {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert prompt_of(router).endswith(f"[assistant]\n{prefill or ''}")
+
+
+PARTS_ONLY = (
+    "{% for m in messages %}{{ m.role }}: {% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
+    "{% endfor %};{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("content", ["Where?", [{"type": "text", "text": "Where?"}]])
+async def test_a_template_that_takes_parts(http: httpx.AsyncClient, router: Any, content: Any) -> None:
+    router.tokenizer.chat_template = PARTS_ONLY
+    body = {"messages": [{"role": "user", "content": content}]}
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert prompt_of(router) == "user: Where?;"
+
+
+async def test_a_refusal_in_the_history(http: httpx.AsyncClient, router: Any) -> None:
+    for assistant in (
+        {"content": [{"type": "refusal", "refusal": "I cannot."}]},
+        {"content": None, "refusal": "I cannot."},
+    ):
+        messages = [*ASK, {"role": "assistant", **assistant}, {"role": "user", "content": "Why?"}]
+        assert (await http.post("/v1/chat/completions", json={"messages": messages})).status_code == 200
+        assert prompt_of(router).endswith("assistant: I cannot.\nuser: Why?\nassistant: ")
+
+
+async def test_developer_is_system_where_the_template_does_not_know_it(http: httpx.AsyncClient, router: Any) -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, ASK[1]]
+    assert (await http.post("/v1/chat/completions", json={"messages": messages})).status_code == 200
+    assert prompt_of(router).startswith("system: Be brief.\nuser: Where?")
+    router.tokenizer.chat_template = "{% if messages[0].role == 'developer' %}!{{ messages[0].content }}{% endif %}"
+    body = {"messages": messages[:1]}
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert prompt_of(router) == "!Be brief."
+
+
+async def test_a_message_that_would_be_dropped_is_refused(http: httpx.AsyncClient, router: Any) -> None:
+    router.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    for role in ("User", "system", "developer"):
+        body = {"messages": [{"role": "user", "content": "a"}, {"role": role, "content": "a"}]}
+        refused = await http.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["param"] == "messages" and f"messages[1] (role '{role}'" in error["message"]
+    assert not router.num_submitted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo(client: openai.AsyncOpenAI, stream: bool) -> None:
+    """Of a last message of the assistant's own; a user's is not the answer's."""
+    for last, expected in (({"role": "assistant", "content": "Well: "}, "Well: " + REPLY), (ASK[1], REPLY)):
+        options: dict[str, Any] = {"model": "smol", "messages": [*ASK, last], "extra_body": {"echo": True}}
+        if stream:
+            chunks = [chunk async for chunk in await client.chat.completions.create(**options, stream=True)]
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        else:
+            text = (await client.chat.completions.create(**options)).choices[0].message.content
+        assert text == expected
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+async def test_token_ids(http: httpx.AsyncClient, router: Any, path: str) -> None:
+    """Where vLLM has them: the prompt's in a chat's answer, or a completion's choices; an answer's in choices."""
+    body = {"n": 2, "max_tokens": 40, "return_token_ids": True}
+    body |= {"messages": ASK} if path == "chat/completions" else {"prompt": "Hello"}
+    answer = (await http.post(f"/v1/{path}", json=body)).json()
+    prompt_ids, expected = router.requests[0].output.prompt_token_ids, [*REPLY.encode(), 128]
+    for choice in answer["choices"]:
+        assert choice["token_ids"] == expected
+        assert (choice if path == "completions" else answer)["prompt_token_ids"] == prompt_ids
+    text = (await http.post(f"/v1/{path}", json=body | {"stream": True})).text
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    for index in (0, 1):
+        mine = [(chunk, choice) for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        assert sum((choice.get("token_ids", []) for _, choice in mine), []) == expected
+        said = [(choice if path == "completions" else chunk).get("prompt_token_ids") for chunk, choice in mine]
+        assert said == [prompt_ids, *[None] * (len(said) - 1)]
+
+
+async def test_special_tokens_are_the_templates(http: httpx.AsyncClient, router: Any) -> None:
+    """A tokenizer that begins each text by itself does so for prompts, and not for conversations, unless asked."""
+    eos = router.tokenizer.eos_token
+    router.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{eos} $A", special_tokens=[(eos, 128)]
+    )
+    conversation, prompt = {"messages": ASK[1:]}, {"prompt": "x"}
+    for path, body, begins in (
+        ("chat/completions", conversation, False),
+        ("chat/completions", conversation | {"add_special_tokens": True}, True),
+        ("completions", prompt, True),
+        ("completions", prompt | {"add_special_tokens": False}, False),
+    ):
+        assert (await http.post(f"/v1/{path}", json=body)).status_code == 200
+        assert (router.requests[-1].output.prompt_token_ids[0] == 128) is begins, (path, body)
 
 
 async def test_template_variables(http: httpx.AsyncClient, router: Any) -> None:

@@ -159,7 +159,7 @@ async def test_sampling_parameters_reach_the_router(client: openai.AsyncOpenAI, 
     given = {"temperature": 0.5, "top_p": 0.75, "seed": 11, "max_tokens": 40, "n": 3}
     given |= {"presence_penalty": 0.5, "frequency_penalty": -0.5}
     await client.completions.create(
-        model="smol", prompt="x", stop="!", user="me", extra_body={**extra, "priority": -3, "unknown": [1]}, **given
+        model="smol", prompt="x", stop="!", user="me", extra_body={**extra, "priority": -3}, **given
     )
     [request] = router.requests
     for name, value in {**extra, **given, "stop": ("!",), "stop_token_ids": (5, 6)}.items():
@@ -191,3 +191,57 @@ async def test_any_content_type(http: httpx.AsyncClient) -> None:
             "/v1/completions", content=b'{"prompt": "x"}', headers={"Content-Type": content_type}
         )
         assert response.status_code == 200
+
+
+@pytest.mark.parametrize("given,taken", [(-1, None), (-2, -2), (-(2**63),) * 2, (0, 0), (7.0, 7), (2**63 - 1,) * 2])
+async def test_seeds(http: httpx.AsyncClient, router: Any, given: float, taken: int | None) -> None:
+    """-1 is none, as in vLLM: two requests draw two. Other negative ones are seeds of their own."""
+    for _ in range(2):
+        assert (await http.post("/v1/completions", json={"prompt": "x", "seed": given})).status_code == 200
+    seeds = [request.params.seed for request in router.requests]
+    assert len({*seeds}) == (2 if taken is None else 1)
+    assert taken is None or seeds[0] == taken
+
+
+async def test_whole_floats_are_integers(http: httpx.AsyncClient, router: Any) -> None:
+    given = {"max_tokens": 4.0, "n": 2.0, "top_k": -1.0, "seed": 7.0, "min_tokens": 1e0, "logprobs": 2.0}
+    given |= {"stop_token_ids": [5.0], "priority": -3.0, "best_of": 2.0}
+    answer = await http.post("/v1/completions", json={"prompt": "x", **given})
+    assert answer.status_code == 200 and len(answer.json()["choices"]) == 2, answer.text
+    [request] = router.requests
+    for name in ("max_tokens", "n", "top_k", "seed", "min_tokens", "logprobs"):
+        value = getattr(request.params, name)
+        assert value == given[name] and isinstance(value, int)
+    assert request.params.stop_token_ids == (5,) and router.priorities == [-3]
+    body = {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 3.0, "top_logprobs": 0.0}
+    assert (await http.post("/v1/chat/completions", json=body)).json()["usage"]["completion_tokens"] == 3
+
+
+async def test_no_top_logprobs_need_no_logprobs(http: httpx.AsyncClient) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 0}
+    answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200 and answer.json()["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("echo", [False, True])
+async def test_ids_that_pad_the_vocabulary(http: httpx.AsyncClient, router: Any, echo: bool) -> None:
+    """The tokenizer has 129; a model that has 160 may draw any of them, and clients send them back."""
+    router.vocab_size = 160
+    body = {"prompt": [72, 105, 159], "echo": echo, "max_tokens": 3}
+    answer = await http.post("/v1/completions", json=body)
+    assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == 3
+    assert router.requests[0].output.prompt_token_ids == [72, 105, 159]
+    refused = await http.post("/v1/completions", json=body | {"prompt": [160]})
+    assert refused.status_code == 400 and "[0, 160)" in refused.json()["error"]["message"]
+
+
+async def test_a_token_that_only_the_tokenizer_has(http: httpx.AsyncClient, router: Any) -> None:
+    router.vocab_size = 128
+    refused = await http.post("/v1/completions", json={"prompt": "x<eos>"})
+    assert refused.status_code == 400 and "'<eos>' (id 128)" in refused.json()["error"]["message"]
+
+
+async def test_many_stop_strings(http: httpx.AsyncClient) -> None:
+    stop = [*(f"[{number}]" for number in range(255)), "France"]
+    answer = (await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 40, "stop": stop})).json()
+    assert answer["choices"][0]["text"] == "The capital of " and answer["choices"][0]["stop_reason"] == "France"

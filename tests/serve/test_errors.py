@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+from pydantic import ValidationError
 
 from pdray.errors import NoWorkerError, OutOfMemoryError, QueueFullError, RequestFailedError, WorkerDiedError
-from pdray.serve.endpoints import TEMPLATE_OPTIONS
+from pdray.router.chat_template import renderer_options
 from pdray.serve.errors import MAX_MESSAGE_CHARS
-from pdray.serve.protocol import ChatBody, ChatMessage, CompletionBody, GenerationBody
+from pdray.serve.protocol import ChatBody, CompletionBody, GenerationBody
 
 USER = {"role": "user", "content": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
@@ -79,7 +81,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(seed=-(2**63) - 1), "seed"),
     (completion(seed=2**63), "seed"),
     (completion(stop=""), "stop"),
-    (completion(stop=["a"] * 17), "stop"),
+    (completion(stop=["a"] * 257), "at most 256"),
+    (completion(stop=["x" * 1000] * 17), "at most 16384"),
     (completion(stop=["a", 1]), "stop"),
     (completion(stop="x" * 1025), "1025"),
     (completion(stop=["a", "x" * 1025]), "1024"),
@@ -97,6 +100,9 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(stream_options={"include_usage": True}), "stream_options"),
     (completion(stream=True, stream_options=5), "stream_options"),
     (completion(echo=True, logprobs=1), "echo"),
+    (completion(seed=1.5), "seed"),
+    (completion(max_tokens=1e300), "max_tokens"),
+    (completion(add_special_tokens=1), "add_special_tokens"),
     (completion(suffix="end"), "suffix"),
     (completion(best_of=2), "best_of"),
     (completion(best_of=2**31), "best_of"),
@@ -132,6 +138,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (chat(messages=[{}] * 2049), "2048"),
     (chat(messages=[{"role": "user", "content": DEEP}]), "content"),
     (chat(messages=[USER, DEEP]), "messages"),
+    (chat(messages=[USER, {"role": "user", "content": "hi", "refusal": "no"}]), "messages[1].refusal"),
+    (chat(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]), "refusal"),
+    (chat(echo=True, logprobs=True), "echo"),
     (chat(n=65), "n is 65"),
     (chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
     (chat(functions=[{"name": "f"}]), "functions"),
@@ -215,10 +224,32 @@ async def test_bad_bodies(http: httpx.AsyncClient, router: Any, path: str, raw: 
     assert router.num_submitted == 0
 
 
-async def test_context_length_has_its_code(http: httpx.AsyncClient) -> None:
-    error = check_shape(await http.post("/v1/completions", json=completion(prompt="x" * 300)), 400)
-    assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
-    assert "300" in error["message"] and "200" in error["message"]
+@pytest.mark.parametrize(
+    "path,body,param,numbers",
+    [
+        ("completions", completion(prompt="x" * 300), "prompt", (200, 301, 300)),
+        ("completions", completion(prompt="x" * 300, max_tokens=500), "prompt", (200, 301, 300)),
+        ("completions", completion(prompt="x" * 200, max_tokens=1), "prompt", (200, 201, 200)),
+        ("completions", completion(prompt="x" * 150, max_tokens=60), "max_tokens", (200, 210, 150, 60)),
+        ("completions", completion(prompt=[[65], [65] * 300]), "prompt", (200, 301, 300)),
+        ("chat/completions", chat(messages=[{"role": "user", "content": "x" * 300}]), "messages", (200, 319, 318)),
+        ("chat/completions", chat(max_tokens=199), "max_tokens", (200, 219, 20, 199)),
+    ],
+)
+async def test_context_length(
+    http: httpx.AsyncClient, path: str, body: dict[str, Any], param: str, numbers: tuple[int, ...]
+) -> None:
+    """litellm and aider know it by its first words, and others by its code; some read the numbers."""
+    error = check_shape(await http.post(f"/v1/{path}", json=body), 400)
+    assert error["code"] == "context_length_exceeded" and error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    pattern = (
+        r"This model's maximum context length is (\d+) tokens\. However, you requested (\d+) tokens "
+        r"\((\d+) in the prompt, (\d+|at least 1) in the completion\)\. .*Please .* \(the limit is max_model_len\)\."
+    )
+    matched = re.fullmatch(pattern, error["message"])
+    assert matched, error["message"]
+    assert tuple(int(number) for number in matched.groups()[: len(numbers)]) == numbers
 
 
 async def test_long_values_are_not_sent_back_whole(http: httpx.AsyncClient) -> None:
@@ -250,10 +281,11 @@ async def test_routes_and_methods(http: httpx.AsyncClient, method: str, path: st
 def test_what_is_ignored_is_not_kept(kind: type[GenerationBody], body: dict[str, Any]) -> None:
     """Not for as long as the request lives: small JSON can be large in memory."""
     ignored = {"user": "x" * 5000, "metadata": {str(number): [] for number in range(1000)}}
-    checked = kind.model_validate({**body, **ignored, "response_format": {"type": "text", **ignored}})
-    assert checked == kind.model_validate(body | {"response_format": {"type": "text"}})
-    message = ChatMessage.model_validate({**USER, **ignored})
-    assert message == ChatMessage.model_validate(USER) and not message.model_extra
+    checked = kind.model_validate({**body, **ignored})
+    assert checked == kind.model_validate(body) and not checked.model_extra
+    for place in ({"response_format": {"type": "text", **ignored}}, {"messages": [{**USER, **ignored}]}):
+        with pytest.raises(ValidationError, match="user|metadata|messages"):
+            kind.model_validate(body | place)
 
 
 async def test_unknown_model(http: httpx.AsyncClient) -> None:
@@ -409,5 +441,5 @@ async def test_without_a_chat_template(http: httpx.AsyncClient, router: Any) -> 
 
 
 def test_template_options_are_the_renderers() -> None:
-    assert {"tokenize", "chat_template", "padding", "tools", "messages"} <= TEMPLATE_OPTIONS
-    assert "enable_thinking" not in TEMPLATE_OPTIONS
+    assert {"tokenize", "chat_template", "padding", "tools", "messages"} <= renderer_options()
+    assert "enable_thinking" not in renderer_options()

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdray.config import Config
-from pdray.serve.protocol import NOT_SUPPORTED, ChatBody, ChatMessage, CompletionBody
+from pdray.serve.fields import FIELDS as OTHER_FIELDS
+from pdray.serve.protocol import ChatBody, ChatMessage, CompletionBody
 
 SCALARS = (
     st.none()
@@ -29,7 +30,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *NOT_SUPPORTED} - {"prompt", "messages"})
+FIELDS = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *OTHER_FIELDS} - {"prompt", "messages"})
 MESSAGES = st.lists(
     st.dictionaries(
         st.sampled_from([*ChatMessage.model_fields, "tool_calls", "type", "text"]),
