@@ -83,7 +83,7 @@ class WorkerPlaces:
             if room is Room.NEVER:
                 raise PlacementError(explain(demands(self._config), nodes))
             if asyncio.get_running_loop().time() - since > PATIENCE_S:
-                self._on_wait(worker_id, explain([demand], nodes))
+                self._on_wait(worker_id, explain([demand, *starting], nodes))
             await asyncio.sleep(RETRY_S)
 
     def held(self, workers: Iterable[WorkerInfo], num_starting: int) -> list[Held]:
