@@ -14,6 +14,7 @@ from ray.util import list_named_actors
 
 from pdray.actors.coordinator import Coordinator
 from pdray.actors.placement import NAMESPACE
+from pdray.actors.vigil import Vigil
 from pdray.cluster.messages import ClusterView
 from pdray.config import Config
 from pdray.errors import PdrayError, WorkerDiedError
@@ -33,6 +34,7 @@ class CoordinatorClient:
 
     def __init__(self, actor: ActorHandle, secret: bytes) -> None:
         self._actor = actor
+        self._vigil = Vigil(actor)
         self.secret = secret
         self.gone = False
 
@@ -49,16 +51,18 @@ class CoordinatorClient:
             options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         actor: Any = ray.remote(Coordinator).options(**options)
         actor = actor.remote(config, app_name, secrets.token_bytes(32), detached=detached)
-        return cls(actor, await actor.get_secret.remote())
+        return cls(actor, await _get_secret(actor))
 
     async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
-        """See Coordinator.watch.
+        """See Coordinator.watch. A Coordinator that hangs meanwhile is ended, and Ray starts it again.
 
         Raises:
             WorkerDiedError: the Coordinator is gone, for now or (see `gone`) for ever.
         """
         try:
-            view: ClusterView = await self._actor.watch.remote(version, router)
+            view: ClusterView | None = None
+            while view is None:  # it is alive, and still finds out what is there
+                view = await self._vigil.wait(self._actor.watch.remote(version, router))
         except ActorUnavailableError as error:
             raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
         except RayActorError as error:
@@ -94,6 +98,17 @@ class CoordinatorClient:
         ray.kill(self._actor, no_restart=True)
 
 
+async def _get_secret(actor: Any) -> bytes:
+    """The first call to a Coordinator. One that hangs, or that Ray is starting again, is waited for."""
+    while True:
+        try:
+            secret: bytes = await Vigil(actor).wait(actor.get_secret.remote())
+        except ActorUnavailableError:
+            await asyncio.sleep(RETRY_S)
+        else:
+            return secret
+
+
 def list_applications() -> list[str]:
     """Names of the applications that have a Coordinator in this Ray cluster."""
     return sorted({name.removeprefix(PREFIX).rpartition(":")[0] for name in _coordinator_names()})
@@ -125,6 +140,7 @@ def stop_application(app_name: str) -> None:
     """End an application's workers and its Coordinator, whatever Serve thinks of it."""
     for actor in _coordinators(app_name):
         try:
+            asyncio.run(_get_secret(actor))  # one that hangs is ended, and its successor knows the workers
             _ask(actor.stop)
         except RayActorError:
             continue  # it was ending by itself

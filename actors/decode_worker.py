@@ -81,7 +81,7 @@ class DecodeWorker(Worker):
                 timeout_s=self.config.worker_timeout_s,
                 on_fatal=self._fail,
             )
-        self._tasks.spawn(self._expire_leases())
+        self._tasks.keep_running("expire leases", self._expire_leases)
         return info
 
     async def stop(self) -> None:

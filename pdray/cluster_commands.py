@@ -120,6 +120,9 @@ def format_status(applications: list[dict[str, Any]], *, leases: bool = False) -
         )
         if error := application.get("error"):
             lines.append(f"error: {error}")
+        lines += [f"trouble: {row['worker_id']}: {row['trouble']}" for row in workers if row.get("trouble")]
+        lines += [f"suspicion: {suspicion}" for suspicion in application.get("suspicions", [])]
+        lines += [f"loop failed: {name}: {text}" for name, text in application.get("loop_failures", {}).items()]
         for router in application.get("routers", []):
             facts = ", ".join(
                 f"{key.replace('_', ' ')} {_cell(value)}" for key, value in router.items() if key != "router_id"

@@ -11,11 +11,12 @@ import pytest
 import ray
 
 from pdray.engine.request import EngineStats
-from pdray.metrics import RouterMetrics, WorkerMetrics
+from pdray.metrics import LoopMetrics, RouterMetrics, WorkerMetrics
 from pdray.outputs import CompletionOutput, RequestOutput, RequestTimings
 
 pytestmark = pytest.mark.ray
 EXPORT_DEADLINE_S = 20.0
+OWN_TAGS = ("router", "worker", "role", "part", "outcome", "le", "process", "loop")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def exported(url: str) -> dict[tuple[str, str], float]:
             match = re.fullmatch(r"(ray_pdray_\w+)\{(.*)\} (\S+)", line)
             if match:
                 tags = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
-                own = {k: v for k, v in tags.items() if k in ("router", "worker", "role", "part", "outcome", "le")}
+                own = {k: v for k, v in tags.items() if k in OWN_TAGS}
                 samples[match[1], ",".join(f"{k}={own[k]}" for k in sorted(own))] = float(match[3])
     return samples
 
@@ -118,5 +119,19 @@ def test_worker_counters_grow_by_the_difference(metrics_url: str) -> None:
             ("ray_pdray_transfer_bytes_total", tags): 2048,
             ("ray_pdray_transfers_total", tags): 2,
             ("ray_pdray_transfer_seconds_total", tags): 0.006,
+        },
+    )
+
+
+def test_failures_of_loops_are_counted_by_process_and_loop(metrics_url: str) -> None:
+    worker, router = LoopMetrics("decode-0"), LoopMetrics("router-1")
+    worker.on_failure("expire leases")
+    worker.on_failure("expire leases")
+    router.on_failure("follow the view")
+    wait_for(
+        metrics_url,
+        {
+            ("ray_pdray_loop_failures_total", "loop=expire leases,process=decode-0"): 2,
+            ("ray_pdray_loop_failures_total", "loop=follow the view,process=router-1"): 1,
         },
     )

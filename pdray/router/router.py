@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pdray.background import BackgroundTasks
+from pdray.background import BackgroundTasks, LoopFailures
 from pdray.cluster.messages import (
     AnyMessage,
     ClusterView,
@@ -95,10 +95,11 @@ class Router:
         self.tokenizer = tokenizer
         self.router_id = router_id
         self._metrics = metrics
-        self._connections = WorkerConnections(router_id, secret, watch, config.worker_timeout_s, self)
+        self.failures = LoopFailures()
+        self._connections = WorkerConnections(router_id, secret, watch, config.worker_timeout_s, self, self.failures)
         self._dispatcher = Dispatcher(config, self._connections, self)
         self._requests: dict[str, RoutedRequest] = {}
-        self._tasks = BackgroundTasks(self._failed)
+        self._tasks = BackgroundTasks(self._failed, self.failures)
         self._became_ready = asyncio.Event()
 
     # for the API
@@ -106,7 +107,8 @@ class Router:
     async def start(self) -> None:
         """Follow the cluster. Returns at once; see wait_ready()."""
         self._connections.start()
-        self._tasks.spawn(self._keep_house())
+        self._tasks.keep_running("keep house", self._keep_house)
+        self._tasks.keep_running("renew leases", self._renew_leases)
 
     async def stop(self) -> None:
         """Abort what runs, refuse what waits, close the sessions."""
@@ -139,7 +141,8 @@ class Router:
     def stats(self) -> dict[str, Any]:
         """For `pdray status`."""
         running = sum(request.granted.done() for request in self._requests.values())
-        return {"router_id": self.router_id, "queue_depth": len(self._dispatcher.queue), "running": running}
+        stats = {"router_id": self.router_id, "queue_depth": len(self._dispatcher.queue), "running": running}
+        return stats | ({"loop_failures": self.failures.describe()} if self.failures.counts else {})
 
     async def submit(
         self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
@@ -354,13 +357,19 @@ class Router:
     # background
 
     async def _keep_house(self) -> None:
-        """Renews leases, asks prefill workers for their queues, ends what waits or runs for too long."""
-        renew_at = 0.0
+        """Ends what waits or runs for too long."""
         while True:
             now = time.monotonic()
             for entry in self._dispatcher.queue.expired(now):
                 self.on_rejected(entry.item, self._waited_too_long(now))
             self._end_late_requests(now)
+            await asyncio.sleep(HOUSEKEEPING_S)
+
+    async def _renew_leases(self) -> None:
+        """Renews leases and asks prefill workers for their queues. No other work here: leases end without it."""
+        renew_at = 0.0
+        while True:
+            now = time.monotonic()
             if now >= renew_at:
                 self._renew()
                 renew_at = now + self.config.lease_timeout_s / 4
@@ -403,4 +412,4 @@ class Router:
             self._metrics.on_finished(outcome, output)
 
     def _failed(self, error: BaseException) -> None:
-        logger.error("%s: internal error; leases are no longer renewed", self.router_id, exc_info=error)
+        logger.error("%s: internal error", self.router_id, exc_info=error)

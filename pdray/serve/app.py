@@ -15,7 +15,7 @@ from ray import serve
 from pdray.actors.client import CoordinatorClient
 from pdray.cluster.messages import ClusterView
 from pdray.config import Config
-from pdray.metrics import RouterMetrics
+from pdray.metrics import LoopMetrics, RouterMetrics
 from pdray.models import load_tokenizer
 from pdray.router.router import Router
 from pdray.serve.api import create_app
@@ -54,6 +54,7 @@ class RouterReplica:
             watch=watch,
             metrics=RouterMetrics(router_id),
         )
+        router.failures.on_failure = LoopMetrics(router_id).on_failure
         await router.start()
         gc.collect()
         gc.freeze()  # a full collection of what is loaded takes 0.2 s, in which no stream moves
@@ -89,6 +90,7 @@ def build(args: Config) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=bound,
         health_check_period_s=2,
+        health_check_timeout_s=4,  # Serve replaces a replica after three in a row: one that hangs, in 15 s
         graceful_shutdown_timeout_s=10,
     )(serve.ingress()(RouterReplica))
     return deployment.bind(args)
