@@ -397,7 +397,7 @@ async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) 
     assert "channel" in failed.reason
     pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
     async with asyncio.timeout(10):
-        while (await pair.prefill.heartbeat()).get("decode-0") is not None:
+        while (await pair.prefill.heartbeat()).epochs.get("decode-0") is not None:
             await asyncio.sleep(0.02)
     await pair.connect(2)
     assert await pair.prefill.heartbeat() == {"decode-0": 2}
