@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import concurrent.futures
+import logging
 import uuid
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
@@ -12,13 +13,16 @@ import ray
 from tqdm import tqdm
 
 from pdray.actors.client import CoordinatorClient
+from pdray.background import start_thread
 from pdray.config import Config
-from pdray.errors import ConfigError, InvalidRequestError
+from pdray.errors import ConfigError, InvalidRequestError, PdrayError
 from pdray.models import load_tokenizer
 from pdray.outputs import RequestOutput
 from pdray.ray_cluster import join_or_start
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Prompt = str | list[int] | dict[str, Any]
@@ -54,8 +58,9 @@ class LLM:
         if self._owns_ray:
             join_or_start(ray_address)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="pdray-router", daemon=True)
-        self._thread.start()
+        self._failure: BaseException | None = None  # of the router's thread
+        self._pending: set[concurrent.futures.Future[Any]] = set()
+        self._thread = start_thread("pdray-router", self._loop.run_forever, self._thread_failed)
         self._closed = False
         self._coordinator: CoordinatorClient | None = None
         self._router: Router | None = None
@@ -80,13 +85,29 @@ class LLM:
         await self._router.start()
         await self._router.wait_ready()
 
+    def _thread_failed(self, error: BaseException) -> None:
+        """The router is gone: whoever waits for it now, or later, hears so instead of waiting for ever."""
+        logger.critical("the router's thread has ended", exc_info=error)
+        self._failure = error
+        pending, self._pending = self._pending, set()
+        for future in pending:
+            future.cancel()
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._failure is not None:
+            coroutine.close()
+            raise PdrayError(f"the router's thread has ended ({self._failure!r}); make another LLM") from self._failure
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._pending.add(future)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise PdrayError(f"the router's thread has ended ({self._failure!r}); make another LLM") from self._failure
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._pending.discard(future)
 
     def generate(
         self,
