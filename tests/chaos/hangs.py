@@ -16,6 +16,7 @@ import psutil
 import ray
 from application import Application, processes, seconds_until
 from deaths import BACK_TIMEOUT_S, differences, with_problems
+from loops import loops_fail
 from rows import Row
 from scale import Scale
 from streams import Answer, Body, Clients, new_session, story
@@ -28,13 +29,14 @@ LIMIT = "streams the same; only the sick part replaced, and in 20 s; nothing in 
 
 
 async def hangs(app: Application, scale: Scale) -> list[Row]:
-    """A row for each part and each time after which it wakes up."""
+    """A row for exceptions in loops, and one for each part and each time after which it wakes up."""
     bodies = [story(index, scale.num_tokens) for index in range(scale.num_streams)]
     rows = []
     async with new_session() as session:
         clients = Clients(app.url, session)
         expected = await asyncio.gather(*(clients.ask(body) for body in bodies))
         midway = clients.num_pieces // 3
+        rows.append(await loops_fail(app, clients, bodies, expected, midway))
         for name in ("coordinator", "prefill-0", "decode-0", "decode-1", "replica"):
             for seconds in WAKES_AFTER_S if scale.every_wake else WAKES_AFTER_S[:1]:
                 rows.append(await _hangs(app, clients, bodies, expected, midway, name, seconds))
