@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError
-from ray.util import list_named_actors
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
+from pdray import errors
+from pdray.actors.answer import answer_of
 from pdray.actors.coordinator import Coordinator
-from pdray.actors.placement import NAMESPACE
-from pdray.actors.vigil import Vigil
+from pdray.actors.importable import why_not_importable
+from pdray.actors.placement import NAMESPACE, OUTSIDE_PLACEMENT_GROUPS
+from pdray.actors.succession import application_of, coordinator_name, coordinator_names
+from pdray.actors.vigil import keep_vigil
 from pdray.cluster.messages import ClusterView
+from pdray.cluster.startup import StartState
 from pdray.config import Config
-from pdray.errors import PdrayError, WorkerDiedError
+from pdray.errors import PdrayError, StartTimeoutError, WorkerDiedError
+from pdray.router.probe import BrokenPair
 
-PREFIX = "coordinator:"
+logger = logging.getLogger(__name__)
+
 CALL_TIMEOUT_S = 30.0
+OPEN_TIMEOUT_S = 60.0
+ROUTERS_TIMEOUT_S = 5.0
 RETRY_S = 0.2
 
 
@@ -32,9 +41,9 @@ class CoordinatorClient:
         gone: it was ended, and does not come back.
     """
 
-    def __init__(self, actor: ActorHandle, secret: bytes) -> None:
+    def __init__(self, actor: ActorHandle, secret: bytes, opened_at: float) -> None:
         self._actor = actor
-        self._vigil = Vigil(actor)
+        self._opened_at = opened_at
         self.secret = secret
         self.gone = False
 
@@ -44,14 +53,36 @@ class CoordinatorClient:
 
         Args:
             detached: for a Serve application; otherwise it ends with this driver.
+
+        Raises:
+            PdrayError: the cluster's processes cannot import pdray, or the Coordinator of that name is ending, and does
+                not come to an end.
         """
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": -1}
+        if not detached and (problem := await why_not_importable()) is not None:
+            raise PdrayError(problem)
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "max_concurrency": 1000,
+            "max_restarts": -1,
+            "scheduling_strategy": OUTSIDE_PLACEMENT_GROUPS,
+        }
         if detached:
-            name = f"{PREFIX}{app_name}:{config.fingerprint()}"
+            name = coordinator_name(app_name, config.fingerprint())
             options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        actor: Any = ray.remote(Coordinator).options(**options)
-        actor = actor.remote(config, app_name, secrets.token_bytes(32), detached=detached)
-        return cls(actor, await _get_secret(actor))
+        actor_class: Any = ray.remote(Coordinator).options(**options)
+        opened_at, deadline = time.time(), time.monotonic() + OPEN_TIMEOUT_S
+        while True:
+            actor = actor_class.remote(config, app_name, secrets.token_bytes(32), detached=detached)
+            try:
+                secret = await keep_vigil(actor, answer_of(actor.open.remote(opened_at)))
+                if secret is not None:
+                    return cls(actor, secret, opened_at)
+                problem = "is ending"
+            except RayActorError as error:
+                problem = f"does not answer ({error})"
+            if time.monotonic() > deadline:
+                raise PdrayError(f"the Coordinator of {app_name} {problem}, for {OPEN_TIMEOUT_S:g} s")
+            await asyncio.sleep(RETRY_S)
 
     async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
         """See Coordinator.watch. A Coordinator that hangs meanwhile is ended, and Ray starts it again.
@@ -59,10 +90,12 @@ class CoordinatorClient:
         Raises:
             WorkerDiedError: the Coordinator is gone, for now or (see `gone`) for ever.
         """
+        if router is not None:
+            router = router | {"opened_at": self._opened_at}
         try:
             view: ClusterView | None = None
             while view is None:  # it is alive, and still finds out what is there
-                view = await self._vigil.wait(self._actor.watch.remote(version, router))
+                view = await keep_vigil(self._actor, answer_of(self._actor.watch.remote(version, router)))
         except ActorUnavailableError as error:
             raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
         except RayActorError as error:
@@ -70,19 +103,69 @@ class CoordinatorClient:
             raise WorkerDiedError(f"the Coordinator is gone: {error}") from error
         return view
 
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Returns once everything is connected.
+    async def start_state(self, router_id: str = "") -> StartState:
+        """See Coordinator.wait_ready.
 
         Raises:
-            PdrayError: a worker did not start; the text says why.
+            WorkerDiedError: as watch().
         """
         try:
+            state: StartState = await keep_vigil(self._actor, answer_of(self._actor.wait_ready.remote(router_id)))
+        except ActorUnavailableError as error:
+            raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
+        except RayActorError as error:
+            self.gone = True
+            raise WorkerDiedError(f"the Coordinator is gone: {error}") from error
+        return state
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Returns once everything is connected. An error that may pass is waited out.
+
+        Raises:
+            PdrayError: of what kept a worker from starting, if that stays. StartTimeoutError: its text holds the last
+                error, or what the workers wait for.
+        """
+        reason = ""
+        try:
             async with asyncio.timeout(timeout_s):
-                error = await self._actor.wait_ready.remote()
+                while True:
+                    try:
+                        state = await self.start_state()
+                    except WorkerDiedError:
+                        if self.gone:
+                            raise
+                        await asyncio.sleep(RETRY_S)
+                        continue
+                    if state.ready:
+                        return
+                    if state.failed:
+                        raise failure(state)
+                    reason = state.reason or reason
         except TimeoutError:
-            raise PdrayError(f"the workers were not ready within {timeout_s:g} s (start_timeout_s)") from None
-        if error is not None:
-            raise PdrayError(error)
+            raise StartTimeoutError(
+                f"the workers were not ready within {timeout_s:g} s (start_timeout_s): {reason or 'no reason is known'}"
+            ) from None
+
+    async def report_broken(self, pair: BrokenPair) -> None:
+        """See Coordinator.report_broken. A Coordinator that does not answer hears of it at the next probe."""
+        try:
+            async with asyncio.timeout(ROUTERS_TIMEOUT_S):
+                await self._actor.report_broken.remote(pair)
+        except (RayActorError, TimeoutError) as error:
+            logger.warning("the Coordinator was not told of %s: %r", pair, error)
+
+    async def tell(self, at_most: int) -> bool:
+        """See Coordinator.tell."""
+        told: bool = await self._actor.tell.remote(at_most)
+        return told
+
+    async def leave(self, router_id: str) -> None:
+        """Say that this router has ended: its Coordinator need not wait to see it."""
+        try:
+            async with asyncio.timeout(RETRY_S * 10):
+                await self._actor.leave.remote(router_id)
+        except (RayActorError, TimeoutError):
+            return  # it will see it
 
     async def describe(self) -> dict[str, Any]:
         """See Coordinator.describe."""
@@ -98,41 +181,68 @@ class CoordinatorClient:
         ray.kill(self._actor, no_restart=True)
 
 
-async def _get_secret(actor: Any) -> bytes:
-    """The first call to a Coordinator. One that hangs, or that Ray is starting again, is waited for."""
-    while True:
+def failure(state: StartState) -> PdrayError:
+    """The error of a start that has failed for good, of its own class."""
+    kind = getattr(errors, state.kind, PdrayError)
+    return kind(state.failed) if isinstance(kind, type) and issubclass(kind, PdrayError) else PdrayError(state.failed)
+
+
+class RoutersAlive(NamedTuple):
+    """Routers of an application that have been seen lately, of the same configuration and of former ones."""
+
+    same: int
+    former: int
+
+
+async def routers_alive(app_name: str, config: Config) -> RoutersAlive:
+    """Who serves an application already, as its Coordinators know it."""
+    own, same, former = coordinator_name(app_name, config.fingerprint()), 0, 0
+    for name in await asyncio.to_thread(coordinator_names):
+        if application_of(name) != app_name:
+            continue
         try:
-            secret: bytes = await Vigil(actor).wait(actor.get_secret.remote())
-        except ActorUnavailableError:
-            await asyncio.sleep(RETRY_S)
-        else:
-            return secret
+            actor: Any = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
+            async with asyncio.timeout(ROUTERS_TIMEOUT_S):
+                number = await actor.num_routers.remote()
+        except (ValueError, RayActorError, TimeoutError):
+            continue  # it has ended, or knows of nobody
+        same, former = same + number * (name == own), former + number * (name != own)
+    return RoutersAlive(same, former)
 
 
 def list_applications() -> list[str]:
     """Names of the applications that have a Coordinator in this Ray cluster."""
-    return sorted({name.removeprefix(PREFIX).rpartition(":")[0] for name in _coordinator_names()})
+    return sorted({application_of(name) for name in coordinator_names()})
 
 
 def describe(app_name: str) -> dict[str, Any]:
-    """An application's state. After a redeployment with another configuration: the newest that serves.
+    """An application's state. While it changes its configuration: of the newest that serves, or else of the newest;
+    `next` is then that of the one to come.
 
     Raises:
         PdrayError: there is no such application.
     """
-    states: list[dict[str, Any]] = [_ask(actor.describe) for actor in _coordinators(app_name)]
+    states: list[dict[str, Any]] = []
+    for actor in _coordinators(app_name):
+        try:
+            states.append(_ask(actor.describe))
+        except ActorDiedError:
+            continue  # it has ended since
     if not states:
         raise PdrayError(
             f"no pdray application is called {app_name!r}; running: {', '.join(list_applications()) or 'none'}"
         )
-    return max(states, key=lambda state: state["state"] == "serving")
+    states.sort(key=lambda state: state["opened_at"])
+    current = max(states, key=lambda state: (state["state"] == "serving", state["opened_at"]))
+    return current if current is states[-1] else current | {"next": states[-1]}
 
 
 def check_integrity(app_name: str) -> dict[str, list[str]]:
     """Per worker of an application, what is wrong with its block accounting."""
     problems: dict[str, list[str]] = {}
     for actor in _coordinators(app_name):
-        problems |= _ask(actor.check_integrity)
+        for worker_id, found in _ask(actor.check_integrity).items():
+            problems[worker_id] = problems.get(worker_id, []) + found
     return problems
 
 
@@ -140,11 +250,28 @@ def stop_application(app_name: str) -> None:
     """End an application's workers and its Coordinator, whatever Serve thinks of it."""
     for actor in _coordinators(app_name):
         try:
-            asyncio.run(_get_secret(actor))  # one that hangs is ended, and its successor knows the workers
+            asyncio.run(_see_alive(actor))
             _ask(actor.stop)
         except RayActorError:
             continue  # it was ending by itself
         ray.kill(actor, no_restart=True)
+
+
+async def _see_alive(actor: Any) -> None:
+    """One that hangs is ended; its successor knows the workers.
+
+    Raises:
+        RayActorError: it has ended.
+    """
+    deadline = time.monotonic() + CALL_TIMEOUT_S
+    while True:
+        try:
+            await keep_vigil(actor, answer_of(actor.num_routers.remote()))
+            return
+        except ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(RETRY_S)
 
 
 def _ask(method: Any) -> Any:
@@ -163,15 +290,10 @@ def _ask(method: Any) -> Any:
             time.sleep(RETRY_S)
 
 
-def _coordinator_names() -> list[str]:
-    actors = list_named_actors(all_namespaces=True)
-    return [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(PREFIX)]
-
-
 def _coordinators(app_name: str) -> list[ActorHandle]:
     handles = []
-    for name in _coordinator_names():
-        if name.removeprefix(PREFIX).rpartition(":")[0] == app_name:
+    for name in coordinator_names():
+        if application_of(name) == app_name:
             try:
                 handles.append(ray.get_actor(name, namespace=NAMESPACE))
             except ValueError:

@@ -16,6 +16,7 @@ import os
 import time
 from typing import Any
 
+import msgspec
 import ray
 from ray.exceptions import RayError
 
@@ -23,13 +24,19 @@ from pdray.actors.fence import Fence, SupersededError
 from pdray.actors.fleet import TICK_S, WorkerFleet
 from pdray.actors.questions import ask
 from pdray.actors.serve_status import SERVE_TIMEOUT_S, is_listed
+from pdray.actors.succession import Standing, Succession
 from pdray.background import BackgroundTasks, LoopFailures
+from pdray.cluster.generations import Phase
 from pdray.cluster.membership import Membership
-from pdray.cluster.messages import ClusterView, Heartbeat, WorkerInfo
+from pdray.cluster.messages import ClusterView, Draining, Heartbeat, WorkerInfo
+from pdray.cluster.pair_health import PairHealth, Reconnect, Replace
+from pdray.cluster.room import Held
+from pdray.cluster.startup import StartState, Startup
 from pdray.cluster.wanted import Wanted
 from pdray.config import Config
 from pdray.errors import PdrayError
 from pdray.metrics import LoopMetrics
+from pdray.router.probe import BrokenPair
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +44,8 @@ WATCH_TIMEOUT_S = 2.0  # a watch that saw nothing new answers with the view it h
 FORGET_ROUTER_S = 20.0
 SERVE_CHECK_INTERVAL_S = 2.0
 DESCRIBE_TIMEOUT_S = 10.0
+START_POLL_S = 2.0
+HANDING_OVER = "a newer configuration of this application takes its place; try again shortly"
 
 
 class Coordinator:
@@ -55,16 +64,15 @@ class Coordinator:
         self.app_name = app_name
         self.detached = detached
         self.secret = secret
-        num_prefill = 0 if config.mode == "colocated" else config.num_prefill_workers
-        self._membership = Membership(
-            num_prefill, config.num_decode_workers, config.restart_backoff_s, generation=int(time.time())
-        )
-        self._failures = LoopFailures(on_failure=LoopMetrics("coordinator").on_failure)
-        self._fleet = WorkerFleet(
-            config, app_name, self._membership, self.secret, self, self._failures, detached=detached
-        )
-        self._fence = Fence()
         self._wake = asyncio.Event()
+        self._startup = Startup()
+        self._table_generation = 0
+        self._num_told = 0
+        self._pair_health = PairHealth()
+        self._failures = LoopFailures(on_failure=LoopMetrics("coordinator", app_name).on_failure)
+        self._fence = Fence()
+        self._make_fleet()
+        self._succession = Succession(config, app_name, self)
         self._adopted = asyncio.Event()
         self._routers: dict[str, dict[str, Any]] = {}
         self._worker_failures: dict[str, dict[str, str]] = {}
@@ -72,14 +80,73 @@ class Coordinator:
         self._tasks = BackgroundTasks(self._task_failed, self._failures)
         self._tasks.keep_running("supervise", self._supervise)
         if detached:
+            self._tasks.keep_running("hand over", self._hand_over)
             self._tasks.keep_running("ask Serve", self._ask_serve)
+
+    def _make_fleet(self) -> None:
+        """An empty table, newer than the one before, and hands for it."""
+        config = self.config
+        num_prefill = 0 if config.mode == "colocated" else config.num_prefill_workers
+        self._table_generation = max(int(time.time()), self._table_generation + 1)
+        self._membership = Membership(
+            num_prefill, config.num_decode_workers, config.restart_backoff_s, generation=self._table_generation
+        )
+        self._fleet = WorkerFleet(
+            config,
+            self.app_name,
+            self._membership,
+            self._startup,
+            self.secret,
+            self,
+            self._failures,
+            detached=self.detached,
+        )
 
     def __repr__(self) -> str:
         return f"Coordinator({self.app_name})"
 
-    async def get_secret(self) -> bytes:
-        """The cluster's secret: that of whoever was first to create this actor."""
-        return self.secret
+    async def open(self, opened_at: float) -> bytes | None:
+        """A new router joins. Returns the cluster's secret, that of whoever was first to create this actor.
+
+        None if this Coordinator is ending, and another must be created.
+
+        Args:
+            opened_at: wall-clock time; the configuration that was opened last is the one that Serve wants.
+        """
+        return self.secret if self._succession.generation.opened(opened_at, time.monotonic()) else None
+
+    async def tell(self, at_most: int) -> bool:
+        """Whether the reason why workers do not start yet should be told by an error, which it may be so many times."""
+        self._num_told += 1
+        return self._num_told <= at_most
+
+    async def num_routers(self) -> int:
+        """Routers that have been seen lately."""
+        return self._succession.generation.num_routers(time.monotonic())
+
+    async def report_broken(self, pair: BrokenPair) -> None:
+        """A router's workers are connected, and do not serve a request."""
+        logger.error("%s: %s and %s do not serve: %s", self.app_name, *pair[:2], pair.reason)
+        view = self._membership.view
+        if pair.incarnation not in {info.incarnation for info in view.workers}:
+            return  # it has been replaced since
+        step: Reconnect | Replace | None = Replace(pair.decode_worker_id)
+        if pair.prefill_worker_id != pair.decode_worker_id:
+            epochs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
+            if epochs.get(pair[:2]) != pair.epoch:
+                return  # it has been connected anew since
+            step = self._pair_health.failed(time.monotonic(), pair[:2], pair.epoch, epochs)
+        if step is not None:
+            self._fleet.mend(step, f"{pair.prefill_worker_id} and {pair.decode_worker_id} do not serve: {pair.reason}")
+
+    async def leave(self, router_id: str) -> None:
+        """A router has ended, and will not watch again."""
+        self._routers.pop(router_id, None)
+        self._succession.generation.router_left(router_id)
+
+    async def standing(self, name: str, opened_at: float, needs_room: bool) -> Standing:
+        """For the Coordinator of another configuration of this application: see Succession.standing."""
+        return await self._succession.standing(name, opened_at, needs_room)
 
     async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView | None:
         """The view, as soon as it is newer than ``version``, or after WATCH_TIMEOUT_S as it is then.
@@ -92,18 +159,41 @@ class Coordinator:
         deadline = time.monotonic() + WATCH_TIMEOUT_S
         self._wanted.router_seen(time.monotonic())
         if router is not None:
-            self._routers[router["router_id"]] = {**router, "seen": time.monotonic()}
+            opened_at = router.get("opened_at", 0.0)
+            facts = {key: value for key, value in router.items() if key != "opened_at"}
+            self._routers[router["router_id"]] = {**facts, "seen": time.monotonic()}
+            self._succession.generation.router_seen(time.monotonic(), router["router_id"], opened_at)
         while (left := deadline - time.monotonic()) > 0:
             if self._adopted.is_set() and self._membership.view.version > version:
                 break
             await self._changed(left)
-        return self._membership.view if self._adopted.is_set() else None
+        return self._view() if self._adopted.is_set() else None
 
-    async def wait_ready(self) -> str | None:
-        """None once every worker is ready and every pair connected; else what kept one from it."""
-        while (view := self._membership.view).error is None and not self._membership.serving:
-            await self._changed(WATCH_TIMEOUT_S)
-        return view.error
+    def _view(self) -> ClusterView:
+        view, generation = self._membership.view, self._succession.generation
+        if generation.phase is Phase.SERVING:
+            return msgspec.structs.replace(view, error=self._start_state().reason or view.error)
+        left_s = generation.drain_left_s(time.monotonic())
+        return msgspec.structs.replace(view, draining=Draining(HANDING_OVER, left_s))
+
+    def _start_state(self) -> StartState:
+        return self._startup.state(ready=self._membership.serving)
+
+    async def wait_ready(self, router_id: str = "", timeout_s: float = START_POLL_S) -> StartState:
+        """As soon as every worker is ready and every pair connected, or none ever will be; else after a while.
+
+        Args:
+            router_id: of a router that waits to watch; its call is its sign of life.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._wanted.router_seen(time.monotonic())
+            if router_id:
+                self._succession.generation.router_seen(time.monotonic(), router_id, 0.0)
+            state = self._start_state()
+            if state.ready or state.failed or (left := deadline - time.monotonic()) <= 0:
+                return state
+            await self._changed(left)
 
     async def describe(self) -> dict[str, Any]:
         """The application's state, for `pdray status`."""
@@ -124,7 +214,9 @@ class Coordinator:
             "model": self.config.model_name,
             "mode": self.config.mode,
             "state": "serving" if self._membership.serving else "not ready",
-            "error": view.error,
+            "phase": str(self._succession.generation.phase),
+            "opened_at": self._succession.generation.opened_at,
+            "error": self._start_state().reason or view.error,
             "workers": list(rows.values()),
             "suspicions": [str(each) for each in self._fleet.suspicions.growing(time.monotonic())],
             "loop_failures": self._loop_failures(),
@@ -154,6 +246,43 @@ class Coordinator:
         """End every worker and see its process gone; this actor is then killed by the caller. Idempotent."""
         self._tasks.cancel()
         await self._fleet.stop()
+
+    # SuccessionOwner
+
+    async def num_running(self) -> int:
+        """See SuccessionOwner, as the next ones. A worker that does not answer counts as one that runs something."""
+        answers = await asyncio.gather(*(self._describe(info) for info in self._membership.view.workers))
+        return sum(
+            answer["running"] + answer["waiting"] + len(answer.get("leases", ())) if "running" in answer else 1
+            for answer in answers
+        )
+
+    async def held(self) -> list[Held]:
+        return await self._fleet.held()
+
+    async def stop_workers(self) -> None:
+        await self._fleet.stop()
+        self._make_fleet()
+        self.on_change()
+
+    async def end(self, reason: str) -> None:
+        logger.warning("%s ends: %s", self.app_name, reason)
+        await self._fleet.stop()
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    def waits(self, reason: str) -> None:
+        if self._startup.waits("", reason):
+            self._membership.changed()
+            self.on_change()
+
+    def fails(self, error: Exception) -> None:
+        self._startup.failed("", str(error), error)
+        self._membership.changed()
+        self.on_change()
+
+    def phase_changed(self) -> None:
+        self._membership.changed()
+        self.on_change()
 
     # FleetOwner
 
@@ -185,16 +314,24 @@ class Coordinator:
             except SupersededError as error:
                 self._end_superseded(error)
             await self._fleet.adopt()
+            self._succession.may_start = bool(self._membership.view.workers)
             self._adopted.set()
             self.on_change()
         while True:
+            self._fleet.may_start = self._succession.may_start or not self.detached
+            if self._fleet.may_start:
+                self._startup.cleared("")
             self._fleet.tick()
+            await self._note_failure()
             if self.detached and (reason := self._wanted.reason_to_end(time.monotonic())) is not None:
-                logger.warning("%s is no longer wanted (%s): stopping its workers", self.app_name, reason)
                 await self.check_current()
-                await self._fleet.stop()
-                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                await self.end(f"it is no longer wanted ({reason})")
             await asyncio.sleep(TICK_S)
+
+    async def _hand_over(self) -> None:
+        """Between the configurations of this application: see Succession."""
+        await self._adopted.wait()
+        await self._succession.run()
 
     async def _ask_serve(self) -> None:
         """Whether Serve still has the application. No answer is no answer: only _wanted draws conclusions."""
@@ -208,6 +345,14 @@ class Coordinator:
                 logger.warning("%s: Serve cannot be asked: %s", self.app_name, error)
             else:
                 self._wanted.serve_answered(time.monotonic(), is_listed=listed)
+
+    async def _note_failure(self) -> None:
+        """A generation that cannot start gives back what others have made room of."""
+        generation, failed = self._succession.generation, self._start_state().failed or None
+        if failed and generation.failed is None:
+            generation.failed = failed
+            await self._succession.withdraw()
+        generation.failed = failed
 
     def _end_superseded(self, error: SupersededError) -> None:
         logger.error("%s: %s: ending", self.app_name, error)

@@ -7,32 +7,31 @@ same class with leases that name no prefill worker: the engine prefills them its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Coroutine, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pdray.actors.worker import Worker
+from pdray.cluster.credit import CreditWaiters
 from pdray.cluster.effects import Send
 from pdray.cluster.lease import LeaseTable
+from pdray.cluster.losses import blame
 from pdray.cluster.messages import (
     AnyMessage,
     BeginPut,
+    ChannelMessage,
     ChannelOffer,
     CloseLease,
     Credit,
-    CreditUpdate,
     EndCompletion,
-    LeaseDenied,
     LeaseRequest,
     LegKey,
     LegTokens,
-    OpenChannel,
     PutAborted,
     PutDone,
     RenewLeases,
-    Staged,
     Tokens,
     WorkerInfo,
 )
@@ -40,63 +39,44 @@ from pdray.cluster.session import Session
 from pdray.config import Config
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import HandshakeError
-from pdray.transfer.channel import Put
-from pdray.transfer.choose import choose_channel
-from pdray.transfer.communicator import RECEIVER_RANK
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.transfer.registry import choose_kind
 
 if TYPE_CHECKING:
-    from pdray.transfer.nccl_receiver import NcclReceiver
-    from pdray.transfer.object_store import ObjectStoreReceiver
+    from pdray.transfer.channel import Receiver
 
 
 class DecodeWorker(Worker):
     """See the module. Everything runs on the event loop's thread but the engine's steps and the channels' copies."""
 
-    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
-        super().__init__(config, worker_id, incarnation, secret)
-        self._waiting_routers: set[str] = set()  # were denied, and hear of credit that comes back
+    def __init__(
+        self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
+    ) -> None:
+        super().__init__(config, worker_id, incarnation, secret, app_name=app_name)
+        self._waiters = CreditWaiters()
         self._writes = PendingWrites()
-        self._receiver: NcclReceiver | None = None
-        self._object_store: ObjectStoreReceiver
-        self._offered: dict[str, tuple[int, Any]] = {}  # epoch and communicator's id, by prefill worker
+        self._receivers: dict[str, Receiver] = {}  # by kind of channel
         self.role: Literal["decode", "both"] = "both" if config.mode == "colocated" else "decode"
 
     async def start(self) -> WorkerInfo:
-        from pdray.transfer.object_store import ObjectStoreReceiver
-
         info = await super().start()
-        self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s)
-        self._object_store = ObjectStoreReceiver(self.engine.kv, self, self._writes)
-        if self.transport is not None and self._stagings:
-            from pdray.transfer.nccl_receiver import NcclReceiver
-            from pdray.transfer.staging import Staging
-
-            self._receiver = NcclReceiver(
-                Staging(self.engine.kv, self._stagings[0]),
-                self.transport.new_stream,
-                self,
-                self._writes,
-                name=self.worker_id,
-                timeout_s=self.config.worker_timeout_s,
-                on_fatal=self._fail,
-            )
+        self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s, self.engine.block_size)
         self._tasks.keep_running("expire leases", self._expire_leases)
         return info
 
     async def stop(self) -> None:
         if not self._stopped.is_set():
             self._send(self.leases.close_all("the worker is stopping"))
-            if self._receiver is not None:
-                await self._receiver.close()
-            await asyncio.to_thread(self._object_store.close)
+            for receiver in self._receivers.values():
+                await receiver.close()
         await super().stop()
 
     def _credit(self) -> Credit:
         stats = self.engine.stats()
+        grants = not stats.preempted  # see Engine.reserve()
         return Credit(
-            free_blocks=stats.free_blocks,
-            free_places=stats.free_places,
+            free_blocks=stats.free_blocks if grants else 0,
+            free_places=stats.free_places if grants else 0,
             running=stats.running,
             waiting=stats.waiting,
             leases=stats.running + stats.waiting + stats.reserved,
@@ -122,39 +102,34 @@ class DecodeWorker(Worker):
                 f"{prefill.worker_id} ({prefill.fingerprint}) and {self.worker_id} ({self.info.fingerprint}) differ in "
                 "weights, dtype, block size or KV layout; start both from one configuration"
             )
-        kind = choose_channel(self.config, prefill, self.info)
-        if self._receiver is not None:
-            await self._receiver.close_link(prefill.worker_id)
-        await self._writes.settle()
+        kind = choose_kind(self.config.channel, prefill, self.info)
+        await self._close_links(prefill.worker_id)
         self._writers[prefill.incarnation] = prefill
         self._send(self.leases.set_writer(prefill.worker_id, prefill.incarnation, epoch))
-        if kind == "object_store":
-            return ChannelOffer(kind)
-        assert self.transport is not None and self._receiver is not None
-        unique_id = await asyncio.to_thread(self.transport.make_unique_id)
-        self._offered[prefill.worker_id] = (epoch, unique_id)
-        return ChannelOffer(kind, unique_id, self._receiver.piece_bytes)
+        if kind not in self._receivers:
+            self._receivers[kind] = self.kinds[kind].make_receiver(self, self._writes)
+        return ChannelOffer(kind, await self._receivers[kind].accept(prefill.worker_id, epoch))
 
-    def _open_channel(self, session: Session, epoch: int) -> None:
-        """The prefill worker enters the communicator that accept() has offered; so does this one."""
-        transport, peer = self.transport, session.peer.id
-        offered, unique_id = self._offered.pop(peer, (None, None))
-        if offered == epoch and transport is not None and self._receiver is not None:
-            connect = partial(transport.connect, unique_id, RECEIVER_RANK)
-            self._tasks.spawn(self._receiver.join(peer, epoch, connect, session.send))
+    def _close_links(self, worker_id: str) -> Coroutine[Any, Any, None]:
+        """End that prefill worker's channel: at once for what it says, and with the coroutine's end for what was being
+        written for it."""
+        closing = [receiver.close_link(worker_id) for receiver in self._receivers.values()]
+
+        async def settle() -> None:
+            await asyncio.gather(*closing)
+            await self._writes.settle()
+
+        return settle()
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
         """That process was seen dead: nothing can write on its behalf any more, once what had arrived is written."""
-        if self._receiver is not None:
-            session = self.sessions.get(worker_id)
-            if session is None or session.peer.incarnation == incarnation:
-                await self._receiver.close_link(worker_id)
+        session = self.sessions.get(worker_id)
+        if session is None or session.peer.incarnation == incarnation:
+            await self._close_links(worker_id)
         await self._writes.settle()
         self._writers.pop(incarnation, None)
         self._send(self.leases.worker_gone(worker_id, incarnation))
-
-    def _num_stagings(self) -> int:
-        return 1
+        self._announce_credit()
 
     def _live_keys(self) -> set[Hashable]:
         return set(self.leases.keys())
@@ -165,27 +140,29 @@ class DecodeWorker(Worker):
     async def describe(self) -> dict[str, Any]:
         return await super().describe() | {"leases": [info._asdict() for info in self.leases.leases(self._now())]}
 
-    async def receive_blocks(
-        self,
-        worker_id: str,
-        epoch: int,
-        key: tuple[str, int],
-        layers: tuple[int, int],
-        destination_blocks: list[int],
-        array: np.ndarray[Any, Any],
+    async def receive_array(
+        self, kind: str, worker_id: str, epoch: int, payload: bytes, array: np.ndarray[Any, Any]
     ) -> bool:
-        """The object store channel's receiving end: the array holds the blocks of these layers."""
-        put = Put(LegKey(*key), range(*layers), [], destination_blocks)
-        return await self._object_store.receive(worker_id, epoch, put, array)
+        """What a prefill worker's channel passes through an actor call; see pdray.transfer.channel.Link.call."""
+        return await self._receivers[kind].on_array(worker_id, epoch, payload, array)
 
-    def may_write(self, key: Hashable, worker_id: str, epoch: int) -> bool:
-        """See pdray.transfer.channel.BlockSink, as the next one."""
-        return self.leases.may_write(LegKey(*key), worker_id, epoch)  # type: ignore[misc]
+    def resolve(self, key: Hashable, worker_id: str, epoch: int, layers: range, positions: range) -> list[int] | None:
+        """See pdray.transfer.channel.Sink, as the next one."""
+        leg = LegKey(*key)  # type: ignore[misc]
+        blocks = self.leases.resolve(leg, worker_id, epoch, positions)
+        if blocks is not None and self.engine.pool.holds_layers(layers):
+            return blocks
+        if self.leases.may_write(leg, worker_id, epoch):
+            what = f"blocks {positions.start} to {positions.stop} of layers {layers.start} to {layers.stop}"
+            self._send(self.leases.refuse(leg, f"{worker_id} put {what}, which the lease does not hold"))
+        return None
 
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
-        if not self.may_write(key, worker_id, epoch):
+        leg = LegKey(*key)  # type: ignore[misc]
+        if not self.leases.may_write(leg, worker_id, epoch):
             return False
-        self._send(self.leases.put_received(self._now(), LegKey(*key)))  # type: ignore[misc]
+        self._send(self.leases.put_received(self._now(), leg))
+        self._announce_credit()
         return True
 
     def _put_aborted(self, peer: str, key: LegKey) -> None:
@@ -207,13 +184,11 @@ class DecodeWorker(Worker):
         now, peer = self._now(), session.peer.id
         match message:
             case LeaseRequest():
-                effects = self.leases.request(now, peer, message)
-                self._send(effects)
-                if any(isinstance(e.message, LeaseDenied) and e.message.retriable for e in effects):
-                    self._waiting_routers.add(peer)
+                self._send(self.leases.request(now, peer, message))
+                self._announce_credit()  # an older attempt may have ended
             case RenewLeases():
                 self.leases.renew(now, peer, message.keys)
-                session.send(CreditUpdate(self._credit()))
+                self._send([self._waiters.renewed(peer, message.wanted, self._credit())])
             case CloseLease():
                 self._send(self.leases.close(message.key))
                 self._announce_credit()
@@ -223,23 +198,23 @@ class DecodeWorker(Worker):
                 self._send(self.leases.begin_put(peer, message))
             case PutDone():
                 self._send(self.leases.put_done(now, peer, message))
+                self._announce_credit()
             case PutAborted():
                 self._put_aborted(peer, message.key)
-            case OpenChannel():
-                self._open_channel(session, message.epoch)
-            case Staged():
-                if self._receiver is not None:
-                    self._receiver.on_staged(peer, message)
+            case ChannelMessage():
+                send = partial(self._send_on_channel, session, message.kind, message.epoch)
+                self._receivers[message.kind].on_message(peer, message.epoch, message.payload, send)
             case _:
                 raise TypeError(f"{self.worker_id} takes no {type(message).__name__} (from {peer})")
 
     def on_closed(self, session: Session, reason: str) -> None:
         is_current = self.sessions.get(session.peer.id) is session
         super().on_closed(session, reason)
-        if self._receiver is not None and is_current:
-            self._tasks.spawn(self._receiver.close_link(session.peer.id))
+        if is_current:
+            self._tasks.spawn(self._close_links(session.peer.id))
+        self._waiters.router_gone(session.peer.id)
         self._send(self.leases.router_gone(session.peer.id))
-        self._waiting_routers.discard(session.peer.id)
+        self._announce_credit()
 
     # engine
 
@@ -251,18 +226,18 @@ class DecodeWorker(Worker):
             router_id = self.leases.router_of(key)
             if router_id is not None and update.tokens:
                 by_router.setdefault(router_id, []).append(self._leg_tokens(key, update))
-            if update.finished:
+            if update.failure is not None:
+                self._send(self.leases.failed(key, update.failure, blame(update.suspects)))
+            elif update.finished:
                 self.leases.finished(key)
         credit = self._credit()
         self._send([Send(router_id, Tokens(legs, credit)) for router_id, legs in by_router.items()])
-        self._waiting_routers -= by_router.keys()
-        self._announce_credit()
+        self._send(self._waiters.announce(credit))
 
     def _announce_credit(self) -> None:
-        """Routers that were denied try again when there may be something for them."""
-        if self._waiting_routers and (credit := self._credit()).free_places > 0:
-            self._send([Send(router_id, CreditUpdate(credit)) for router_id in self._waiting_routers])
-            self._waiting_routers.clear()
+        """After what may have freed blocks or places outside a step."""
+        if self._waiters:
+            self._send(self._waiters.announce(self._credit()))
 
     def _leg_tokens(self, key: LegKey, update: RequestUpdate) -> LegTokens:
         if update.prefill is None and update.join_wait is None:  # nearly always, and for each sequence of each step

@@ -15,8 +15,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 
 from pdray.actors.decode_worker import DecodeWorker
-from pdray.actors.gpu_groups import GpuGroups
-from pdray.actors.placement import NAMESPACE, origin, uses_cuda, worker_options
+from pdray.actors.placement import NAMESPACE, origin, worker_options
+from pdray.actors.places import WorkerPlaces
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.process_death import end_actor, make_dead
 from pdray.actors.questions import ask
@@ -24,6 +24,9 @@ from pdray.background import BackgroundTasks, LoopFailures
 from pdray.cluster.effects import Connect, Kill, MembershipEffect, Start, TellGone
 from pdray.cluster.membership import Membership, Stray
 from pdray.cluster.messages import Heartbeat, WorkerIdentity, WorkerInfo
+from pdray.cluster.pair_health import Reconnect, Replace
+from pdray.cluster.room import Held
+from pdray.cluster.startup import Startup
 from pdray.cluster.suspicions import Suspicions
 from pdray.config import Config
 from pdray.errors import PdrayError
@@ -72,13 +75,21 @@ class FleetOwner(Protocol):
 
 
 class WorkerFleet:
-    """The worker actors of one application. Runs on the Coordinator's event loop, which it never blocks."""
+    """The worker actors of one application. Runs on the Coordinator's event loop, which it never blocks.
+
+    Args:
+        startup: told what workers wait for, and what fails.
+
+    Attributes:
+        may_start: there is room for the workers.
+    """
 
     def __init__(
         self,
         config: Config,
         app_name: str,
         membership: Membership,
+        startup: Startup,
         secret: bytes,
         owner: FleetOwner,
         failures: LoopFailures,
@@ -88,12 +99,14 @@ class WorkerFleet:
         self.config = config
         self.app_name = app_name
         self.membership = membership
+        self.startup = startup
         self.secret = secret
         self.detached = detached
+        self.may_start = False
         self.suspicions = Suspicions(TICK_S)
         self._owner = owner
         self._processes: dict[str, _Process] = {}  # by incarnation
-        self._gpus: GpuGroups | None = None
+        self._places: WorkerPlaces | None = None
         self._tasks = BackgroundTasks(self._failed, failures)
         self._creations = BackgroundTasks(self._failed, failures)  # never cancelled: an actor would be forgotten
         self._stopping = False
@@ -112,8 +125,6 @@ class WorkerFleet:
         Raises:
             NoAnswerError: Ray does not say who is there.
         """
-        if await ask(partial(uses_cuda, self.config), what="which resources there are"):
-            self._gpus = GpuGroups(self.config, self.app_name, detached=self.detached)
         found = await asyncio.gather(*(self._find(worker_id) for worker_id in self.membership.worker_ids))
         identities, strays = [], []
         for each in found:
@@ -166,8 +177,34 @@ class WorkerFleet:
         self._stopping = True
         self._tasks.cancel()
         await asyncio.gather(*(self._end(process) for process in list(self._processes.values())))
-        if self._gpus is not None:
-            await self._gpus.release()
+        await (await self._get_places()).release()
+
+    async def _get_places(self) -> WorkerPlaces:
+        """Made when it is first needed: it asks Ray which resources there are."""
+        if self._places is None:
+            make = partial(WorkerPlaces, self.config, self.app_name, detached=self.detached, on_wait=self._waits)
+            made = await ask(make, what="which resources there are")
+            self._places = self._places or made
+        return self._places
+
+    async def held(self) -> list[Held]:
+        """What the workers reserve now. Raises NoAnswerError."""
+        running = [process.info for process in self._processes.values() if process.info is not None]
+        num_starting = len(self._processes) - len(running)
+        places = await self._get_places()
+        return await ask(partial(places.held, running, num_starting), what="what is reserved")
+
+    def mend(self, step: Reconnect | Replace, reason: str) -> None:
+        """What follows from workers that do not serve. See PairHealth."""
+        match step:
+            case Reconnect(prefill_id, decode_id):
+                self.membership.channel_broken(prefill_id, decode_id)
+                self._pump()
+            case Replace(worker_id):
+                info = next((i for i in self.membership.view.workers if i.worker_id == worker_id), None)
+                if info is not None:
+                    logger.error("%s: %s is replaced: %s", self.app_name, worker_id, reason)
+                    self._suspect(worker_id, info.incarnation)
 
     async def _end(self, process: _Process) -> None:
         try:
@@ -186,7 +223,7 @@ class WorkerFleet:
     def _pump(self) -> None:
         """Carry out what is due, and tell of what has changed."""
         if not self._stopping:
-            for effect in self.membership.tick(time.monotonic()):
+            for effect in self.membership.tick(time.monotonic(), may_start=self.may_start):
                 self._tasks.spawn(self._carry_out(effect))
         self._owner.on_change()
 
@@ -214,29 +251,37 @@ class WorkerFleet:
         logger.error("%s: %s failed: %s", self.app_name, _describe(effect), error)
         match effect:
             case Start(worker_id, incarnation):
+                self.startup.failed(worker_id, f"{worker_id} did not start: {reason}", _cause(error))
                 table.start_failed(worker_id, incarnation, reason)
             case Kill(_, incarnation):
                 table.kill_failed(now, incarnation, reason)
             case Connect(prefill, decode, epoch):
+                what = f"{prefill.worker_id} could not be connected to {decode.worker_id}"
+                self.startup.failed(_pair(prefill, decode), f"{what}: {reason}", _cause(error))
                 table.connect_failed(now, prefill.worker_id, decode.worker_id, epoch, reason)
             case TellGone(worker_id, incarnation, gone):
                 table.tell_failed(now, worker_id, incarnation, gone, reason)
 
     async def _start(self, start: Start) -> None:
         cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
-        async with asyncio.timeout(self.config.start_timeout_s):
-            options = await self._options(start.worker_id)
-            if self._gpus is not None:
-                await self._gpus.reserve()
-                options |= self._gpus.options(start.worker_id)
-            process = self._processes[start.incarnation] = _Process(start.worker_id, start.incarnation)
-            process.creation = self._creations.spawn(self._create(cls, options, start))
-            created = await asyncio.shield(process.creation)
-            if isinstance(created, Exception):
-                raise created
-            process.actor = created
-            process.info = await process.actor.start.remote()
+        places = await self._get_places()
+        try:
+            options = await places.place(start.worker_id)
+            self.startup.waits(start.worker_id, "")
+            async with asyncio.timeout(self.config.start_timeout_s):
+                process = self._processes[start.incarnation] = _Process(start.worker_id, start.incarnation)
+                process.creation = self._creations.spawn(self._create(cls, options, start))
+                created = await asyncio.shield(process.creation)
+                if isinstance(created, Exception):
+                    raise created
+                process.actor = created
+                await process.actor.identify.remote()
+                places.started(start.worker_id)
+                process.info = await process.actor.start.remote()
+        finally:
+            places.started(start.worker_id)
         assert process.info is not None
+        self.startup.cleared(start.worker_id)
         self.membership.ready(process.info)
         self._supervise(process)
 
@@ -244,7 +289,7 @@ class WorkerFleet:
         def create() -> ActorHandle:
             actor_class: Any = ray.remote(cls)
             arguments = (self.config, start.worker_id, start.incarnation, self.secret)
-            handle: ActorHandle = actor_class.options(**options).remote(*arguments)
+            handle: ActorHandle = actor_class.options(**options).remote(*arguments, app_name=self.app_name)
             return handle
 
         try:
@@ -285,6 +330,7 @@ class WorkerFleet:
             decode_actor = self.actor(decode)
             offer = await decode_actor.accept.remote(prefill, epoch)
             await self.actor(prefill).connect.remote(decode, epoch, offer, decode_actor)
+        self.startup.cleared(_pair(prefill, decode))
         self.membership.connected(prefill.worker_id, decode.worker_id, epoch)
 
     async def _tell_gone(self, tell: TellGone) -> None:
@@ -350,10 +396,20 @@ class WorkerFleet:
                 self._pump()
             await asyncio.sleep(self.config.worker_timeout_s / 4)
 
+    def _waits(self, worker_id: str, reason: str) -> None:
+        if self.startup.waits(worker_id, reason):
+            logger.warning("%s: %s: %s", self.app_name, worker_id, reason)
+            self.membership.changed()
+            self._owner.on_change()
+
     def _failed(self, error: BaseException) -> None:
         logger.error("%s: internal error", self.app_name, exc_info=error)
         self.membership.note_error(f"internal error: {error}")
         self._owner.on_change()
+
+
+def _pair(prefill: WorkerInfo, decode: WorkerInfo) -> str:
+    return f"{prefill.worker_id} to {decode.worker_id}"
 
 
 def _describe(effect: MembershipEffect) -> str:
@@ -368,9 +424,15 @@ def _describe(effect: MembershipEffect) -> str:
             return f"telling {worker_id} of the end of {gone.incarnation}"
 
 
+def _cause(error: BaseException) -> BaseException:
+    """Ray wraps an actor's exception in its traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
 def _first_line(error: BaseException) -> str:
-    """The cause's own words: Ray wraps an actor's exception in its traceback."""
-    cause = getattr(error, "cause", None) or error
+    """The cause's own words."""
+    cause = _cause(error)
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 

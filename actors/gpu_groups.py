@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pdray.actors.placement import cluster_nodes, worker_resources
+from pdray.actors.questions import ask
 from pdray.cluster.gpu_plan import plan_gpus
+from pdray.cluster.room import Held, explain
 from pdray.config import Config
-from pdray.errors import PdrayError
+from pdray.errors import PdrayError, PlacementError
 
 POLL_S = 0.05
 FREE_GPU_TIMEOUT_S = 5.0  # a GPU that is free is reserved in milliseconds
@@ -39,20 +44,24 @@ class GpuGroups:
         self._groups: dict[int, tuple[PlacementGroup, int]] = {}  # group and index in it, by number in _bundles
         self._lock = asyncio.Lock()
 
-    async def reserve(self) -> None:
+    async def reserve(self, on_wait: Callable[[str], None] = lambda reason: None) -> None:
         """Returns once every bundle is reserved; finds what is there. Waits for GPUs that are in use.
 
+        Args:
+            on_wait: called with what it waits for, while it does.
+
         Raises:
-            PdrayError: the cluster has too few GPUs, or not the ones that the configuration names.
+            PlacementError: the cluster has too few GPUs. PdrayError: not the ones that the configuration names.
         """
         async with self._lock:
-            alive = {group.id for group in self._find().values()}
+            alive = {group.id for group in (await self._ask_groups()).values()}
             self._groups = {number: place for number, place in self._groups.items() if place[0].id in alive}
             if len(self._groups) == len(self._bundles):
                 return
-            total, needed = ray.cluster_resources().get("GPU", 0.0), sum(bundle.num_gpus for bundle in self._bundles)
+            resources = await ask(ray.cluster_resources, what="which resources there are")
+            total, needed = resources.get("GPU", 0.0), sum(bundle.num_gpus for bundle in self._bundles)
             if total < needed:
-                raise PdrayError(
+                raise PlacementError(
                     f"the workers need {needed:g} GPUs and Ray's cluster has {total:g}; lower prefill_num_gpus, "
                     "decode_num_gpus or the numbers of workers, or set device to cpu"
                 )
@@ -60,7 +69,7 @@ class GpuGroups:
             if named:
                 await self._reserve_named(named)
             if len(named) < len(self._bundles):
-                await self._reserve_any(range(len(named), len(self._bundles)))
+                await self._reserve_any(range(len(named), len(self._bundles)), on_wait)
 
     def options(self, worker_id: str) -> dict[str, Any]:
         """Ray options that put a worker into its bundle, once it is reserved."""
@@ -73,30 +82,30 @@ class GpuGroups:
     async def release(self) -> None:
         """Give everything back, also what a former Coordinator has reserved. Idempotent."""
         self._groups = {}
-        groups = self._find()
+        groups = await self._ask_groups()
         for group in groups.values():
-            remove_placement_group(group)
+            await ask(partial(remove_placement_group, group), what="to remove a placement group")
         deadline = time.monotonic() + REMOVE_TIMEOUT_S
-        while self._find() and time.monotonic() < deadline:
+        while await self._ask_groups() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
 
-    async def _reserve_any(self, numbers: range) -> None:
+    async def _reserve_any(self, numbers: range, on_wait: Callable[[str], None]) -> None:
         """One group for all that may lie on any GPU: it gets all of them or none."""
-        each = self._config.worker_num_cpus
         bundles = [self._bundles[number] for number in numbers]
-        group = self._group("any", [{"GPU": b.num_gpus, "CPU": each * len(b.shares)} for b in bundles])
+        wanted = [{"GPU": b.num_gpus} | self._beside(len(b.shares)) for b in bundles]
+        group = await ask(partial(self._group, "any", wanted), what="for a placement group")
         while not await asyncio.to_thread(group.wait, 1):
-            pass  # the caller has a deadline
+            on_wait(await asyncio.to_thread(_why_waiting, wanted))
         self._groups |= {number: (group, index) for index, number in enumerate(numbers)}
 
     async def _reserve_named(self, numbers: list[int]) -> None:
         wanted = {self._bundles[number].device_id: number for number in numbers}
-        node, total = self._only_gpu_node()
+        node, total = await ask(self._only_gpu_node, what="which nodes there are")
         num_workers = max(len(self._bundles[number].shares) for number in numbers)
-        bundle = {"GPU": 1.0, "CPU": self._config.worker_num_cpus * num_workers, f"node:{node}": 0.001}
+        bundle = {"GPU": 1.0, f"node:{node}": 0.001} | self._beside(num_workers)
         seen: dict[int | str, PlacementGroup] = {}
         for attempt in range(total):
-            group = self._group(f"gpu{attempt}", [bundle])
+            group = await ask(partial(self._group, f"gpu{attempt}", [bundle]), what="for a placement group")
             if not await asyncio.to_thread(group.wait, FREE_GPU_TIMEOUT_S):
                 break  # no other is free
             seen[await _which_gpu(group)] = group
@@ -104,9 +113,9 @@ class GpuGroups:
                 break
         missing = sorted(wanted.keys() - seen.keys())  # type: ignore[type-var]
         kept = {} if missing else {device_id: seen[device_id] for device_id in wanted if device_id is not None}
-        for name, group in self._find().items():
+        for name, group in (await self._ask_groups()).items():
             if name.startswith(f"{self._name}gpu") and group.id not in {each.id for each in kept.values()}:
-                remove_placement_group(group)
+                await ask(partial(remove_placement_group, group), what="to remove a placement group")
         if missing:
             raise PdrayError(
                 f"prefill_device_id and decode_device_id name GPUs {missing}, which Ray does not give: of its {total} "
@@ -114,6 +123,19 @@ class GpuGroups:
                 "was started with, or leave the choice to Ray"
             )
         self._groups |= {wanted[device_id]: (group, 0) for device_id, group in kept.items()}
+
+    def held(self) -> list[Held]:
+        """What this application's groups reserve. Asks Ray's GCS."""
+        return [
+            Held(row["bundles_to_node_id"].get(number) or "", bundle)
+            for row in placement_group_table().values()
+            if row["name"].startswith(self._name) and row["state"] not in ("REMOVED", "PENDING")
+            for number, bundle in row["bundles"].items()
+        ]
+
+    def _beside(self, num_workers: int) -> dict[str, float]:
+        """What so many workers reserve besides their GPU."""
+        return {name: amount * num_workers for name, amount in worker_resources(self._config).items()}
 
     def _group(self, kind: str, bundles: list[dict[str, float]]) -> PlacementGroup:
         """The group of that name; a new one if there is none."""
@@ -137,6 +159,9 @@ class GpuGroups:
             )
         return nodes[0]["NodeManagerAddress"], int(nodes[0]["Resources"]["GPU"])
 
+    async def _ask_groups(self) -> dict[str, PlacementGroup]:
+        return await ask(self._find, what="which placement groups there are")
+
     def _find(self) -> dict[str, PlacementGroup]:
         """This application's groups that were not removed, by name."""
         return {
@@ -144,6 +169,10 @@ class GpuGroups:
             for group_id, row in placement_group_table().items()
             if row["name"].startswith(self._name) and row["state"] != "REMOVED"
         }
+
+
+def _why_waiting(bundles: list[dict[str, float]]) -> str:
+    return explain(bundles, cluster_nodes())
 
 
 async def _which_gpu(group: PlacementGroup) -> int | str:

@@ -1,24 +1,31 @@
-"""Where worker actors go, and how to be sure that one of their processes is gone."""
+"""Where worker actors go."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
-import os
-import signal
-from typing import Any
+import ipaddress
+from typing import Any, NamedTuple
 
-import psutil
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray._private.state import available_resources_per_node
 
+from pdray.cluster.room import NodeRoom
 from pdray.config import Config
-from pdray.transfer.one_gpu import one_gpu_environment
 
 NAMESPACE = "pdray"
-DEATH_POLL_S = 0.01
-RAY_KILL_GRACE_S = 1.0
+OUTSIDE_PLACEMENT_GROUPS = "DEFAULT"  # Ray's name for it
+LOOPBACK = "127.0.0.1"
+
+
+def cluster_nodes() -> list[NodeRoom]:
+    """The live nodes of Ray's cluster. Asks Ray's GCS: not for an event loop's thread."""
+    free = available_resources_per_node()
+    return [
+        NodeRoom(node["NodeID"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def uses_cuda(config: Config) -> bool:
@@ -31,18 +38,26 @@ def uses_cuda(config: Config) -> bool:
 def worker_options(config: Config, app_name: str, worker_id: str, *, detached: bool) -> dict[str, Any]:
     """Options of one worker's actor, but for its GPU: readable name, fractional CPUs, its own number of threads.
 
+    The name carries the configuration's fingerprint: workers of two configurations may run side by side.
     Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS. Without an environment of its
     own an actor gets a process that Ray has ready: on a GPU, where threads do not matter, that saves a start.
+    The scheduling strategy is named because the default is the creator's placement group, where that captures child
+    tasks: its bundles have no room for a worker, which would be pending for ever.
     """
     options: dict[str, Any] = {
-        "name": f"{app_name}:{worker_id}",
+        "name": f"{app_name}:{config.fingerprint()}:{worker_id}",
         "namespace": NAMESPACE,
         "num_cpus": config.worker_num_cpus,
         "max_restarts": 0,
+        "scheduling_strategy": OUTSIDE_PLACEMENT_GROUPS,
     }
+    others = dict(config.worker_resources)
+    if memory := others.pop("memory", 0):
+        options["memory"] = memory
+    if others:
+        options["resources"] = others
     environment = {} if uses_cuda(config) else {"OMP_NUM_THREADS": str(config.num_threads)}
-    if config.nccl_on_one_gpu:
-        environment |= one_gpu_environment(worker_id)
+    environment |= {name: value.replace("{worker_id}", worker_id) for name, value in config.worker_env.items()}
     if environment:
         options["runtime_env"] = {"env_vars": environment}
     if detached:
@@ -50,46 +65,64 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
     return options
 
 
-def listen_address(config: Config) -> str:
-    """Where a worker listens: as configured; loopback while the cluster is one node; else the node's address."""
-    if config.host:
-        return config.host
-    if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) == 1:
-        return "127.0.0.1"
-    return str(ray.util.get_node_ip_address())
+def worker_resources(config: Config) -> dict[str, float]:
+    """What each worker reserves besides a GPU, in Ray's names; empty if nothing."""
+    resources = {"CPU": config.worker_num_cpus} | dict(config.worker_resources)
+    return {name: amount for name, amount in resources.items() if amount > 0}
+
+
+class ListenAddress(NamedTuple):
+    """Attributes:
+    bind: where a worker listens. dial: what its peers connect to.
+    """
+
+    bind: str
+    dial: str
+
+
+def listen_address(config: Config) -> ListenAddress:
+    """As configured, else the node's address, by which nodes that join the cluster later reach it too.
+
+    Without Ray it is loopback. An address that stands for all of them (0.0.0.0) is none to dial: peers get the node's.
+    """
+    node = str(ray.util.get_node_ip_address()) if ray.is_initialized() else LOOPBACK
+    if not config.host:
+        return ListenAddress(node, node)
+    return ListenAddress(config.host, node if is_wildcard(config.host) else config.host)
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether it stands for all addresses of a machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False  # a name
+
+
+class OneNode:
+    """Lets only this machine connect while Ray's cluster is this one node: no other has any business here.
+
+    Args:
+        config: a `host` that is set is the user's word, and lets everybody connect.
+        address: where the worker listens.
+    """
+
+    def __init__(self, config: Config, address: ListenAddress) -> None:
+        self._own = {address.bind, address.dial}
+        self._open = bool(config.host)
+
+    async def admits(self, peer: str) -> bool:
+        """See SessionServer."""
+        if self._open or peer in self._own or ipaddress.ip_address(peer).is_loopback:
+            return True
+        self._open = await asyncio.to_thread(_num_nodes) > 1
+        return self._open
+
+
+def _num_nodes() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def origin(config: Config, secret: bytes) -> str:
     """The same in two processes only if they share configuration and secret, neither of which it gives away."""
     return hmac.new(secret, config.fingerprint().encode(), "sha256").hexdigest()
-
-
-async def make_dead(pid: int, node_id: str) -> None:
-    """Return once a worker's process, which Ray was told to kill, is gone; one that lingers is sent SIGKILL.
-
-    A node that is gone took its processes along.
-    """
-    if node_id == ray.get_runtime_context().get_node_id():
-        await asyncio.to_thread(_kill_and_wait, pid)
-        return
-    if not any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
-        return
-    on_its_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    await ray.remote(_kill_and_wait).options(num_cpus=0, scheduling_strategy=on_its_node).remote(pid)
-
-
-def _kill_and_wait(pid: int) -> None:
-    """Blocks until the process has ended. A pid that is no Ray worker's belongs to somebody else by now."""
-    try:
-        process = psutil.Process(pid)
-        if not any(part.startswith("ray::") for part in process.cmdline()):
-            return
-        with contextlib.suppress(psutil.TimeoutExpired):
-            process.wait(timeout=RAY_KILL_GRACE_S)
-            return
-        os.kill(pid, signal.SIGKILL)
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(timeout=DEATH_POLL_S)
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return

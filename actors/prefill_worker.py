@@ -17,35 +17,30 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pdray.actors.worker import Worker
 from pdray.cluster.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
+from pdray.cluster.losses import blame
 from pdray.cluster.messages import (
     AbortPut,
     AnyMessage,
     BeginPutReply,
     CancelPrefill,
-    ChannelFailed,
+    ChannelMessage,
     ChannelOffer,
-    ChannelReply,
     FirstTokens,
-    GrantTransfers,
     LegKey,
     Ping,
     Pong,
     PrefillRequest,
-    RefuseTransfer,
-    TransferDone,
     WorkerInfo,
 )
 from pdray.cluster.prefill_ledger import PrefillLedger
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate
-from pdray.errors import InvalidRequestError, TransferError
-from pdray.transfer.channel import Put, PutResult, SendChannel
+from pdray.errors import InvalidRequestError, RequestFailedError, TransferError
+from pdray.transfer.channel import Link, Put, PutResult
 
 if TYPE_CHECKING:
-    import torch
-
-    from pdray.transfer.nccl_sender import NcclSendChannel
+    from pdray.transfer.channel import Sender
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +50,14 @@ class PrefillWorker(Worker):
 
     role: Literal["prefill", "decode", "both"] = "prefill"
 
-    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
-        super().__init__(config, worker_id, incarnation, secret)
+    def __init__(
+        self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
+    ) -> None:
+        super().__init__(config, worker_id, incarnation, secret, app_name=app_name)
         self.ledger = PrefillLedger()
-        self._channels: dict[str, SendChannel] = {}
+        self._channels: dict[str, Sender] = {}
         # By decode worker: what is opened or closed there is so one after the other.
         self._links: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._staging_of: dict[str, torch.Tensor] = {}  # by decode worker, for every epoch
         self._held: dict[LegKey, list[LayerGroupReady]] = {}
 
     async def stop(self) -> None:
@@ -76,7 +72,7 @@ class PrefillWorker(Worker):
 
         Args:
             offer: what it accepted with.
-            decode_actor: its handle; blocks of an object store channel go to its receive_blocks().
+            decode_actor: its handle; what a channel passes through actor calls goes to its receive_array().
 
         Raises:
             HandshakeError: it refused the session. OSError: it cannot be reached.
@@ -101,35 +97,15 @@ class PrefillWorker(Worker):
             handler=self,
             timeout_s=self.config.worker_timeout_s,
         )
-        if offer.kind == "object_store":
-            from pdray.transfer.object_store import ObjectStoreChannel
-
-            receive_blocks = decode_actor.receive_blocks
-            self._channels[peer] = ObjectStoreChannel(self.engine.kv, self.worker_id, epoch, receive_blocks)
-        else:
-            from pdray.transfer.nccl_open import check
-
-            self._channels[peer] = channel = await self._open_nccl(session, epoch, offer)
-            await check(channel)
-
-    async def _open_nccl(self, session: Session, epoch: int, offer: ChannelOffer) -> NcclSendChannel:
-        from pdray.transfer.nccl_open import open_nccl_channel
-        from pdray.transfer.staging import Staging
-
-        assert self.transport is not None
-        peer = session.peer.id
-        if peer not in self._staging_of:
-            self._staging_of[peer] = self._stagings.pop()
-        return await open_nccl_channel(
-            self.transport,
-            Staging(self.engine.kv, self._staging_of[peer]),
-            offer,
-            peer=peer,
-            epoch=epoch,
-            timeout_s=self.config.worker_timeout_s,
-            send=session.send,
+        link = Link(
+            peer,
+            epoch,
+            send=partial(self._send_on_channel, session, offer.kind, epoch),
+            call=partial(decode_actor.receive_array.remote, offer.kind, self.worker_id, epoch),
             on_failed=partial(self._channel_failed, peer, epoch),
         )
+        self._channels[peer] = channel = await self.kinds[offer.kind].open(link, offer.data)
+        await channel.check()
 
     def _channel_failed(self, decode_worker_id: str, epoch: int, reason: str) -> None:
         """The Coordinator sees that the channel is gone, and connects the two in a higher epoch."""
@@ -144,7 +120,7 @@ class PrefillWorker(Worker):
         channel, session = self._channels.pop(decode_worker_id, None), self.sessions.pop(decode_worker_id, None)
         return self._close(decode_worker_id, channel, session)
 
-    async def _close(self, decode_worker_id: str, channel: SendChannel | None, session: Session | None) -> None:
+    async def _close(self, decode_worker_id: str, channel: Sender | None, session: Session | None) -> None:
         async with self._links[decode_worker_id]:
             try:
                 if channel is not None:
@@ -155,9 +131,6 @@ class PrefillWorker(Worker):
             if session is not None:
                 await session.close()
             self._perform(self.ledger.decode_worker_gone(decode_worker_id))
-
-    def _num_stagings(self) -> int:
-        return self.config.num_decode_workers
 
     async def describe(self) -> dict[str, Any]:
         return await super().describe() | {"channels": {peer: channel.kind for peer, channel in self._channels.items()}}
@@ -180,7 +153,7 @@ class PrefillWorker(Worker):
         peer = session.peer.id
         match message:
             case PrefillRequest():
-                channel = self._channels.get(message.decode_worker_id)
+                channel = self._channels.get(message.decode_worker_id or "")
                 self._perform(self.ledger.request(peer, message, None if channel is None else channel.epoch))
             case CancelPrefill():
                 self._perform(self.ledger.cancel(message.key))
@@ -190,17 +163,17 @@ class PrefillWorker(Worker):
                 self._perform(self.ledger.begin_put_reply(message.key, message.granted))
             case AbortPut():
                 self._perform(self.ledger.abort_put(peer, message.key))
-            case GrantTransfers() | RefuseTransfer() | TransferDone() | ChannelFailed():
-                self._on_channel_reply(peer, message)
+            case ChannelMessage():
+                self._on_channel_message(peer, message)
             case _:
                 raise TypeError(f"{self.worker_id} takes no {type(message).__name__} (from {peer})")
 
-    def _on_channel_reply(self, peer: str, message: ChannelReply) -> None:
+    def _on_channel_message(self, peer: str, message: ChannelMessage) -> None:
         channel = self._channels.get(peer)
         if channel is not None:
-            channel.on_message(message)
-        elif isinstance(message, ChannelFailed):  # connect() sees it by itself
-            logger.warning("%s: %s has no channel of epoch %d: %s", self.worker_id, peer, message.epoch, message.reason)
+            channel.on_message(message.epoch, message.payload)
+        else:  # it was closed, or does not open: connect() sees that by itself
+            logger.info("%s: %s has a message for a channel of epoch %d", self.worker_id, peer, message.epoch)
 
     def on_closed(self, session: Session, reason: str) -> None:
         peer = session.peer.id
@@ -225,7 +198,9 @@ class PrefillWorker(Worker):
         now = self._now()
         for update in updates:
             key = LegKey(*update.key)  # type: ignore[misc]
-            if update.tokens:
+            if update.failure is not None:
+                self._perform(self.ledger.fail(key, update.failure, blame(update.suspects)))
+            elif update.tokens:
                 assert update.prefill_queue is not None and update.prefill is not None, update
                 message = FirstTokens(
                     *key, update.tokens, update.num_cached_tokens or 0, update.prefill_queue, update.prefill
@@ -262,20 +237,23 @@ class PrefillWorker(Worker):
                     output_token_ids=tuple(leg.output_token_ids),
                     priority=leg.priority,
                     prefill_only=True,
+                    alone=leg.alone,
                 )
             )
         except InvalidRequestError as error:
-            self._perform(self.ledger.fail(key, str(error)))
+            self._perform(self.ledger.fail(key, str(error), "invalid", param=error.param))
+        except RequestFailedError as error:
+            self._perform(self.ledger.fail(key, str(error), "failed"))
 
     def _put(self, key: LegKey, ready: LayerGroupReady) -> None:
         """Push the blocks that the decode worker does not have yet."""
         leg = self.ledger.leg(key)
-        assert leg is not None, key
+        assert leg is not None and leg.decode_worker_id is not None, key
         first = max(ready.first_block, leg.num_cached_tokens // self.engine.block_size)
         source = ready.block_ids[first - ready.first_block :]
         if not source:
             return
-        put = Put(key, ready.layers, source, leg.block_ids[first : first + len(source)], ready.ready)
+        put = Put(key, ready.layers, source, first, ready.ready)
         self.ledger.put_issued(key)
         future = self._channels[leg.decode_worker_id].put(put)
         future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._on_put_done, key, done))

@@ -10,34 +10,47 @@ The Coordinator imports this module only to name the class: what needs torch is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from pdray.actors.placement import listen_address, origin
+from pdray.actors.placement import OneNode, listen_address, origin
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.cluster.effects import Send
-from pdray.cluster.messages import AnyMessage, Heartbeat, PrefixUpdate, WorkerIdentity, WorkerInfo, pack_hashes
+from pdray.cluster.messages import (
+    AnyMessage,
+    ChannelMessage,
+    Heartbeat,
+    LegKey,
+    PrefixUpdate,
+    StepFailed,
+    WorkerIdentity,
+    WorkerInfo,
+)
+from pdray.cluster.prefixes import ToldPrefixes
 from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.cluster.suspicions import Suspicions
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
-from pdray.errors import EngineHungError
+from pdray.errors import EngineHungError, StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
+from pdray.logs import log_to_stderr
 from pdray.metrics import LoopMetrics, WorkerMetrics
-from pdray.transfer.communicator import Transport
+from pdray.transfer.registry import allowed_kinds, load_kind
 
 if TYPE_CHECKING:
     import torch
 
     from pdray.engine.engine import Engine
+    from pdray.transfer.channel import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +58,8 @@ METRICS_INTERVAL_S = 1.0
 PREFIX_INTERVAL_S = 0.5
 IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
+TELL_TIMEOUT_S = 0.5  # a router that does not acknowledge the last word for so long has itself to blame
+TELL_POLL_S = 0.01
 HUNG_CHECK_INTERVAL_S = 1.0
 ORPHAN_CHECK_INTERVAL_S = 1.0
 ORPHANED_AFTER_S = 60.0  # without heartbeat and router; longer than Ray needs to start a Coordinator again
@@ -60,8 +75,11 @@ class Worker:
 
     role: Literal["prefill", "decode", "both"]
 
-    def __init__(self, config: Config, worker_id: str, incarnation: str, secret: bytes) -> None:
+    def __init__(
+        self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
+    ) -> None:
         self.config = config
+        self.app_name = app_name
         self.worker_id = worker_id
         self.incarnation = incarnation
         self.secret = secret
@@ -71,61 +89,67 @@ class Worker:
         self._tasks = BackgroundTasks(self._fail, self._failures)
         self._masters = Suspicions(ORPHAN_CHECK_INTERVAL_S)  # whoever this worker works for
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
-        self._prefixes: set[int] = set()  # as routers were told
-        self.transport: Transport | None = None  # of the nccl channel
-        self._stagings: list[torch.Tensor] = []
+        self._prefixes = ToldPrefixes()
+        self.kinds: dict[str, Kind] = {}  # of channels, by name
         self._started = False
         self._stopped = asyncio.Event()
         self._fatal: BaseException | None = None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.worker_id})"
+        return f"{type(self).__name__}({self.app_name}:{self.worker_id})"
 
     async def start(self) -> WorkerInfo:
         """Load, warm up, listen. Returns what peers need to know; raises what loading raises."""
+        if in_ray := ray.is_initialized():
+            log_to_stderr()
         self._loop = asyncio.get_running_loop()
         self.device = await asyncio.to_thread(self._select_device)
-        self.transport = await asyncio.to_thread(self._make_transport)
+        self.kinds = await asyncio.to_thread(self._make_kinds)
         self.engine = await asyncio.to_thread(self._build_engine)
         self.engine.on_layer_group = self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
         self._engine_loop.start()
+        address = listen_address(self.config)
         self._server = SessionServer(
-            PeerName(self.worker_id, self.incarnation), self.secret, self, timeout_s=self.config.worker_timeout_s
+            PeerName(self.worker_id, self.incarnation),
+            self.secret,
+            self,
+            timeout_s=self.config.worker_timeout_s,
+            admits=OneNode(self.config, address).admits,
         )
-        in_ray = ray.is_initialized()
-        host = listen_address(self.config)
-        port = await self._server.start(host)
+        port = await self._server.start(address.bind)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         quiet_garbage_collection()
         self.info = WorkerInfo(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
             role=self.role,
-            host=host,
+            host=address.dial,
             port=port,
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id() if in_ray else "",
             device=str(self.device),
-            fingerprint=f"{self.engine.model.fingerprint}-{self.engine.block_size}-{tuple(self.engine.kv.shape[2:])}",
+            fingerprint=f"{self.engine.model.fingerprint}-{self.engine.pool.layout}",
             num_blocks=self.engine.num_blocks,
             block_size=self.engine.block_size,
             max_model_len=self.engine.max_model_len,
             max_num_seqs=self.engine.config.max_num_seqs,
             max_num_batched_tokens=self.engine.config.max_num_batched_tokens,
-            gpu="" if self.transport is None else self.transport.gpu,
-            nccl="" if self.transport is None else self.transport.version,
+            channels={name: kind.facts for name, kind in self.kinds.items()},
         )
         self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
+        self._log_start()
         return self.info
 
     def _start_loops(self, step_timeout_s: float | None, *, in_ray: bool) -> None:
         if step_timeout_s is not None:
             self._tasks.keep_running("end if hung", partial(self._end_if_hung, step_timeout_s))
         if in_ray:
-            self.metrics = metrics = WorkerMetrics(self.worker_id, self.role)
-            self._failures.on_failure = LoopMetrics(self.worker_id).on_failure
+            self.metrics = metrics = WorkerMetrics(
+                self.worker_id, self.role, application=self.app_name, model=self.config.model_name
+            )
+            self._failures.on_failure = LoopMetrics(self.worker_id, self.app_name).on_failure
             self._tasks.keep_running("report metrics", partial(self._report_metrics, metrics))
             self._tasks.keep_running("check when idle", partial(self._check_when_idle, metrics))
             self._masters.expect(
@@ -140,41 +164,46 @@ class Worker:
         if self.config.enable_prefix_caching:
             self._tasks.keep_running("publish prefixes", self._publish_prefixes)
 
+    def _log_start(self) -> None:
+        """Once: what this process serves, with what."""
+        info, config = self.info, self.config
+        given = ", ".join(f"{name}={value!r}" for name, value in config.model_dump(exclude_unset=True).items())
+        logger.info(
+            "%s: model %s (%s) on %s at %s:%d; KV pool of %d blocks of %d tokens; max_model_len %d, max_num_seqs %d, "
+            "max_num_batched_tokens %d; given: %s",
+            *(self, config.model_name, str(self.engine.pool.layout.dtype).removeprefix("torch."), info.device),
+            *(info.host, info.port, info.num_blocks, info.block_size),
+            *(info.max_model_len, info.max_num_seqs, info.max_num_batched_tokens, given or "no settings"),
+        )
+
     def _select_device(self) -> torch.device:
         from pdray.engine.device import select_device
 
         return select_device(self.config)
 
-    def _make_transport(self) -> Transport | None:
-        """None where no nccl channel will be."""
-        from pdray.transfer.nccl import CudaTransport
+    def _make_kinds(self) -> dict[str, Kind]:
+        """Every kind of channel that the configuration allows, with the device memory that it needs."""
+        from pdray.transfer.channel import Site
 
-        wanted = self.config.mode == "disaggregated" and self.config.channel != "object_store"
-        return CudaTransport(self.device) if wanted and self.device.type == "cuda" else None
-
-    def _num_stagings(self) -> int:
-        """Buffers that nccl channels need here."""
-        raise NotImplementedError
+        if self.config.mode == "colocated":
+            return {}
+        num_peers = self.config.num_decode_workers if self.role == "prefill" else 1
+        site = Site(self.config, self.worker_id, self.device, num_peers, self._fail)
+        return {name: load_kind(name)(site) for name in allowed_kinds(self.config.channel)}
 
     def _build_engine(self) -> Engine:
         """All that makes the whole device wait, or takes its memory, happens here, before any channel is open."""
         import torch
 
-        from pdray.engine.engine import Engine
+        from pdray.engine.build import build_engine
         from pdray.models import load_model
-        from pdray.transfer.staging import Staging
 
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
-        if self.transport is not None and self.transport.version:
-            size = self.config.transfer_staging_bytes
-            self._stagings = [
-                torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(self._num_stagings())
-            ]
         share = self.config.prefill_num_gpus if self.role == "prefill" else self.config.decode_num_gpus
-        engine = Engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
-        for buffer in self._stagings:
-            Staging(engine.kv, buffer).warm_up()
+        engine = build_engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
+        for kind in self.kinds.values():
+            kind.attach(engine.pool)
         return engine
 
     async def stop(self) -> None:
@@ -219,7 +248,8 @@ class Worker:
         The engine must hold blocks for leases, or legs, and for nothing else. News of a step takes a moment to arrive,
         so only what stays odd counts.
         """
-        problems, odd = self.engine.check_integrity(), self._live_keys() ^ self.engine.live_keys()
+        problems = await asyncio.to_thread(self.engine.check_integrity)
+        odd = self._live_keys() ^ self.engine.live_keys()
         if odd:
             await asyncio.sleep(SETTLE_S)
             odd &= self._live_keys() ^ self.engine.live_keys()
@@ -257,7 +287,8 @@ class Worker:
         self._loop.call_soon_threadsafe(self._on_layer_group, ready)
 
     def _engine_failed(self, error: BaseException) -> None:
-        self._loop.call_soon_threadsafe(self._fail, error)
+        keys = error.keys if isinstance(error, StepFailedError) else ()
+        self._loop.call_soon_threadsafe(self._end_with_step, error, keys)
 
     # event loop's thread
 
@@ -282,17 +313,24 @@ class Worker:
         """Tell routers what the prefix cache holds; they send prompts where most of them is cached."""
         while True:
             added, removed = self.engine.take_prefix_changes()
-            if added or removed:
-                self._prefixes = (self._prefixes - removed) | added
-                update = PrefixUpdate(pack_hashes(added), pack_hashes(removed))
+            for update in self._prefixes.tell(added, removed):
                 self._send([Send(peer, update) for peer in self.sessions if peer.startswith("router")])
+                await asyncio.sleep(0)
             await asyncio.sleep(PREFIX_INTERVAL_S)
+
+    async def _tell_prefixes(self, session: Session, updates: Iterator[PrefixUpdate]) -> None:
+        for update in updates:
+            if self.sessions.get(session.peer.id) is not session:
+                return
+            session.send(update)
+            await asyncio.sleep(0)
 
     async def _end_if_hung(self, step_timeout_s: float) -> None:
         """A device that hangs holds the engine's thread; this loop, and so the heartbeat, would go on for ever."""
         while (seconds := self._engine_loop.seconds_since_progress()) <= step_timeout_s:
             await asyncio.sleep(min(step_timeout_s / 4, HUNG_CHECK_INTERVAL_S))
-        self._fail(EngineHungError(f"a step has taken {seconds:.1f} s (step_timeout_s is {step_timeout_s:g})"))
+        error = EngineHungError(f"a step has taken {seconds:.1f} s (step_timeout_s is {step_timeout_s:g})")
+        self._end_with_step(error, self.engine.suspects())
 
     async def _end_if_orphaned(self) -> None:
         """A detached actor outlives its Coordinator; it must not do so for ever."""
@@ -304,6 +342,23 @@ class Worker:
                 logger.error("%s: %s", self.worker_id, suspicion)
                 ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
             await asyncio.sleep(ORPHAN_CHECK_INTERVAL_S)
+
+    def _end_with_step(self, error: BaseException, keys: Iterable[Hashable]) -> None:
+        """A step has broken the engine: routers hear which legs it computed, and then the worker ends."""
+        suspects = [LegKey(*key) for key in keys]  # type: ignore[misc]
+        logger.error("%s: the engine failed in a step of %s", self.worker_id, suspects)
+        self._tasks.spawn(self._tell_and_fail(error, StepFailed(describe_error(error), suspects)))
+
+    async def _tell_and_fail(self, error: BaseException, news: StepFailed) -> None:
+        routers = [session for peer, session in self.sessions.items() if peer.startswith("router")]
+        for session in routers:
+            session.send(news)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TELL_TIMEOUT_S):
+                while not all(session.delivered for session in routers):
+                    await asyncio.sleep(TELL_POLL_S)
+        await self._server.stop()  # nobody asks for a lease here any more
+        self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """The worker cannot go on: whoever waits in join() learns why, and the process is replaced."""
@@ -319,8 +374,10 @@ class Worker:
 
     def on_open(self, session: Session) -> None:
         self.sessions[session.peer.id] = session
-        if session.peer.id.startswith("router") and self._prefixes:
-            session.send(PrefixUpdate(pack_hashes(self._prefixes), is_all=True))
+        updates = self._prefixes.tell_all()
+        if session.peer.id.startswith("router") and (first := next(updates, None)) is not None:
+            session.send(first)
+            self._tasks.spawn(self._tell_prefixes(session, updates))
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
         raise NotImplementedError
@@ -335,6 +392,10 @@ class Worker:
             session = self.sessions.get(send.to)
             if session is not None:
                 session.send(send.message)
+
+    @staticmethod
+    def _send_on_channel(session: Session, kind: str, epoch: int, payload: bytes) -> None:
+        session.send(ChannelMessage(kind, epoch, payload))
 
     @staticmethod
     def _now() -> float:

@@ -180,6 +180,8 @@ def decode_kernel(
     stride_q_head,
     stride_token,
     stride_table,
+    num_splits,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -189,11 +191,10 @@ def decode_kernel(
     WHOLE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    num_splits = tl.num_programs(0)
-    kv_head = tl.program_id(1)
-    num_kv_heads = tl.num_programs(1)
-    sequence = tl.program_id(2)
+    program = tl.program_id(0)
+    split = program % num_splits
+    kv_head = program // num_splits % KV_HEADS
+    sequence = program // num_splits // KV_HEADS
     kv_len = tl.load(seq_lens_ptr + sequence)
     per_split = tl.cdiv(tl.cdiv(kv_len, num_splits), BLOCK_N) * BLOCK_N
     start = split * per_split
@@ -217,12 +218,12 @@ def decode_kernel(
     )  # fmt: skip
     divisor = tl.where(row_sum > 0, row_sum, 1.0)
     if WHOLE:
-        out_row = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * HEAD_DIM
+        out_row = (sequence.to(tl.int64) * KV_HEADS * GROUP + head) * HEAD_DIM
         result = (acc / divisor[:, None]).to(partial_ptr.dtype.element_ty)
         tl.store(partial_ptr + out_row[:, None] + dims[None, :], result, mask=io_mask)
     else:
         lse = tl.where(row_sum > 0, row_max + tl.log2(divisor), float("-inf"))
-        index = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * num_splits + split
+        index = (sequence.to(tl.int64) * KV_HEADS * GROUP + head) * num_splits + split
         tl.store(lse_ptr + index, lse, mask=rows < GROUP)
         tl.store(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=io_mask)
 
@@ -235,6 +236,7 @@ def merge_kernel(
     stride_out_token,
     stride_out_head,
     num_splits,
+    HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -242,11 +244,11 @@ def merge_kernel(
 ):
     """One head of one sequence: the splits' results, weighted by their share of the softmax."""
     begin(DEPENDENT)
-    head = tl.program_id(0)
-    sequence = tl.program_id(1)
+    head = tl.program_id(0) % HEADS
+    sequence = tl.program_id(0) // HEADS
     split = tl.arange(0, SPLITS)
     dims = tl.arange(0, BLOCK_D)
-    index = (sequence.to(tl.int64) * tl.num_programs(0) + head) * num_splits + split
+    index = (sequence.to(tl.int64) * HEADS + head) * num_splits + split
     lse = tl.load(lse_ptr + index, mask=split < num_splits, other=float("-inf"))
     largest = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
@@ -341,18 +343,18 @@ def _launch_decode(
     )
     lse = None if whole else torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
     block_d = max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
-    decode_kernel[num_splits, num_kv_heads, batch](
+    decode_kernel[(num_splits * num_kv_heads * batch,)](
         q, kv_layer, partial, lse, meta.block_tables, meta.seq_lens, scale * LOG2_E,
-        q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0),
-        GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
-        BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
+        q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0), num_splits,
+        KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
+        BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
     )  # fmt: skip
     if whole:
         return
-    merge_kernel[num_heads, batch](
+    merge_kernel[(num_heads * batch,)](
         partial, lse, out, out.stride(0), out.stride(1), num_splits,
-        SPLITS=triton.next_power_of_2(num_splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=4,
+        HEADS=num_heads, SPLITS=triton.next_power_of_2(num_splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=4,
         **dependent_launch(q.device),
     )  # fmt: skip
 

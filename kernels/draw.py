@@ -2,6 +2,11 @@
 
 The draw is ``argmax(logits / T + Gumbel)`` with Gumbel noise from Philox (Gumbel 1954; Maddison et al. 2014, "A*
 Sampling"), so it is a pure function of the logits, the parameters, the seed and the position. Ties go to the lowest id.
+
+Whatever the numbers are, a row draws an id of the vocabulary, and other rows draw what they would without it. NaN and
+what is below -2**99 count as -inf, what is above 2**99 as 2**99; temperatures are kept between 1e-7 and 1e7, so that no
+quotient overflows. A filter keeps at least the most likely token; one whose parameter is NaN is off, and a temperature
+that is NaN is greedy. A row of nothing but -inf draws id 0.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from pdray.kernels.philox import philox_uniform, philox_uniform_at
 from pdray.kernels.sampling_metadata import RandomRows
 
 FIRST_CANDIDATES = 256
+LARGEST_LOGIT = 2.0**99  # a power of two, which bfloat16 has too
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-7, 1e7
 
 
 def draw_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, out: Tensor) -> None:
@@ -23,7 +30,7 @@ def draw_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: T
 
     Args:
         logits: [B, V], any float dtype.
-        temperature: [B] float32; 0 where greedy.
+        temperature: [B] float32; 0 (or less, or NaN) where greedy.
         seeds, positions: [B] int64; see philox_uniform.
         out: [B] int64; written.
     """
@@ -57,7 +64,7 @@ def draw_filtered(
         from pdray.kernels.filtered_draw_triton import triton_draw_filtered
 
         return triton_draw_filtered(logits, temperature, seeds, positions, out, min_p, top_k, top_p)
-    logits = logits.float()
+    logits = clean_logits(logits.float())
     rows = torch.arange(len(logits), device=logits.device)
     warm = torch.where(temperature > 0, temperature, 1.0)
     drawn = draw(logits, RandomRows(rows, warm, seeds, positions, min_p, top_k, top_p))
@@ -66,9 +73,10 @@ def draw_filtered(
 
 def draw(logits: Tensor, random: RandomRows) -> Tensor:
     """One token id [R] int64 for each of the R rows of [R, V] float32 logits: the reference of all draws."""
-    scaled = logits / random.temperature[:, None]
+    scaled = clean_logits(logits) / random.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)[:, None]
     if random.min_p is not None:
-        threshold = scaled.max(-1, keepdim=True).values + random.min_p.log()[:, None]
+        margin = torch.where(random.min_p > 0, random.min_p.clamp(max=1.0).log(), float("-inf"))
+        threshold = scaled.max(-1, keepdim=True).values + margin[:, None]
         scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
     if random.top_k is not None:
         scaled = keep_top_k(scaled, random.top_k)
@@ -81,6 +89,12 @@ def draw(logits: Tensor, random: RandomRows) -> Tensor:
     scores = torch.full_like(scaled, float("-inf"))
     scores[rows, token_ids] = scaled[rows, token_ids] + gumbel(uniform)
     return scores.argmax(-1)
+
+
+def clean_logits(logits: Tensor) -> Tensor:
+    """A copy in which NaN counts as -inf, and nothing is infinite but that; see the module."""
+    largest = min(LARGEST_LOGIT, torch.finfo(logits.dtype).max)
+    return torch.where(logits > -LARGEST_LOGIT, logits, float("-inf")).clamp_(max=largest)
 
 
 def gumbel(uniform: Tensor) -> Tensor:
@@ -101,7 +115,8 @@ def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
 def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
     """-inf outside the smallest set of most likely tokens whose probabilities reach top_p.
 
-    The token that crosses top_p belongs to the set; among equals, the lowest ids do. top_p >= 1: all stay.
+    The token that crosses top_p belongs to the set, so that it is never empty; among equals, the lowest ids do.
+    top_p >= 1: all stay.
     The sorted prefix that is looked at grows until it decides every row; its length changes no result.
     """
     vocab_size = logits.shape[1]
@@ -112,7 +127,7 @@ def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
         values, token_ids = logits.topk(num_candidates, -1)
         sorted_probs = probs.gather(1, token_ids).to(torch.float64)
         mass_before = sorted_probs.cumsum(-1) - sorted_probs
-        num_kept = (mass_before < top_p[:, None]).sum(-1)
+        num_kept = (mass_before < top_p[:, None]).sum(-1).clamp_(min=1)
         undecided = active & (num_kept == num_candidates) & (values[:, -1] > float("-inf"))
         if num_candidates == vocab_size or not bool(undecided.any()):
             break

@@ -19,7 +19,10 @@ MANY_PROGRAMS = 4096
 SHORT_SPAN = 1024  # token ids of a program of four warps, which take them at once: short latency
 LONG_SPAN = 4096  # of a program of one warp, which needs no barrier to skip tiles
 IDS_PER_WARP = 256  # of a tile
-LOWEST = tl.constexpr(-1e30)  # stands for -inf, which the division below cannot take
+# As in draw.py. The lowest logit stands for -inf, which the division below cannot take.
+LARGEST_LOGIT = tl.constexpr(2.0**99)
+MIN_TEMPERATURE = tl.constexpr(1e-7)
+MAX_TEMPERATURE = tl.constexpr(1e7)
 
 
 @triton.jit
@@ -27,6 +30,12 @@ def lowest_best(scores, token_ids):
     """The largest score and, among its equals, the lowest id."""
     best = tl.max(scores, 0)
     return best, tl.min(tl.where(scores == best, token_ids, 0x7FFFFFFF), 0)
+
+
+@triton.jit
+def clamp_temperature(temperature):
+    """What to divide by; 1 where greedy."""
+    return tl.where(temperature > 0, tl.minimum(tl.maximum(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE), 1.0)
 
 
 @triton.jit
@@ -50,27 +59,30 @@ def draw_kernel(
     temperature = tl.load(temperature_ptr + row)
     seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_row
-    inverse = tl.div_rn(1.0, tl.where(temperature > 0, temperature, 1.0))
+    is_random = temperature > 0
+    temperature = clamp_temperature(temperature)
+    inverse = tl.div_rn(1.0, temperature)
     best = tl.full([TILE], float("-inf"), tl.float32)
     best_ids = start + at
     bar = tl.full([], float("-inf"), tl.float32)
     for first in range(start, tl.minimum(start + span, VOCAB_SIZE), TILE):
         token_ids = first + at
-        scores = tl.load(row_ptr + token_ids, mask=token_ids < VOCAB_SIZE, other=float("-inf")).to(tl.float32)
-        if temperature > 0:
+        mask = token_ids < VOCAB_SIZE
+        scores = tl.load(row_ptr + token_ids, mask=mask, other=float("-inf")).to(tl.float32)
+        scores = tl.minimum(tl.where(scores > -LARGEST_LOGIT, scores, -LARGEST_LOGIT), LARGEST_LOGIT)  # NaN is low too
+        if is_random:
             uniform = philox_uniform(seed, position, first, TILE)
-            scores = tl.maximum(scores, LOWEST)
             quotient = scores * inverse
             quotient = tl.fma(tl.fma(-quotient, temperature, scores), inverse, quotient)  # as if divided
             bound = tl.max(quotient + largest_gumbel(uniform), 0)
             if bound + tl.abs(bound) * 1e-5 + 1e-4 > bar:
                 scores = quotient + gumbel(uniform)
                 bar = tl.maximum(bar, tl.max(scores, 0))
-                better = (scores > best) & (token_ids < VOCAB_SIZE)
+                better = (scores > best) & mask
                 best = tl.where(better, scores, best)
                 best_ids = tl.where(better, token_ids, best_ids)
         else:
-            better = scores > best
+            better = (scores > best) & mask
             best = tl.where(better, scores, best)
             best_ids = tl.where(better, token_ids, best_ids)
     score, token_id = lowest_best(best, best_ids)

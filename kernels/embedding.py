@@ -6,11 +6,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def pending_id(draw: int) -> int:
+    """What stands in for a token that the step before draws, until the host knows it: an id below 0.
+
+    embed() looks it up; nothing else reads such an id.
+    """
+    return -1 - draw
+
+
 def embed(input_ids: Tensor, table: Tensor, sampled: Tensor) -> Tensor:
     """table's row of each token.
 
     Args:
-        input_ids: [T] int64; an id below 0 stands for ``sampled[-1 - id]``.
+        input_ids: [T] int64; pending_id(i) stands for ``sampled[i]``.
         table: [V, H].
         sampled: [R] int64; may be empty where no id is below 0.
 

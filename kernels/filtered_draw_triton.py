@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdray.kernels.dependent_launch import begin, dependent_launch
-from pdray.kernels.draw_triton import lowest_best
+from pdray.kernels.draw_triton import LARGEST_LOGIT, clamp_temperature, lowest_best
 from pdray.kernels.philox_triton import gumbel, philox_uniform
 
 TILE = 4096  # token ids at a time
@@ -26,6 +26,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Tokens below the largest logit by so many temperatures hold less than V * 4e-18 of the mass: 1 - top_p is never that
 # small.
 REACH = tl.constexpr(40.0)
+SMALLEST_TOP_P = tl.constexpr(1e-30)  # a target of 0 would be reached by nothing at all
 
 
 @triton.jit
@@ -45,8 +46,10 @@ def from_key(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def load_tile(row_ptr, first, VOCAB_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Logits as draw.clean_logits() has them."""
     token_ids = first + tl.arange(0, TILE)
-    return tl.load(row_ptr + token_ids, mask=token_ids < VOCAB_SIZE, other=float("-inf")).to(tl.float32)
+    x = tl.load(row_ptr + token_ids, mask=token_ids < VOCAB_SIZE, other=float("-inf")).to(tl.float32)
+    return tl.minimum(tl.where(x > -LARGEST_LOGIT, x, float("-inf")), LARGEST_LOGIT)
 
 
 @triton.jit
@@ -130,20 +133,23 @@ def draw_filtered_kernel(
     row_ptr = logits_ptr + row.to(tl.int64) * stride_row
     temperature = tl.load(temperature_ptr + row)
     is_random = temperature > 0
-    temperature = tl.where(is_random, temperature, 1.0)
+    temperature = clamp_temperature(temperature)
     scale = LOG2_E / temperature
 
     best = tl.full([TILE], float("-inf"), tl.float32)
     for first in range(0, VOCAB_SIZE, TILE):
         best = tl.maximum(best, load_tile(row_ptr, first, VOCAB_SIZE, TILE))
     largest = tl.max(best, 0)
+    is_random = is_random & (largest > float("-inf"))  # else there is nothing to draw from: id 0
+    top = tl.div_rn(largest, temperature)
     high = to_key(largest, SHIFT) + 1
 
     # tokens stay if logit / T is above the floor, or is the floor and the id is at most last
     floor = tl.full([], float("-inf"), tl.float32)
     last = tl.full([], VOCAB_SIZE, tl.int32)
     if HAS_MIN_P:
-        floor = tl.div_rn(largest, temperature) + tl.log(tl.load(min_p_ptr + row))
+        min_p = tl.load(min_p_ptr + row)
+        floor = tl.where(min_p > 0, top + tl.log(tl.minimum(min_p, 1.0)), float("-inf"))
     if HAS_TOP_K:
         top_k = tl.load(top_k_ptr + row)
         if is_random & (top_k > 0) & (top_k < VOCAB_SIZE):
@@ -161,7 +167,7 @@ def draw_filtered_kernel(
             for first in range(0, VOCAB_SIZE, TILE):
                 x = load_tile(row_ptr, first, VOCAB_SIZE, TILE)
                 masses += tl.where(tl.div_rn(x, temperature) >= floor, tl.exp2((x - largest) * scale), 0.0)
-            target = top_p * tl.sum(masses, 0)
+            target = tl.maximum(top_p, SMALLEST_TOP_P) * tl.sum(masses, 0)
             bound = tl.maximum(largest - REACH * temperature, floor * temperature - tl.abs(floor * temperature) * 1e-6)
             crossing = find_threshold(
                 row_ptr, to_key(bound, SHIFT), high, target, largest, scale, VOCAB_SIZE, TILE, SHIFT, True

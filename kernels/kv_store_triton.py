@@ -18,14 +18,17 @@ def copy_kernel(
     block_ids_ptr,
     source_stride_layer,
     destination_stride_layer,
+    num_blocks,
     NUMEL: tl.constexpr,  # elements of a block
     PIECE: tl.constexpr,
     SCATTER: tl.constexpr,
 ):
     """Block i of one layer, from pool block block_ids[i] (gather) or into it (scatter)."""
-    piece = tl.program_id(0)
-    i = tl.program_id(1).to(tl.int64)
-    layer = tl.program_id(2).to(tl.int64)
+    PIECES: tl.constexpr = (NUMEL + PIECE - 1) // PIECE
+    program = tl.program_id(0)  # y and z end at 65,535, and a prompt may have more blocks
+    piece = program % PIECES
+    i = (program // PIECES % num_blocks).to(tl.int64)
+    layer = (program // PIECES // num_blocks).to(tl.int64)
     block = tl.load(block_ids_ptr + i)
     source, destination = block, i
     if SCATTER:
@@ -54,7 +57,7 @@ def copy_pieces(source: Tensor, destination: Tensor, block_ids: Tensor, *, scatt
     numel = source[0, 0].numel()
     if len(block_ids) == 0 or len(source) == 0:
         return
-    copy_kernel[triton.cdiv(numel, PIECE), len(block_ids), len(source)](
-        source, destination, block_ids, source.stride(0), destination.stride(0),
+    copy_kernel[(triton.cdiv(numel, PIECE) * len(block_ids) * len(source),)](
+        source, destination, block_ids, source.stride(0), destination.stride(0), len(block_ids),
         NUMEL=numel, PIECE=PIECE, SCATTER=scatter,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdray.kernels.draw import draw, draw_filtered, draw_tokens, keep_top_k, keep_top_p
+from pdray.kernels.draw import clean_logits, draw, draw_filtered, draw_tokens, keep_top_k, keep_top_p
 from pdray.kernels.sampling_metadata import (
     BannedTokens,
     LogprobRows,
@@ -62,7 +62,9 @@ class SampleOutput(NamedTuple):
 
 
 def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
-    """Choose one token for each row. On CUDA the host waits for nothing.
+    """Choose one token for each row, of the vocabulary whatever the logits are: see draw.py for NaN and infinities.
+
+    On CUDA the host waits for nothing.
 
     Args:
         logits: [B, V], any float dtype; unchanged on return.
@@ -77,11 +79,11 @@ def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
     if meta.banned is not None:
         ban_tokens(logits, meta.banned)
     if meta.random is None:
-        token_ids = logits.argmax(-1)
+        token_ids = clean_logits(logits).argmax(-1)
     elif len(meta.random.rows) == len(logits):
         token_ids = draw_rows(logits, meta.random)
     else:
-        token_ids = logits.argmax(-1)
+        token_ids = clean_logits(logits).argmax(-1)
         token_ids[meta.random.rows] = draw_rows(logits[meta.random.rows], meta.random)
     logprobs = None if meta.logprobs is None else compute_logprobs(raw_logits, token_ids, meta.logprobs)
     return SampleOutput(token_ids, logprobs)
@@ -118,11 +120,15 @@ def ban_tokens(logits: Tensor, banned: BannedTokens) -> None:
 
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, asked: LogprobRows) -> Logprobs:
-    """Log-probabilities of the sampled and of the most likely tokens, under raw logits [B, V]."""
+    """Log-probabilities of the sampled and of the most likely tokens, under raw logits [B, V].
+
+    A row of nothing but NaN and -inf knows no probabilities: they are -inf.
+    """
     rows = asked.rows
-    selected = logits[rows].float()
+    selected = clean_logits(logits[rows].float())
     sampled = token_ids[rows, None]
     logprobs = selected.log_softmax(-1)
+    logprobs = torch.where(logprobs.isnan(), float("-inf"), logprobs)
     rank = (selected > selected.gather(1, sampled)).sum(-1) + 1
     top_token_ids = _top_token_ids(selected, min(asked.num_logprobs, selected.shape[1]))
     return Logprobs(rows, logprobs.gather(1, sampled)[:, 0], rank, top_token_ids, logprobs.gather(1, top_token_ids))

@@ -37,7 +37,7 @@ class SamplingRow(NamedTuple):
     """One row of logits that is to become a token.
 
     Attributes:
-        seed: this completion's own (params.seed + index), 0..2**63 - 1; not read when greedy.
+        seed: this completion's own (params.seed + index), an int64; not read when greedy.
         position: 0-based index of the output token to draw.
         output_token_ids: earlier output tokens, in order; prompt and output are read only for penalties.
         banned_token_ids: ids that must not be drawn now (end-of-sequence and stop ids before min_tokens).

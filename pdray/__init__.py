@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OutOfMemoryError,
         PdrayError,
         QueueFullError,
+        RequestFailedError,
         TransferError,
         WorkerDiedError,
     )
@@ -45,6 +46,7 @@ __all__ = [
     "OutOfMemoryError",
     "PdrayError",
     "QueueFullError",
+    "RequestFailedError",
     "RequestOutput",
     "RequestTimings",
     "SamplingParams",

@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 
 import pdray
 from pdray.errors import ConfigError, PdrayError
+from pdray.health import wait_until_ready
+from pdray.interrupts import INTERRUPTED, interrupts_end_the_process
 from pdray.options import add_config_arguments, add_sampling_arguments, config_from_args, sampling_from_args
-
-POLL_INTERVAL_S = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    with interrupts_end_the_process():
+        args = build_parser().parse_args(argv)
     try:
         return int(args.run(args))
     except ConfigError as error:
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pdray {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # as of `pdray status | head`; Python would complain again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -46,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address of the HTTP server (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="port of the HTTP server (default: 8000)")
     serve.add_argument("--name", default="pdray", help="of the Serve application (default: pdray)")
+    serve.add_argument(
+        "--replace", action="store_true", help="replace pdray's application of that name, if there is one"
+    )
     _add_address(serve, "Ray cluster to join; `local` starts one; default: a running one, else start one")
     add_config_arguments(serve)
     serve.set_defaults(run=_serve)
@@ -105,28 +106,29 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from pdray.cluster_commands import serve
-
-    return serve(config_from_args(args), name=args.name, host=args.host, port=args.port, address=args.address)
+    config = config_from_args(args)
+    with interrupts_end_the_process():
+        from pdray.serve_command import serve
+    return serve(config, name=args.name, host=args.host, port=args.port, address=args.address, replace=args.replace)
 
 
 def _status(args: argparse.Namespace) -> int:
-    from pdray.cluster_commands import status
-
+    with interrupts_end_the_process():
+        from pdray.cluster_commands import status
     return status(args.address, as_json=args.json, leases=args.leases, check=args.check)
 
 
 def _stop(args: argparse.Namespace) -> int:
-    from pdray.cluster_commands import stop
-
+    with interrupts_end_the_process():
+        from pdray.cluster_commands import stop
     return stop(args.address, name=args.name, timeout_s=args.timeout)
 
 
 def _generate(args: argparse.Namespace) -> int:
     params = sampling_from_args(args, max_tokens=128)
     config = config_from_args(args).model_dump(exclude_unset=True)
-    from pdray.llm import LLM
-
+    with interrupts_end_the_process():
+        from pdray.llm import LLM
     with LLM(ray_address=args.address, **config) as llm:
         if args.chat:
             outputs = llm.chat([[{"role": "user", "content": prompt}] for prompt in args.prompts], params)
@@ -145,34 +147,9 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _wait(args: argparse.Namespace) -> int:
-    wait_until_ready(args.url, args.timeout)
+    wait_until_ready(args.url, args.timeout, on_reason=lambda reason: print(f"waiting: {reason}", flush=True))
     print(f"{args.url} is ready")
     return 0
-
-
-def wait_until_ready(url: str, timeout_s: float) -> None:
-    """Poll `url`/health until it answers 200.
-
-    Raises:
-        PdrayError: not within timeout_s; the text holds the last answer.
-        ConfigError: url is not an http address.
-    """
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"url is {url!r}; it must begin with http:// or https://")
-    health = url.rstrip("/") + "/health"
-    deadline = time.monotonic() + timeout_s
-    while True:
-        remaining = deadline - time.monotonic()
-        try:
-            with urllib.request.urlopen(health, timeout=max(0.1, min(5.0, remaining))):
-                return
-        except urllib.error.HTTPError as error:
-            last = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
-        except (urllib.error.URLError, OSError) as error:
-            last = str(getattr(error, "reason", error))
-        if deadline - time.monotonic() < POLL_INTERVAL_S:
-            raise PdrayError(f"{health} was not ready after {timeout_s:g} s (raise --timeout?); last answer: {last}")
-        time.sleep(POLL_INTERVAL_S)
 
 
 if __name__ == "__main__":

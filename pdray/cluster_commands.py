@@ -1,23 +1,21 @@
-"""Commands that act on a Ray cluster: `pdray serve`, `pdray status`, `pdray stop`."""
+"""Commands that look at, or end, what runs in a Ray cluster: `pdray status`, `pdray stop`."""
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
 from ray import serve as ray_serve
 
-from pdray.config import Config
 from pdray.errors import PdrayError
-from pdray.interrupts import interrupts_ignored
-from pdray.ray_cluster import join, join_or_start
+from pdray.ray_cluster import join
+from pdray.serve_applications import applications
 
 POLL_INTERVAL_S = 0.5
-STOP_TIMEOUT_S = 60.0
+FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 WORKER_COLUMNS = {
     "worker": "worker_id",
     "role": "role",
@@ -42,52 +40,23 @@ LEASE_COLUMNS = {
 }
 
 
-def serve(config: Config, *, name: str, host: str, port: int, address: str | None) -> int:
-    """Deploy the application, wait until it answers, and keep it until Ctrl-C, SIGTERM or its deletion by another.
-
-    What was started here ends here: the application, and Ray if it was not running before.
-
-    Raises:
-        PdrayError: the deployment failed, or was not ready within start_timeout_s.
-    """
-    from pdray.cli import wait_until_ready
-    from pdray.serve import build
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    try:
-        join_or_start(address, shared=True)
-        print(f"Loading {config.model} ...", flush=True)
-        ray_serve.start(http_options={"host": host, "port": port})
-        try:
-            ray_serve.run(build(config), name=name, route_prefix="/")
-        except RuntimeError as error:
-            raise PdrayError(f"application {name!r} could not be deployed: {error}") from error
-        wait_until_ready(url, config.start_timeout_s)
-        print(f"{config.model_name} is served at {url}/v1; Ctrl-C stops it", flush=True)
-        while name in ray_serve.status().applications:
-            time.sleep(POLL_INTERVAL_S)
-        print(f"application {name!r} was deleted", flush=True)
-    except KeyboardInterrupt:
-        print("Stopping ...", file=sys.stderr, flush=True)
-    finally:
-        with interrupts_ignored():
-            try:
-                if ray.is_initialized():
-                    stop_applications(name, STOP_TIMEOUT_S)
-            finally:
-                ray.shutdown()
-    return 0
-
-
 def cluster_status() -> list[dict[str, Any]]:
     """One dict for each application of the cluster: name, model, mode, workers, routers.
 
-    `workers` holds what each worker's describe() says.
+    `workers` holds what each worker's describe() says. Of one that has no Coordinator, as when its deployment failed,
+    there is Serve's word alone.
     """
     from pdray.actors.client import describe, list_applications
 
-    return [{"name": name} | describe(name) for name in list_applications()]
+    deployed = {name: each for name, each in applications().items() if each.is_pdrays}
+    states = [{"name": name} | describe(name) for name in list_applications()]
+    for name in sorted(deployed.keys() - {state["name"] for state in states}):
+        states.append({"name": name, "state": deployed[name].status, "error": deployed[name].message})
+    for state in states:
+        found = deployed.get(state["name"])
+        if found is not None and found.status in FAILED and not state.get("error"):
+            state["error"] = found.message
+    return states
 
 
 def status(address: str | None, *, as_json: bool, leases: bool, check: bool) -> int:
@@ -96,23 +65,23 @@ def status(address: str | None, *, as_json: bool, leases: bool, check: bool) -> 
 
     join(address)
     try:
-        applications = cluster_status()
+        states = cluster_status()
         if check:
-            for application in applications:
-                application["integrity"] = check_integrity(application["name"])
+            for state in states:
+                state["integrity"] = check_integrity(state["name"])
     finally:
         ray.shutdown()
-    print(json.dumps(applications, indent=1, default=str) if as_json else format_status(applications, leases=leases))
-    return int(any(any(application.get("integrity", {}).values()) for application in applications))
+    print(json.dumps(states, indent=1, default=str) if as_json else format_status(states, leases=leases))
+    return int(any(any(state.get("integrity", {}).values()) for state in states))
 
 
-def format_status(applications: list[dict[str, Any]], *, leases: bool = False) -> str:
+def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
     """A heading and a table of workers for each application, then its routers' queues, what a check has found, and its
     leases."""
-    if not applications:
+    if not states:
         return "no pdray application is running"
     parts = []
-    for application in applications:
+    for application in states:
         workers = application.get("workers", [])
         lines = [" ".join(str(application[key]) for key in ("name", "model", "mode", "state") if key in application)]
         lines += _table(
@@ -123,6 +92,8 @@ def format_status(applications: list[dict[str, Any]], *, leases: bool = False) -
         lines += [f"trouble: {row['worker_id']}: {row['trouble']}" for row in workers if row.get("trouble")]
         lines += [f"suspicion: {suspicion}" for suspicion in application.get("suspicions", [])]
         lines += [f"loop failed: {name}: {text}" for name, text in application.get("loop_failures", {}).items()]
+        if coming := application.get("next"):
+            lines.append(f"next configuration: {coming.get('error') or coming['state']}")
         for router in application.get("routers", []):
             facts = ", ".join(
                 f"{key.replace('_', ' ')} {_cell(value)}" for key, value in router.items() if key != "router_id"
@@ -150,7 +121,7 @@ def stop(address: str | None, *, name: str | None, timeout_s: float) -> int:
     """Delete applications and wait for their workers to end.
 
     Raises:
-        PdrayError: no such application, or one that is still there after timeout_s.
+        PdrayError: no such application, it is not pdray's, or it is still there after timeout_s.
     """
     join(address)
     try:
@@ -161,23 +132,49 @@ def stop(address: str | None, *, name: str | None, timeout_s: float) -> int:
     return 0
 
 
+def pdrays_applications() -> list[str]:
+    """Names of the applications of pdray's that Serve or a Coordinator knows; other people's are left out."""
+    from pdray.actors.client import list_applications
+
+    deployed = applications()
+    others = {name for name, each in deployed.items() if not each.is_pdrays}
+    return sorted({*list_applications(), *deployed} - others)
+
+
 def stop_applications(name: str | None, timeout_s: float) -> list[str]:
-    """Delete the Serve application of each coordinator, stop the coordinator, and wait until it is gone."""
+    """Delete pdray's applications from Serve, stop their Coordinators, and wait until they are gone.
+
+    Args:
+        name: only this one.
+
+    Raises:
+        PdrayError: there is none of that name, it is not pdray's, or it is still there after timeout_s.
+    """
     from pdray.actors.client import list_applications, stop_application
 
-    names = [name] if name is not None else list_applications()
-    deployed = ray_serve.status().applications
+    deployed = applications()
+    ours = pdrays_applications()
+    if name is not None and name not in ours:
+        problem = "is not pdray's" if name in deployed else "does not exist"
+        raise PdrayError(f"application {name!r} {problem}; pdray's are: {', '.join(ours) or 'none'}")
+    names = ours if name is None else [name]
+    deadline = time.monotonic() + timeout_s
     for application in names:
         if application in deployed:
-            ray_serve.delete(application)
-        if application in list_applications():
-            stop_application(application)
-    deadline = time.monotonic() + timeout_s
-    while remaining := set(names) & set(list_applications()):
-        if time.monotonic() > deadline:
-            raise PdrayError(f"{', '.join(sorted(remaining))}: still there after {timeout_s:g} s; see Ray's dashboard")
-        time.sleep(POLL_INTERVAL_S)
+            ray_serve.delete(application, _blocking=False)
+    in_serve = _wait_until_gone(names, applications, deadline)  # requests that run end there, with their workers
+    for application in set(names) & set(list_applications()):
+        stop_application(application)
+    if remaining := in_serve | _wait_until_gone(names, list_applications, deadline):
+        raise PdrayError(f"{', '.join(sorted(remaining))}: still there after {timeout_s:g} s; see Ray's dashboard")
     return names
+
+
+def _wait_until_gone(names: list[str], present: Callable[[], Iterable[str]], deadline: float) -> set[str]:
+    """Those of `names` that are still present at the deadline."""
+    while (remaining := set(names) & set(present())) and time.monotonic() < deadline:
+        time.sleep(POLL_INTERVAL_S)
+    return remaining
 
 
 def _cell(value: Any) -> str:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from pdray.errors import ConfigError
+from pdray.transfer.registry import KINDS
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+CHANNELS = ["auto", *KINDS]
 VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
 
 GPU_MAX_NUM_SEQS = 256
@@ -23,6 +28,7 @@ GPU_STEP_TIMEOUT_S = 60.0
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Channel = Annotated[str, Field(pattern=f"^({'|'.join(CHANNELS)})$", json_schema_extra={"enum": CHANNELS})]
 
 
 class Config(BaseModel):
@@ -33,7 +39,10 @@ class Config(BaseModel):
 
     # model
     model: str = Field(
-        DEFAULT_MODEL, min_length=1, description="Hugging Face id, folder, .gguf file, or config.json for dummy weights"
+        DEFAULT_MODEL,
+        min_length=1,
+        description="Hugging Face id, folder, .gguf file, or config.json for dummy weights; a relative path starts"
+        " where the driver or command runs, and in a Serve YAML where Ray's workers run: give an absolute one there",
     )
     tokenizer: str | None = Field(None, description="Hugging Face id or folder; default: the model's own")
     served_model_name: str | None = Field(None, description="name in the API; default: the model as given")
@@ -42,6 +51,12 @@ class Config(BaseModel):
         "auto", description="auto: float32 on CPU, the model's on CUDA"
     )
     seed: int = Field(0, ge=0, description="seed of dummy weights")
+    generation_config: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: the model's generation_config.json gives what a request leaves out of its sampling "
+        "parameters; vllm: neutral values do; or another such file or its folder",
+    )
     skip_tokenizer_init: bool = Field(False, description="serve token ids only; for models that have no tokenizer")
 
     # engine
@@ -80,21 +95,23 @@ class Config(BaseModel):
         None, description="GPU of the decode workers, or one for each, on a single host; default: as Ray chooses"
     )
     worker_num_cpus: float = Field(0.25, ge=0, description="Ray CPUs that each worker reserves")
-    channel: Literal["auto", "nccl", "object_store"] = Field(
-        "auto", description="how KV blocks travel; auto: nccl between two GPUs, else object_store"
+    worker_resources: dict[str, float] = Field(
+        {}, description='other Ray resources that each worker reserves, as {"memory": 2e9, "fast_disk": 1}'
     )
+    channel: Channel = Field("auto", description="how KV blocks travel; auto: nccl between two GPUs, else object_store")
     transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
     transfer_staging_bytes: Positive = Field(
         128 * 1024 * 1024,
         description="GPU memory for blocks on their way, for each nccl channel of a prefill worker"
         " and for each decode worker",
     )
-    nccl_on_one_gpu: bool = Field(
-        False, description="for tests only: let channel nccl join workers that share a GPU, through the loopback device"
+    worker_env: dict[str, str] = Field(
+        {}, description="environment of the workers' processes, e.g. NCCL's; {worker_id} stands for each one's name"
     )
     host: str = Field(
         "",
-        description="address workers listen on; default: loopback while the cluster is one node, else the node's own",
+        description="address workers listen on; default: the node's own, where only this machine may connect while the "
+        "cluster is one node",
     )
 
     # admission
@@ -110,10 +127,17 @@ class Config(BaseModel):
     step_timeout_s: Seconds | None = Field(
         None, description="a worker whose engine takes longer for one step is replaced; default: 60 on a GPU, else none"
     )
+    probe_interval_s: Seconds | None = Field(
+        30.0, description="time between requests by which a router that is idle tries its workers; none: never"
+    )
+    probe_timeout_s: Seconds = Field(10.0, description="workers that take longer for one of them are seen to")
     restart_backoff_s: Seconds = Field(
         1.0, description="wait before a dead worker is replaced; doubles with each failure in a row"
     )
     start_timeout_s: Seconds = Field(600.0, description="workers not ready after so long are an error")
+    graceful_shutdown_timeout_s: Seconds = Field(
+        20.0, description="requests of a server that stops, or changes its configuration, may go on for so long"
+    )
     local_prefill_max_tokens: NonNegative = Field(
         0, description="prompts with at most so many uncached tokens are prefilled by the decode worker"
     )
@@ -147,6 +171,12 @@ class Config(BaseModel):
             share = getattr(self, name)
             if share > 1:
                 raise ValueError(f"{name} is {share}; tensor parallelism is not there yet: it must be at most 1")
+        for name, amount in self.worker_resources.items():
+            if name in ("CPU", "GPU", "object_store_memory") or not amount > 0:
+                raise ValueError(
+                    f"worker_resources gives {amount:g} for {name}; it takes amounts above 0 of resources other than "
+                    "CPU (worker_num_cpus) and GPU (prefill_num_gpus, decode_num_gpus)"
+                )
         self._check_device_ids()
         if self.api_key is not None and not VISIBLE_ASCII.fullmatch(self.api_key.get_secret_value()):
             raise ValueError("api_key must be one or more visible ASCII characters, without spaces")
@@ -185,6 +215,31 @@ class Config(BaseModel):
     def model_name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or self.model
+
+    def with_absolute_paths(self) -> Config:
+        """With `model` and `tokenizer` found from this process's working directory; workers have others.
+
+        The model's name in the API stays as it was given. What is no path here is left: a Hugging Face id, or a path
+        on the cluster's nodes.
+
+        Raises:
+            ConfigError: a relative path that leads nowhere.
+        """
+        changes: dict[str, str] = {}
+        for name in ("model", "tokenizer"):
+            given: str | None = getattr(self, name)
+            if given is None or Path(given).is_absolute():
+                continue
+            path = Path(given).expanduser()
+            if path.exists():
+                changes[name] = str(path.absolute())
+            elif given.startswith((".", "~")) or path.suffix in (".gguf", ".json"):
+                raise ConfigError(
+                    f"{name} is {given!r}, and there is no {path.absolute()}; a path on other machines must be absolute"
+                )
+        if "model" in changes:
+            changes.setdefault("served_model_name", self.model_name)
+        return self.model_copy(update=changes) if changes else self
 
     def for_device(self, device_type: str) -> Config:
         """With that kind of device's defaults, where this one's depend on it and nothing was given."""

@@ -1,5 +1,9 @@
 """Errors that pdray raises. Each text names the value, the limit and the setting to change."""
 
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
 
 class PdrayError(Exception):
     """Base of every error that pdray raises on purpose."""
@@ -29,6 +33,14 @@ class OutOfMemoryError(PdrayError):
     """The device cannot hold what the configuration asks for."""
 
 
+class PlacementError(PdrayError):
+    """Ray's cluster, as it is, will never have what the workers ask for."""
+
+
+class StartTimeoutError(PdrayError, TimeoutError):
+    """The workers were not ready within start_timeout_s; the text holds what kept them from it."""
+
+
 class QueueFullError(PdrayError):
     """The router's bounded queue is full, or the request waited too long (HTTP 429).
 
@@ -53,6 +65,22 @@ class WorkerDiedError(PdrayError):
     """A worker died or stopped answering while it held the request."""
 
 
+class RequestFailedError(PdrayError):
+    """The engine failed while it computed this request and no other: another try would fail again (HTTP 500)."""
+
+
+class StepFailedError(PdrayError):
+    """A step of a worker's engine failed, and the engine cannot go on.
+
+    Attributes:
+        keys: the requests that the step computed, or may have.
+    """
+
+    def __init__(self, message: str, keys: Sequence[Hashable] = ()) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
 class EngineHungError(PdrayError):
     """A step of a worker's engine took longer than step_timeout_s."""
 
@@ -63,3 +91,8 @@ class TransferError(PdrayError):
 
 class HandshakeError(PdrayError):
     """Two peers disagree on weights, dtype, block size, KV layout, protocol or secret."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Its kind and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import sys
 import uuid
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
-import ray
+import msgspec
 from tqdm import tqdm
 
 from pdray.actors.client import CoordinatorClient
 from pdray.background import start_thread
 from pdray.config import Config
-from pdray.errors import ConfigError, InvalidRequestError, PdrayError
+from pdray.errors import ConfigError, InvalidRequestError, NoWorkerError, PdrayError
 from pdray.models import load_tokenizer
+from pdray.models.generation_config import load_sampling_defaults
 from pdray.outputs import RequestOutput
-from pdray.ray_cluster import join_or_start
+from pdray.ray_hold import hold_ray
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
 
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Prompt = str | list[int] | dict[str, Any]
 
+CONNECT_TIMEOUT_S = 30.0
 OFFLINE_QUEUE_WAIT_S = 7 * 24 * 3600.0  # a batch job waits its turn; admission control is for servers
 
 
@@ -34,16 +37,23 @@ class LLM:
     """A model served by prefill and decode actors that live as long as this object.
 
     Joins the Ray cluster that RAY_ADDRESS names or that runs on this machine, and starts a local one
-    if there is none. The router runs in this process, on a thread of its own. Use it as a context
+    if there is none; it ends with the last LLM of the process. A connection that the driver has opened itself is used
+    as it is, and stays. The router runs in this process, on a thread of its own. Use it as a context
     manager, or call shutdown(); a driver that ends without either takes its actors with it.
 
+    The router opens a TCP connection to each worker. Through Ray Client (`ray://`) too, so a client on another machine
+    needs a route to the workers' nodes, on any port; and since workers of a one-node cluster listen on loopback,
+    `host` must then be set to the node's address.
+
     Args:
-        model: Hugging Face id, folder, .gguf file or config.json; default: Config's.
-        ray_address: the cluster to join; None as above.
+        model: Hugging Face id, folder, .gguf file or config.json; default: Config's. A relative path is this process's.
+        ray_address: the cluster to join, as host:port or ray://host:port; "local" starts one; None as above.
         config: fields of pdray.config.Config.
 
     Raises:
-        ConfigError: a setting is wrong. ModelLoadError, OutOfMemoryError: what a worker met.
+        ConfigError: a setting is wrong. ModelLoadError, OutOfMemoryError: what a worker met, where trying again does
+            not help. PlacementError: Ray's cluster is too small. StartTimeoutError: the workers were not ready within
+            start_timeout_s; the text holds the last error, or what they wait for.
     """
 
     def __init__(self, model: str | None = None, *, ray_address: str | None = None, **config: Any) -> None:
@@ -51,12 +61,10 @@ class LLM:
             config["model"] = model
         config.setdefault("max_queue_wait_s", OFFLINE_QUEUE_WAIT_S)
         try:
-            self.config = Config(**config)
+            self.config = Config(**config).with_absolute_paths()
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            join_or_start(ray_address)
+        self._ray = hold_ray(ray_address)
         self._loop = asyncio.new_event_loop()
         self._failure: BaseException | None = None  # of the router's thread
         self._pending: set[concurrent.futures.Future[Any]] = set()
@@ -66,6 +74,7 @@ class LLM:
         self._router: Router | None = None
         try:
             self.tokenizer = load_tokenizer(self.config)
+            self._sampling_defaults = load_sampling_defaults(self.config)
             self._run(self._start())
         except BaseException:
             self.shutdown()
@@ -75,15 +84,27 @@ class LLM:
         app_name = f"llm-{uuid.uuid4().hex[:8]}"
         self._coordinator = await CoordinatorClient.open(self.config, app_name, detached=False)
         await self._coordinator.wait_ready(self.config.start_timeout_s)
+        # A batch job waits its turn: _generate_all() bounds what waits, and nothing is refused.
         self._router = Router(
-            self.config,
+            self.config.model_copy(update={"max_queue_size": sys.maxsize}),
             self.tokenizer,
             router_id=f"router-{uuid.uuid4().hex[:8]}",
             secret=self._coordinator.secret,
             watch=self._coordinator.watch,
+            report_broken=self._coordinator.report_broken,
         )
         await self._router.start()
-        await self._router.wait_ready()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self._router.wait_ready()
+        except TimeoutError:
+            workers = (await self._coordinator.describe())["workers"]
+            where = ", ".join(str(worker["address"]) for worker in workers if "address" in worker)
+            raise NoWorkerError(
+                f"the workers are ready, but this process could not connect to them within {CONNECT_TIMEOUT_S:g} s "
+                f"({self._router.why_not_ready}); they listen at {where or 'no address now'}: set host to an address "
+                "of their nodes that this process can reach, or run this where they are"
+            ) from None
 
     def _thread_failed(self, error: BaseException) -> None:
         """The router is gone: whoever waits for it now, or later, hears so instead of waiting for ever."""
@@ -120,22 +141,30 @@ class LLM:
 
         Args:
             prompts: one or many of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
-            sampling_params: one for all, or one for each; default SamplingParams().
+            sampling_params: one for all, or one for each; default get_default_sampling_params().
 
         Raises:
-            InvalidRequestError: a prompt or parameter that cannot be served; nothing else is lost but
-                this call: the other requests of the call are aborted.
+            InvalidRequestError: a prompt or parameter that cannot be served. All are checked before any is computed.
         """
         many = _as_list(prompts)
-        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
-            params = [sampling_params or SamplingParams()] * len(many)
+        default_max_tokens = None
+        if sampling_params is None:
+            default = self.get_default_sampling_params()
+            default_max_tokens = default.max_tokens
+            params = [msgspec.structs.replace(default, max_tokens=None)] * len(many)
+        elif isinstance(sampling_params, SamplingParams):
+            params = [sampling_params] * len(many)
         else:
             params = list(sampling_params)
         if len(params) != len(many):
             raise InvalidRequestError(
                 f"{len(params)} sampling_params for {len(many)} prompts; give one, or one for each"
             )
-        return self._run(self._generate_all(many, params, use_tqdm))
+        return self._run(self._generate_all(many, params, default_max_tokens, use_tqdm))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generate() and chat() use where they get no parameters: the model's, see Config.generation_config."""
+        return self._sampling_defaults.params()
 
     def chat(
         self,
@@ -155,26 +184,60 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     async def _generate_all(
-        self, prompts: list[str | list[int]], params: list[SamplingParams], use_tqdm: bool
+        self,
+        prompts: list[str | list[int]],
+        params: list[SamplingParams],
+        default_max_tokens: int | None,
+        use_tqdm: bool,
     ) -> list[RequestOutput]:
-        places = asyncio.Semaphore(max(1, self.config.max_queue_size))  # so that the router's queue never overflows
+        assert self._router is not None
+        token_ids = await self._check_all(prompts, params, default_max_tokens)
+        places = asyncio.Semaphore(max(1, self.config.max_queue_size))  # for each call: none waits for another's
         with tqdm(total=len(prompts), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as progress:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [
-                        group.create_task(self._generate_one(prompt, p, places, progress))
-                        for prompt, p in zip(prompts, params, strict=True)
+                        group.create_task(self._generate_one(prompt, ids, p, default_max_tokens, places, progress))
+                        for prompt, ids, p in zip(prompts, token_ids, params, strict=True)
                     ]
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # the first; the group has ended the others
         return [task.result() for task in tasks]
 
+    async def _check_all(
+        self, prompts: list[str | list[int]], params: list[SamplingParams], default_max_tokens: int | None
+    ) -> list[list[int]]:
+        """Every prompt's token ids. A mistake in the last prompt is told before the first one is computed."""
+        assert self._router is not None
+        token_ids = []
+        for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                token_ids.append((await self._router.check(prompt, each, default_max_tokens))[0])
+            except InvalidRequestError as error:
+                if len(prompts) == 1:
+                    raise
+                raise InvalidRequestError(f"prompts[{index}]: {error}", error.param) from error
+            await asyncio.sleep(0)  # other calls' tokens come on this loop
+        return token_ids
+
     async def _generate_one(
-        self, prompt: str | list[int], params: SamplingParams, places: asyncio.Semaphore, progress: tqdm[Any]
+        self,
+        prompt: str | list[int],
+        token_ids: list[int],
+        params: SamplingParams,
+        default_max_tokens: int | None,
+        places: asyncio.Semaphore,
+        progress: tqdm[Any],
     ) -> RequestOutput:
         assert self._router is not None
         async with places:
-            request = await self._router.submit(prompt, params, request_id=f"cmpl-{uuid.uuid4().hex}")
+            request = await self._router.submit(
+                token_ids,
+                params,
+                request_id=f"cmpl-{uuid.uuid4().hex}",
+                default_max_tokens=default_max_tokens,
+                text=prompt if isinstance(prompt, str) else None,
+            )
         try:
             output = await request.wait()
         finally:
@@ -197,8 +260,7 @@ class LLM:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-        if self._owns_ray:
-            ray.shutdown()
+        self._ray.release()
 
     async def _stop(self) -> None:
         if self._router is not None:

@@ -3,6 +3,9 @@
 Made only inside a Ray process (a router replica, a worker); about 2 µs an operation. Ray exports a histogram's sum as
 that of its buckets' midpoints: read quantiles from a histogram, and means only roughly.
 
+Every metric has the tags `application` and `model`: the Serve application's name, and the model's name in the API.
+Every counter is there from the start, at 0.
+
 Router (tag `router`):
     pdray_queue_depth                        gauge, requests waiting for credit
     pdray_time_to_first_token_seconds        histogram
@@ -11,7 +14,7 @@ Router (tag `router`):
                                              ttft_unexplained, transfer_wait, first_decode_step,
                                              first_gap_unexplained; a remainder below 0 counts as 0
     pdray_e2e_request_latency_seconds        histogram
-    pdray_requests                           counter, tag `outcome`: stop, length, abort, error, rejected, ...
+    pdray_requests                           counter, tag `outcome`: stop, length, abort, timeout, error, rejected
     pdray_replays                            counter, attempts that were lost with a worker
     pdray_prompt_tokens                      counter, of finished requests
     pdray_generation_tokens                  counter, of finished requests
@@ -19,7 +22,7 @@ Router (tag `router`):
 Worker (tags `worker`, `role`):
     pdray_num_requests_running               gauge, sequences in the batch
     pdray_num_requests_waiting               gauge, sequences that wait to be computed
-    pdray_kv_cache_usage                     gauge, share of blocks that are not allocatable, 0 to 1
+    pdray_kv_cache_usage_ratio               gauge, share of blocks that are not allocatable, 0 to 1
     pdray_prefix_cache_queries               counter, tokens looked up
     pdray_prefix_cache_hits                  counter, tokens found
     pdray_preemptions                        counter
@@ -36,12 +39,17 @@ Every process (tag `process`: coordinator, or the router or worker):
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from pdray.engine.request import EngineStats
 from pdray.outputs import RequestOutput, RequestTimings
 
 LATENCY_BOUNDARIES_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
+LATENCY_BOUNDARIES_S += [120.0, 300.0, 600.0, 1800.0]  # waits reach max_queue_wait_s, long answers take minutes
+OUTCOMES = ("stop", "length", "abort", "timeout", "error", "rejected")
 FIRST_TOKEN_PARTS = ("queue", "lease_wait", "prefill_queue", "prefill", "ttft_unexplained")
 FIRST_GAP_PARTS = ("transfer_wait", "first_decode_step", "first_gap_unexplained")
 
@@ -49,14 +57,14 @@ FIRST_GAP_PARTS = ("transfer_wait", "first_decode_step", "first_gap_unexplained"
 class RouterMetrics:
     """What one router measures. Called on its event loop."""
 
-    def __init__(self, router_id: str) -> None:
-        tags = {"router": router_id}
+    def __init__(self, router_id: str, *, application: str, model: str) -> None:
+        tags = {"application": application, "model": model, "router": router_id}
         self._queue_depth = _gauge("pdray_queue_depth", "Requests waiting for credit", tags)
         self._ttft = _histogram("pdray_time_to_first_token_seconds", "Arrival until the first token", tags)
         self._inter_token = _histogram("pdray_inter_token_latency_seconds", "Between two tokens of a request", tags)
         self._timing = _histogram("pdray_request_timing_seconds", "Parts of a request's latency", tags, ("part",))
         self._e2e = _histogram("pdray_e2e_request_latency_seconds", "Arrival until the last token", tags)
-        self._requests = _counter("pdray_requests", "Requests by outcome", tags, ("outcome",))
+        self._requests = _counter("pdray_requests", "Requests by outcome", tags, {"outcome": OUTCOMES})
         self._replays = _counter("pdray_replays", "Attempts lost with a worker and replayed on another", tags)
         self._prompt_tokens = _counter("pdray_prompt_tokens", "Prompt tokens of finished requests", tags)
         self._generation_tokens = _counter("pdray_generation_tokens", "Output tokens of finished requests", tags)
@@ -111,11 +119,11 @@ class WorkerMetrics:
         "num_output_tokens": ("pdray_engine_output_tokens", "Tokens sampled"),
     }
 
-    def __init__(self, worker_id: str, role: str) -> None:
-        tags = {"worker": worker_id, "role": role}
+    def __init__(self, worker_id: str, role: str, *, application: str, model: str) -> None:
+        tags = {"application": application, "model": model, "worker": worker_id, "role": role}
         self._running = _gauge("pdray_num_requests_running", "Sequences in the batch", tags)
         self._waiting = _gauge("pdray_num_requests_waiting", "Sequences that wait to be computed", tags)
-        self._kv_usage = _gauge("pdray_kv_cache_usage", "Share of KV blocks in use", tags)
+        self._kv_usage = _gauge("pdray_kv_cache_usage_ratio", "Share of KV blocks in use", tags)
         self._counters = {
             field: _counter(name, description, tags) for field, (name, description) in self._COUNTERS.items()
         }
@@ -156,9 +164,9 @@ class LoopMetrics:
         process: a worker's or router's id, or "coordinator".
     """
 
-    def __init__(self, process: str) -> None:
-        tags = {"process": process}
-        self._failures = _counter("pdray_loop_failures", "Exceptions of background loops", tags, ("loop",))
+    def __init__(self, process: str, application: str) -> None:
+        tags = {"application": application, "process": process}
+        self._failures = _counter("pdray_loop_failures", "Exceptions of background loops", tags, {"loop": ()})
 
     def on_failure(self, loop: str) -> None:
         """A background loop has raised, and runs again."""
@@ -171,9 +179,17 @@ def _gauge(name: str, description: str, tags: dict[str, str]) -> Gauge:
     return metric
 
 
-def _counter(name: str, description: str, tags: dict[str, str], more_keys: tuple[str, ...] = ()) -> Counter:
-    metric = Counter(name, description, tag_keys=(*tags, *more_keys))
+def _counter(
+    name: str, description: str, tags: dict[str, str], more: dict[str, Sequence[str]] | None = None
+) -> Counter:
+    """At 0 for each value of each further tag: what is absent until it counts cannot be told from what nobody measures,
+    and has no rate at its first increase.
+    """
+    more = more or {}
+    metric = Counter(name, description, tag_keys=(*tags, *more))
     metric.set_default_tags(tags)
+    for values in itertools.product(*more.values()):
+        metric._record(0, tags=dict(zip(more, values, strict=True)))  # inc() takes no 0
     return metric
 
 

@@ -32,7 +32,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ..
     for field, schema in Config.model_json_schema()["properties"].items():
         if field in skip:
             continue
-        default = schema.get("default")
+        default = schema.get("default") or None if schema.get("type") == "object" else schema.get("default")
         text = schema.get("description", field.replace("_", " "))
         text += (
             ""
@@ -41,7 +41,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ..
         )
         add: dict[str, Any] = {"dest": f"config_{field}", "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         kind = next(s for s in schema.get("anyOf", [schema]) if s.get("type") != "null")
-        if kind["type"] == "boolean":
+        if kind["type"] == "object":
+            group.add_argument(option_name(field), nargs="+", type=_pair, metavar="NAME=VALUE", **add)
+        elif kind["type"] == "boolean":
             group.add_argument(option_name(field), action=argparse.BooleanOptionalAction, **add)
         elif "enum" in kind:
             choices = [str(choice) for choice in kind["enum"]]
@@ -51,11 +53,21 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ..
             group.add_argument(option_name(field), type=PARSERS[kind["type"]], metavar=metavar, **add)
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Config that the command line set; an enum of numbers is text here, and pydantic reads it."""
     values = {name.removeprefix("config_"): value for name, value in vars(args).items() if name.startswith("config_")}
     if getattr(args, "model", None):
         values["model"] = args.model
+    for name in ("worker_env", "worker_resources"):
+        if name in values:
+            values[name] = dict(values[name])
     if "block_size" in values:
         values["block_size"] = int(values["block_size"])
     return values

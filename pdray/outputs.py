@@ -12,12 +12,15 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         rank: 1 is the most likely token of the vocabulary.
-        decoded_token: its text; None until the router has detokenized it.
+        decoded_token: its piece of the vocabulary (▁ as a space, special tokens verbatim). One that is only part of a
+            character is written as bytes:\\xe2\\x9c, as by OpenAI. None until the router has detokenized it.
+        token_bytes: the piece's bytes. Those of an output's tokens, joined, are its text's.
     """
 
     logprob: float
     rank: int
     decoded_token: str | None = None
+    token_bytes: bytes | None = None
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):
@@ -46,6 +49,8 @@ class CompletionOutput:
         finish_reason: "stop", "length", "abort", or None while it runs.
         stop_reason: the stop string or stop token id that ended it; None for end-of-sequence.
         logprobs: one dict per token of token_ids, token id to Logprob; None if not asked for.
+        text_offsets: where in the text each of logprobs' tokens begins; for a later part of a character, where that
+            begins. The end of the text for tokens that are cut from it. None if logprobs are.
     """
 
     index: int
@@ -53,6 +58,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    text_offsets: list[int] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

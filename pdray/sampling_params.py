@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import struct
+from typing import Any, NamedTuple
+
 import msgspec
 
 from pdray.errors import InvalidRequestError
@@ -9,7 +13,41 @@ from pdray.errors import InvalidRequestError
 MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
-MAX_SEED = 2**63 - 1
+MAX_INT32 = 2**31 - 1  # what the kernels count with
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+RANDOM_SEED = -1  # as in vLLM
+SMALLEST_FLOAT32 = 2.0**-126  # the smallest normal one: what is below may count as 0 on a GPU, and has no reciprocal
+
+
+class Range(NamedTuple):
+    """Values that a number may have once it is what the kernels use: a float32, or an int.
+
+    Attributes:
+        allowed: the same in words, for errors.
+    """
+
+    lowest: float
+    highest: float
+    allowed: str
+
+
+FLOATS = {
+    "temperature": Range(0.0, 100.0, "between 0 and 100"),
+    "top_p": Range(SMALLEST_FLOAT32, 1.0, "in (0, 1], and at least 1.2e-38, the smallest float32"),
+    "min_p": Range(0.0, 1.0, "in [0, 1]"),
+    "presence_penalty": Range(-2.0, 2.0, "in [-2, 2]"),
+    "frequency_penalty": Range(-2.0, 2.0, "in [-2, 2]"),
+    "repetition_penalty": Range(SMALLEST_FLOAT32, 100.0, "in (0, 100], and at least 1.2e-38, the smallest float32"),
+}
+INTEGERS = {
+    "n": Range(1, MAX_N, f"between 1 and {MAX_N}"),
+    "top_k": Range(-1, MAX_INT32, f"-1 or 0 (off), or between 1 and {MAX_INT32}"),
+    "seed": Range(MIN_SEED, MAX_SEED, f"in [{MIN_SEED}, {MAX_SEED}]"),
+    "max_tokens": Range(1, MAX_INT32, f"between 1 and {MAX_INT32}"),
+    "min_tokens": Range(0, MAX_INT32, f"between 0 and {MAX_INT32}"),
+    "logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+}
+MAY_BE_NONE = ("seed", "max_tokens", "logprobs")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,11 +56,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     Order of application: penalties, min_tokens, temperature, min_p, top_k, top_p. Reported
     logprobs are those of the raw logits (vLLM's ``raw_logprobs``).
 
+    Numbers are what is computed with: a float is rounded to float32 and holds the rounded value, an int fits 32 bits
+    (a seed 64), and what leaves its range thereby is refused.
+
     Attributes:
         n: independent completions of one prompt; the prompt is prefilled once.
         temperature: 0 is greedy.
         top_k: 0 or -1 switches it off.
-        seed: None draws one at the router. Completion ``i`` uses ``seed + i`` (mod 2**63).
+        seed: any 64-bit integer; None or -1 draws one at the router. Completion ``i`` uses ``seed + i``, wrapped to
+            64 bits.
         max_tokens: None means as many as ``max_model_len`` leaves.
         min_tokens: end-of-sequence and stop token ids are masked before this many tokens.
         stop: strings that end the text; cut from it unless include_stop_str_in_output.
@@ -59,17 +101,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "stop", tuple(self.stop or ()))
         if not isinstance(self.stop_token_ids, tuple):
             msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        self._check("n", 1 <= self.n <= MAX_N, f"between 1 and {MAX_N}")
-        self._check("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100")
-        self._check("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
-        self._check("top_k", self.top_k >= -1, "-1 or 0 (off), or at least 1")
-        self._check("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
-        self._check("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]")
-        self._check("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]")
-        self._check("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "in (0, 100]")
-        self._check("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"in [0, {MAX_SEED}]")
-        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        self._check("min_tokens", self.min_tokens >= 0, "at least 0")
+        for name, allowed in FLOATS.items():
+            self._set(name, _to_float32(getattr(self, name)), allowed)
+        for name, allowed in INTEGERS.items():
+            self._set(name, _to_int(getattr(self, name)), allowed)
+        if self.seed == RANDOM_SEED:
+            msgspec.structs.force_setattr(self, "seed", None)
         self._check(
             "min_tokens",
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
@@ -77,19 +114,66 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
         self._check(
             "stop",
-            len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
+            len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(each, str) and each for each in self.stop),
             f"at most {MAX_STOP_STRINGS} non-empty strings",
         )
+        token_ids = tuple(_to_int(token_id) for token_id in self.stop_token_ids)
         self._check(
-            "logprobs",
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            f"between 0 and {MAX_LOGPROBS}",
+            "stop_token_ids",
+            all(token_id is not None and 0 <= token_id <= MAX_INT32 for token_id in token_ids),
+            f"token ids, between 0 and {MAX_INT32}",
         )
+        msgspec.structs.force_setattr(self, "stop_token_ids", token_ids)
+
+    def _set(self, name: str, number: float | None, allowed: Range) -> None:
+        """Keep the number that a field's value stands for."""
+        value = getattr(self, name)
+        if value is None and name in MAY_BE_NONE:
+            return
+        self._check(name, number is not None and allowed.lowest <= number <= allowed.highest, allowed.allowed)
+        msgspec.structs.force_setattr(self, name, number)
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; it must be {allowed}", name)
+            raise InvalidRequestError(f"{name} is {_shown(getattr(self, name))}; it must be {allowed}", name)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def wrap_seed(seed: int) -> int:
+    """The low 64 bits as an int64."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _shown(value: Any) -> str:
+    """For an error's text; Python writes no integer of more than some thousand digits."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
+def _to_float32(value: Any) -> float | None:
+    """The float32 nearest to a number, an infinity beyond all of them; None of what is no number."""
+    if isinstance(value, bool | str | bytes):
+        return None
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+    except (struct.error, TypeError):
+        return None
+    return rounded
+
+
+def _to_int(value: Any) -> int | None:
+    """The integer that a value is, also as a whole float; None of anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import threading
 import types
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from pdray.bench.client import authorization
 from pdray.cluster_commands import format_status
 from pdray.config import Config
 from pdray.errors import ConfigError, InvalidRequestError, PdrayError
+from pdray.health import wait_until_ready, why_not_ready
 from pdray.options import (
     NOT_SAMPLING_OPTIONS,
     add_config_arguments,
@@ -50,13 +53,17 @@ def another_value(field: str) -> Any:
         return "other"
     if kind["type"] == "number":
         return 0.625
+    if kind["type"] == "object":
+        return {"NAME": "a=b"} if kind["additionalProperties"]["type"] == "string" else {"NAME": 0.5}
     return 1024
 
 
 @pytest.mark.parametrize("field", sorted(Config.model_fields))
 def test_every_field_of_config_has_its_option(field: str) -> None:
     value = another_value(field)
-    if isinstance(value, bool):
+    if isinstance(value, dict):
+        words = [option_name(field), *(f"{name}={text}" for name, text in value.items())]
+    elif isinstance(value, bool):
         words = [option_name(field) if value else option_name(field).replace("--", "--no-", 1)]
     else:
         words = [option_name(field), str(value)]
@@ -225,7 +232,7 @@ def test_generate_chat_uses_the_template(fake_llm: type[FakeLLM], capsys: pytest
 def test_errors_become_exit_status(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wait(*_: object) -> None:
+    def wait(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(cli, "wait_until_ready", wait)
@@ -234,11 +241,12 @@ def test_errors_become_exit_status(
 
 
 class HealthServer(ThreadingHTTPServer):
-    """Says 503 to the first `num_refusals` questions and 200 afterwards."""
+    """Says 503 to the first `num_refusals` questions and 200 afterwards; with the reasons of a list."""
 
     def __init__(self, num_refusals: int) -> None:
         super().__init__(("127.0.0.1", 0), HealthHandler)
         self.num_refusals = num_refusals
+        self.reasons = ["loading weights"]
         self.paths: list[str] = []
 
     @property
@@ -252,7 +260,8 @@ class HealthHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.paths.append(self.path)
         ready = len(self.server.paths) > self.server.num_refusals
-        body = b"" if ready else json.dumps({"error": {"message": "loading weights"}}).encode()
+        reason = self.server.reasons[min(len(self.server.paths), len(self.server.reasons)) - 1]
+        body = b"" if ready else json.dumps({"error": {"message": reason}}).encode()
         self.send_response(200 if ready else 503)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -284,6 +293,39 @@ def test_wait_gives_up_and_says_why(health_server: HealthServer, capsys: pytest.
     message = capsys.readouterr().err
     assert "not ready after 0.3 s" in message
     assert "loading weights" in message
+
+
+@pytest.mark.parametrize("health_server", [4], indirect=True)
+def test_wait_prints_each_new_reason_whole(health_server: HealthServer, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "the workers need 8 CPUs, " * 30
+    health_server.reasons = ["no workers", "no workers", long, "connecting"]
+    assert cli.main(["wait", "--url", health_server.url, "--timeout", "60"]) == 0
+    *reasons, ready = capsys.readouterr().out.splitlines()
+    assert reasons == [f"waiting: HTTP 503: {text}" for text in ("no workers", long, "connecting")]
+    assert ready.endswith("is ready")
+
+
+def test_a_server_without_the_application_is_told_apart() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reason = why_not_ready(f"http://127.0.0.1:{server.server_port}/no-such/health", 5.0)
+        server.shutdown()
+    assert reason is not None and reason.startswith("HTTP 404") and "`pdray status`" in reason
+
+
+@pytest.mark.parametrize("url", ["http://", "http://host:port", "http://127.0.0.1:99999", "http://a b:1", "host:8000"])
+def test_wait_tells_what_is_no_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["wait", "--url", url, "--timeout", "60"]) == 2
+    assert repr(url) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("health_server", [0], indirect=True)
+def test_a_healthy_server_may_be_another_one(health_server: HealthServer) -> None:
+    """While `pdray serve --replace` waits, the former application answers."""
+    told: list[str] = []
+    answers = iter(["still the former one", None])
+    wait_until_ready(health_server.url, 60.0, on_reason=told.append, check=lambda: next(answers))
+    assert told == ["still the former one"]
 
 
 @pytest.mark.parametrize("health_server", [10**6], indirect=True)
@@ -333,3 +375,21 @@ def test_status_table() -> None:
     assert listed[:2] == ["integrity decode-0: ok", "integrity prefill-0: block 3 is lost"]
     assert listed[-1].split() == ["r1", "2", "quarantine", "router-a", "prefill-0", "3", "decode-0", "4.2", "s"]
     assert format_status([]) == "no pdray application is running"
+
+
+def test_advice_names_options_that_exist() -> None:
+    """Whatever the command line and its helpers tell to set."""
+    parser = cli.build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    options = {
+        option
+        for command in (parser, *commands.choices.values())
+        for action in command._actions
+        for option in action.option_strings
+    }
+    package = Path(cli.__file__).parent
+    for path in (*package.glob("*.py"), *(package / "serve").glob("*.py")):
+        if path.name == "options.py":
+            continue
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text()):
+            assert option in options, f"{path.name} names {option}"

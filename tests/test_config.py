@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 
 from pdray.config import Config
+from pdray.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -33,3 +35,33 @@ def test_a_gpus_defaults_give_way_to_what_is_given(given: dict[str, int], num_se
 def test_only_a_gpus_steps_have_a_deadline_unless_one_is_given() -> None:
     assert [Config().for_device(device).step_timeout_s for device in ("cpu", "cuda")] == [None, 60]
     assert [Config(step_timeout_s=5).for_device(device).step_timeout_s for device in ("cpu", "cuda")] == [5, 5]
+
+
+def test_relative_paths_are_this_processs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers run in other folders. The name in the API stays as it was given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    config = Config(model="models/llama", tokenizer="./models").with_absolute_paths()
+    assert config.model == str(tmp_path / "models" / "llama") and config.tokenizer == str(tmp_path / "models")
+    assert config.model_name == "models/llama"
+    named = Config(model="models/llama", served_model_name="mine").with_absolute_paths()
+    assert named.model_name == "mine"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Config(model="~/models/llama").with_absolute_paths().model == str(tmp_path / "models" / "llama")
+
+
+@pytest.mark.parametrize("model", ["org/name", "gpt2", "/on/another/node"])
+def test_what_is_no_path_here_is_left(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config(model=model)
+    assert config.with_absolute_paths() is config
+
+
+@pytest.mark.parametrize("model", ["./llama", "../llama", "~/llama", "llama.gguf", "a/config.json"])
+def test_a_relative_path_that_leads_nowhere_is_told(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="model is .* there is no .*must be absolute"):
+        Config(model=model, skip_tokenizer_init=True).with_absolute_paths()

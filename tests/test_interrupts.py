@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -56,3 +58,32 @@ def test_holding_works_on_another_thread() -> None:
     thread.start()
     thread.join()
     assert outcomes == ["ran"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_sigterm_is_held_and_ignored_like_ctrl_c(number: int) -> None:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        reached_end = False
+        with pytest.raises(KeyboardInterrupt), interrupts_held():
+            signal.raise_signal(number)
+            reached_end = True
+        assert reached_end
+        with interrupts_ignored():
+            signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_ctrl_c_during_imports_ends_without_a_word(background: bool) -> None:
+    """Unless a shell has started the command in the background, with Ctrl-C ignored."""
+    handler = "SIG_IGN" if background else "default_int_handler"
+    code = (
+        f"import signal\nsignal.signal(signal.SIGINT, signal.{handler})\n"
+        "from pdray.interrupts import interrupts_end_the_process\n"
+        "with interrupts_end_the_process():\n    signal.raise_signal(signal.SIGINT)\nprint('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == ((0, "went on\n", "") if background else (130, "", ""))

@@ -68,7 +68,7 @@ def imported_modules(path: Path) -> Iterator[str]:
 
 
 def part_of(module: str) -> str:
-    """pdray.engine.block_pool → pdray.engine; pdray.errors stays."""
+    """pdray.engine.kv.block_pool → pdray.engine; pdray.errors stays."""
     return ".".join(module.split(".")[:2])
 
 

@@ -8,12 +8,16 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
-from pdray import ray_cluster
+from pdray import ray_cluster, reachable
 from pdray.errors import PdrayError
 from pdray.ray_cluster import SharedCluster, find_shared
 
@@ -28,10 +32,17 @@ def test_none() -> None:
     assert find_shared() is None
 
 
-def test_a_cluster_is_shared_while_its_process_lives(cache: Path) -> None:
-    mine = SharedCluster(os.getpid(), "127.0.0.1:1", "token")
+def test_a_cluster_is_shared_while_its_process_lives(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = SharedCluster(os.getpid(), "127.0.0.1:1", "token", psutil.Process().create_time())
     (cache / "cluster.json").write_bytes(msgspec.json.encode(mine))
+    monkeypatch.setattr(ray_cluster, "is_reachable", lambda address: address == "127.0.0.1:1")
     assert find_shared() == mine
+    other = SharedCluster(os.getpid(), "127.0.0.1:1", "token", mine.created - 60)  # its pid is this process's by now
+    (cache / "cluster.json").write_bytes(msgspec.json.encode(other))
+    assert find_shared() is None
+    gone = SharedCluster(os.getpid(), "127.0.0.1:2", "token", mine.created)
+    (cache / "cluster.json").write_bytes(msgspec.json.encode(gone))
+    assert find_shared() is None
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
     (cache / "cluster.json").write_bytes(msgspec.json.encode(SharedCluster(ended.pid, "127.0.0.1:1", "token")))
@@ -46,6 +57,7 @@ def test_only_its_user_may_read_the_token(cache: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ray_cluster.ray, "init", lambda **options: None)
     monkeypatch.setattr(ray_cluster.ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray_cluster, "is_reachable", lambda address: True)
     ray_cluster.start_local()
     assert find_shared() is None
     for _ in range(2):  # an older record is replaced
@@ -63,10 +75,97 @@ def test_rays_handler_does_not_replace_ours(monkeypatch: pytest.MonkeyPatch, fai
             raise ConnectionError("no cluster")
 
     monkeypatch.setattr(ray_cluster.ray, "init", init)
+    monkeypatch.setattr(ray_cluster, "require_reachable", lambda address: None)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with pytest.raises(PdrayError) if fails else contextlib.nullcontext():
             ray_cluster.join("127.0.0.1:3")
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def never(**options: object) -> None:
+    raise AssertionError("ray.init() would try for a minute and a half")
+
+
+def test_an_address_where_nothing_listens_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, unused_tcp_port: int
+) -> None:
+    monkeypatch.setattr(ray_cluster.ray, "init", never)
+    for address in (f"127.0.0.1:{unused_tcp_port}", f"ray://127.0.0.1:{unused_tcp_port}"):
+        with pytest.raises(PdrayError, match=f"no Ray cluster to join at {address}: .*refused"):
+            ray_cluster.join(address)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{unused_tcp_port}")
+    with pytest.raises(PdrayError, match="refused"):  # named by the environment, so no other is started in its place
+        ray_cluster.join_or_start(None)
+
+
+def test_another_server_at_the_address_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster.ray, "init", never)
+    monkeypatch.setattr(reachable, "CONNECT_TIMEOUT_S", 0.5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(PdrayError, match=r"something listens at .*, but no Ray: .*6379"):
+            ray_cluster.join(f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host:port", "127.0.0.1:0", "127.0.0.1:70000", "ray://"])
+def test_what_is_no_address_is_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster.ray, "init", never)
+    with pytest.raises(PdrayError, match="address"):
+        ray_cluster.join(address)
+
+
+def test_local_is_nothing_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster.ray, "init", never)
+    with pytest.raises(PdrayError, match="`local` starts a Ray cluster"):
+        ray_cluster.join("local")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("10.0.0.1:6379", ("10.0.0.1", 6379)),
+        ("[::1]:6379", ("::1", 6379)),
+        ("ray://head", ("head", 10001)),
+        ("ray://[::1]", ("::1", 10001)),
+        ("ray://head:7000/?a=b", ("head", 7000)),
+    ],
+)
+def test_host_and_port_of_an_address(address: str, expected: tuple[str, int]) -> None:
+    assert reachable.split_address(address) == expected
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_ray_starts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "file").write_text("")
+    monkeypatch.setenv("PDRAY_CACHE", str(cache / "file" / "below"))
+    monkeypatch.setattr(ray_cluster.ray, "init", never)
+    with pytest.raises(PdrayError, match=r"file/below cannot be written .*; set PDRAY_CACHE"):
+        ray_cluster.start_local(shared=True)
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_DFL])
+def test_sigterm_waits_until_ray_has_started(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray sets a handler first of all, and starts processes only then."""
+    started = False
+
+    def rays_handler(number: int, _frame: object) -> None:
+        raise SystemExit(number)
+
+    def init(**options: object) -> None:
+        nonlocal started
+        ray_cluster.ray._private.utils.set_sigterm_handler(rays_handler)
+        signal.raise_signal(signal.SIGTERM)
+        started = True
+
+    monkeypatch.setattr(ray_cluster.ray, "init", init)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit if handler is signal.SIG_DFL else KeyboardInterrupt):
+            ray_cluster.start_local()
+        assert started
+        assert signal.getsignal(signal.SIGTERM) is (rays_handler if handler is signal.SIG_DFL else handler)
     finally:
         signal.signal(signal.SIGTERM, before)

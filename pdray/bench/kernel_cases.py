@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pdray.engine.kv.layout import KVLayout
 from pdray.kernels.activation import silu_and_mul
 from pdray.kernels.attention import AttentionMetadata, find_fresh, paged_attention
 from pdray.kernels.draw import draw_filtered, draw_tokens
@@ -21,6 +22,7 @@ from pdray.kernels.layernorm import rms_norm
 from pdray.kernels.linear import linear, pack_weight
 from pdray.kernels.norm_linear import norm_linear
 from pdray.kernels.rotary_store import rotate_and_store
+from pdray.models.decoder import shapes_of_layer
 from pdray.models.model_config import ModelConfig
 from pdray.models.rope import build_rotary_table
 
@@ -75,15 +77,13 @@ class KernelCases:
 
     def kinds(self) -> dict[str, Callable[[], Iterator[Case]]]:
         """Every operation by name."""
-        model = self.model
-        q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        hidden, inner = model.hidden_size, model.intermediate_size
+        qkv, o, gate_up, down = (tuple(part.weight.shape) for part in shapes_of_layer(self.model).linears())
         return {
-            "qkv": lambda: self._products(q_size + 2 * kv_size, hidden, normed=True),
-            "o": lambda: self._products(hidden, q_size, added=True),
-            "gate_up": lambda: self._products(2 * inner, hidden, normed=True, gated=True),
-            "down": lambda: self._products(hidden, inner, added=True),
-            "lm_head": lambda: self._products(model.vocab_size, hidden),
+            "qkv": lambda: self._products(*qkv, normed=True),
+            "o": lambda: self._products(*o, added=True),
+            "gate_up": lambda: self._products(*gate_up, normed=True, gated=True),
+            "down": lambda: self._products(*down, added=True),
+            "lm_head": lambda: self._products(self.model.vocab_size, self.model.hidden_size),
             "norm": self._norms,
             "rotary": self._rotaries,
             "activation": self._activations,
@@ -175,9 +175,10 @@ class KernelCases:
         return self._per_token(heads * model.head_dim, make)
 
     def _pool(self, num_layers: int, num_blocks: int) -> Tensor:
-        model = self.model
-        shape = num_layers, num_blocks, 2, self.block_size, model.num_kv_heads, model.head_dim
-        return torch.randn(shape, device=self.device, dtype=torch.float32).to(self.dtype)
+        layout = KVLayout.of(self.model, self.block_size, self.dtype)
+        return torch.randn((num_layers, num_blocks, *layout.block_shape), device=self.device, dtype=torch.float32).to(
+            self.dtype
+        )
 
     def _attentions(self) -> Iterator[Case]:
         long = min(32768, self.max_len)

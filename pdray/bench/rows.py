@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.step_times import StepSpread
+from pdray.engine.step.times import StepSpread
 from pdray.models.model_config import ModelConfig
 from pdray.sampling_params import SamplingParams
 
@@ -93,7 +93,7 @@ def floor_seconds(model: ModelConfig, requests: Requests) -> float:
     """
     weights = num_layer_weights(model)
     head_weights = model.vocab_size * model.hidden_size
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * BYTES_PER_VALUE
+    kv_bytes = kv_bytes_of_token(model)
     flops = 0.0
     for prompt in requests.prompts:
         attention = 2 * model.num_layers * model.num_heads * model.head_dim * len(prompt) ** 2
@@ -106,11 +106,20 @@ def floor_seconds(model: ModelConfig, requests: Requests) -> float:
     return total
 
 
+def kv_bytes_of_token(model: ModelConfig) -> int:
+    """Bytes of one token's keys and values in all layers, bfloat16."""
+    import torch
+
+    from pdray.engine.kv.layout import KVLayout
+
+    return KVLayout.of(model, 1, torch.bfloat16).block_bytes
+
+
 def num_layer_weights(model: ModelConfig) -> int:
     """Weights of all layers' matrices."""
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_size
-    out = model.num_heads * model.head_dim * model.hidden_size
-    return model.num_layers * (qkv + out + 3 * model.hidden_size * model.intermediate_size)
+    from pdray.models.decoder import shapes_of_layer  # and torch, which the command line's help does without
+
+    return model.num_layers * sum(part.weight.numel() for part in shapes_of_layer(model).linears())
 
 
 class Timed(NamedTuple):

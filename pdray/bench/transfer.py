@@ -17,6 +17,7 @@ import os
 import random
 import secrets
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -158,7 +159,7 @@ def visible_gpus() -> list[str]:
 
 def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
     """For a sender and a receiver: each sees one GPU, its own if there are two."""
-    from pdray.transfer.one_gpu import one_gpu_environment
+    from pdray.testing.one_gpu import one_gpu_environment
 
     if len(gpus) >= 2:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:2]]
@@ -176,27 +177,28 @@ def nccl_way(spec: PoolSpec) -> Iterator[Way]:
         stack.callback(sender.stop)
         receiver = PeerProcess(ReceivingPeer, spec, environment=environments[1])
         stack.callback(receiver.stop)
-        (gpu, version), (other, _) = (p.call("describe", timeout_s=START_TIMEOUT_S) for p in (sender, receiver))
-        if not version:
+        ours, theirs = (peer.call("describe", timeout_s=START_TIMEOUT_S) for peer in (sender, receiver))
+        if not ours["version"]:
             raise PdrayError("cupy.cuda.nccl is not there: install pdray[cuda12] or pdray[cuda13]")
         port = receiver.call("start")
         offer = receiver.call("accept", "sender", 1)
         sender.call("connect", "receiver", port, 1, offer)
         sender.call("fill", SEED)
-        peer_copy = None
-        if gpu != other:
+        peer_copy, two_gpus = None, ours["gpu"] != theirs["gpu"]
+        if two_gpus:
             copier = PeerProcess(PeerCopy)
             peer_copy = copier.call("measure", timeout_s=START_TIMEOUT_S)
             copier.stop()
-        name = f"nccl {version}, " + ("two GPUs" if gpu != other else "one GPU, through the loopback device")
+        name = f"nccl {ours['version']}, " + ("two GPUs" if two_gpus else "one GPU, through the loopback device")
         if peer_copy is not None:
             name += f", cudaMemcpyPeer {peer_copy / 1e9:.0f} GB/s"
-        yield Way(
-            name,
-            lambda *send: sender.call("send", *send, timeout_s=START_TIMEOUT_S),
-            lambda *blocks: receiver.call("holds", *blocks, timeout_s=START_TIMEOUT_S),
-            peer_copy,
-        )
+
+        def send(source: list[int], destination: list[int], seconds: float, window: int) -> Rate:
+            receiver.call("aim", destination)
+            rate: Rate = sender.call("send", source, seconds, window, timeout_s=START_TIMEOUT_S)
+            return rate
+
+        yield Way(name, send, lambda *blocks: receiver.call("holds", *blocks, timeout_s=START_TIMEOUT_S), peer_copy)
 
 
 class PeerCopy:
@@ -224,25 +226,27 @@ class PeerCopy:
 def object_store_way(spec: PoolSpec) -> Iterator[Way]:
     """This process sends to a Ray actor."""
     import ray
-    import torch
 
-    from pdray.bench.object_store_peers import ObjectStorePeer
-    from pdray.bench.transfer_peers import send_puts
+    from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
     from pdray.ray_cluster import start_local
-    from pdray.transfer.object_store import ObjectStoreChannel
+    from pdray.transfer.channel import Link
 
     if not ray.is_initialized():
         start_local(include_dashboard=False)
-    torch.set_num_threads(1)
-    actor: Any = ray.remote(ObjectStorePeer).options(num_cpus=0).remote(spec)
-    pool = ray.get(actor.filled.remote(SEED))
-    channel = ObjectStoreChannel(torch.from_numpy(pool.copy()).view(torch.bfloat16), "sender", 1, actor.receive_blocks)
+    spec = spec._replace(kind="object_store")
+    actor: Any = ray.remote(ReceivingPeer).options(num_cpus=0).remote(spec)
+    offer = ray.get(actor.accept.remote("sender", 1))
+    sender = SendingPeer(spec._replace(name="sender"))
+    sender.fill(SEED)
+    call = partial(actor.receive_array.remote, spec.kind, "sender", 1)
+    asyncio.run(sender.open(Link("receiver", 1, lambda payload: None, call, sender.failures.append), offer))
+
+    def send(source: list[int], destination: list[int], seconds: float, window: int) -> Rate:
+        ray.get(actor.aim.remote(destination))
+        return asyncio.run(sender.send(source, seconds, window))
+
     try:
-        yield Way(
-            "object store, CPU",
-            lambda *what: asyncio.run(send_puts(channel, range(spec.num_layers), *what)),
-            lambda *blocks: bool(ray.get(actor.holds.remote(*blocks))),
-        )
+        yield Way("object store, CPU", send, lambda *blocks: bool(ray.get(actor.holds.remote(*blocks))))
     finally:
-        channel.close()
+        asyncio.run(sender.close())
         ray.kill(actor)

@@ -1,4 +1,4 @@
-"""The two ends of a nccl channel without engines: pools of random blocks, a session, and the channel."""
+"""The two ends of a channel without engines: pools of random blocks, a session, and the channel."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from pdray.background import BackgroundTasks
-from pdray.cluster.messages import AnyMessage, ChannelOffer, LegKey, OpenChannel, Staged
+from pdray.cluster.messages import AnyMessage, ChannelMessage, ChannelOffer, LegKey
 from pdray.cluster.session import PeerName, Session, SessionServer, connect
+from pdray.config import Config
+from pdray.engine.kv.layout import KVLayout
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
-from pdray.transfer.channel import Put, PutResult, SendChannel
-from pdray.transfer.communicator import RECEIVER_RANK, Transport
-from pdray.transfer.nccl import CudaTransport
-from pdray.transfer.nccl_open import check, open_nccl_channel
-from pdray.transfer.nccl_receiver import NcclReceiver
-from pdray.transfer.nccl_sender import NcclSendChannel
+from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Site
 from pdray.transfer.pending_writes import PendingWrites
-from pdray.transfer.staging import Staging
+from pdray.transfer.registry import load_kind
 
 HOST = "127.0.0.1"
 
 
 class PoolSpec(NamedTuple):
-    """A pool of bfloat16, the staging before it, and who its owner is.
+    """A pool of bfloat16, the channel kind before it, and who its owner is.
 
     Attributes:
         block_bytes: of one layer.
+        kind: of channel. staging_bytes: transfer_staging_bytes.
         timeout_s: of sessions and transfers.
     """
 
@@ -40,14 +40,15 @@ class PoolSpec(NamedTuple):
     num_blocks: int
     block_bytes: int
     secret: bytes
+    kind: str = "nccl"
     staging_bytes: int = 128 * 1024 * 1024
     timeout_s: float = 2.0
     device: str = "cuda"
 
-    def allocate(self) -> torch.Tensor:
-        """[num_layers, num_blocks, 2, 16, 1, block_bytes / 64] of zeros."""
-        shape = (self.num_layers, self.num_blocks, 2, 16, 1, self.block_bytes // 64)
-        return torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
+    def allocate(self) -> KVPool:
+        """Blocks of 16 tokens with one head of block_bytes / 64."""
+        layout = KVLayout(self.num_layers, 16, 1, self.block_bytes // 64, torch.bfloat16)
+        return KVPool.allocate(layout, self.num_blocks, torch.device(self.device))
 
 
 class Rate(NamedTuple):
@@ -62,10 +63,9 @@ class Rate(NamedTuple):
 
 
 async def send_puts(
-    channel: SendChannel,
+    channel: Sender,
     layers: range,
     source: list[int],
-    destination: list[int],
     seconds: float,
     window: int,
     *,
@@ -82,7 +82,7 @@ async def send_puts(
     try:
         while flying or not latencies or time.monotonic() - started < seconds:
             while len(flying) < window and (not latencies or time.monotonic() - started < seconds):
-                put = Put(LegKey("put", len(latencies)), layers, source, destination)
+                put = Put(LegKey("put", len(latencies)), layers, source, 0)
                 flying.add(asyncio.wrap_future(channel.put(put)))
             done, flying = await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
             for result in await asyncio.gather(*done):
@@ -97,17 +97,34 @@ async def send_puts(
 
 
 class _Peer:
-    def __init__(self, spec: PoolSpec, transport: Transport | None = None) -> None:
+    """Args:
+    make_kind: the channel kind's class; default: as the spec names it.
+    """
+
+    def __init__(self, spec: PoolSpec, make_kind: Callable[[Site], Kind] | None = None) -> None:
+        if spec.device == "cpu":
+            torch.set_num_threads(1)
         self.spec = spec
         self.me = PeerName(spec.name, "1")
-        self.transport: Transport = transport or CudaTransport(torch.device(spec.device))
-        self.pool = spec.allocate()
-        self.buffer = torch.zeros(spec.staging_bytes, dtype=torch.uint8, device=spec.device)
-        Staging(self.pool, self.buffer).warm_up()
+        self.fatal: list[str] = []  # what made the device unreliable
+        settings: dict[str, Any] = {
+            "transfer_staging_bytes": spec.staging_bytes,
+            "worker_timeout_s": spec.timeout_s,
+        }
+        config = Config(**settings)
+        device = torch.device(spec.device)
+        site = Site(config, spec.name, device, 1, lambda error: self.fatal.append(repr(error)))
+        self.kind = (make_kind or load_kind(spec.kind))(site)
+        pool = spec.allocate()
+        self.kind.attach(pool)
+        self.pool = pool.tensor
 
-    def describe(self) -> tuple[str, str]:
-        """GPU, and NCCL's version."""
-        return self.transport.gpu, self.transport.version
+    def describe(self) -> dict[str, str]:
+        """What the kind says of this end."""
+        return self.kind.facts
+
+    def _send(self, session: Session, epoch: int, payload: bytes) -> None:
+        session.send(ChannelMessage(self.kind.name, epoch, payload))
 
     def fill(self, seed: int) -> None:
         """Random blocks, the same wherever the same seed is used on the same kind of device."""
@@ -124,37 +141,36 @@ class _Peer:
 
 
 class ReceivingPeer(_Peer):
-    """Takes whatever it is sent. BlockSink and SessionHandler of its own."""
+    """Takes whatever it is sent. Sink and SessionHandler of its own; a Ray actor, for kinds that call one."""
 
-    def __init__(self, spec: PoolSpec, transport: Transport | None = None) -> None:
-        super().__init__(spec, transport)
-        self._receiver: NcclReceiver | None = None
+    def __init__(self, spec: PoolSpec, make_kind: Callable[[Site], Kind] | None = None) -> None:
+        super().__init__(spec, make_kind)
+        self._receiver: Receiver | None = None
         self._server = SessionServer(self.me, spec.secret, self, timeout_s=spec.timeout_s)
-        self._offered: dict[str, tuple[int, Any]] = {}
+        self._destination: list[int] = []
+        self._senders: set[str] = set()
         self.num_received = 0
-        self.fatal: list[str] = []
         self._tasks = BackgroundTasks(lambda error: self.fatal.append(repr(error)))
+
+    @property
+    def receiver(self) -> Receiver:
+        """Made on the event loop."""
+        if self._receiver is None:
+            self._receiver = self.kind.make_receiver(self, PendingWrites())
+        return self._receiver
 
     async def start(self) -> int:
         """Listen; returns the port."""
-        self._receiver = NcclReceiver(
-            Staging(self.pool, self.buffer),
-            self.transport.new_stream,
-            self,
-            PendingWrites(),
-            name=self.spec.name,
-            timeout_s=self.spec.timeout_s,
-            on_fatal=lambda error: self.fatal.append(repr(error)),
-        )
         return await self._server.start(HOST)
 
     async def accept(self, sender: str, epoch: int) -> ChannelOffer:
         """As a decode worker does."""
-        assert self._receiver is not None
-        await self._receiver.close_link(sender)
-        unique_id = await asyncio.to_thread(self.transport.make_unique_id)
-        self._offered[sender] = epoch, unique_id
-        return ChannelOffer("nccl", unique_id, self._receiver.piece_bytes)
+        await self.receiver.close_link(sender)
+        return ChannelOffer(self.kind.name, await self.receiver.accept(sender, epoch))
+
+    def aim(self, destination: list[int]) -> None:
+        """Where the blocks of every put go from now on, in order."""
+        self._destination = destination
 
     def holds(self, seed: int, source: list[int], destination: list[int]) -> bool:
         """Whether the pool's destination blocks are the source blocks of a pool filled with the seed; its others are
@@ -168,46 +184,45 @@ class ReceivingPeer(_Peer):
         return same and bool(is_clean)
 
     def status(self) -> tuple[int, list[str], list[str]]:
-        """Puts received, senders whose channel is open, and what made the device unreliable."""
-        assert self._receiver is not None
-        return self.num_received, sorted(self._receiver.senders()), self.fatal
+        """Puts received, senders that have a session, and what made the device unreliable."""
+        return self.num_received, sorted(self._senders), self.fatal
 
     async def close(self) -> None:
-        if self._receiver is not None:
-            await self._receiver.close()
+        await self.receiver.close()
         await self._server.stop()
 
-    def may_write(self, key: Hashable, worker_id: str, epoch: int) -> bool:
-        return True
+    async def receive_array(
+        self, kind: str, worker_id: str, epoch: int, payload: bytes, array: np.ndarray[Any, Any]
+    ) -> bool:
+        """As a decode worker's."""
+        return await self.receiver.on_array(worker_id, epoch, payload, array)
+
+    def resolve(self, key: Hashable, worker_id: str, epoch: int, layers: range, positions: range) -> list[int] | None:
+        return self._destination[positions.start : positions.stop]
 
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         self.num_received += 1
         return True
 
-    def on_open(self, session: Session) -> None: ...
+    def on_open(self, session: Session) -> None:
+        self._senders.add(session.peer.id)
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
-        assert self._receiver is not None
-        peer = session.peer.id
-        if isinstance(message, Staged):
-            self._receiver.on_staged(peer, message)
-        elif isinstance(message, OpenChannel):
-            epoch, unique_id = self._offered.pop(peer)
-            assert epoch == message.epoch
-            connecting = partial(self.transport.connect, unique_id, RECEIVER_RANK)
-            self._tasks.spawn(self._receiver.join(peer, epoch, connecting, session.send))
+        assert isinstance(message, ChannelMessage)
+        send = partial(self._send, session, message.epoch)
+        self.receiver.on_message(session.peer.id, message.epoch, message.payload, send)
 
     def on_closed(self, session: Session, reason: str) -> None:
-        assert self._receiver is not None
-        self._tasks.spawn(self._receiver.close_link(session.peer.id))
+        self._senders.discard(session.peer.id)
+        self._tasks.spawn(self.receiver.close_link(session.peer.id))
 
 
 class SendingPeer(_Peer):
     """Sends what it is told to. SessionHandler of its own."""
 
-    def __init__(self, spec: PoolSpec, transport: Transport | None = None) -> None:
-        super().__init__(spec, transport)
-        self._channel: NcclSendChannel | None = None
+    def __init__(self, spec: PoolSpec, make_kind: Callable[[Site], Kind] | None = None) -> None:
+        super().__init__(spec, make_kind)
+        self._channel: Sender | None = None
         self._session: Session | None = None
         self.failures: list[str] = []
 
@@ -224,18 +239,15 @@ class SendingPeer(_Peer):
             handler=self,
             timeout_s=self.spec.timeout_s,
         )
-        self._channel = await open_nccl_channel(
-            self.transport,
-            Staging(self.pool, self.buffer),
-            offer,
-            peer=receiver,
-            epoch=epoch,
-            timeout_s=self.spec.timeout_s,
-            send=self._session.send,
-            on_failed=self.failures.append,
+        await self.open(
+            Link(receiver, epoch, partial(self._send, self._session, epoch), _no_call, self.failures.append), offer
         )
-        await check(self._channel)
         return time.monotonic() - started
+
+    async def open(self, link: Link, offer: ChannelOffer) -> None:
+        """Open the channel, and see that it works."""
+        self._channel = await self.kind.open(link, offer.data)
+        await self._channel.check()
 
     async def disconnect(self) -> None:
         channel, self._channel = self._channel, None
@@ -245,16 +257,16 @@ class SendingPeer(_Peer):
         if session is not None:
             await session.close()
 
-    async def send(self, source: list[int], destination: list[int], seconds: float, window: int) -> Rate:
+    async def send(self, source: list[int], seconds: float, window: int) -> Rate:
         """All layers of these blocks, again and again, ``window`` puts at a time; at least one.
 
         Raises:
             TransferError: one of them failed.
         """
         assert self._channel is not None
-        return await send_puts(self._channel, range(self.spec.num_layers), source, destination, seconds, window)
+        return await send_puts(self._channel, range(self.spec.num_layers), source, seconds, window)
 
-    async def send_until_it_fails(self, source: list[int], destination: list[int], limit_s: float) -> tuple[str, float]:
+    async def send_until_it_fails(self, source: list[int], limit_s: float) -> tuple[str, float]:
         """Returns the failure's text, and the seconds since the last put that arrived.
 
         Raises:
@@ -267,7 +279,6 @@ class SendingPeer(_Peer):
                 self._channel,
                 range(self.spec.num_layers),
                 source,
-                destination,
                 limit_s,
                 4,
                 on_arrival=lambda: arrived.append(time.monotonic()),
@@ -282,7 +293,11 @@ class SendingPeer(_Peer):
     def on_open(self, session: Session) -> None: ...
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
-        if self._channel is not None:
-            self._channel.on_message(message)  # type: ignore[arg-type]
+        if self._channel is not None and isinstance(message, ChannelMessage):
+            self._channel.on_message(message.epoch, message.payload)
 
     def on_closed(self, session: Session, reason: str) -> None: ...
+
+
+def _no_call(payload: bytes, array: np.ndarray[Any, Any]) -> Any:
+    raise TransferError("this peer has no actor to call")

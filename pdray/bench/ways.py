@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pdray.config import Config
-from pdray.engine.step_times import Spread, StepSpread
+from pdray.engine.step.times import Spread, StepSpread
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.sampling_params import SamplingParams
 
@@ -37,13 +37,13 @@ def make_engine(config: Config) -> Iterator[Generate]:
     """The engine, stepped by this thread: no Ray, no HTTP. The garbage collector is as quiet as in a worker."""
     import torch
 
+    from pdray.engine.build import build_engine
     from pdray.engine.device import select_device
-    from pdray.engine.engine import Engine
     from pdray.engine.request import EngineRequest
     from pdray.models import load_model
 
     device = select_device(config)
-    engine = Engine(config, load_model(config, device), device)
+    engine = build_engine(config, load_model(config, device), device)
     thresholds = gc.get_threshold()
     quiet_garbage_collection()
 

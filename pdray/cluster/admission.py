@@ -95,7 +95,7 @@ class AdmissionQueue(Generic[T]):
         """
         if len(self) >= self.max_size:
             raise QueueFullError(
-                f"{len(self)} requests are waiting (max_queue_size is {self.max_size}); try again later",
+                f"the queue is full: {self._line_text()}; try again later",
                 self.retry_after_s(now),
             )
         if self._congested_since is None:
@@ -107,6 +107,12 @@ class AdmissionQueue(Generic[T]):
                 self.retry_after_s(now),
             )
         self.push_back(entry)
+
+    def _line_text(self) -> str:
+        """Who had left the line and came back, denied by a worker or lost with one, stands beyond the bound."""
+        beyond = len(self) - self.max_size
+        back = f", {beyond} of them back from a worker" if beyond > 0 else ""
+        return f"max_queue_size is {self.max_size}, and {len(self)} requests are waiting{back}"
 
     def admitted(self, now: float) -> None:
         """One request was given a place."""
@@ -128,9 +134,9 @@ class AdmissionQueue(Generic[T]):
         entry.left = False
         bisect.insort(self._line, entry)
 
-    def peek(self) -> Waiting[T] | None:
-        """Who is next."""
-        return self._line[0] if self._line else None
+    def peek(self, position: int = 0) -> Waiting[T] | None:
+        """Who is next, or stands so many places behind."""
+        return self._line[position] if position < len(self._line) else None
 
     def remove(self, entry: Waiting[T]) -> None:
         """Take an entry out, wherever it stands. Idempotent."""

@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from pdray.cluster.effects import Send
+from pdray.cluster.losses import Verdict
 from pdray.cluster.messages import (
     AbortPut,
     BeginPut,
@@ -35,7 +36,7 @@ from pdray.cluster.messages import (
     Tokens,
 )
 from pdray.engine.request import EngineRequest, Reservation
-from pdray.errors import InvalidRequestError
+from pdray.errors import InvalidRequestError, RequestFailedError
 from pdray.outputs import SampledToken
 
 
@@ -97,10 +98,14 @@ class LeaseTable:
         allocator: the engine; its keys are LegKeys.
         credit: what the worker can take now, for the replies.
         lease_timeout_s: a lease not renewed for so long is closed.
+        block_size: tokens of one block.
     """
 
-    def __init__(self, allocator: Allocator, credit: Callable[[], Credit], lease_timeout_s: float) -> None:
+    def __init__(
+        self, allocator: Allocator, credit: Callable[[], Credit], lease_timeout_s: float, block_size: int
+    ) -> None:
         self._allocator = allocator
+        self._block_size = block_size
         self._credit = credit
         self._timeout_s = lease_timeout_s
         self._leases: dict[LegKey, _Lease] = {}
@@ -158,10 +163,15 @@ class LeaseTable:
                     indices=tuple(message.indices),
                     output_token_ids=tuple(message.output_token_ids),
                     priority=message.priority,
+                    alone=message.alone,
                 )
             )
         except InvalidRequestError as error:
-            return [*effects, self._deny(router_id, message, str(error), retriable=False)]
+            denied = LeaseDenied(*message.key, str(error), False, self._credit(), "invalid", error.param)
+            return [*effects, Send(router_id, denied)]
+        except RequestFailedError as error:
+            denied = LeaseDenied(*message.key, str(error), False, self._credit(), "failed")
+            return [*effects, Send(router_id, denied)]
         if reservation is None:
             return [*effects, self._deny(router_id, message, "no free blocks or places", retriable=True)]
         local = message.prefill_worker_id is None
@@ -217,6 +227,15 @@ class LeaseTable:
         assert lease is None or lease.state is LeaseState.RUNNING, (key, lease)
         return []
 
+    def failed(self, key: LegKey, reason: str, verdict: Verdict) -> list[Send]:
+        """The engine has given up this leg, with the step that computed it, and taken its blocks back."""
+        lease = self._leases.get(key)
+        if lease is None:
+            return []
+        assert lease.state is LeaseState.RUNNING, (key, lease)
+        self._free(key)
+        return [Send(lease.router_id, LeaseClosed(*key, reason, verdict))]
+
     # prefill workers
 
     def set_writer(self, worker_id: str, incarnation: str, epoch: int) -> list[Send]:
@@ -261,6 +280,27 @@ class LeaseTable:
             and lease.writer.epoch == epoch
         )
 
+    def resolve(self, key: LegKey, worker_id: str, epoch: int, positions: range) -> list[int] | None:
+        """The blocks at these places of the leg, for a put of that worker.
+
+        None if it may not write now, or if the lease does not hold them all. Blocks that were cached when the lease was
+        granted are not the leg's to be written: others read them.
+        """
+        if not self.may_write(key, worker_id, epoch):
+            return None
+        blocks, num_cached_tokens = self._leases[key].reservation
+        first = num_cached_tokens // self._block_size
+        return (
+            blocks[positions.start : positions.stop]
+            if first <= positions.start < positions.stop <= len(blocks)
+            else None
+        )
+
+    def refuse(self, key: LegKey, reason: str) -> list[Send]:
+        """A put named what the lease does not hold: whoever fills it cannot be trusted with it."""
+        lease = self._leases[key]
+        return [*self._end(key, lease), Send(lease.router_id, LeaseClosed(*key, reason))]
+
     def put_received(self, now: float, key: LegKey) -> list[Send]:
         """One put was written into the pool."""
         lease = self._leases[key]
@@ -302,7 +342,8 @@ class LeaseTable:
                 self._free(key)
             elif lease.state is LeaseState.FILLING:
                 self._free(key)
-                effects.append(Send(lease.router_id, LeaseClosed(*key, f"{worker_id} died")))
+                closed = LeaseClosed(*key, f"{worker_id} died", lost_worker_id=worker_id)
+                effects.append(Send(lease.router_id, closed))
         writer = self._writers.get(worker_id)
         if writer is not None and writer.incarnation == incarnation:
             del self._writers[worker_id]
@@ -357,8 +398,8 @@ class LeaseTable:
         return lease.request.prefill_worker_id == worker_id
 
     def _grant(self, lease: _Lease) -> Send:
-        granted = LeaseGranted(*lease.request.key, *lease.reservation, self._credit())
-        return Send(lease.router_id, granted)
+        num_cached_tokens = lease.reservation.num_cached_tokens
+        return Send(lease.router_id, LeaseGranted(*lease.request.key, num_cached_tokens, self._credit()))
 
     def _deny(self, router_id: str, message: LeaseRequest, reason: str, *, retriable: bool) -> Send:
         return Send(router_id, LeaseDenied(*message.key, reason, retriable, self._credit()))

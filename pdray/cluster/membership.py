@@ -128,6 +128,10 @@ class Membership:
         self._error = text
         self._version += 1
 
+    def changed(self) -> None:
+        """Something has changed that is told with the view but is no part of this table."""
+        self._version += 1
+
     @property
     def worker_ids(self) -> list[str]:
         return list(self._workers)
@@ -148,9 +152,13 @@ class Membership:
                     found[worker_id] = work.trouble
         return found
 
-    def tick(self, now: float) -> list[MembershipEffect]:
+    def tick(self, now: float, *, may_start: bool = True) -> list[MembershipEffect]:
         """What is due: processes to end, workers to start, pairs to connect, deaths to tell. Call it after every event
-        and from time to time."""
+        and from time to time.
+
+        Args:
+            may_start: there is room for workers; without it none is started.
+        """
         effects: list[MembershipEffect] = []
         for incarnation, (stray, work) in self._strays.items():
             if work.take(now):
@@ -159,7 +167,8 @@ class Membership:
         for worker_id, worker in self._workers.items():
             if worker.kill is not None and worker.kill.take(now):
                 effects.append(Kill(worker_id, worker.incarnation))
-            if worker.state is WorkerState.ABSENT and worker.start_at <= now and worker_id not in names_taken:
+            absent = worker.state is WorkerState.ABSENT and worker_id not in names_taken
+            if may_start and absent and worker.start_at <= now:
                 worker.state, worker.incarnation = WorkerState.STARTING, self._new_incarnation(worker_id)
                 effects.append(Start(worker_id, worker.incarnation))
             for gone, work in worker.to_tell.values():
@@ -277,6 +286,11 @@ class Membership:
             if prefill == prefill_id and pair.connected and epochs.get(decode) != pair.epoch:
                 pair.connected = False
                 self._version += 1
+
+    def channel_broken(self, prefill_id: str, decode_id: str) -> None:
+        """The pair's channel does not bring anything over: it is opened anew, in a higher epoch."""
+        self._pairs[prefill_id, decode_id].connected = False
+        self._version += 1
 
     def _new_incarnation(self, worker_id: str) -> str:
         self._num_started += 1

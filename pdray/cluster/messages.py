@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
+from pdray.cluster.losses import Verdict
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
 
@@ -44,8 +45,9 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
     """What a decode worker can still take, and how busy it is.
 
     Attributes:
-        free_blocks: blocks that a new lease could get (free, or cached and unreferenced).
-        free_places: sequences that could still join the batch.
+        free_blocks: blocks that a new lease could get (free, or cached and unreferenced); none while a preempted
+            sequence waits for its own.
+        free_places: sequences that could still join the batch; likewise.
         running: sequences in the batch. waiting: preempted or locally queued sequences.
         leases: live leases in any state.
     """
@@ -67,7 +69,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         worker_id: stable name, e.g. "decode-0"; a restarted worker keeps it.
         incarnation: changes with every process that takes the name.
         fingerprint: of weights, dtype, block size and KV layout; peers must agree.
-        gpu: names the physical GPU, "" on CPU. nccl: NCCL's version, "" if this process cannot use it.
+        channels: what each channel kind of this worker must be known by; see pdray.transfer.channel.Kind.facts.
     """
 
     worker_id: str
@@ -84,21 +86,18 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    gpu: str = ""
-    nccl: str = ""
+    channels: dict[str, dict[str, str]] = {}
 
 
 class ChannelOffer(msgspec.Struct, frozen=True):
     """What a decode worker answers to a prefill worker that is to connect to it.
 
     Attributes:
-        unique_id: of the nccl channel's communicator; opaque.
-        piece_bytes: what one transfer of it holds at most.
+        kind: of channel. data: what the kind's sender needs; opaque to everyone else.
     """
 
-    kind: Literal["nccl", "object_store"]
-    unique_id: Any = None
-    piece_bytes: int = 0
+    kind: str
+    data: Any = None
 
 
 class WorkerIdentity(msgspec.Struct, frozen=True):
@@ -138,17 +137,31 @@ class Pair(msgspec.Struct, frozen=True):
     epoch: int
 
 
+class Draining(msgspec.Struct, frozen=True):
+    """The workers are about to end: no new requests; what runs may go on for `left_s` seconds."""
+
+    reason: str
+    left_s: float
+
+
 class ClusterView(msgspec.Struct, frozen=True):
     """The cluster at one moment. A higher version is newer.
 
     Attributes:
-        error: the last thing that kept a worker from starting or a pair from connecting, while it is not served.
+        error: what keeps a worker from starting or a pair from connecting, while it is not served.
+        draining: None in normal times.
     """
 
     version: int
     workers: list[WorkerInfo]
     pairs: list[Pair]
     error: str | None = None
+    draining: Draining | None = None
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether a request could be served."""
+        return bool(self.pairs) or any(worker.role == "both" for worker in self.workers)
 
 
 # --- router → decode worker ---------------------------------------------------------------------
@@ -162,6 +175,7 @@ class LeaseRequest(LegMessage, frozen=True):
         output_token_ids: what the one completion of a replayed leg has produced so far; only
             allowed with a single index.
         prefill_worker_id: who will fill the lease; None means that the decode worker prefills.
+        alone: the leg is under suspicion: its first steps compute nothing else.
     """
 
     prompt_token_ids: list[int]
@@ -170,12 +184,25 @@ class LeaseRequest(LegMessage, frozen=True):
     output_token_ids: list[int]
     prefill_worker_id: str | None
     priority: int = 0
+    alone: bool = False
+
+
+class CreditWanted(msgspec.Struct, frozen=True, array_like=True):
+    """What the request that waits first at a router needs; see pdray.engine.schedule.demand.Demand."""
+
+    blocks: int
+    places: int
 
 
 class RenewLeases(Message, frozen=True):
-    """Extend these leases. A lease that its router stops naming expires."""
+    """Extend these leases. A lease that its router stops naming expires. Answered by a CreditUpdate.
+
+    Attributes:
+        wanted: send another CreditUpdate as soon as there is so much credit; replaces what was said before.
+    """
 
     keys: list[LegKey]
+    wanted: CreditWanted | None = None
 
 
 class CloseLease(LegMessage, frozen=True):
@@ -195,11 +222,9 @@ class EndCompletion(LegMessage, frozen=True):
 
 class LeaseGranted(LegMessage, frozen=True):
     """Attributes:
-    block_ids: the decode worker's blocks that hold the prompt, in order, cached ones included.
     num_cached_tokens: leading tokens (a multiple of the block size) that need no transfer.
     """
 
-    block_ids: list[int]
     num_cached_tokens: int
     credit: Credit
 
@@ -207,17 +232,26 @@ class LeaseGranted(LegMessage, frozen=True):
 class LeaseDenied(LegMessage, frozen=True):
     """Attributes:
     retriable: True if credit may come back; False if the leg can never fit.
+    verdict, param: of one that is not retriable; see losses.py.
     """
 
     reason: str
     retriable: bool
     credit: Credit
+    verdict: Verdict = "invalid"
+    param: str | None = None
 
 
 class LeaseClosed(LegMessage, frozen=True):
-    """The decode worker ended the lease by itself: error, expiry, or the prefill worker's death."""
+    """The decode worker ended the lease by itself: error, expiry, or the prefill worker's death.
+
+    Attributes:
+        lost_worker_id: the worker that died, if that is why.
+    """
 
     reason: str
+    verdict: Verdict = "lost"
+    lost_worker_id: str = ""
 
 
 class Tokens(Message, frozen=True):
@@ -245,7 +279,7 @@ class LegTokens(LegMessage, frozen=True):
 
 
 class CreditUpdate(Message, frozen=True):
-    """Sent when credit changed outside a step, and as the answer to RenewLeases (heartbeat)."""
+    """The answer to RenewLeases (heartbeat), and sent again when there is what that has wanted."""
 
     credit: Credit
 
@@ -257,6 +291,17 @@ def pack_hashes(hashes: Iterable[int]) -> bytes:
 def unpack_hashes(packed: bytes) -> list[int]:
     hashes: list[int] = np.frombuffer(packed, dtype="<u8").tolist()
     return hashes
+
+
+class StepFailed(Message, frozen=True):
+    """The worker's engine has failed, or hangs, and its process ends: everything that it held is lost.
+
+    Attributes:
+        suspects: the legs, of all routers, that the steps in flight computed; empty if that is not known.
+    """
+
+    reason: str
+    suspects: list[LegKey]
 
 
 class PrefixUpdate(Message, frozen=True):
@@ -278,20 +323,21 @@ class PrefillRequest(LegMessage, frozen=True):
     """Prefill a leg and push its blocks into the lease's.
 
     Attributes:
-        block_ids, num_cached_tokens: from LeaseGranted.
+        num_cached_tokens: from LeaseGranted.
         decode_worker_id, epoch: the channel to push through; a worker that knows only another
-            epoch answers PrefillFailed.
+            epoch answers PrefillFailed. None where the first token ends the leg: no lease, and nothing is pushed.
+        alone: see LeaseRequest.
     """
 
     prompt_token_ids: list[int]
     params: SamplingParams
     indices: list[int]
     output_token_ids: list[int]
-    decode_worker_id: str
+    decode_worker_id: str | None
     epoch: int
-    block_ids: list[int]
     num_cached_tokens: int
     priority: int = 0
+    alone: bool = False
 
 
 class CancelPrefill(LegMessage, frozen=True):
@@ -319,7 +365,17 @@ class FirstTokens(LegMessage, frozen=True):
 
 
 class PrefillFailed(LegMessage, frozen=True):
+    """The leg cannot be prefilled here.
+
+    Attributes:
+        verdict, param: see losses.py.
+        lost_worker_id: the decode worker that is gone, if that is why.
+    """
+
     reason: str
+    verdict: Verdict = "lost"
+    param: str | None = None
+    lost_worker_id: str = ""
 
 
 class Pong(Message, frozen=True):
@@ -357,60 +413,7 @@ class PutAborted(LegMessage, frozen=True):
     """No put of this leg is in flight and none will start: a quarantine may end."""
 
 
-class OpenChannel(Message, frozen=True):
-    """The sender enters the init of the communicator that was offered for this epoch; so should the receiver."""
-
-    epoch: int
-
-
-class Staged(LegMessage, frozen=True):
-    """The beginning of a put lies in the sender's staging: asks for a grant.
-
-    Attributes:
-        seq: numbers the puts of one channel.
-        first_layer, last_layer: half-open range.
-        block_ids: the receiver's blocks. None at all: a probe of the channel, of no leg.
-    """
-
-    epoch: int
-    seq: int
-    first_layer: int
-    last_layer: int
-    block_ids: list[int]
-
-
 # --- decode worker → prefill worker -------------------------------------------------------------
-
-
-class GrantTransfers(Message, frozen=True):
-    """The receiver receives these puts now, in this order, and nothing else from anyone until it has them."""
-
-    epoch: int
-    seqs: list[int]
-
-
-class RefuseTransfer(Message, frozen=True):
-    """The lease does not stand: the put is dropped where it is staged."""
-
-    epoch: int
-    seq: int
-
-
-class TransferDone(Message, frozen=True):
-    """Attributes:
-    written: False if the lease ended before all of it was in the pool.
-    """
-
-    epoch: int
-    seq: int
-    written: bool
-
-
-class ChannelFailed(Message, frozen=True):
-    """The receiver has given this epoch's channel up."""
-
-    epoch: int
-    reason: str
 
 
 class BeginPutReply(LegMessage, frozen=True):
@@ -421,11 +424,34 @@ class AbortPut(LegMessage, frozen=True):
     """The lease was closed; stop writing and answer PutAborted. May be repeated."""
 
 
+# --- both ways between a prefill and a decode worker --------------------------------------------
+
+
+class ChannelMessage(Message, frozen=True):
+    """What the two ends of a channel say to each other.
+
+    Attributes:
+        kind: of channel. payload: opaque to everyone but that kind.
+    """
+
+    kind: str
+    epoch: int
+    payload: bytes
+
+
 RouterToWorker = LeaseRequest | RenewLeases | CloseLease | EndCompletion | PrefillRequest | CancelPrefill | Ping
 WorkerToRouter = (
-    LeaseGranted | LeaseDenied | LeaseClosed | Tokens | CreditUpdate | FirstTokens | PrefillFailed | Pong | PrefixUpdate
+    LeaseGranted
+    | LeaseDenied
+    | LeaseClosed
+    | Tokens
+    | CreditUpdate
+    | FirstTokens
+    | PrefillFailed
+    | Pong
+    | PrefixUpdate
+    | StepFailed
 )
-PrefillToDecode = BeginPut | PutDone | PutAborted | OpenChannel | Staged
-ChannelReply = GrantTransfers | RefuseTransfer | TransferDone | ChannelFailed
-DecodeToPrefill = BeginPutReply | AbortPut | ChannelReply
+PrefillToDecode = BeginPut | PutDone | PutAborted | ChannelMessage
+DecodeToPrefill = BeginPutReply | AbortPut | ChannelMessage
 AnyMessage = RouterToWorker | WorkerToRouter | PrefillToDecode | DecodeToPrefill

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pdray.cluster.credit import covers
 from pdray.cluster.messages import Credit
+from pdray.engine.schedule.demand import Demand
 
 MAX_QUEUED_BATCHES = 2
 CACHED_PROMPT_WORTH = {False: 1.0, True: 4.0}  # sequences; by whether the worker prefills too
@@ -49,19 +51,14 @@ class PrefillState(NamedTuple):
     cached_tokens: int = 0
 
 
-class Demand(NamedTuple):
-    """What a request needs: blocks and places on the decode worker, tokens to prefill."""
-
-    blocks: int
-    places: int
-    tokens: int
-
-
 class Choice(NamedTuple):
-    """prefill_worker_id is None where the decode worker prefills."""
+    """Attributes:
+    prefill_worker_id: None where the decode worker prefills.
+    decode_worker_id: None where the prefill worker's first token ends the request.
+    """
 
     prefill_worker_id: str | None
-    decode_worker_id: str
+    decode_worker_id: str | None
 
 
 def choose(
@@ -83,24 +80,22 @@ def choose(
             continue
         if worker.prefills or demand.tokens - worker.cached_tokens <= local_prefill_max_tokens:
             return Choice(None, worker.worker_id)
-        open_queues = [
-            p
-            for p in prefill
-            if (p.worker_id, worker.worker_id) in pairs and p.queued_tokens <= MAX_QUEUED_BATCHES * p.batch_tokens
-        ]
-        if open_queues:
-            first = min(open_queues, key=lambda p: (p.queued_tokens - p.cached_tokens, p.worker_id))
-            return Choice(first.worker_id, worker.worker_id)
+        first = choose_prefill([p for p in prefill if (p.worker_id, worker.worker_id) in pairs])
+        if first is not None:
+            return Choice(first, worker.worker_id)
     return None
+
+
+def choose_prefill(prefill: Sequence[PrefillState]) -> str | None:
+    """Which of these prefill workers would be done first; None if all their queues are too long."""
+    open_queues = [p for p in prefill if p.queued_tokens <= MAX_QUEUED_BATCHES * p.batch_tokens]
+    first = min(open_queues, key=lambda p: (p.queued_tokens - p.cached_tokens, p.worker_id), default=None)
+    return None if first is None else first.worker_id
 
 
 def has_credit(worker: DecodeState, demand: Demand) -> bool:
     """Whether it can take the request now."""
-    credit = worker.credit
-    return (
-        credit.free_places - worker.asked_places >= demand.places
-        and credit.free_blocks - worker.asked_blocks >= demand.blocks
-    )
+    return covers(worker.credit, demand.blocks + worker.asked_blocks, demand.places + worker.asked_places)
 
 
 def _cost(worker: DecodeState, demand: Demand) -> tuple[float, float, str]:

@@ -2,8 +2,9 @@
 
 A leg asks its decode worker for permission to write (BeginPut) as soon as it arrives, and computes
 meanwhile; puts are held back until the answer. Its first tokens go to the router as soon as they
-are sampled. PutDone follows the last put. A leg that is cancelled, aborted or broken issues no more
-puts; once none is in flight it says so (PutAborted) and its blocks are unpinned, never before.
+are sampled. PutDone follows the last put. A leg that ends with its first token has no decode worker
+and no puts. A leg that is cancelled, aborted or broken issues no more puts; once none is in flight it
+says so (PutAborted) and its blocks are unpinned, never before.
 
 Pure: time, messages and completions go in, effects come out. Single-threaded.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdray.cluster.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
+from pdray.cluster.losses import Verdict
 from pdray.cluster.messages import BeginPut, FirstTokens, LegKey, PrefillFailed, PrefillRequest, PutAborted, PutDone
 
 
@@ -64,6 +66,9 @@ class PrefillLedger:
         """A new leg. ``epoch`` is the channel's to its decode worker now; None if there is no channel."""
         if message.key in self._legs:
             return []
+        if message.decode_worker_id is None:
+            self._legs[message.key] = _Leg(router_id, message, may_put=False)
+            return [StartCompute(message.key)]
         if epoch != message.epoch:
             reason = f"no channel to {message.decode_worker_id} in epoch {message.epoch} (now {epoch})"
             return [Send(router_id, PrefillFailed(*message.key, reason))]
@@ -111,7 +116,7 @@ class PrefillLedger:
         def lose(key: LegKey) -> list[LedgerEffect]:
             leg = self._legs[key]
             leg.may_put, leg.owes_aborted = False, False
-            return self.fail(key, f"the channel to {worker_id} was lost")
+            return self.fail(key, f"the channel to {worker_id} was lost", lost_worker_id=worker_id)
 
         return self._for_each(lambda leg: leg.request.decode_worker_id == worker_id, lose)
 
@@ -144,12 +149,15 @@ class PrefillLedger:
             return self.fail(key, error)
         return self._leave_if_idle(key, leg)
 
-    def fail(self, key: LegKey, reason: str) -> list[LedgerEffect]:
+    def fail(
+        self, key: LegKey, reason: str, verdict: Verdict = "lost", *, param: str | None = None, lost_worker_id: str = ""
+    ) -> list[LedgerEffect]:
         """The leg cannot go on: its router hears why."""
         leg = self._legs.get(key)
         if leg is None or leg.stopping:
             return [] if leg is None else self._leave_if_idle(key, leg)
-        return [Send(leg.router_id, PrefillFailed(*key, reason)), *self._stop(key, leg)]
+        failed = PrefillFailed(*key, reason, verdict, param, lost_worker_id)
+        return [Send(leg.router_id, failed), *self._stop(key, leg)]
 
     # transitions
 
@@ -160,7 +168,12 @@ class PrefillLedger:
         return self._leave_if_idle(key, leg)
 
     def _finish_if_pushed(self, now: float, key: LegKey, leg: _Leg) -> list[LedgerEffect]:
-        if leg.stopping or leg.done_sent or leg.first_tokens is None or leg.may_put is not True:
+        if leg.stopping or leg.done_sent or leg.first_tokens is None:
+            return []
+        if leg.request.decode_worker_id is None:
+            leg.done_sent = True
+            return self._leave_if_idle(key, leg)
+        if leg.may_put is not True:
             return []
         leg.done_sent = True
         done = PutDone(*key, leg.puts_issued, leg.first_tokens.tokens, now - leg.computed_at)
@@ -175,6 +188,7 @@ class PrefillLedger:
         del self._legs[key]
         effects: list[LedgerEffect] = [Release(key)]
         if leg.owes_aborted:
+            assert leg.request.decode_worker_id is not None, key
             effects.append(Send(leg.request.decode_worker_id, PutAborted(*key)))
         return effects
 

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import secrets
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from pdray.background import BackgroundTasks
@@ -67,6 +68,11 @@ class Session:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the peer has acknowledged everything that was sent, or there is none any more."""
+        return self._closed or not self._unacked
 
     def send(self, message: AnyMessage) -> None:
         """Queue a message; never blocks. On a closed session it does nothing: on_closed has said so.
@@ -290,10 +296,21 @@ class SessionServer:
 
     Args:
         timeout_s: a peer that is silent, or not back after a lost connection, for so long is gone.
+        admits: asked with the address of whoever connects, before a byte is read; None admits all. The secret guards
+            the session in any case.
     """
 
-    def __init__(self, me: PeerName, secret: bytes, handler: SessionHandler, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        me: PeerName,
+        secret: bytes,
+        handler: SessionHandler,
+        *,
+        timeout_s: float,
+        admits: Callable[[str], Awaitable[bool]] | None = None,
+    ) -> None:
         self.me = me
+        self._admits = admits
         self._secret = secret
         self._handler = handler
         self._timeout_s = timeout_s
@@ -323,6 +340,9 @@ class SessionServer:
         self._connections.add(task)
         try:
             if self._stopped:  # it was accepted just before
+                return
+            if self._admits is not None and not await self._admits(writer.get_extra_info("peername")[0]):
+                logger.warning("%s: sent %s away", self.me.id, writer.get_extra_info("peername")[0])
                 return
             session = await self._handshake(reader, writer)
             reason = await session._receive(reader)

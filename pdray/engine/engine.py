@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
 
-import torch
-
 from pdray.config import Config
-from pdray.engine.batch import InputBuffers, StepInputs
-from pdray.engine.block_pool import BlockPool, PrefixChanges
-from pdray.engine.integrity import check_integrity
-from pdray.engine.layer_groups import layer_callback
-from pdray.engine.limits import EngineLimits
-from pdray.engine.memory import allocate_pool, choose_num_blocks
-from pdray.engine.profile import profile_model
+from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
+from pdray.engine.kv.integrity import check_in_slices
+from pdray.engine.kv.pool import KVPool
+from pdray.engine.kv.sizing import longest_sequence
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
-from pdray.engine.results import Bookkeeper
-from pdray.engine.runner import Draws, Runner
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import SequenceStatus
-from pdray.engine.step_plan import StepPlan
-from pdray.engine.step_times import StepSpread, StepTimes
+from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.demand import num_blocks_for
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import LiveRequest, SequenceStatus
+from pdray.engine.step.lane import Draws, Lane
+from pdray.engine.step.layer_groups import layer_callback
+from pdray.engine.step.times import StepSpread, StepTimes
+from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
+
+logger = logging.getLogger(__name__)
+
+CHECK_PAUSE_S = 20e-6  # between two slices: who has waited for the lock gets it only if it is free for a moment
 
 
 class Engine:
@@ -34,47 +38,36 @@ class Engine:
     state, and is never held while the model runs. What a step in flight uses stays as it is until the step is booked.
 
     Args:
-        num_kv_blocks: size of the pool, dummy block included; default: as the configuration says.
-        gpu_share: part of the GPU that this engine may use (CUDA, measured pool).
+        pool: this engine's alone to allocate from.
         overlap: launch a step before the tokens of the one before it are read; default: config.async_scheduling, and
             where that says nothing, on CUDA.
 
     Attributes:
-        kv: the pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; block 0 is a dummy.
+        max_model_len: tokens of prompt and output: the configured limit, or what the pool holds of one sequence.
         on_layer_group: called by the engine's thread in the midst of a step, for prefill_only requests, after each
             group of transfer_layer_group layers; over a request's life, each block of each layer once.
         on_work: called, without the lock, after anything that may have given step() something to do.
-
-    Raises:
-        OutOfMemoryError: the pool cannot hold one sequence of max_model_len.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: LoadedModel,
-        device: torch.device,
-        *,
-        num_kv_blocks: int | None = None,
-        gpu_share: float = 1.0,
-        overlap: bool | None = None,
-    ) -> None:
+    def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
+        device = pool.device
         config = config.for_device(device.type)
         self.config = config
         self.model = model
+        self.pool = pool
         self.device = device
-        self.block_size: int = config.block_size
-        self.max_model_len = model.decoder.max_len
-        self.num_blocks = num_kv_blocks or choose_num_blocks(
-            config,
-            model.config,
-            model.dtype,
-            device,
-            self.max_model_len,
-            gpu_share=gpu_share,
-            profile=lambda: profile_model(config, model.decoder),
-        )
-        self.kv = allocate_pool(model.config, self.num_blocks, self.block_size, model.dtype, device)
+        self.block_size = pool.layout.block_size
+        self.num_blocks = pool.num_blocks
+        max_model_len = model.decoder.max_len
+        self.max_model_len = min(max_model_len, longest_sequence(self.num_blocks, self.block_size))
+        if self.max_model_len < max_model_len:  # only num_kv_blocks asks for a pool so small
+            logger.warning(
+                "max_model_len is %d, not %d: num_kv_blocks (%d) holds no longer sequence; raise it to %d or more",
+                self.max_model_len,
+                max_model_len,
+                self.num_blocks,
+                num_blocks_for(max_model_len, self.block_size) + 1,
+            )
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
         limits = EngineLimits(
@@ -90,13 +83,10 @@ class Engine:
         self.overlap = overlap if overlap is not None else config.async_scheduling
         if self.overlap is None:
             self.overlap = device.type == "cuda"
-        self.runner = Runner(model.decoder, self.kv, limits.max_num_seqs)
+        capture = device.type == "cuda" and not config.enforce_eager
+        self.lane = Lane(model.decoder, pool, limits, capture=capture)
         self._scheduler = Scheduler(limits, BlockPool(self.num_blocks, config.enable_prefix_caching))
         self._bookkeeper = Bookkeeper(self._scheduler)
-        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device)
-        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device)
-        if device.type == "cuda" and not config.enforce_eager:
-            self.runner.capture(self._decode_buffers, self._buffers, config.max_num_batched_tokens)
         self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
         self._lock = threading.Lock()
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
@@ -108,8 +98,9 @@ class Engine:
 
         Raises:
             InvalidRequestError: it can never be served, or its key is in use.
+            RequestFailedError: to look at it failed; the engine has not taken it, and goes on.
         """
-        live = self._scheduler.prepare(request, reserved=False)
+        live = self._prepare(request, reserved=False)
         with self._lock:
             self._scheduler.add(live, time.perf_counter())
             self._is_stuck = False
@@ -123,10 +114,20 @@ class Engine:
 
         Raises:
             InvalidRequestError: it will never be possible, or the key is in use.
+            RequestFailedError: to look at it failed; the engine has not taken it, and goes on.
         """
-        live = self._scheduler.prepare(request, reserved=True)
+        live = self._prepare(request, reserved=True)
         with self._lock:
             return self._scheduler.reserve(live)
+
+    def _prepare(self, request: EngineRequest, *, reserved: bool) -> LiveRequest:
+        try:
+            return self._scheduler.prepare(request, reserved=reserved)
+        except InvalidRequestError:
+            raise
+        except Exception as error:
+            logger.exception("request %r could not be prepared", request.key)
+            raise RequestFailedError(f"the request could not be prepared: {describe_error(error)}") from error
 
     def start_prefill(self, key: Hashable) -> None:
         """Compute a reserved request here.
@@ -172,36 +173,92 @@ class Engine:
         """Launch the next batch, and book the one launched before it (without overlap: this one).
 
         Returns at once if there is nothing to do. Engine's thread only.
+
+        Raises:
+            StepFailedError: the engine cannot go on; names the requests of the steps in flight. Where the failure is
+                clearly one step's, and has touched nothing but blocks of its requests, those end instead, each with
+                an update that says so, and the engine goes on.
         """
+        try:
+            return self._step()
+        except StepFailedError:
+            raise
+        except BaseException as error:
+            raise StepFailedError(describe_error(error), self.suspects()) from error
+
+    def suspects(self) -> list[Hashable]:
+        """Requests of all steps that were planned and not booked. Takes no lock: a step may hang with it."""
+        return list(dict.fromkeys(key for plan in list(self._scheduler.plans_in_flight) for key in plan.keys))
+
+    def _step(self) -> list[RequestUpdate]:
         done = self._in_flight
         with self._lock:
             updates, self._scheduler.updates = self._scheduler.updates, []
-            plan = self._scheduler.schedule(time.perf_counter())
+            plan = self._schedule()
             self._is_stuck = not plan.chunks and done is None
-            inputs = self._fill(plan) if plan.chunks else None
-            on_layer = self._layer_callback(plan)
-        self._in_flight = (plan, self.runner.launch(inputs, on_layer)) if inputs is not None else None
+        self._in_flight = None
+        failure = self._launch(plan) if plan.chunks else None
         if not self.overlap:
             done, self._in_flight = self._in_flight, None
-        if done is None:
-            return updates
-        booked, draws = done
+        if done is not None:
+            updates += self._book(*done)
+        if failure is not None:
+            updates += self._give_up(plan, failure)
+        return updates
+
+    def _schedule(self) -> StepPlan:
+        try:
+            return self._scheduler.schedule(time.perf_counter())
+        except Exception as error:
+            raise StepFailedError(describe_error(error), self._scheduler.planned_keys()) from error
+
+    def _launch(self, plan: StepPlan) -> Exception | None:
+        """Launch a plan; returns what is that plan's fault alone, and has left everything else as it was.
+
+        On CUDA an error may be that of any earlier launch, and the device be lost, unless it is Python's own and comes
+        before this plan's first launch. The device's errors are RuntimeErrors.
+        """
+        launching, lane = False, self._lane_for(plan)
+        try:
+            with self._lock:
+                inputs, on_layer = lane.prepare(plan), self._layer_callback(plan)
+            launching = True
+            self._in_flight = plan, lane.launch(inputs, on_layer)
+        except Exception as error:
+            if self.device.type != "cpu" and (launching or isinstance(error, RuntimeError)):
+                raise
+            return error
+        return None
+
+    def _give_up(self, plan: StepPlan, error: Exception) -> list[RequestUpdate]:
+        """The plan could not be launched: end its requests. What it has written is in their blocks alone."""
+        keys = plan.keys
+        logger.error("a step of %d requests failed: %s", len(keys), keys, exc_info=error)
+        with self._lock:
+            lost = [key for key in keys if key in self._scheduler.requests]
+            for key in lost:
+                self._scheduler.release(key)
+            self._scheduler.discard(plan)
+            self._is_stuck = False
+        reason = describe_error(error)
+        return [RequestUpdate(key, finished=True, failure=reason, suspects=tuple(keys)) for key in lost]
+
+    def _book(self, booked: StepPlan, draws: Draws) -> list[RequestUpdate]:
+        """Wait for a step that was launched, and book it."""
         wait_began = time.perf_counter()
         rows = draws.read()
         ended = time.perf_counter()
         with self._lock:
             self._num_steps += 1
             self._is_stuck = False
-            updates += self._bookkeeper.update(booked, rows, ended)
+            updates = self._bookkeeper.update(booked, rows, ended)
             self._step_times.add(wait_began, ended)
             if not self._scheduler.running:
                 self._step_times.pause()
         return updates
 
-    def _fill(self, plan: StepPlan) -> StepInputs:
-        graphs = self.runner.graphs
-        padded = None if graphs is None else graphs.shape_for(plan)
-        return (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
+    def _lane_for(self, plan: StepPlan) -> Lane:
+        return self.lane
 
     def _layer_callback(self, plan: StepPlan) -> Callable[[int], None] | None:
         """What the model calls after each layer, if anyone is to hear of it."""
@@ -229,6 +286,7 @@ class Engine:
                 free_blocks=scheduler.pool.num_free,
                 free_places=scheduler.limits.max_num_seqs - scheduler.num_places,
                 running=len(scheduler.running),
+                preempted=sum(s.preempted for s in scheduler.waiting),
                 waiting=sum(1 if s.request.forked else len(s.request.sequences) for s in scheduler.waiting),
                 reserved=sum(r.lead.status is SequenceStatus.RESERVED for r in scheduler.requests.values()),
                 queued_tokens=sum(s.num_uncomputed_tokens for s in (*prefilling, *scheduler.waiting)),
@@ -256,9 +314,19 @@ class Engine:
             return set(self._scheduler.requests)
 
     def check_integrity(self) -> list[str]:
-        """What is wrong with the block accounting; empty if nothing is."""
-        with self._lock:
-            return check_integrity(self._scheduler)
+        """What is wrong with the block accounting; empty if nothing is.
+
+        Takes a while for a large pool, and the lock only for moments: not to be called from an event loop.
+        """
+        problems: dict[str, None] = {}
+        slices = check_in_slices(self._scheduler)
+        while True:
+            with self._lock:
+                found = next(slices, None)
+            if found is None:
+                return list(problems)
+            problems |= dict.fromkeys(found)
+            time.sleep(CHECK_PAUSE_S)
 
     def _notify(self) -> None:
         if self.on_work is not None:

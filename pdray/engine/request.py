@@ -21,6 +21,7 @@ class EngineRequest:
         output_token_ids: tokens that the single completion has already produced elsewhere;
             positions of new tokens go on from there.
         prefill_only: stop after the first token of each index and keep the blocks until release().
+        alone: its first steps compute nothing else, so that one that fails says whose fault it is.
     """
 
     key: Hashable
@@ -30,6 +31,7 @@ class EngineRequest:
     output_token_ids: tuple[int, ...] = ()
     priority: int = 0
     prefill_only: bool = False
+    alone: bool = False
 
 
 class Reservation(NamedTuple):
@@ -73,6 +75,8 @@ class RequestUpdate:
         prefill: from first scheduled until the first token was sampled, s.
         join_wait: from start_decode() until the first step that contains it began, s.
         first_decode_step: that step's duration, s.
+        failure: why the step that was to compute it failed; the engine knows the request no more.
+        suspects: keys of all requests of the step that failed.
     """
 
     key: Hashable
@@ -83,6 +87,8 @@ class RequestUpdate:
     prefill: float | None = None
     join_wait: float | None = None
     first_decode_step: float | None = None
+    failure: str | None = None
+    suspects: tuple[Hashable, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class EngineStats:
 
     Attributes:
         free_blocks: allocatable now (free, or cached and unreferenced).
+        preempted: queued sequences that gave their blocks back; while there are any, nothing is reserved.
         reserved: requests that hold a Reservation and have not started.
         queued_tokens: prompt tokens waiting to be computed.
         free_places: sequences that could still be admitted (max_num_seqs less all live ones).
@@ -101,6 +108,7 @@ class EngineStats:
     free_places: int
     running: int
     waiting: int
+    preempted: int
     reserved: int
     queued_tokens: int
     num_steps: int

@@ -1,45 +1,70 @@
-"""The decoder of the Llama, Qwen2 and Qwen3 families over a paged KV pool."""
+"""The decoder of the Llama, Qwen2 and Qwen3 families over a paged KV pool: a loop over its parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from pdray.kernels.attention import AttentionMetadata, paged_attention
-from pdray.kernels.embedding import embed
-from pdray.kernels.layernorm import rms_norm
-from pdray.kernels.linear import linear, pack_weight
-from pdray.kernels.norm_linear import norm_linear
-from pdray.kernels.rotary_store import rotate_and_store
+from pdray.kernels.attention import AttentionMetadata
 from pdray.models.model_config import ModelConfig
+from pdray.models.parts.attention import Attention, RotaryTable
+from pdray.models.parts.embedding import Embedding, OutputHead
+from pdray.models.parts.linear import Linear
+from pdray.models.parts.mlp import GatedMLP
+from pdray.models.parts.norm import RMSNorm
+from pdray.models.parts.part import Part, Placement
 from pdray.models.rope import build_rotary_table
 
 
-@dataclass(slots=True)
-class DecoderLayer:
-    """Weights of one layer, projections as [out, in]; heads are laid out query, key, value and gate before up.
+class DecoderLayer(Part):
+    """Attention and feed-forward, each behind a norm and added to its input."""
 
-    Attributes:
-        q_norm, k_norm: [head_dim], of models with qk_norm.
-    """
+    def __init__(self, config: ModelConfig, rotary: RotaryTable, placement: Placement) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = self.add("input_layernorm", RMSNorm(hidden, eps, placement))
+        self.attention = self.add("self_attn", Attention(config, rotary, placement))
+        self.post_attention_norm = self.add("post_attention_layernorm", RMSNorm(hidden, eps, placement))
+        self.mlp = self.add("mlp", GatedMLP(config, placement))
 
-    input_norm: torch.Tensor
-    qkv_weight: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o_weight: torch.Tensor
-    o_bias: torch.Tensor | None
-    post_attention_norm: torch.Tensor
-    gate_up_weight: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down_weight: torch.Tensor
-    down_bias: torch.Tensor | None
+    def attend(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        kv_layer: torch.Tensor,
+        meta: AttentionMetadata,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The first half, [T, hidden_size], or of ``rows`` alone; see Decoder.forward."""
+        attended = self.attention(hidden, self.input_norm, positions, kv_layer, meta)
+        if rows is not None:
+            attended, hidden = attended[rows], hidden[rows]
+        return self.attention.o(attended, residual=hidden)
+
+    def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The second half, [M, hidden_size]."""
+        return self.mlp(hidden, self.post_attention_norm)
+
+    def linears(self) -> list[Linear]:
+        """Every matrix product, in the order of a step."""
+        return [self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down]
+
+    def run_products(self, hidden: torch.Tensor) -> None:
+        """Every matrix product, and nothing else; see Decoder.run_products."""
+        self.attention.qkv.of_normed(hidden, self.input_norm)
+        attended = hidden.new_zeros(len(hidden), self.attention.o.in_features)
+        self.feed_forward(self.attention.o(attended, residual=hidden))
 
 
-class Decoder:
+def shapes_of_layer(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> DecoderLayer:
+    """A layer on the device "meta": its parts have shapes and no values."""
+    placement = Placement(dtype, torch.device("meta"))
+    half = config.head_dim // 2
+    return DecoderLayer(config, RotaryTable(placement.empty(0, half), placement.empty(0, half)), placement)
+
+
+class Decoder(Part):
     """Weights of a model and its forward pass. Built with uninitialised weights; a loader fills parameters().
 
     Run it under torch.inference_mode. It keeps no state between calls, so that calls of several threads need only
@@ -50,85 +75,21 @@ class Decoder:
     """
 
     def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
         self.config = config
         self.max_len = max_len
         self.dtype = dtype
         self.device = device
-        self._scale = config.head_dim**-0.5
-        self._cos, self._sin = build_rotary_table(config, max_len, device)
-        self.embed_tokens = self._empty(config.vocab_size, config.hidden_size)
-        self.layers = [self._empty_layer() for _ in range(config.num_layers)]
-        self.norm = self._empty(config.hidden_size)
-        tied = config.tie_word_embeddings
-        self.lm_head = self.embed_tokens if tied else self._empty(config.vocab_size, config.hidden_size)
-
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-    def _empty_layer(self) -> DecoderLayer:
-        config = self.config
-        hidden, inner = config.hidden_size, config.intermediate_size
-        q_size = config.num_heads * config.head_dim
-        qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
-        return DecoderLayer(
-            input_norm=self._empty(hidden),
-            qkv_weight=self._empty(qkv_size, hidden),
-            qkv_bias=self._empty(qkv_size) if config.qkv_bias else None,
-            q_norm=self._empty(config.head_dim) if config.qk_norm else None,
-            k_norm=self._empty(config.head_dim) if config.qk_norm else None,
-            o_weight=self._empty(hidden, q_size),
-            o_bias=self._empty(hidden) if config.o_bias else None,
-            post_attention_norm=self._empty(hidden),
-            gate_up_weight=self._empty(2 * inner, hidden),
-            gate_up_bias=self._empty(2 * inner) if config.mlp_bias else None,
-            down_weight=self._empty(hidden, inner),
-            down_bias=self._empty(hidden) if config.mlp_bias else None,
-        )
-
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """Every parameter under its Hugging Face name; parts of fused tensors are views to be written into.
-
-        A tied lm_head.weight is not listed. After pack_weights() what was packed comes as copies, for reading only.
-        """
-        config = self.config
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        named: dict[str, torch.Tensor | None] = {"model.embed_tokens.weight": self.embed_tokens}
-        for i, layer in enumerate(self.layers):
-            prefix = f"model.layers.{i}."
-            named[prefix + "input_layernorm.weight"] = layer.input_norm
-            named[prefix + "post_attention_layernorm.weight"] = layer.post_attention_norm
-            named[prefix + "self_attn.q_norm.weight"] = layer.q_norm
-            named[prefix + "self_attn.k_norm.weight"] = layer.k_norm
-            named[prefix + "self_attn.o_proj.weight"] = _dense(layer.o_weight)
-            named[prefix + "self_attn.o_proj.bias"] = layer.o_bias
-            named[prefix + "mlp.down_proj.weight"] = _dense(layer.down_weight)
-            named[prefix + "mlp.down_proj.bias"] = layer.down_bias
-            for kind, qkv, gate_up in (
-                ("weight", _dense(layer.qkv_weight), _dense(layer.gate_up_weight)),
-                ("bias", layer.qkv_bias, layer.gate_up_bias),
-            ):
-                if qkv is not None:
-                    parts = qkv.split((q_size, kv_size, kv_size))
-                    for name, part in zip("qkv", parts, strict=True):
-                        named[f"{prefix}self_attn.{name}_proj.{kind}"] = part
-                if gate_up is not None:
-                    named[f"{prefix}mlp.gate_proj.{kind}"], named[f"{prefix}mlp.up_proj.{kind}"] = gate_up.chunk(2)
-        named["model.norm.weight"] = self.norm
-        if not config.tie_word_embeddings:
-            named["lm_head.weight"] = _dense(self.lm_head)
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def pack_weights(self) -> None:
-        """Bring the loaded weights into the layout that the device's linear() likes best; call it once, after loading.
-
-        Replaces tensors one at a time. A tied output matrix becomes a copy of its own where the layout differs.
-        """
-        for layer in self.layers:
-            layer.qkv_weight = pack_weight(layer.qkv_weight)
-            layer.o_weight = pack_weight(layer.o_weight)
-            layer.gate_up_weight = pack_weight(layer.gate_up_weight)
-            layer.down_weight = pack_weight(layer.down_weight)
-        self.lm_head = pack_weight(self.lm_head)
+        placement = Placement(dtype, device)
+        rotary = RotaryTable(*build_rotary_table(config, max_len, device))
+        vocabulary = config.vocab_size, config.hidden_size
+        self.embed_tokens = self.add("model.embed_tokens", Embedding(*vocabulary, placement))
+        self.layers = [
+            self.add(f"model.layers.{i}", DecoderLayer(config, rotary, placement)) for i in range(config.num_layers)
+        ]
+        self.norm = self.add("model.norm", RMSNorm(config.hidden_size, config.rms_norm_eps, placement))
+        tied = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = self.add("lm_head", OutputHead(*vocabulary, placement, tied=tied))
 
     def forward(
         self,
@@ -153,55 +114,22 @@ class Decoder:
         Returns:
             [T, hidden_size], or [S, hidden_size].
         """
-        eps = self.config.rms_norm_eps
-        hidden = embed(input_ids, self.embed_tokens, input_ids[:0] if sampled is None else sampled)
+        hidden = self.embed_tokens(input_ids, sampled)
         for i, layer in enumerate(self.layers):
-            qkv = norm_linear(hidden, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
-            attended = self._attention(layer, qkv, positions, kv[i], meta)
-            if rows is not None and i == len(self.layers) - 1:
-                attended, hidden = attended[rows], hidden[rows]
-            hidden = linear(attended, layer.o_weight, layer.o_bias, residual=hidden)
+            is_last = i == len(self.layers) - 1
+            hidden = layer.attend(hidden, positions, kv[i], meta, rows if is_last else None)
             if on_layer is not None:
                 on_layer(i)
-            gate_up = layer.gate_up_weight, layer.gate_up_bias
-            inner = norm_linear(hidden, layer.post_attention_norm, eps, *gate_up, gated=True)
-            hidden = linear(inner, layer.down_weight, layer.down_bias, residual=hidden)
-        return rms_norm(hidden, self.norm, eps)
-
-    def _attention(
-        self,
-        layer: DecoderLayer,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        kv_layer: torch.Tensor,
-        meta: AttentionMetadata,
-    ) -> torch.Tensor:
-        config = self.config
-        table = self._cos, self._sin, positions
-        q, k, v = rotate_and_store(
-            qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, *table, kv_layer, meta.slot_mapping, config.num_heads
-        )
-        attended = paged_attention(q, kv_layer, meta, self._scale, k, v)
-        return attended.reshape(-1, config.num_heads * config.head_dim)
+            hidden = layer.feed_forward(hidden)
+        return self.norm(hidden)
 
     @torch.inference_mode()
     def run_products(self, num_tokens: int) -> None:
         """One layer's matrix products over so many zeros: loads the kernels that the library picks for this size."""
-        layer, eps = self.layers[0], self.config.rms_norm_eps
-        hidden = torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        norm_linear(hidden, layer.input_norm, eps, layer.qkv_weight, layer.qkv_bias)
-        attended = hidden.new_zeros(num_tokens, self.config.num_heads * self.config.head_dim)
-        hidden = linear(attended, layer.o_weight, layer.o_bias, residual=hidden)
-        gate_up = layer.gate_up_weight, layer.gate_up_bias
-        inner = norm_linear(hidden, layer.post_attention_norm, eps, *gate_up, gated=True)
-        linear(inner, layer.down_weight, layer.down_bias, residual=hidden)
+        self.layers[0].run_products(
+            torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        )
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA)."""
-        if hidden.is_cuda:  # one product whether there is an ``out`` or not: a graph draws what an eager step draws
-            return torch.mm(hidden, self.lm_head.t(), out=out)
-        return linear(hidden, self.lm_head)
-
-
-def _dense(weight: torch.Tensor) -> torch.Tensor:
-    return weight.to_dense() if weight.is_mkldnn else weight
+        return self.lm_head(hidden, out)

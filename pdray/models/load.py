@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from typing import NamedTuple
 
 import torch
@@ -10,11 +12,17 @@ from pdray.config import Config
 from pdray.errors import ConfigError, ModelLoadError
 from pdray.models.decoder import Decoder
 from pdray.models.dummy import fill_dummy
+from pdray.models.end_of_sequence import tokenizer_end_ids
 from pdray.models.fingerprint import fingerprint
-from pdray.models.gguf_loader import GGUFFile
+from pdray.models.generation_config import generation_file
+from pdray.models.gguf_config import read_model_config
+from pdray.models.gguf_file import GGUFFile
+from pdray.models.gguf_loader import load_gguf
 from pdray.models.model_config import ModelConfig
-from pdray.models.resolve import ModelSource, SourceKind, read_config_files, resolve_model
-from pdray.models.safetensors_loader import load_safetensors
+from pdray.models.resolve import ModelSource, SourceKind, read_config_files, read_json, resolve_model
+from pdray.models.safetensors_loader import has_head_of_its_own, load_safetensors
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,7 +44,8 @@ def load_model_config(config: Config) -> ModelConfig:
     Raises:
         ModelLoadError: the model is not found, or of a kind that pdray does not know.
     """
-    return _model_config(resolve_model(config, weights=False))
+    source = resolve_model(config, weights=False)
+    return _model_config(source, _gguf(source), config)
 
 
 def load_model(config: Config, device: torch.device) -> LoadedModel:
@@ -47,10 +56,16 @@ def load_model(config: Config, device: torch.device) -> LoadedModel:
         ConfigError: max_model_len is beyond the model's limit.
     """
     source = resolve_model(config, weights=True)
-    model_config = _model_config(source)
+    gguf = _gguf(source)
+    model_config = _model_config(source, gguf, config)
+    if config.load_format != "dummy" and model_config.tie_word_embeddings and source.kind is SourceKind.FOLDER:
+        untied = has_head_of_its_own(source.path)
+        if untied:
+            logger.warning("%s ties its embeddings by its config.json, but holds an lm_head of its own", source.path)
+        model_config = dataclasses.replace(model_config, tie_word_embeddings=not untied)
     dtype = choose_dtype(config, model_config, device)
     decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device)
-    _fill(decoder, source, config)
+    _fill(decoder, source, gguf, config)
     digest = fingerprint(decoder)
     decoder.pack_weights()
     return LoadedModel(model_config, decoder, dtype, digest)
@@ -76,18 +91,29 @@ def choose_max_len(config: Config, model_config: ModelConfig) -> int:
     return config.max_model_len or limit
 
 
-def _fill(decoder: Decoder, source: ModelSource, config: Config) -> None:
+def _gguf(source: ModelSource) -> GGUFFile | None:
+    """The file, opened once: parsing its vocabulary takes most of a second."""
+    return GGUFFile(source.path) if source.kind is SourceKind.GGUF else None
+
+
+def _fill(decoder: Decoder, source: ModelSource, gguf: GGUFFile | None, config: Config) -> None:
     """Give every parameter its value. No view of them outlives this, so that packing frees what it replaces."""
     parameters = decoder.parameters()
     if config.load_format == "dummy":
         fill_dummy(parameters, config.seed, decoder.config.initializer_range)
-    elif source.kind is SourceKind.GGUF:
-        GGUFFile(source.path).load(parameters)
+    elif gguf is not None:
+        load_gguf(gguf, parameters)
     else:
         load_safetensors(source.path, parameters)
 
 
-def _model_config(source: ModelSource) -> ModelConfig:
-    if source.kind is SourceKind.GGUF:
-        return GGUFFile(source.path).model_config()
-    return ModelConfig.from_hf(*read_config_files(source))
+def _model_config(source: ModelSource, gguf: GGUFFile | None, config: Config) -> ModelConfig:
+    """Sequences end at what the model's own files name, and at what the tokenizer does."""
+    if gguf is not None:
+        model_config = read_model_config(gguf)
+    else:
+        hf_config, _ = read_config_files(source)
+        file = generation_file(config, source)
+        model_config = ModelConfig.from_hf(hf_config, None if file is None else read_json(file))
+    end_ids = (*model_config.eos_token_ids, *tokenizer_end_ids(config, source))
+    return dataclasses.replace(model_config, eos_token_ids=tuple(dict.fromkeys(end_ids)))

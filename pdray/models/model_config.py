@@ -11,6 +11,47 @@ from pdray.errors import ModelLoadError
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 FREQUENCY_FACTORS = "frequency_factors"  # GGUF's way to write llama3 scaling: a divisor for each frequency
 ROPE_TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3")
+ROPE_FIELDS = {
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "finetuned",
+    "high_freq_factor",
+    "low_freq_factor",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "truncate",
+}
+# Fields of relatives of these families, each with the values at which it leaves the function as it is computed here.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "alibi": (False,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "clip_qkv": (),
+    "compression_config": ({},),
+    "dim_model_base": (),
+    "embedding_multiplier": (1,),
+    "final_logit_softcapping": (),
+    "hidden_activation": ("silu", "swish"),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "n_routed_experts": (0,),
+    "no_rope_layer_interval": (0,),
+    "no_rope_layers": ([],),
+    "num_experts": (0,),
+    "num_local_experts": (0, 1),
+    "parallel_attn": (False,),
+    "residual_multiplier": (1,),
+    "rope_pct": (1,),
+    "rotary_pct": (1,),
+    "scale_depth": (),
+    "scale_emb": (1,),
+    "use_parallel_residual": (False,),
+}
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -117,7 +158,7 @@ class ModelConfig:
         missing = [name for name in REQUIRED if config.get(name) is None]
         if missing:
             raise ModelLoadError(f"the model's config.json has no {', '.join(missing)}")
-        _refuse_unsupported(config)
+        _refuse_unsupported(config, architecture)
 
         hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
         max_positions = config.get("max_position_embeddings") or family.max_position_embeddings
@@ -164,7 +205,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return by_model_type[model_type]
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
     """Raise for options that would change the function that the decoder computes."""
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -173,9 +214,24 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if quantization:
         method = quantization.get("quant_method", "unnamed")
         raise ModelLoadError(f"the weights are quantised ({method}); pdray reads unquantised safetensors and GGUF")
-    windowed = bool(config.get("sliding_window")) and bool(config.get("use_sliding_window", False))
+    for name, neutral in NEUTRAL.items():
+        value = config.get(name)
+        if value is not None and value not in neutral:
+            raise ModelLoadError(
+                f"{name} is {value!r} in the model's config.json, which changes what the model computes and is not "
+                f"known to pdray; it serves models with {' or '.join(map(repr, (None, *neutral)))} there"
+            )
+    _refuse_windows(config, architecture)
+
+
+def _refuse_windows(config: Mapping[str, Any], architecture: str) -> None:
+    """Llama's relatives use a window that is given; Qwen's only if use_sliding_window says so."""
+    window = config.get("sliding_window") or 0
+    in_use = config.get("use_sliding_window")
+    if in_use is None:
+        in_use = architecture == "LlamaForCausalLM" and window < (config.get("max_position_embeddings") or 0)
     layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
-    if windowed or layer_types:
+    if (window and in_use and not config.get("layer_types")) or layer_types:
         raise ModelLoadError(
             f"sliding_window is {config.get('sliding_window')} and in use "
             f"(layer_types {sorted(layer_types) or 'by max_window_layers'}); pdray knows full attention"
@@ -184,7 +240,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 def _rope(config: Mapping[str, Any], max_position_embeddings: int) -> tuple[float, dict[str, Any] | None]:
     """rope_theta and the scaling parameters, from rope_parameters (transformers 5) or rope_theta and rope_scaling."""
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    parameters = _rope_parameters(config)
     theta = float(parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
     legacy_type = parameters.pop("type", None)
     rope_type = parameters.pop("rope_type", None) or legacy_type or "default"
@@ -193,6 +249,12 @@ def _rope(config: Mapping[str, Any], max_position_embeddings: int) -> tuple[floa
         raise ModelLoadError(f"partial_rotary_factor is {partial}; pdray rotates whole heads (1.0)")
     if rope_type not in ROPE_TYPES:
         raise ModelLoadError(f"rope_type is {rope_type!r}; pdray knows {', '.join(ROPE_TYPES)}")
+    unknown = sorted(set(parameters) - ROPE_FIELDS)
+    if unknown:
+        raise ModelLoadError(
+            f"the model's rope parameters have {', '.join(f'{name}={parameters[name]!r}' for name in unknown)}, which "
+            f"pdray does not know; it knows {', '.join(sorted(ROPE_FIELDS))}"
+        )
     if rope_type == "default":
         return theta, None
 
@@ -207,6 +269,17 @@ def _rope(config: Mapping[str, Any], max_position_embeddings: int) -> tuple[floa
     if missing:
         raise ModelLoadError(f"rope_type {rope_type} needs {', '.join(missing)}, which the model's config.json lacks")
     return theta, {"rope_type": rope_type, **parameters}
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_scaling, which wins in transformers, too, or rope_parameters, which may be given for each kind of layer."""
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
+    if nested.keys() - {"full_attention"}:
+        raise ModelLoadError(
+            f"the model has rope parameters for layers of {', '.join(sorted(nested))}; pdray knows full_attention only"
+        )
+    return dict(nested["full_attention"]) if nested else parameters
 
 
 def _eos_token_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None) -> tuple[int, ...]:

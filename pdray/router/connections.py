@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from pdray.background import BackgroundTasks, LoopFailures
-from pdray.cluster.messages import AnyMessage, ClusterView, Ping, RenewLeases, WorkerInfo
+from pdray.cluster.messages import AnyMessage, ClusterView, Draining, Ping, RenewLeases, WorkerInfo
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.errors import HandshakeError, WorkerDiedError
 from pdray.router.link import WorkerLink
@@ -42,8 +42,10 @@ class WorkerConnections:
 
     Attributes:
         links: by worker id, open or not.
-        pairs: (prefill, decode) worker ids to the epoch of their channel.
+        pairs: (prefill, decode) worker ids to the epoch of their channel, without those that are broken in that epoch.
+        broken: pairs that did not serve, with the epoch of their channel then.
         error: what kept a worker from starting or a pair from connecting, as the last view tells it.
+        draining: the workers are about to end, as the last view tells it.
     """
 
     def __init__(
@@ -57,7 +59,10 @@ class WorkerConnections:
     ) -> None:
         self.links: dict[str, WorkerLink] = {}
         self.pairs: dict[tuple[str, str], int] = {}
+        self._all_pairs: dict[tuple[str, str], int] = {}  # as the last view names them
+        self.broken: dict[tuple[str, str], int] = {}  # the epoch in which they did not serve
         self.error: str | None = None
+        self.draining: Draining | None = None
         self._router_id = router_id
         self._secret = secret
         self._watch = watch
@@ -79,12 +84,22 @@ class WorkerConnections:
     def can_serve(self) -> bool:
         """Whether a pair, or a worker that does both, is connected."""
         return any(
-            link.info.role == "both" or any(self.is_open(p) for p, d in self.pairs if d == link.info.worker_id)
+            (link.info.role == "both" and not link.broken)
+            or any(self.is_open(p) for p, d in self.pairs if d == link.info.worker_id)
             for link in self.open_links("decode", "both")
         )
 
     def open_links(self, *roles: str) -> list[WorkerLink]:
         return [link for link in self.links.values() if link.is_open and link.info.role in roles]
+
+    def mark_broken(self, prefill_id: str, decode_id: str) -> None:
+        """The pair gets no requests until its channel was opened anew."""
+        self.broken[prefill_id, decode_id] = self.pairs[prefill_id, decode_id]
+        self._leave_out_broken()
+
+    def _leave_out_broken(self) -> None:
+        self.broken = {p: epoch for p, epoch in self.broken.items() if self._all_pairs.get(p) == epoch}
+        self.pairs = {p: epoch for p, epoch in self._all_pairs.items() if p not in self.broken}
 
     def is_open(self, worker_id: str) -> bool:
         link = self.links.get(worker_id)
@@ -139,8 +154,9 @@ class WorkerConnections:
                 version = -1  # a Coordinator that was started again counts anew
                 await asyncio.sleep(RECONNECT_S)
                 continue
-            version, self.error = view.version, view.error
-            self.pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
+            version, self.error, self.draining = view.version, view.error, view.draining
+            self._all_pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
+            self._leave_out_broken()
             self._workers = {info.worker_id: info for info in view.workers}
             for link in list(self.links.values()):
                 info = self._workers.get(link.info.worker_id)

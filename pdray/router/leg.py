@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from pdray.cluster.admission import Waiting
 from pdray.cluster.messages import LegKey
-from pdray.cluster.policy import Choice, Demand
+from pdray.cluster.policy import Choice
 from pdray.cluster.request_tracker import Leg
+from pdray.config import Config
+from pdray.engine.schedule.demand import Demand, lease_demand
 from pdray.router.request import RoutedRequest
 
 
@@ -17,9 +19,11 @@ class RoutedLeg:
     leg: which completions, from where, in which attempt.
     entry: its place in the queue, kept while it has a lease.
     choice: who was asked for a lease, or holds it; None while it waits.
-    granted: the lease stands.
+    granted: the lease stands, or none is needed and its prefill worker was told to begin.
     prefix_hashes: short hashes of its full blocks, in order; empty without prefix caching.
     filling: its prefill worker was told to begin, and the decode worker has not shown a token yet.
+    alone: it is under suspicion: its workers compute its first steps alone.
+    num_losses: legs before it that were lost, each going on where the one before had been.
     """
 
     request: RoutedRequest
@@ -30,12 +34,31 @@ class RoutedLeg:
     granted: bool = False
     filling: bool = False
     prefix_hashes: list[int] = field(default_factory=list)
+    alone: bool = False
+    num_losses: int = 0
 
     @property
     def key(self) -> LegKey:
         return self.leg.key
 
-    def demand(self, block_size: int) -> Demand:
-        """Blocks for prompt, earlier outputs and one token; a place for each completion; tokens to prefill."""
-        num_tokens = len(self.request.output.prompt_token_ids) + len(self.leg.output_token_ids)
-        return Demand(-(-(num_tokens + 1) // block_size), len(self.leg.indices), num_tokens)
+    @property
+    def ends_with_first_token(self) -> bool:
+        """Whether each of its completions ends with the next token, whatever it is: nobody has to decode."""
+        return self._max_tokens - len(self.leg.output_token_ids) == 1
+
+    def demand(self, config: Config) -> Demand:
+        """What it takes of its workers; the decode worker's own formula."""
+        num_prompt_tokens = len(self.request.output.prompt_token_ids)
+        return lease_demand(
+            num_prompt_tokens + len(self.leg.output_token_ids),
+            num_prompt_tokens + self._max_tokens,
+            len(self.leg.indices),
+            block_size=config.block_size,
+            headroom_tokens=config.decode_headroom_tokens,
+        )
+
+    @property
+    def _max_tokens(self) -> int:
+        max_tokens = self.request.params.max_tokens
+        assert max_tokens is not None, "see complete_params()"
+        return max_tokens

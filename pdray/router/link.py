@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pdray.cluster.messages import Credit, LegKey, PrefixUpdate, WorkerInfo, unpack_hashes
+from pdray.cluster.credit import covers
+from pdray.cluster.messages import Credit, CreditWanted, LegKey, PrefixUpdate, WorkerInfo, unpack_hashes
 from pdray.cluster.policy import DecodeState, PrefillState
 from pdray.cluster.session import Session
+from pdray.engine.schedule.demand import Demand
 
 NO_CREDIT = Credit(free_blocks=0, free_places=0, running=0, waiting=0, leases=0)
 
@@ -17,9 +19,12 @@ class WorkerLink:
     """Attributes:
     session: None until it is open, and after it has closed.
     credit: the last that a decode worker told; none until it has.
+    broken: it does prefill and decode, and has not served a probe: it gets no new requests.
     denied: it refused a lease, and has told no new credit since.
+    wanted: it is to tell when it has this much credit, and has not.
     asked: blocks and places of leases asked for and not answered, by leg.
     prefixes: short hashes of the blocks in its prefix cache, as it told last.
+    failed: its engine has failed, and its process is about to end.
     queued: tokens for a prefill worker whose first token has not come back, by leg; from when the lease is asked for.
     """
 
@@ -28,6 +33,9 @@ class WorkerLink:
         self.session: Session | None = None
         self.credit = NO_CREDIT
         self.denied = False
+        self.failed = False
+        self.wanted: CreditWanted | None = None
+        self.broken = False
         self.asked: dict[LegKey, tuple[int, int]] = {}
         self.queued: dict[LegKey, int] = {}
         self.told_queued_tokens = 0
@@ -35,10 +43,38 @@ class WorkerLink:
 
     @property
     def is_open(self) -> bool:
-        return self.session is not None and not self.session.closed
+        return self.session is not None and not self.session.closed and not self.failed
+
+    def could_decode(self, demand: Demand) -> bool:
+        """Whether the request would fit if nothing else were there."""
+        info = self.info
+        return (
+            info.role != "prefill"
+            and demand.blocks < info.num_blocks  # one of them is a dummy
+            and demand.places <= info.max_num_seqs
+            and demand.length <= info.max_model_len
+        )
+
+    def could_prefill(self, demand: Demand) -> bool:
+        """The same for its prompt alone."""
+        return demand.tokens < self.info.max_model_len and demand.places <= self.info.max_num_seqs
 
     def update_credit(self, credit: Credit) -> None:
         self.credit, self.denied = credit, False
+        if self.wanted is not None and covers(credit, self.wanted.blocks, self.wanted.places):
+            self.wanted = None
+
+    def want(self, demand: Demand) -> bool:
+        """It is to tell when it can take this. False if it knows already, can take it, or will answer anyway."""
+        wanted = CreditWanted(demand.blocks, demand.places)
+        if (
+            self.asked
+            or wanted == self.wanted
+            or (covers(self.credit, demand.blocks, demand.places) and not self.denied)
+        ):
+            return False
+        self.wanted = wanted
+        return True
 
     def expect_credit(self, blocks: int, places: int) -> None:
         """A lease ends without the worker saying so in its next step: count on what it held. If that is too early,

@@ -5,33 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pdray.cluster.losses import Losses
 from pdray.cluster.request_tracker import RequestTracker
-from pdray.outputs import CompletionOutput, Logprob, RequestOutput, SampledToken
-from pdray.router.detokenizer import Detokenizer, Piece, decode_logprobs
+from pdray.outputs import RequestOutput, SampledToken
+from pdray.router.completion import CompletionDelta, GrowingCompletion
 from pdray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(slots=True)
-class CompletionDelta:
-    """What was added to one completion since the consumer last looked.
-
-    Attributes:
-        logprobs: one dict per new token; None if not asked for.
-        finish_reason, stop_reason: as in CompletionOutput, on the last delta.
-    """
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
 
 
 class RoutedRequest:
@@ -41,8 +24,8 @@ class RoutedRequest:
     completion. Event loop's thread only.
 
     Attributes:
-        output: everything so far; complete once the iteration has ended, but for logprobs: who iterates has them in
-            deltas alone.
+        output: everything so far, but for the text of completions that go on; complete at the end, but for logprobs:
+            who iterates has them in deltas alone.
     """
 
     def __init__(
@@ -60,16 +43,9 @@ class RoutedRequest:
         self.params = params
         self.priority = priority
         self.tracker = RequestTracker(request_id, params.n)
-        self.output = RequestOutput(
-            request_id, prompt, prompt_token_ids, [CompletionOutput(index) for index in range(params.n)]
-        )
-        if params.logprobs is not None:
-            for completion in self.output.outputs:
-                completion.logprobs, completion.cumulative_logprob = [], 0.0
-        self._tokenizer = tokenizer
-        self._detokenizers = [Detokenizer(tokenizer, prompt_token_ids, params) for _ in range(params.n)]
+        self._completions = [GrowingCompletion(i, tokenizer, prompt_token_ids, params) for i in range(params.n)]
+        self.output = RequestOutput(request_id, prompt, prompt_token_ids, [each.output for each in self._completions])
         self._on_abort = on_abort
-        self._pending: dict[int, CompletionDelta] = {}
         self._wake = asyncio.Event()
         self._has_ended = asyncio.Event()
         self._error: BaseException | None = None
@@ -79,7 +55,7 @@ class RoutedRequest:
         self.arrival = arrival
         self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outruns: set[int] = set()  # completions ended by a stop string that their worker does not know of
-        self.num_losses = 0
+        self.losses = Losses()
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
 
@@ -89,16 +65,16 @@ class RoutedRequest:
         Raises:
             WorkerDiedError: the request was lost; nothing more will come.
         """
-        for completion in self.output.outputs:  # 20 for each token of a long stream, kept to its end, fill a router
-            completion.logprobs = None
+        for completion in self._completions:
+            completion.stream()
         while True:
             await self._wake.wait()
             self._wake.clear()
-            deltas, self._pending = list(self._pending.values()), {}
-            ended = self.ended
+            ended = self.ended  # nothing comes after it
+            deltas = [delta for each in self._completions if (delta := each.take_delta()) is not None]
             if deltas:
                 yield deltas
-            if ended and not self._pending:
+            if ended:
                 if self._error is not None:
                     raise self._error
                 return
@@ -124,41 +100,21 @@ class RoutedRequest:
     def take(self, tokens: list[SampledToken]) -> None:
         """Book fresh tokens."""
         for token in tokens:
-            completion = self.output.outputs[token.index]
-            if completion.finished:
+            completion = self._completions[token.index]
+            if completion.output.finished:
                 continue  # tokens of the same message, after the one that completed a stop string
-            delta = self._delta(token.index)
-            completion.token_ids.append(token.token_id)
-            delta.token_ids.append(token.token_id)
-            if delta.logprobs is not None and completion.cumulative_logprob is not None and token.logprobs:
-                logprobs = decode_logprobs(self._tokenizer, token.logprobs)
-                delta.logprobs.append(logprobs)
-                if completion.logprobs is not None:
-                    completion.logprobs.append(logprobs)
-                completion.cumulative_logprob += token.logprobs[token.token_id].logprob
-            detokenizer = self._detokenizers[token.index]
-            if token.finish_reason == "stop" and not self.params.include_stop_str_in_output:
-                piece = Piece("", None)  # an end-of-sequence or stop token; it is no text, as in vLLM
-            else:
-                piece = detokenizer.feed(token.token_id)
-            text = piece.text
-            if piece.stop is not None:
+            if completion.take(token) is not None:
                 if token.finish_reason is None:
                     self.outruns.add(token.index)
                 self.tracker.finish(token.index)
-                completion.finish_reason, completion.stop_reason = "stop", piece.stop
-            elif token.finish_reason is not None:
-                text += detokenizer.flush()
-                completion.finish_reason, completion.stop_reason = token.finish_reason, token.stop_reason
-            completion.text += text
-            delta.text += text
-            delta.finish_reason, delta.stop_reason = completion.finish_reason, completion.stop_reason
         self._note_times(tokens)
         self._wake.set()
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more will come."""
         self.ended, self._error = True, error
+        for completion in self._completions:
+            completion.close()
         self.output.finished = error is None
         self.output.timings.e2e = time.monotonic() - self.arrival
         if not self.granted.done():
@@ -168,13 +124,6 @@ class RoutedRequest:
                 self.granted.set_exception(error)
         self._wake.set()
         self._has_ended.set()
-
-    def _delta(self, index: int) -> CompletionDelta:
-        delta = self._pending.get(index)
-        if delta is None:
-            delta = self._pending[index] = CompletionDelta(index)
-            delta.logprobs = None if self.params.logprobs is None else []
-        return delta
 
     def _note_times(self, tokens: list[SampledToken]) -> None:
         now, timings = time.monotonic(), self.output.timings

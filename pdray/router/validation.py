@@ -2,56 +2,113 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
+import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from pdray.errors import InvalidRequestError
+from pdray.router.tokenization import beside_loop, encoder_of, too_long
 from pdray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THREAD_FROM_CHARS = 4096  # longer texts are tokenized beside the event loop
+DEFAULTS = SamplingParams()
+# Parameters that say something about the text, and what to do without one.
+NEED_TOKENIZER = {
+    "stop": "use stop_token_ids",
+    "include_stop_str_in_output": "leave it out",
+    "skip_special_tokens": "leave it out",
+}
 
 
-async def tokenize(tokenizer: PreTrainedTokenizerBase | None, prompt: str | list[int]) -> list[int]:
-    """Token ids of a prompt.
-
-    Raises:
-        InvalidRequestError: empty, not text or ids, or ids outside of the vocabulary.
-    """
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise InvalidRequestError("this server has no tokenizer (skip_tokenizer_init); send token ids", "prompt")
-        encode = tokenizer.encode
-        ids = await asyncio.to_thread(encode, prompt) if len(prompt) > THREAD_FROM_CHARS else encode(prompt)
-    else:
-        ids = list(prompt)
-        limit = 2**31 if tokenizer is None else len(tokenizer)
-        for token_id in ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
-                raise InvalidRequestError(f"prompt token id {token_id!r} is not in [0, {limit})", "prompt")
-    if not ids:
-        raise InvalidRequestError("the prompt is empty; it must have at least one token", "prompt")
+async def tokenize(
+    tokenizer: PreTrainedTokenizerBase | None, prompt: str | list[int], max_model_len: int | None = None
+) -> list[int]:
+    """Token ids of a prompt; see tokenize_all."""
+    [ids] = await tokenize_all(tokenizer, [prompt], max_model_len)
     return ids
 
 
-def complete_params(params: SamplingParams, num_prompt_tokens: int, max_model_len: int) -> SamplingParams:
+async def tokenize_all(
+    tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[str | list[int]], max_model_len: int | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt. All are looked at before any is tokenized, and those of a call are tokenized in turn.
+
+    Raises:
+        InvalidRequestError: a prompt is empty, no text or ids, has ids outside of the vocabulary, or is too long for
+            max_model_len.
+    """
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise InvalidRequestError(
+                    "this server has no tokenizer (skip_tokenizer_init); send token ids", "prompt"
+                )
+            if max_model_len is not None:
+                encoder_of(tokenizer).check_length(prompt, max_model_len)
+        else:
+            _check_ids(prompt, 2**31 if tokenizer is None else len(tokenizer), max_model_len)
+    abandoned = threading.Event()
+
+    def encode(prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            assert tokenizer is not None
+            return encoder_of(tokenizer).encode(prompt, max_model_len)
+        return list(prompt)
+
+    def encode_all() -> list[list[int]]:
+        return [encode(prompt) for prompt in prompts if not abandoned.is_set()]
+
+    try:
+        result = await beside_loop(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode_all)
+    finally:
+        abandoned.set()
+    if not all(result):
+        raise InvalidRequestError("the prompt is empty; it must have at least one token", "prompt")
+    return result
+
+
+def _check_ids(ids: list[int], limit: int, max_model_len: int | None) -> None:
+    if max_model_len is not None and len(ids) >= max_model_len:
+        raise too_long(str(len(ids)), max_model_len)
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
+            raise InvalidRequestError(f"prompt token id {token_id!r} is not in [0, {limit})", "prompt")
+
+
+def check_tokenizer(params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse what looks at text where there is none.
+
+    Raises:
+        InvalidRequestError: names the parameter.
+    """
+    if tokenizer is not None:
+        return
+    for name, instead in NEED_TOKENIZER.items():
+        if getattr(params, name) != getattr(DEFAULTS, name):
+            raise InvalidRequestError(
+                f"{name} needs a tokenizer, and this server has none (skip_tokenizer_init); {instead}", name
+            )
+
+
+def complete_params(
+    params: SamplingParams, num_prompt_tokens: int, max_model_len: int, default_max_tokens: int | None = None
+) -> SamplingParams:
     """The parameters with max_tokens and, unless greedy, a seed.
+
+    Args:
+        default_max_tokens: instead of all that the context length leaves, and never more.
 
     Raises:
         InvalidRequestError: prompt, or prompt and max_tokens, do not fit max_model_len.
     """
     left = max_model_len - num_prompt_tokens
     if left < 1:
-        raise InvalidRequestError(
-            f"the prompt has {num_prompt_tokens} tokens, but the context length (max_model_len) is {max_model_len} "
-            "for prompt and output; shorten the prompt",
-            "prompt",
-        )
+        raise too_long(str(num_prompt_tokens), max_model_len)
     if params.max_tokens is not None and params.max_tokens > left:
         raise InvalidRequestError(
             f"max_tokens is {params.max_tokens}, but the prompt's {num_prompt_tokens} tokens leave {left} of "
@@ -60,10 +117,12 @@ def complete_params(params: SamplingParams, num_prompt_tokens: int, max_model_le
         )
     changes: dict[str, int] = {}
     if params.max_tokens is None:
-        changes["max_tokens"] = left
-        if params.min_tokens > left:
+        changes["max_tokens"] = max_tokens = left if default_max_tokens is None else min(left, default_max_tokens)
+        if params.min_tokens > max_tokens:
             raise InvalidRequestError(
-                f"min_tokens is {params.min_tokens}, but the context length leaves {left}; lower it", "min_tokens"
+                f"min_tokens is {params.min_tokens}, but max_tokens, which was left out, is {max_tokens} here (the "
+                f"context length leaves {left}); lower min_tokens, or give max_tokens",
+                "min_tokens",
             )
     if params.seed is None and not params.greedy:
         changes["seed"] = secrets.randbits(63)

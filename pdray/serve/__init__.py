@@ -9,7 +9,9 @@ from pdray.config import Config
 if TYPE_CHECKING:
     from ray.serve import Application
 
-__all__ = ["build"]
+__all__ = ["MARK", "build"]
+
+MARK = "pdray_serve"  # key in the user_config of pdray's deployments: by it they are known, and who has deployed them
 
 
 def build(args: Config) -> "Application":

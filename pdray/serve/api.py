@@ -31,9 +31,14 @@ MAX_LOGGED_CHARS = 2000
 logger = logging.getLogger(__name__)
 
 
-def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastAPI:
+def create_app(
+    config: Config,
+    get_router: Callable[[], Router | None],
+    why_no_router: Callable[[], str] = lambda: "the server is starting; try again shortly",
+) -> FastAPI:
     """Args:
     get_router: the router, or None while there is none yet.
+    why_no_router: what it waits for.
     """
     app = FastAPI(title="pdray", version=pdray.__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     install(app)
@@ -44,7 +49,7 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
     def router() -> Router:
         current = get_router()
         if current is None:
-            raise NoWorkerError("the server is starting; try again shortly")
+            raise NoWorkerError(why_no_router())
         return current
 
     def check_model(name: str | None) -> None:
@@ -86,7 +91,7 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
         check_model(body.model)
         request_id = _request_id("cmpl", request)
         log_prompt(request_id, body.prompt)
-        generation = Completion(body, request_id, config.model_name, router().tokenizer)
+        generation = Completion(body, request_id, config.model_name, router().tokenizer, router().sampling_defaults)
         return await generation.respond(request, router())
 
     @v1.post("/chat/completions", responses=GENERATED, openapi_extra=request_body(ChatBody))
@@ -95,8 +100,8 @@ def create_app(config: Config, get_router: Callable[[], Router | None]) -> FastA
         check_model(body.model)
         request_id = _request_id("chatcmpl", request)
         log_prompt(request_id, [message.plain() for message in body.messages])
-        prompt_token_ids = await render_chat(body, router().tokenizer)
-        generation = Chat(body, prompt_token_ids, request_id, config.model_name)
+        prompt_token_ids = await render_chat(body, router().tokenizer, router().max_model_len)
+        generation = Chat(body, prompt_token_ids, request_id, config.model_name, router().sampling_defaults)
         return await generation.respond(request, router())
 
     app.include_router(v1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pdray.errors import InvalidRequestError
+from pdray.models.generation_config import SamplingDefaults
 from pdray.outputs import CompletionOutput, RequestOutput
-from pdray.router.request import CompletionDelta
-from pdray.router.validation import THREAD_FROM_CHARS
+from pdray.router.completion import CompletionDelta
+from pdray.router.tokenization import beside_loop, encoder_of
 from pdray.serve.generation import Generation
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.responses import chat_logprobs, completion_logprobs
@@ -28,22 +28,28 @@ class Completion(Generation):
     object_name = chunk_object_name = "text_completion"
 
     def __init__(
-        self, body: CompletionBody, request_id: str, model: str, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        body: CompletionBody,
+        request_id: str,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        defaults: SamplingDefaults,
     ) -> None:
-        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        params = body.sampling_params(max_tokens=max_tokens, logprobs=body.logprobs)
-        super().__init__(body, body.prompt, params, request_id, model)
+        params = body.sampling_params(max_tokens=body.max_tokens, logprobs=body.logprobs, defaults=defaults.values)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if defaults.max_tokens is None else defaults.max_tokens
+        super().__init__(body, body.prompt, params, request_id, model, max_tokens)
         if body.echo and tokenizer is None:
             raise InvalidRequestError("echo needs a tokenizer, and this server has none", "echo")
         self._tokenizer = tokenizer if body.echo else None
         self._num_top = body.logprobs or 0
-        self._text_lengths: dict[int, int] = {}
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         return {
             "index": index,
             "text": self._echo(output) + completion.text,
-            "logprobs": completion_logprobs(completion.token_ids, completion.logprobs, self._num_top, 0),
+            "logprobs": completion_logprobs(
+                completion.token_ids, completion.logprobs, self._num_top, completion.text_offsets
+            ),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
@@ -53,14 +59,10 @@ class Completion(Generation):
         return [{"index": index, "text": echo, "logprobs": None, "finish_reason": None}] if echo else []
 
     def delta_choices(self, index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
-        offset = self._text_lengths.get(index, 0)
-        if delta.logprobs is not None:
-            texts = (step[t].decoded_token for t, step in zip(delta.token_ids, delta.logprobs, strict=True))
-            self._text_lengths[index] = offset + sum(len(text or "") for text in texts)
         choice = {
             "index": index,
             "text": delta.text,
-            "logprobs": completion_logprobs(delta.token_ids, delta.logprobs, self._num_top, offset),
+            "logprobs": completion_logprobs(delta.token_ids, delta.logprobs, self._num_top, delta.text_offsets),
             "finish_reason": delta.finish_reason,
         }
         return [choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}]
@@ -78,11 +80,15 @@ class Chat(Generation):
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, prompt_token_ids: list[int], request_id: str, model: str) -> None:
+    def __init__(
+        self, body: ChatBody, prompt_token_ids: list[int], request_id: str, model: str, defaults: SamplingDefaults
+    ) -> None:
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         self._num_top = body.top_logprobs or 0
-        params = body.sampling_params(max_tokens=max_tokens, logprobs=self._num_top if body.logprobs else None)
-        super().__init__(body, [prompt_token_ids], params, request_id, model)
+        params = body.sampling_params(
+            max_tokens=max_tokens, logprobs=self._num_top if body.logprobs else None, defaults=defaults.values
+        )
+        super().__init__(body, [prompt_token_ids], params, request_id, model, defaults.max_tokens)
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         return {
@@ -121,11 +127,13 @@ class Chat(Generation):
         return choices
 
 
-async def render_chat(body: ChatBody, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+async def render_chat(
+    body: ChatBody, tokenizer: PreTrainedTokenizerBase | None, max_model_len: int | None
+) -> list[int]:
     """Token ids of a conversation in the model's own chat template. Long ones are rendered beside the event loop.
 
     Raises:
-        InvalidRequestError: there is no template, or it refuses the conversation.
+        InvalidRequestError: there is no template, it refuses the conversation, or the prompt is too long.
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
@@ -137,12 +145,20 @@ async def render_chat(body: ChatBody, tokenizer: PreTrainedTokenizerBase | None)
         [message.plain() for message in body.messages],
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
-        return_dict=False,
+        tokenize=False,
         **(body.chat_template_kwargs or {}),
     )
     num_chars = sum(len(each.role) + len(each.name or "") + len(each.content or "") for each in body.messages)
-    try:
-        ids: Any = await asyncio.to_thread(render) if num_chars > THREAD_FROM_CHARS else render()
-    except Exception as error:  # templates are programs of the model's authors: any error is the conversation's fault
-        raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
-    return [int(token_id) for token_id in ids]
+
+    def token_ids() -> list[int]:
+        try:
+            text: Any = render()
+        except (
+            Exception
+        ) as error:  # templates are programs of the model's authors: any error is the conversation's fault
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {error}", "messages"
+            ) from error
+        return encoder_of(tokenizer).encode(text, max_model_len, add_special_tokens=False)
+
+    return await beside_loop(num_chars, token_ids)

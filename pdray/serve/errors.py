@@ -12,7 +12,14 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pdray.errors import InvalidRequestError, NoWorkerError, PdrayError, QueueFullError, RequestTimeoutError
+from pdray.errors import (
+    InvalidRequestError,
+    NoWorkerError,
+    PdrayError,
+    QueueFullError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +73,9 @@ def to_api_error(error: BaseException) -> ApiError:
         case ValidationError():
             problem = _first_problem(error)
             return ApiError(400, problem.message, param=problem.param)
+        case RequestFailedError():
+            # openai's clients try a 500 again on their own, unless told not to
+            return ApiError(500, str(error), type="server_error", headers={"x-should-retry": "false"})
         case PdrayError():
             return ApiError(500, str(error), type="server_error")
         case HTTPException():

@@ -13,7 +13,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from pdray.outputs import CompletionOutput, RequestOutput
-from pdray.router.request import CompletionDelta, RoutedRequest
+from pdray.router.completion import CompletionDelta
+from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.serve.connection import EventStream, unless_gone
 from pdray.serve.errors import to_api_error
@@ -24,8 +25,18 @@ from pdray.serve.responses import SSE_DONE, encode_json, envelope, sse, timings_
 class Submits(Protocol):
     """What the API needs of a Router."""
 
+    async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]: ...
+
     async def submit(
-        self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        default_max_tokens: int | None = None,
+        text: str | None = None,
+        arrival: float | None = None,
     ) -> RoutedRequest: ...
 
 
@@ -46,12 +57,14 @@ class Generation(ABC):
         params: SamplingParams,
         request_id: str,
         model: str,
+        default_max_tokens: int | None,
     ) -> None:
         self.body = body
         self.prompts = prompts
         self.params = params
         self.request_id = request_id
         self.model = model
+        self.default_max_tokens = default_max_tokens
         self.created = int(time.time())
 
     @abstractmethod
@@ -95,14 +108,22 @@ class Generation(ABC):
 
     async def _submit(self, router: Submits, admitted: dict[int, RoutedRequest]) -> None:
         """Submit all prompts at once. Whatever happens, `admitted` holds those that the router has taken."""
+        arrival = time.monotonic()
 
-        async def one(index: int, prompt: str | list[int]) -> None:
-            suffix = f"-{index}" if len(self.prompts) > 1 else ""
+        async def one(index: int, prompt_token_ids: list[int]) -> None:
+            prompt = self.prompts[index]
             admitted[index] = await router.submit(
-                prompt, self.params, request_id=self.request_id + suffix, priority=self.body.priority or 0
+                prompt_token_ids,
+                self.params,
+                request_id=self.request_id + (f"-{index}" if len(self.prompts) > 1 else ""),
+                priority=self.body.priority or 0,
+                text=prompt if isinstance(prompt, str) else None,
+                arrival=arrival,
+                default_max_tokens=self.default_max_tokens,
             )
 
-        tasks = [asyncio.ensure_future(one(index, prompt)) for index, prompt in enumerate(self.prompts)]
+        prompts = await router.tokenize(self.prompts)
+        tasks = [asyncio.ensure_future(one(index, ids)) for index, ids in enumerate(prompts)]
         try:
             await asyncio.gather(*tasks)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
@@ -19,7 +20,15 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from pdray.errors import InvalidRequestError
-from pdray.sampling_params import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
+from pdray.sampling_params import (
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+    MIN_SEED,
+    SMALLEST_FLOAT32,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +65,9 @@ NOT_SUPPORTED = (
 )
 
 
-def _in(lowest: float, highest: float, *, above: bool = False) -> FieldInfo:
-    """A range for the API's schema; SamplingParams checks it.
-
-    Args:
-        above: the lowest itself is not allowed.
-    """
-    return Field(json_schema_extra={"exclusiveMinimum" if above else "minimum": lowest, "maximum": highest})
+def _in(lowest: float, highest: float) -> FieldInfo:
+    """A range for the API's schema; SamplingParams checks it."""
+    return Field(json_schema_extra={"minimum": lowest, "maximum": highest})
 
 
 def _stop(value: Any) -> str | list[str] | None:
@@ -168,13 +173,13 @@ class GenerationBody(BaseModel):
     n: Annotated[Int32, _in(1, MAX_N)] | None = 1
     max_tokens: Annotated[Int32, _in(1, MAX_INT32)] | None = None
     temperature: Annotated[Number, _in(0, 100)] | None = None
-    top_p: Annotated[Number, _in(0, 1, above=True)] | None = None
+    top_p: Annotated[Number, _in(SMALLEST_FLOAT32, 1)] | None = None
     top_k: Annotated[Int32, _in(-1, MAX_INT32)] | None = None
     min_p: Annotated[Number, _in(0, 1)] | None = None
     presence_penalty: Annotated[Number, _in(-2, 2)] | None = None
     frequency_penalty: Annotated[Number, _in(-2, 2)] | None = None
-    repetition_penalty: Annotated[Number, _in(0, 100, above=True)] | None = None
-    seed: Annotated[StrictInt, _in(0, MAX_SEED)] | None = None
+    repetition_penalty: Annotated[Number, _in(SMALLEST_FLOAT32, 100)] | None = None
+    seed: Annotated[StrictInt, _in(MIN_SEED, MAX_SEED)] | None = None
     stop: Stop = None
     stop_token_ids: Annotated[list[Annotated[Int32, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     min_tokens: Annotated[Int32, _in(0, MAX_INT32)] | None = None
@@ -197,15 +202,17 @@ class GenerationBody(BaseModel):
             extra.clear()  # the request lives long, and they may be many times the body's size
         return self
 
-    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Fields that were left out, or are null, take SamplingParams' defaults.
+    def sampling_params(
+        self, *, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
+        """Fields that were left out, or are null, take the defaults given, else SamplingParams'.
 
         Raises:
             InvalidRequestError: a value is out of range.
         """
         names = [name for name in SamplingParams.__struct_fields__ if name not in ("max_tokens", "logprobs")]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+        return SamplingParams(**{**defaults, **given}, max_tokens=max_tokens, logprobs=logprobs)
 
 
 class CompletionBody(GenerationBody):

@@ -18,9 +18,17 @@ LOWEST_LOGPROB = -9999.0  # JSON has no -inf; the value is vLLM's
 encode_json = msgspec.json.Encoder().encode
 
 
+# JSON leaves them as they are, but many readers of streams split lines as Python's str.splitlines does. The encoder
+# escapes the other line ends, which are control characters. As UTF-8 they occur within strings only.
+LINE_ENDS = {char.encode(): b"\\u%04x" % ord(char) for char in "\u0085\u2028\u2029"}
+
+
 def sse(value: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + encode_json(value) + b"\n\n"
+    """One server-sent event: one line by any reader's rules."""
+    event = encode_json(value)
+    for raw, escaped in LINE_ENDS.items():
+        event = event.replace(raw, escaped)
+    return b"data: " + event + b"\n\n"
 
 
 SSE_DONE = b"data: [DONE]\n\n"
@@ -52,13 +60,13 @@ def chat_logprobs(
     if logprobs is None:
         return None
 
-    def entry(logprob: Logprob) -> dict[str, Any]:
-        token = logprob.decoded_token or ""
-        return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode())}
+    def entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
+        piece = None if logprob.token_bytes is None else list(logprob.token_bytes)
+        return {"token": _token(token_id, logprob), "logprob": _finite(logprob), "bytes": piece}
 
     return {
         "content": [
-            entry(step[token_id]) | {"top_logprobs": [entry(top) for top in _top(step, num_top)]}
+            entry(token_id, step[token_id]) | {"top_logprobs": [entry(*top) for top in _top(step, num_top)]}
             for token_id, step in zip(token_ids, logprobs, strict=True)
         ],
         "refusal": None,
@@ -66,34 +74,48 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob]] | None, num_top: int, text_offset: int
+    token_ids: Sequence[int],
+    logprobs: Sequence[dict[int, Logprob]] | None,
+    num_top: int,
+    text_offsets: Sequence[int] | None,
 ) -> dict[str, Any] | None:
-    """openai's completion Logprobs of some tokens whose text begins at text_offset.
+    """openai's completion Logprobs of some tokens.
 
-    As in OpenAI's API, top_logprobs hold the sampled token too, so they may have num_top + 1 entries.
+    As in OpenAI's API, top_logprobs hold the sampled token too, so they may have num_top + 1 entries. Their keys are
+    tokens; of several that look the same, the sampled or else the most likely one has the name, and the others are
+    called token_id:N, as by vLLM.
     """
     if logprobs is None:
         return None
-    tokens = [step[token_id].decoded_token or "" for token_id, step in zip(token_ids, logprobs, strict=True)]
-    offsets = []
-    for token in tokens:
-        offsets.append(text_offset)
-        text_offset += len(token)
+    steps = list(zip(token_ids, logprobs, strict=True))
     return {
-        "tokens": tokens,
-        "token_logprobs": [_finite(step[token_id]) for token_id, step in zip(token_ids, logprobs, strict=True)],
-        "top_logprobs": [
-            {top.decoded_token or "": _finite(top) for top in _top(step, num_top, also=token_id)}
-            for token_id, step in zip(token_ids, logprobs, strict=True)
-        ],
-        "text_offset": offsets,
+        "tokens": [_token(token_id, step[token_id]) for token_id, step in steps],
+        "token_logprobs": [_finite(step[token_id]) for token_id, step in steps],
+        "top_logprobs": [_top_by_name(step, num_top, token_id) for token_id, step in steps],
+        "text_offset": list(text_offsets or ()),
     }
 
 
-def _top(step: dict[int, Logprob], num_top: int, *, also: int | None = None) -> list[Logprob]:
-    """The most likely tokens, best first, and one more whatever its rank."""
-    chosen = (entry for token_id, entry in step.items() if entry.rank <= num_top or token_id == also)
-    return sorted(chosen, key=lambda entry: entry.rank)
+def _top_by_name(step: dict[int, Logprob], num_top: int, sampled: int) -> dict[str, float]:
+    names = {_token(sampled, step[sampled]): sampled}
+    result = {}
+    for token_id, entry in _top(step, num_top, also=sampled):
+        name = _token(token_id, entry)
+        if names.setdefault(name, token_id) != token_id:
+            name = f"token_id:{token_id}"
+        result[name] = _finite(entry)
+    return result
+
+
+def _token(token_id: int, entry: Logprob) -> str:
+    """What a token is called; without a tokenizer as by vLLM."""
+    return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
+
+
+def _top(step: dict[int, Logprob], num_top: int, *, also: int | None = None) -> list[tuple[int, Logprob]]:
+    """The most likely tokens by id, best first, and one more whatever its rank."""
+    chosen = (item for item in step.items() if item[1].rank <= num_top or item[0] == also)
+    return sorted(chosen, key=lambda item: item[1].rank)
 
 
 def _finite(entry: Logprob) -> float:

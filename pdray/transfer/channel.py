@@ -1,18 +1,31 @@
-"""The interface of every channel.
+"""What a channel kind is: one object with both ends.
 
-A channel joins one prefill worker to one decode worker for one epoch. Its sending half lives at the
-prefill worker (`SendChannel`); what arrives at the decode worker goes through a `BlockSink`, which
-asks the lease table before a byte is written. Sources stay pinned and destinations stay leased by
-the caller until the put's future is done; a channel owns only its own staging.
+A channel joins one prefill worker to one decode worker for one epoch. Each worker process makes one ``Kind`` object
+for every kind that its configuration allows. On a prefill worker it opens a ``Sender`` for each decode worker; on a
+decode worker it makes one ``Receiver`` for all prefill workers. What the two ends say to each other is theirs alone:
+actors carry it as bytes.
+
+A put names a leg and positions in its lease, never blocks of the pool that it is written to: the ``Sink`` turns
+positions into blocks where they land, and refuses what the lease does not hold. Sources stay pinned and destinations
+stay leased by the caller until the put's future is done; a channel owns only its own staging.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from pdray.cluster.messages import ChannelReply
+from pdray.cluster.messages import WorkerInfo
+from pdray.config import Config
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from pdray.engine.kv.pool import KVPool
+    from pdray.transfer.pending_writes import PendingWrites
 
 
 class Put(NamedTuple):
@@ -21,15 +34,21 @@ class Put(NamedTuple):
     Attributes:
         key: the leg that the blocks belong to.
         layers: half-open range of layers.
-        source_blocks, destination_blocks: block ids, same length, pairwise; at least one.
+        source_blocks: ids in the sender's pool, at least one.
+        first_position: where source_blocks[0] goes: its place among the leg's blocks, from 0. The others follow.
         ready: on CUDA, the event after which the source is final; None: it is.
     """
 
     key: Hashable
     layers: range
     source_blocks: list[int]
-    destination_blocks: list[int]
+    first_position: int
     ready: Any = None
+
+    @property
+    def positions(self) -> range:
+        """Half-open range of places among the leg's blocks, one for each source block."""
+        return range(self.first_position, self.first_position + len(self.source_blocks))
 
 
 class PutResult(NamedTuple):
@@ -43,35 +62,160 @@ class PutResult(NamedTuple):
     seconds: float
 
 
-class SendChannel(Protocol):
-    """The prefill worker's half.
+class Site(NamedTuple):
+    """The worker process that a kind works for.
 
-    put() may be called from the event loop's thread only and never blocks. Its future completes,
-    from any thread, once the source may be overwritten and nothing of this put can reach the
-    destination any more; it fails with TransferError when the channel is closed or the put failed.
-    What a failed put had brought as far as the receiver is written only while its lease stands.
+    Attributes:
+        num_peers: decode workers that a prefill worker sends to; 1 on a decode worker.
+        on_fatal: called on the event loop's thread if the device cannot be relied on any more.
     """
 
+    config: Config
+    worker_id: str
+    device: torch.device
+    num_peers: int
+    on_fatal: Callable[[BaseException], None]
+
+
+class Link(NamedTuple):
+    """A sender's way to its decode worker.
+
+    Attributes:
+        send: hands the receiver's on_message() these bytes, over the pair's session; event loop's thread only.
+        call: hands the receiver's on_array() these bytes and this array, through a Ray actor call; from any thread.
+            Returns the call's object reference.
+        on_failed: the channel has failed by itself, and why: its owner closes it; event loop's thread only.
+    """
+
+    peer: str
     epoch: int
-    kind: str  # as configured
+    send: Callable[[bytes], None]
+    call: Callable[[bytes, np.ndarray[Any, Any]], Any]
+    on_failed: Callable[[str], None]
 
-    def put(self, put: Put) -> Future[PutResult]: ...
 
-    def on_message(self, message: ChannelReply) -> None:
-        """What the other half says over the pair's session. Event loop's thread only."""
+class Sender(ABC):
+    """A prefill worker's end of one channel, of one epoch."""
 
+    kind: ClassVar[str]
+    epoch: int
+
+    async def check(self) -> None:
+        """Show that the channel works, once what the receiver says reaches on_message().
+
+        Raises:
+            TransferError: it does not.
+        """
+        return
+
+    @abstractmethod
+    def put(self, put: Put) -> Future[PutResult]:
+        """Send blocks. Event loop's thread only; never blocks.
+
+        The future completes, from any thread, once the source may be overwritten and nothing of this put can reach the
+        destination any more; it fails with TransferError when the channel is closed or the put failed. What a failed
+        put had brought as far as the receiver is written only while its lease stands.
+        """
+
+    def on_message(self, epoch: int, payload: bytes) -> None:
+        """What the receiver says over the pair's session. Event loop's thread only."""
+        raise TypeError(f"a channel of kind {self.kind} takes no messages")
+
+    @abstractmethod
     def close(self) -> None:
-        """Fail what is in flight and refuse what follows. Idempotent; returns when this half does
-        nothing any more. May block up to the channel's deadline; not for the event loop's thread."""
+        """Fail what is in flight and refuse what follows. Idempotent; returns when this end does nothing any more.
+
+        May block up to the channel's deadline; not for the event loop's thread.
+        """
 
 
-class BlockSink(Protocol):
-    """The decode worker's half: what a channel may write, and that it did. Event loop's thread only."""
+class Receiver(ABC):
+    """A decode worker's end of all its channels of one kind. Event loop's thread only."""
 
-    def may_write(self, key: Hashable, worker_id: str, epoch: int) -> bool:
-        """Whether the leg's lease lets that worker write in that epoch (not closed, quarantined, replaced)."""
+    kind: ClassVar[str]
+
+    @abstractmethod
+    async def accept(self, worker_id: str, epoch: int) -> Any:
+        """A prefill worker will open this epoch, after its older one was closed. Returns what Kind.open() needs."""
+
+    def on_message(self, worker_id: str, epoch: int, payload: bytes, send: Callable[[bytes], None]) -> None:
+        """What a sender says over the pair's session; ``send`` answers, for as long as the session lives."""
+        raise TypeError(f"a channel of kind {self.kind} takes no messages")
+
+    async def on_array(self, worker_id: str, epoch: int, payload: bytes, array: np.ndarray[Any, Any]) -> bool:
+        """What a sender passes to Link.call(). Returns whether it counts."""
+        raise TypeError(f"a channel of kind {self.kind} takes no arrays")
+
+    def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
+        """End a sender's channel, if there is one: at once for what it says, and with the coroutine's end for what was
+        being written for it."""
+        return _nothing()
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End all channels; returns when nothing is written any more."""
+
+
+class Sink(Protocol):
+    """The lease table as a receiver sees it: what may be written where, and that it was. Event loop's thread only."""
+
+    def resolve(self, key: Hashable, worker_id: str, epoch: int, layers: range, positions: range) -> list[int] | None:
+        """Blocks of the pool for these positions of the leg.
+
+        None if that worker may not write them in that epoch: the lease is closed, quarantined or another's, or does
+        not hold all of these layers and positions.
+        """
         ...
 
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         """One put of the leg is wholly in the pool; False if it may not be any more, and does not count."""
         ...
+
+
+class Kind(ABC):
+    """One way for blocks to travel, at one worker.
+
+    The constructor takes what memory the kind needs of the device, before the pool is sized; attach() follows when the
+    pool is there. Both may wait for the device and run before any channel is open.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, site: Site) -> None: ...
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What obstacle() must know of this worker; travels in WorkerInfo.channels."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def obstacle(cls, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
+        """Why this kind cannot join the two; None if it can."""
+
+    @abstractmethod
+    def attach(self, pool: KVPool) -> None:
+        """Take the worker's pool; warm up."""
+
+    @abstractmethod
+    def make_receiver(self, sink: Sink, writes: PendingWrites) -> Receiver:
+        """The decode worker's end. Event loop's thread; once.
+
+        Args:
+            sink: asked before anything is written. writes: is told of each write while it lasts.
+        """
+
+    @abstractmethod
+    async def open(self, link: Link, offer: Any) -> Sender:
+        """A prefill worker's end of one channel; Sender.check() follows.
+
+        Args:
+            offer: what the receiver's accept() returned.
+
+        Raises:
+            TransferError: it did not come about. HandshakeError: the two ends do not fit.
+        """
+
+
+async def _nothing() -> None: ...

@@ -25,6 +25,17 @@ from pdray.serve import build
 
 APP = "pdray-test"
 QUEUE_BOUND = 8
+CONFIG = Config(
+    device="cpu",
+    served_model_name="smol",
+    max_model_len=1024,
+    num_kv_blocks=512,
+    max_num_seqs=8,
+    max_queue_size=QUEUE_BOUND,
+    restart_backoff_s=0.5,
+    worker_timeout_s=5.0,  # a loaded machine is no failure
+    graceful_shutdown_timeout_s=60.0,
+)
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -34,19 +45,9 @@ def url(ray_cluster: None) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    config = Config(
-        device="cpu",
-        served_model_name="smol",
-        max_model_len=1024,
-        num_kv_blocks=512,
-        max_num_seqs=8,
-        max_queue_size=QUEUE_BOUND,
-        restart_backoff_s=0.5,
-        worker_timeout_s=5.0,  # a loaded machine is no failure
-    )
-    serve.run(build(config), name=APP, route_prefix="/")
+    serve.run(build(CONFIG), name=APP, route_prefix="/")
     address = f"http://127.0.0.1:{port}"
-    wait_until_ready(address, timeout_s=120)
+    assert httpx.get(f"{address}/health", timeout=10).status_code == 200  # as soon as Serve says that it runs
     yield address
     serve.shutdown()
 
@@ -223,3 +224,37 @@ def test_dead_workers_are_replaced_while_serves_controller_hangs(url: str) -> No
     finally:
         controller.resume()
     assert {row["worker_id"] for row in workers() if row["pid"] != before[row["worker_id"]]} == {"decode-0"}
+
+
+def test_a_configuration_that_cannot_start_changes_nothing(url: str, client: openai.OpenAI, stories: list[str]) -> None:
+    """Serve says why, and the one before goes on."""
+    before = {row["pid"] for row in workers()}
+    broken = CONFIG.model_copy(update={"model": "/nowhere/model"})
+    with pytest.raises(RuntimeError, match="failed"):
+        serve.run(build(broken), name=APP, route_prefix="/")
+    deployments = serve.status().applications[APP].deployments
+    assert "there is no such file or folder" in deployments["workers"].message
+    assert httpx.get(f"{url}/health", timeout=10).status_code == 200
+    assert stream_text(client, 0) == stories[0]
+    assert {row["pid"] for row in workers()} == before
+
+
+def test_streams_go_on_while_the_configuration_changes(url: str, client: openai.OpenAI, stories: list[str]) -> None:
+    """The old workers end their streams, the new ones take what comes then; Serve says so when they do."""
+    before = {row["pid"] for row in workers()}
+    started = [threading.Event() for _ in stories]
+    with ThreadPoolExecutor(len(stories)) as pool:
+        answers = [pool.submit(stream_text, client, seed, event) for seed, event in enumerate(started)]
+        assert all(event.wait(60) for event in started)
+        serve.run(build(CONFIG.model_copy(update={"max_queue_size": 4})), name=APP, route_prefix="/")
+        assert httpx.get(f"{url}/health", timeout=10).status_code == 200
+        assert [answer.result(timeout=120) for answer in answers] == stories
+    assert stream_text(client, 0) == stories[0]
+
+    def only_new() -> bool:
+        state = describe(APP)
+        return "next" not in state and before.isdisjoint(row.get("pid", 0) for row in state["workers"])
+
+    wait_for(only_new, 60)
+    assert serve.status().applications[APP].status == "RUNNING"
+    wait_for(nothing_in_use)

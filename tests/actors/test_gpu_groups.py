@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ray.util.placement_group import placement_group_table
 from pdray import LLM, SamplingParams
 from pdray.actors.gpu_groups import GpuGroups
 from pdray.config import Config
-from pdray.errors import PdrayError
+from pdray.errors import ModelLoadError, PdrayError, PlacementError, StartTimeoutError
 
 pytestmark = pytest.mark.ray
 
@@ -152,6 +153,52 @@ def test_an_application_reserves_and_returns_its_gpus(tmp_path: Path) -> None:
         assert llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids == first
         assert len(groups_left()) == 1
     assert groups_left() == []
+
+
+def tiny(folder: Path, **settings: Any) -> dict[str, Any]:
+    """Arguments of LLM for a tiny model on CPU."""
+    (folder / "config.json").write_text(json.dumps(TINY))
+    fixed: dict[str, Any] = {"device": "cpu", "load_format": "dummy", "skip_tokenizer_init": True, "num_kv_blocks": 40}
+    return fixed | {"model": str(folder / "config.json"), "max_num_seqs": 4} | settings
+
+
+def test_cpus_that_are_in_use_are_waited_for_with_a_reason(tmp_path: Path) -> None:
+    other = Worker.options(num_cpus=2).remote()
+    ray.get(other.__ray_ready__.remote())
+    reason = r"the workers wait for 0\.5 CPUs of which 0 of 2 are free; stop what uses them, or lower worker_num_cpus"
+    with pytest.raises(StartTimeoutError, match=reason), LLM(**tiny(tmp_path, worker_num_cpus=0.5, start_timeout_s=6)):
+        pass
+    freed = threading.Timer(3.0, ray.kill, [other])
+    freed.start()
+    with LLM(**tiny(tmp_path, worker_num_cpus=0.5)) as llm:  # "busy now" is no error
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        assert llm.generate({"prompt_token_ids": [1]}, params, use_tqdm=False)[0].outputs[0].token_ids
+        assert not freed.is_alive() and llm.status()["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"worker_num_cpus": 1.5}, "need 3 CPUs and Ray's cluster has 2; lower worker_num_cpus"),
+        ({"worker_resources": {"nowhere": 1.0}}, "need 2 nowhere and Ray's cluster has 0; lower nowhere in worker_res"),
+        (
+            {"worker_resources": {"memory": 2.0**50}},
+            "GiB memory and Ray's cluster has .* GiB; lower memory in worker_r",
+        ),
+    ],
+)
+def test_what_the_cluster_will_never_have_is_said_at_once(
+    tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(PlacementError, match=reason), LLM(**tiny(tmp_path, **settings)):
+        pass
+
+
+def test_an_error_that_stays_ends_the_start_and_keeps_its_class(tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"architectures": ["Unheard"]}))
+    with pytest.raises(ModelLoadError, match="Unheard"), LLM(**settings):
+        pass
 
 
 async def kill_coordinator(llm: LLM) -> None:

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import pdray
 from pdray import LLM, SamplingParams
+from pdray.actors.importable import why_not_importable
 from pdray.errors import InvalidRequestError
 
 COMMON: dict[str, Any] = {"device": "cpu", "max_model_len": 1024, "num_kv_blocks": 256, "max_num_batched_tokens": 256}
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "eos_token_id": 95,
+}
 
 LONG = "The lighthouse keeper wrote in his journal every evening. " * 30
 REQUESTS: list[tuple[str, SamplingParams]] = [
@@ -31,6 +55,15 @@ REQUESTS: list[tuple[str, SamplingParams]] = [
     ("Hello", SamplingParams(temperature=0, max_tokens=1)),
     ("My name is", SamplingParams(temperature=1.0, seed=1, min_tokens=12, ignore_eos=True, max_tokens=12)),
 ]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a colocated model of random weights that starts at once."""
+    path: Path = tmp_path_factory.mktemp("tiny") / "config.json"
+    path.write_text(json.dumps(TINY))
+    settings = {"model": str(path), "load_format": "dummy", "skip_tokenizer_init": True}
+    return settings | {"device": "cpu", "mode": "colocated", "num_kv_blocks": 40}
 
 
 def answers(llm: LLM) -> list[Any]:
@@ -53,8 +86,10 @@ def answers(llm: LLM) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def disaggregated(ray_cluster: None) -> Iterator[LLM]:
-    with LLM(mode="disaggregated", **COMMON) as llm:
+def disaggregated(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = tmp_path_factory.mktemp("generation")
+    (folder / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 100000}')
+    with LLM(mode="disaggregated", generation_config=str(folder), max_num_seqs=4, max_queue_size=1, **COMMON) as llm:
         yield llm
 
 
@@ -86,6 +121,17 @@ def test_prefix_cache_changes_nothing(disaggregated: LLM) -> None:
     assert again.num_cached_tokens > 0
 
 
+def test_the_models_sampling_defaults_stand_in_for_params(disaggregated: LLM, colocated: LLM) -> None:
+    assert disaggregated.get_default_sampling_params() == SamplingParams(temperature=0.0, max_tokens=100_000)
+    assert colocated.get_default_sampling_params() == SamplingParams()
+    prompt = "Question: What is the capital of France?\nAnswer:"
+    greedy = SamplingParams(temperature=0.0, max_tokens=None)
+    default, expected = (disaggregated.generate([prompt], p, use_tqdm=False)[0].outputs[0] for p in (None, greedy))
+    assert default.token_ids == expected.token_ids
+    sampled = colocated.generate([prompt], use_tqdm=False)[0].outputs[0]
+    assert len(sampled.token_ids) <= 16
+
+
 def test_timings_are_complete_and_add_up(disaggregated: LLM) -> None:
     output = disaggregated.generate(["The sun is"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)[0]
     timings = output.timings
@@ -106,6 +152,20 @@ def test_timings_are_complete_and_add_up(disaggregated: LLM) -> None:
     assert timings.ttft <= timings.e2e
 
 
+def test_threads_that_generate_more_than_the_queue_holds(disaggregated: LLM) -> None:
+    """A batch job waits its turn: nobody is refused."""
+    prompts = [f"{number} plus one is" for number in range(7)]
+    alone = disaggregated.generate(prompts, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [
+            pool.submit(disaggregated.generate, prompts, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+            for _ in range(3)
+        ]
+        for call in calls:
+            assert [o.outputs[0].token_ids for o in call.result()] == [o.outputs[0].token_ids for o in alone]
+    assert blocks_in_use(disaggregated) == [0, 0]
+
+
 def test_bad_requests_name_value_and_limit(disaggregated: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="1024"):
         disaggregated.generate([[1] * 2000], use_tqdm=False)
@@ -114,6 +174,28 @@ def test_bad_requests_name_value_and_limit(disaggregated: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="2 sampling_params for 1"):
         disaggregated.generate(["a"], [SamplingParams(), SamplingParams()], use_tqdm=False)
     assert blocks_in_use(disaggregated) == [0, 0]
+
+
+def test_a_bad_prompt_at_the_end_is_told_before_any_is_computed(
+    disaggregated: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[Any] = []
+    assert disaggregated._router is not None
+    submit = disaggregated._router.submit
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        submitted.append(args)
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(disaggregated._router, "submit", spy)
+    params = SamplingParams(temperature=0, max_tokens=1)
+    with pytest.raises(InvalidRequestError, match=r"prompts\[2\]: .*1024"):
+        disaggregated.generate(["a", "b", [1] * 2000], params, use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match=r"prompts\[1\]: .*max_tokens is 5000"):
+        disaggregated.generate(["a", "b"], [params, SamplingParams(max_tokens=5000)], use_tqdm=False)
+    assert submitted == []
+    output = disaggregated.generate(["a", [5, 6]], params, use_tqdm=False)
+    assert [o.prompt for o in output] == ["a", None] and len(submitted) == 2
 
 
 def test_chat_and_token_prompts(disaggregated: LLM) -> None:
@@ -132,3 +214,28 @@ def test_chat_and_token_prompts(disaggregated: LLM) -> None:
 def test_generate_starts_and_stops_its_own_actors(ray_cluster: None) -> None:
     output = pdray.generate("Hello", SamplingParams(temperature=0, max_tokens=2), use_tqdm=False, **COMMON)[0]
     assert len(output.outputs[0].token_ids) == 2
+
+
+def test_a_cluster_that_cannot_import_a_module_is_told(ray_cluster: None) -> None:
+    problem = asyncio.run(why_not_importable("pdray_of_another_world"))
+    assert problem is not None and "cannot import pdray_of_another_world" in problem and "runtime_env" in problem
+    assert asyncio.run(why_not_importable()) is None
+
+
+def test_a_callers_placement_group_does_not_capture_the_workers(ray_cluster: None, tiny: dict[str, Any]) -> None:
+    """The group's one bundle is its actor's: what is started inside it would wait for ever for a place there."""
+
+    class Caller:
+        def answer(self, settings: dict[str, Any]) -> list[int]:
+            with LLM(start_timeout_s=60, **settings) as llm:
+                params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+                return list(llm.generate([[1, 2, 3]], params, use_tqdm=False)[0].outputs[0].token_ids)
+
+    group = placement_group([{"CPU": 0.5}])
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    caller: Any = ray.remote(Caller).options(num_cpus=0.5, scheduling_strategy=strategy).remote()
+    try:
+        assert len(ray.get(caller.answer.remote(tiny), timeout=120)) == 4
+    finally:
+        ray.kill(caller)
+        remove_placement_group(group)

@@ -241,6 +241,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "connect to a worker": a_router,
     "keep house": a_router,
     "renew leases": a_router,
+    "probe pairs": a_router,
     "end if hung": a_worker,
     "report metrics": a_worker,
     "check when idle": a_worker,
@@ -249,6 +250,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "expire leases": a_worker,
     "supervise": a_coordinator,
     "ask Serve": a_coordinator,
+    "hand over": a_coordinator,
     "await a worker's end": a_coordinator,
     "heartbeats of a worker": a_coordinator,
 }
@@ -280,10 +282,10 @@ OTHERS = {
     ("pdray/background.py", "spawn"): "the policy",
     ("pdray/background.py", "start_thread"): "the policy",
     ("pdray/engine/loop.py", "__init__"): "the engine stands alone; its on_error ends the worker",
-    ("pdray/transfer/object_store.py", "receive"): "awaited where it is made",
-    ("pdray/transfer/fault_injection.py", "put"): "a fault that tests order, once",
+    ("pdray/transfer/object_store/kind.py", "WHERE"): "awaited where it is made",
     ("pdray/llm.py", "_generate_all"): "a task group",
-    ("pdray/serve/app.py", "__init__"): "check_health() raises what it raised, and Serve replaces the replica",
+    ("pdray/serve/app.py", "__init__"): "check_health() raises what they raised, and Serve replaces the replica",
+    ("pdray/serve_command.py", "_end"): "what it raises is set on the future that is waited for",
     ("pdray/serve/connection.py", "unless_gone"): "awaited where they are made",
     ("pdray/serve/generation.py", "_submit"): "awaited where they are made",
     ("pdray/serve/generation.py", "_merged"): "what they raise comes through the queue that is read",
@@ -362,7 +364,7 @@ def test_a_task_of_spawn_comes_to_an_end() -> None:
 
 
 def test_threads_that_watch_go_on_after_an_exception() -> None:
-    from pdray.transfer.threads import Watchdog
+    from pdray.transfer.nccl.threads import Watchdog
 
     expired = threading.Semaphore(0)
 

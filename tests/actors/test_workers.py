@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.prefill_worker import PrefillWorker
@@ -21,14 +22,17 @@ from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
     CreditUpdate,
+    CreditWanted,
     EndCompletion,
     FirstTokens,
+    LeaseClosed,
     LeaseDenied,
     LeaseGranted,
     LeaseRequest,
     LegKey,
     PrefillFailed,
     PrefillRequest,
+    RenewLeases,
     Tokens,
     WorkerInfo,
 )
@@ -36,14 +40,22 @@ from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
 from pdray.errors import EngineHungError, HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
-from pdray.transfer.channel import Put
-from pdray.transfer.fault_injection import Fault, FaultInjectingChannel
+from pdray.testing.fault_injection import Fault, FaultInjectingSender
+from pdray.transfer.channel import Put, Site
+from pdray.transfer.nccl.kind import NcclKind
 
-_path = Path(__file__).parents[1] / "transfer" / "fake_device.py"
-_spec = importlib.util.spec_from_file_location("fake_device", _path)
-assert _spec is not None and _spec.loader is not None
-fake_device = sys.modules["fake_device"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_device)
+
+def load(name: str) -> Any:
+    """A helper of tests/transfer, under its own name."""
+    path = Path(__file__).parents[1] / "transfer" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fake_device, toy_kind = load("fake_device"), load("toy_kind")
 
 SECRET = b"secret of the test"
 TINY = {
@@ -70,15 +82,24 @@ class LocalActor:
     def __init__(self, worker: DecodeWorker) -> None:
         self.worker = worker
         self.loop = asyncio.get_running_loop()
-        self.receive_blocks = self
+        self.receive_array = self
 
     def remote(self, *args: Any) -> Any:
         class Call:
             @staticmethod
             def future() -> Any:
-                return asyncio.run_coroutine_threadsafe(self.worker.receive_blocks(*args), self.loop)
+                return asyncio.run_coroutine_threadsafe(self.worker.receive_array(*args), self.loop)
 
         return Call()
+
+
+def host_kind(site: Site) -> NcclKind:
+    """The nccl channel over a fake device."""
+    return NcclKind(site, fake_device.HostTransport(gpu=site.worker_id))
+
+
+def transport_of(worker: Worker) -> Any:
+    return worker.kinds["nccl"]._transport  # type: ignore[attr-defined]
 
 
 class ScriptedRouter:
@@ -184,7 +205,6 @@ class Pair:
                 [],
                 "decode-0",
                 epoch,
-                grant.block_ids,
                 grant.num_cached_tokens,
             )
         )
@@ -204,16 +224,19 @@ class Pair:
         assert await self.prefill.check_integrity() == [] and await self.decode.check_integrity() == []
 
 
-@pytest.fixture(params=["object_store", "nccl"])
+@pytest.fixture(params=["object_store", "nccl", "toy"])
 async def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    """Two workers over the real object store's half, or over the nccl channel's with a fake device under it."""
+    """Two workers over the real object store's half, over the nccl channel with a fake device under it, or over a
+    channel kind that only this fixture knows."""
+    if request.param == "toy":
+        monkeypatch.setattr("pdray.transfer.registry.KINDS", {"toy": "toy_kind:ToyKind"})
     if request.param == "nccl":
-        monkeypatch.setattr(Worker, "_make_transport", lambda self: fake_device.HostTransport(gpu=self.worker_id))
+        monkeypatch.setattr("pdray.actors.worker.load_kind", lambda name: host_kind)
     model = tmp_path / "config.json"
     model.write_text(json.dumps(TINY))
     pair = Pair(
         Config(
-            channel=request.param,
+            channel="auto" if request.param == "toy" else request.param,
             transfer_staging_bytes=160_000,
             model=str(model),
             load_format="dummy",
@@ -231,6 +254,17 @@ async def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     await pair.start()
     yield pair
     await pair.stop()
+
+
+async def test_the_log_tells_once_what_a_worker_serves_with_what(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    worker = DecodeWorker(pair.decode.config, "decode-1", "i", SECRET, app_name="shop")
+    with caplog.at_level("INFO", "pdray.actors.worker"):
+        await worker.start()
+    await worker.stop()
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "pdray.actors.worker"]
+    model = pair.decode.config.model
+    for part in ("DecodeWorker(shop:decode-1)", f"model {model} (float32) on cpu", "40 blocks of 16", "max_num_seqs=4"):
+        assert part in line
 
 
 PROMPT = [(7 * i) % 90 for i in range(70)]
@@ -298,7 +332,7 @@ async def test_lost_puts_are_aborted_and_quarantine_ends(pair: Pair) -> None:
     def plan(n: int, put: Put) -> Fault | None:
         return Fault("fail") if n == 2 else Fault("delay", 0.05)
 
-    pair.prefill._channels["decode-0"] = FaultInjectingChannel(inner, plan)
+    pair.prefill._channels["decode-0"] = FaultInjectingSender(inner, plan)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     key = pair.lease("faulty", PROMPT, params)
     await pair.start_prefill(key, PROMPT, params)
@@ -339,17 +373,37 @@ async def test_no_credit_is_denied_and_announced(pair: Pair) -> None:
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     keys = [pair.lease(f"leg-{i}", PROMPT[:20], params, prefill_worker_id=None) for i in range(5)]
     denied = await pair.router.first(LeaseDenied, keys[4])
-    assert denied.retriable
-    since = len(pair.router.messages)
+    assert denied.retriable and denied.credit.free_places == 0
+
+    def told() -> list[int]:
+        return [m.credit.free_places for m in pair.router.messages if isinstance(m, CreditUpdate)]
+
+    # Nothing else tells of it but the worker's own steps: the answer, and once there is as much as was asked for.
+    pair.router.sessions["decode-0"].send(RenewLeases([], CreditWanted(blocks=3, places=2)))
+    await pair.router.wait(lambda: told() == [0])
     pair.router.sessions["decode-0"].send(CloseLease(*keys[0], "test"))
-    told = (CreditUpdate, Tokens)  # the latter if a step ended in between
-    await pair.router.wait(
-        lambda: any(m.credit.free_places for m in pair.router.messages[since:] if isinstance(m, told))
-    )
+    pair.router.sessions["decode-0"].send(CloseLease(*keys[1], "test"))
+    await pair.router.wait(lambda: told() == [0, 2])
     too_long = pair.lease("too-long", [1] * 512, params)
     assert not (await pair.router.first(LeaseDenied, too_long)).retriable
-    for key in keys[1:]:
+    for key in keys[2:]:
         pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
+    await pair.quiet()
+
+
+async def test_one_token_needs_no_decode_worker(pair: Pair) -> None:
+    """Its KV stays where it is, and goes when the token was sent."""
+    params = SamplingParams(temperature=1.0, seed=7, n=2, max_tokens=1)
+    key = pair.lease("leased", PROMPT, params)
+    await pair.start_prefill(key, PROMPT, params)
+    leased = await pair.router.first(FirstTokens, key)
+    await pair.quiet()
+    pair.router.sessions["prefill-0"].send(PrefillRequest("alone", 0, PROMPT, params, [0, 1], [], None, 0, 0))
+    alone = await pair.router.first(FirstTokens, LegKey("alone", 0))
+    assert alone.tokens == leased.tokens and {token.finish_reason for token in alone.tokens} == {"length"}
+    await pair.quiet()
+    pair.router.sessions["prefill-0"].send(PrefillRequest("gone", 0, PROMPT * 9, params, [0, 1], [], None, 0, 0))
+    pair.router.sessions["prefill-0"].send(CancelPrefill("gone", 0))
     await pair.quiet()
 
 
@@ -388,7 +442,7 @@ async def finish(pair: Pair, name: str, epoch: int) -> list[int]:
 async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) -> None:
     """The bytes of a put never come: its leg fails, the workers go on, and the next epoch works."""
     expected = await finish(pair, "before", 1)
-    pair.prefill.transport.communicators[0].wire.faults = lambda number: False
+    transport_of(pair.prefill).communicators[0].wire.faults = lambda number: False
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     other = [token + 1 for token in PROMPT]
     key = pair.lease("lost", other, params)
@@ -403,12 +457,12 @@ async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) 
     assert (await pair.prefill.heartbeat()).epochs == {"decode-0": 2}
     assert await finish(pair, "after", 2) == expected
     await pair.quiet()
-    assert pair.decode.transport.most_at_once == 1
+    assert transport_of(pair.decode).most_at_once == 1
 
 
 @pytest.mark.parametrize("pair", ["nccl"], indirect=True)
 async def test_a_dead_prefill_worker_leaves_no_blocks_and_its_successor_connects(pair: Pair) -> None:
-    pair.prefill.transport.communicators[0].wire.faults = lambda number: False
+    transport_of(pair.prefill).communicators[0].wire.faults = lambda number: False
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     key = pair.lease("lost", PROMPT, params)
     await pair.start_prefill(key, PROMPT, params)
@@ -433,12 +487,61 @@ async def test_a_probe_that_does_not_arrive_is_no_connection(pair: Pair) -> None
         fake_device.HostTransport.wires[name] = wire
         return name
 
-    make = pair.decode.transport.make_unique_id
-    pair.decode.transport.make_unique_id = wire_without_bytes
+    make = transport_of(pair.decode).make_unique_id
+    transport_of(pair.decode).make_unique_id = wire_without_bytes
     with pytest.raises(TransferError, match="did not get on|gave up"):
         await pair.connect(2)
     assert (await pair.prefill.heartbeat()).epochs == {}
-    pair.decode.transport.make_unique_id = make
+    transport_of(pair.decode).make_unique_id = make
     await pair.connect(3)
     await finish(pair, "after", 3)
+    await pair.quiet()
+
+
+FORGERIES: dict[str, Callable[[Put], Put]] = {
+    "after the end": lambda put: put._replace(first_position=5),
+    "before the start": lambda put: put._replace(first_position=-1),
+    "too many": lambda put: put._replace(source_blocks=put.source_blocks * 2),
+    "cached blocks": lambda put: put._replace(first_position=0),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+async def test_a_put_cannot_name_what_its_lease_does_not_hold(
+    pair: Pair, forgery: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written, the lease ends, and both workers go on."""
+    expected = await finish(pair, "honest", 1)  # 64 of its 70 tokens are cached from now on
+    channel = pair.prefill._channels["decode-0"]
+    before, put = pair.decode.engine.pool.tensor.clone(), channel.put
+    key = pair.lease("forged", PROMPT, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+    monkeypatch.setattr(channel, "put", lambda each: put(FORGERIES[forgery](each)))
+    await pair.start_prefill(key, PROMPT, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+    closed = await pair.router.first(LeaseClosed, key)
+    assert "which the lease does not hold" in closed.reason
+    monkeypatch.undo()
+    await pair.quiet()
+    assert torch.equal(pair.decode.engine.pool.tensor[:, 1:], before[:, 1:])
+    assert await finish(pair, "after", 1) == expected
+    await pair.quiet()
+
+
+@pytest.mark.parametrize("layers", [range(4, 6), range(-1, 1), range(2, 2), range(3, 1)], ids=str)
+async def test_a_put_cannot_name_layers_that_are_not_there(
+    pair: Pair, layers: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = pair.prefill._channels["decode-0"]
+    put, resolved = channel.put, []
+
+    def put_and_ask(each: Put) -> Any:
+        resolved.append(pair.decode.resolve(each.key, "prefill-0", 1, layers, each.positions))
+        return put(each)
+
+    monkeypatch.setattr(channel, "put", put_and_ask)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    key = pair.lease("forged", PROMPT, params)
+    await pair.start_prefill(key, PROMPT, params)
+    closed = await pair.router.first(LeaseClosed, key)
+    assert f"layers {layers.start} to {layers.stop}, which the lease does not hold" in closed.reason
+    assert resolved[0] is None
     await pair.quiet()

@@ -26,7 +26,7 @@ from pdray.ray_cluster import start_local
 from pdray.serve import build
 
 NAME = "chaos"
-REPLICA_TITLE = "ray::ServeReplica"
+REPLICA_TITLE = f"ray::ServeReplica:{NAME}:router"
 POLL_S = 0.1
 EXIT_TIMEOUT_S = 30.0
 METRICS_INTERVAL_MS = 1000
@@ -150,7 +150,11 @@ def application(config: Config) -> Iterator[Application]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     port = free_port()
-    start_local(include_dashboard=False, _system_config={"metrics_report_interval_ms": METRICS_INTERVAL_MS})
+    num_workers = config.num_decode_workers + (config.num_prefill_workers if config.mode == "disaggregated" else 0)
+    resources = {name: amount * num_workers for name, amount in config.worker_resources.items()}
+    start_local(
+        include_dashboard=False, resources=resources, _system_config={"metrics_report_interval_ms": METRICS_INTERVAL_MS}
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init(), which sets its own
     session_folder = Path(ray.nodes()[0]["RayletSocketName"]).parent.parent
     app = Application(config, f"http://127.0.0.1:{port}", session_folder / "logs")

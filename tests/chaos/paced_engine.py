@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from pdray.config import Config
-from pdray.engine.batch import StepInputs
+from pdray.engine.build import make_pool
 from pdray.engine.engine import Engine
-from pdray.engine.runner import Draws, Runner
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.step.inputs import StepInputs
+from pdray.engine.step.lane import Draws, Lane
 from pdray.models.decoder import Decoder
 from pdray.models.load import LoadedModel
 from pdray.models.model_config import ModelConfig
@@ -50,11 +52,11 @@ class Pace:
         return num_seqs / (num_tokens * self.step_s + num_seqs * num_prompt_tokens * self.prompt_token_s)
 
 
-class PacedRunner(Runner):
+class PacedLane(Lane):
     """Sleeps in place of the model. Keeps the calls that a model makes."""
 
-    def __init__(self, decoder: Decoder, kv: torch.Tensor, pace: Pace) -> None:
-        super().__init__(decoder, kv, 1)
+    def __init__(self, lane: Lane, limits: EngineLimits, pace: Pace) -> None:
+        super().__init__(lane.decoder, lane.pool, limits)
         self.pace = pace
 
     def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
@@ -75,7 +77,7 @@ def next_token(token_id: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 class PacedEngine(Engine):
-    """An Engine with a PacedRunner.
+    """An Engine with a PacedLane.
 
     Args:
         config: its model is not read; num_kv_blocks must be set.
@@ -85,5 +87,6 @@ class PacedEngine(Engine):
         shape = ModelConfig.from_hf(SHAPE)
         max_len = config.max_model_len or shape.max_model_len
         decoder = Decoder(shape, max_len, torch.float32, CPU)  # uninitialised, and never run
-        super().__init__(config, LoadedModel(shape, decoder, torch.float32, "paced"), CPU)
-        self.runner = PacedRunner(decoder, self.kv, pace)
+        model = LoadedModel(shape, decoder, torch.float32, "paced")
+        super().__init__(config, model, make_pool(config, model, CPU))
+        self.lane = PacedLane(self.lane, self._scheduler.limits, pace)

@@ -24,6 +24,8 @@ from nodes import nodes
 from only_decode import only_decode
 from open_loop import open_loop
 from overload import run_overload
+from poison import faults, poison
+from redeploy import PLACE, beside, cut_short, in_place
 from rows import Row
 from scale import QUICK, Scale
 from slow_client import slow_client
@@ -41,9 +43,11 @@ BASE = {
     "num_threads": 1,
     "max_model_len": 512,
     "num_kv_blocks": 600,
+    "graceful_shutdown_timeout_s": 60.0,
     "restart_backoff_s": 0.5,
 }
 SMALL_QUEUE = {"max_num_seqs": 8, "max_queue_size": 32, "max_queue_wait_s": 10.0}
+NO_ROOM = {"num_decode_workers": 2, "worker_resources": {PLACE: 1.0}}
 SMALL_POOL = {"num_kv_blocks": 200}
 HEAD = "| test | figure | must hold | ok |\n|---|---|---|---|"
 
@@ -71,14 +75,35 @@ def served(config: Config, case: Case) -> RunsRows:
     return run
 
 
+def with_faults(runs: RunsRows) -> RunsRows:
+    """Run it with processes whose engines fail on marked requests."""
+
+    def run(scale: Scale) -> list[Row]:
+        with faults():
+            return runs(scale)
+
+    return run
+
+
+def all_of(*cases: RunsRows) -> RunsRows:
+    """One after the other."""
+    return lambda scale: [row for case in cases for row in case(scale)]
+
+
 CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "deaths": lambda given: served(configured(given), deaths),
     "hangs": lambda given: served(configured(given), hangs),
     "nodes": lambda _: nodes,
     "only-decode": lambda given: served(configured(given, num_decode_workers=1), only_decode),
+    "poison": lambda given: with_faults(served(configured(given), poison)),
     "storm": lambda given: served(configured(given), storm),
     "open-loop": lambda given: served(configured(given, **SMALL_QUEUE), open_loop),
     "slow-client": lambda given: served(configured(given), slow_client),
+    "redeploy": lambda given: all_of(
+        served(configured(given), beside),
+        served(configured(given, **NO_ROOM), in_place),
+        served(configured(given, **NO_ROOM, graceful_shutdown_timeout_s=1.0), cut_short),
+    ),
     "soak": lambda given: served(configured(given, **SMALL_POOL), soak),
     "overload": lambda _: lambda scale: run_overload(scale.paced_overload_s),
 }

@@ -3,6 +3,9 @@
 Time, network, processes, engines and channels are simulated; every decision is taken by the code under test. An
 action is chosen from those that are possible; after each, violations() says what must never be. Puts write straight
 into the decode worker's blocks when they complete, with no check by the receiver: the harshest channel.
+
+Some requests are poison: every step that computes one of them fails, or every step of decoding. An engine that fails
+either ends the legs of that step and goes on, or says whose step it was and dies.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pdray.cluster.credit import CreditWaiters, covers
 from pdray.cluster.effects import Connect, FlushPuts, Kill, Release, Send, Start, StartCompute, TellGone
 from pdray.cluster.lease import LeaseTable
+from pdray.cluster.losses import Loss, Losses, Verdict, blame
 from pdray.cluster.membership import Membership, Stray
 from pdray.cluster.messages import (
     AbortPut,
@@ -23,6 +28,8 @@ from pdray.cluster.messages import (
     CancelPrefill,
     CloseLease,
     Credit,
+    CreditUpdate,
+    CreditWanted,
     FirstTokens,
     LeaseClosed,
     LeaseDenied,
@@ -35,6 +42,7 @@ from pdray.cluster.messages import (
     PutAborted,
     PutDone,
     RenewLeases,
+    StepFailed,
     Tokens,
     WorkerIdentity,
     WorkerInfo,
@@ -46,10 +54,13 @@ from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
 
 LEASE_TIMEOUT_S = 10.0
+BLOCK_SIZE = 16
 NUM_BLOCKS = 12
 BLOCKS_PER_LEG = 2
 OUTPUT_TOKENS = 4
 LAYER_GROUPS = 3
+ALONE_STEPS = 2
+MAX_REPLAYS = 1000
 PROGRESS_WEIGHT = 30  # or kills and stops would leave nothing that could get anywhere
 
 
@@ -70,6 +81,8 @@ class Pool:
         self.owner: dict[int, LegKey] = {}
         self.requests: dict[LegKey, EngineRequest] = {}
         self.running: dict[LegKey, dict[int, int]] = {}  # leg -> index -> next position
+        self.alone: dict[LegKey, int] = {}  # steps of its own that a leg still gets
+        self.had_turn = False  # the last step was of one leg alone
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
         free = [block for block in range(NUM_BLOCKS) if block not in self.owner]
@@ -78,6 +91,8 @@ class Pool:
         assert request.key not in self.requests
         blocks = free[:BLOCKS_PER_LEG]
         self.requests[request.key] = request  # type: ignore[index]
+        if request.alone:
+            self.alone[request.key] = ALONE_STEPS  # type: ignore[index]
         self.owner.update(dict.fromkeys(blocks, request.key))  # type: ignore[arg-type]
         return Reservation(blocks, 0)
 
@@ -92,29 +107,48 @@ class Pool:
     def release(self, key: LegKey) -> None:
         self.requests.pop(key, None)
         self.running.pop(key, None)
+        self.alone.pop(key, None)
         self.owner = {block: owner for block, owner in self.owner.items() if owner != key}
+
+    def plan(self) -> list[LegKey]:
+        """Legs of the next step: one that is to be alone, or, every other time, all others."""
+        alone = [key for key in self.running if self.alone.get(key)]
+        others = [key for key in self.running if key not in alone]
+        self.had_turn = bool(alone) and not (others and self.had_turn)
+        if not self.had_turn:
+            return others
+        self.alone[alone[0]] -= 1
+        return alone[:1]
 
 
 @dataclass(eq=False)
 class Process:
-    """name is a worker or router id. A dead process does nothing; a stopped one nothing until it goes on."""
+    """name is a worker or router id. A dead process does nothing; a stopped one nothing until it goes on; one whose
+    engine has broken computes nothing."""
 
     name: str
     incarnation: str
     alive: bool = True
     stopped: bool = False
+    broken: bool = False
     info: WorkerInfo | None = None
 
     @property
     def runs(self) -> bool:
         return self.alive and not self.stopped
 
+    @property
+    def computes(self) -> bool:
+        return self.runs and not self.broken
+
 
 @dataclass(eq=False)
 class DecodeProcess(Process):
     pool: Pool = field(default_factory=Pool)
     table: LeaseTable = field(init=False)
+    waiters: CreditWaiters = field(default_factory=CreditWaiters)
     writers: dict[str, WorkerInfo] = field(default_factory=dict)  # by incarnation, until told of their death
+    targets: dict[LegKey, list[int]] = field(default_factory=dict)  # blocks that a writer was let into
 
 
 @dataclass(eq=False)
@@ -137,7 +171,12 @@ class PrefillProcess(Process):
 class Request:
     tracker: RequestTracker
     n: int
-    places: dict[LegKey, tuple[str | None, str]] = field(default_factory=dict)
+    patient: bool = True
+    places: dict[LegKey, tuple[str | None, str | None]] = field(default_factory=dict)
+    denied: set[LegKey] = field(default_factory=set)  # legs that wait for credit of the worker that denied them
+    losses: Losses = field(default_factory=Losses)
+    num_losses: dict[LegKey, int] = field(default_factory=dict)  # of the legs before it
+    alone: set[LegKey] = field(default_factory=set)
     received: dict[int, list[int]] = field(default_factory=dict)
     outcomes: list[str] = field(default_factory=list)
 
@@ -145,12 +184,14 @@ class Request:
 @dataclass(eq=False)
 class RouterProcess(Process):
     requests: dict[str, Request] = field(default_factory=dict)
+    wanted: dict[str, CreditWanted] = field(default_factory=dict)  # by decode worker
+    failed: set[str] = field(default_factory=set)  # incarnations that have said so
 
 
 class World:
     """Args:
     num_prefill: 0 is colocated.
-    table, ledger, members: the classes under test, or mutants of them.
+    table, ledger, members, waiters, blame: what is under test, or mutants of it.
     """
 
     def __init__(
@@ -160,9 +201,14 @@ class World:
         table: type[LeaseTable] = LeaseTable,
         ledger: type[PrefillLedger] = PrefillLedger,
         members: type[Membership] = Membership,
+        waiters: type[CreditWaiters] = CreditWaiters,
+        blame: Callable[[list[LegKey]], Verdict] = blame,
     ) -> None:
         self.now = 0.0
-        self._table, self._ledger, self._members = table, ledger, members
+        self._table, self._ledger, self._waiters, self._blame = table, ledger, waiters, blame
+        self._members = members
+        self.poison: dict[str, bool] = {}  # whether it breaks prefill workers, too
+        self.num_failures = 0
         self.membership = members(num_prefill, num_decode, backoff_s=0.01)
         self.processes: dict[str, Process] = {}
         self.links: dict[tuple[Process, Process], deque[Any]] = {}
@@ -187,8 +233,8 @@ class World:
             process = PrefillProcess(start.worker_id, start.incarnation, ledger=self._ledger())
             role = "prefill"
         else:
-            process = decode = DecodeProcess(start.worker_id, start.incarnation)
-            decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S)
+            process = decode = DecodeProcess(start.worker_id, start.incarnation, waiters=self._waiters())
+            decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S, BLOCK_SIZE)
             role = "decode" if self.membership.num_prefill else "both"
         self.processes[start.worker_id] = process
         info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024, 8, 64)  # type: ignore[arg-type]
@@ -288,7 +334,7 @@ class World:
             return
         if isinstance(peer, DecodeProcess):
             peer.writers.pop(gone.incarnation, None)
-            self._send(peer, peer.table.worker_gone(gone.worker_id, gone.incarnation))
+            self._decode_do(peer, peer.table.worker_gone(gone.worker_id, gone.incarnation))
         elif isinstance(peer, PrefillProcess):
             entry = peer.epochs.get(gone.worker_id)
             if entry is None or entry[1].incarnation == gone.incarnation:
@@ -311,7 +357,8 @@ class World:
 
     def _worker_lost_router(self, worker: Process, router_id: str) -> None:
         if isinstance(worker, DecodeProcess) and worker.alive:
-            self._send(worker, worker.table.router_gone(router_id))
+            worker.waiters.router_gone(router_id)
+            self._decode_do(worker, worker.table.router_gone(router_id))
         elif isinstance(worker, PrefillProcess) and worker.alive:
             self._ledger_do(worker, worker.ledger.router_gone(router_id))
 
@@ -343,17 +390,28 @@ class World:
         table = decode.table
         match message:
             case LeaseRequest():
-                self._send(decode, table.request(self.now, source.name, message))
+                self._decode_do(decode, table.request(self.now, source.name, message))
             case RenewLeases():
                 table.renew(self.now, source.name, message.keys)
+                answer = decode.waiters.renewed(source.name, message.wanted, credit(decode.pool))
+                if not message.keys:  # or heartbeats would hide that somebody was forgotten
+                    self._send(decode, [answer])
             case CloseLease():
-                self._send(decode, table.close(message.key))
+                self._decode_do(decode, table.close(message.key))
             case BeginPut():
+                # A channel may resolve positions now and write much later: what it writes to is what it was told here.
                 self._send(decode, table.begin_put(source.name, message))
+                places = table.resolve(message.key, source.name, message.epoch, range(BLOCKS_PER_LEG))
+                if places is not None:
+                    decode.targets[message.key] = places
             case PutDone():
-                self._send(decode, table.put_done(self.now, source.name, message))
+                self._decode_do(decode, table.put_done(self.now, source.name, message))
             case PutAborted():
-                self._send(decode, table.put_aborted(source.name, message.key))
+                self._decode_do(decode, table.put_aborted(source.name, message.key))
+
+    def _decode_do(self, decode: DecodeProcess, effects: list[Send]) -> None:
+        """As the worker does it: whoever waits hears of the credit that has come back."""
+        self._send(decode, [*effects, *decode.waiters.announce(credit(decode.pool))])
 
     def _prefill_receives(self, prefill: PrefillProcess, source: Process, message: Any) -> None:
         ledger = prefill.ledger
@@ -389,15 +447,19 @@ class World:
 
     def _put(self, prefill: PrefillProcess, key: LegKey) -> None:
         leg = prefill.ledger.leg(key)
-        assert leg is not None
+        assert leg is not None and leg.decode_worker_id is not None
         prefill.ledger.put_issued(key)
-        prefill.puts.append(PutInFlight(key, prefill.epochs[leg.decode_worker_id][1], leg.block_ids))
+        decode = prefill.epochs[leg.decode_worker_id][1]
+        prefill.puts.append(PutInFlight(key, decode, decode.targets[key]))
 
     def compute(self, prefill: PrefillProcess, key: LegKey) -> None:
         """One layer group of one leg, and the first token after the last."""
         leg = prefill.ledger.leg(key)
         if leg is None:
             del prefill.computing[key]
+            return
+        if self.poison.get(key.request_id):
+            self._engine_fails(prefill, [key] if leg.alone else self._shared_step(prefill))
             return
         if prefill.ledger.may_put(key):
             self._put(prefill, key)
@@ -420,7 +482,7 @@ class World:
             self._check_target(put.key, put.decode, put.blocks)
             entry = prefill.epochs.get(put.decode.name)
             if error is None and entry is not None and put.decode.table.may_write(put.key, prefill.name, entry[0]):
-                self._send(put.decode, put.decode.table.put_received(self.now, put.key))
+                self._decode_do(put.decode, put.decode.table.put_received(self.now, put.key))
         self._ledger_do(prefill, prefill.ledger.put_completed(put.key, error))
 
     def _check_target(self, key: LegKey, decode: DecodeProcess, blocks: list[int]) -> None:
@@ -428,10 +490,41 @@ class World:
             if decode.pool.owner.get(block) != key:
                 self.problems.append(f"{key} may write block {block}, which belongs to {decode.pool.owner.get(block)}")
 
+    @staticmethod
+    def _shared_step(prefill: PrefillProcess) -> list[LegKey]:
+        """Legs that are computed together."""
+        legs = {key: prefill.ledger.leg(key) for key in prefill.computing}
+        return [key for key, leg in legs.items() if leg is not None and not leg.alone]
+
+    def _engine_fails(self, worker: DecodeProcess | PrefillProcess, step: list[LegKey]) -> None:
+        """Every other time it survives, and only the legs of the step end."""
+        self.num_failures += 1
+        if self.num_failures % 2:
+            worker.broken = True
+            for router in self.routers:
+                self._send(worker, [Send(router.name, StepFailed("broken", step))])
+            return
+        for key in step:
+            if isinstance(worker, DecodeProcess):
+                worker.pool.release(key)
+                self._send(worker, worker.table.failed(key, "broken", self._blame(step)))
+            else:
+                worker.computing.pop(key, None)
+                self._ledger_do(worker, worker.ledger.fail(key, "broken", self._blame(step)))
+
+    def bury(self, worker: Process) -> None:
+        """The Coordinator has learned that its engine is broken."""
+        self._suspect(worker)
+
     def step(self, decode: DecodeProcess) -> None:
-        """One decode step: a token for every running completion."""
+        """One decode step: a token for every completion that it computes."""
         by_router: dict[str, list[LegTokens]] = {}
-        for key, positions in list(decode.pool.running.items()):
+        plan = decode.pool.plan()
+        if any(key.request_id in self.poison for key in plan):
+            self._engine_fails(decode, plan)
+            return
+        for key in plan:
+            positions = decode.pool.running[key]
             tokens = [sampled(key.request_id, index, position) for index, position in positions.items()]
             decode.pool.running[key] = {
                 index: position + 1 for index, position in positions.items() if position + 1 < OUTPUT_TOKENS
@@ -445,14 +538,16 @@ class World:
                 decode.pool.release(key)
                 self._send(decode, decode.table.finished(key))
         now = credit(decode.pool)
-        self._send(decode, [Send(router_id, Tokens(legs, now)) for router_id, legs in by_router.items()])
+        self._decode_do(decode, [Send(router_id, Tokens(legs, now)) for router_id, legs in by_router.items()])
 
     # routers
 
-    def submit(self, router: RouterProcess, n: int) -> None:
+    def submit(self, router: RouterProcess, n: int, poison: bool = False) -> None:
         request_id = f"request-{self.num_requests}"
         self.num_requests += 1
-        request = Request(RequestTracker(request_id, n), n)
+        if poison:
+            self.poison[request_id] = self.num_requests % 2 == 0
+        request = Request(RequestTracker(request_id, n), n, patient=self.num_requests % 4 > 0)
         router.requests[request_id] = request
         self._open(router, request, request.tracker.start())
 
@@ -460,18 +555,38 @@ class World:
         view = self.membership.view
         pairs: list[tuple[str | None, str]] = [(p.prefill_worker_id, p.decode_worker_id) for p in view.pairs]
         pairs += [(None, worker.worker_id) for worker in view.workers if worker.role == "both"]
-        pairs = [pair for pair in pairs if all(name is None or self.processes[name].alive for name in pair)]
+        pairs = [pair for pair in pairs if all(name is None or self._takes(router, name) for name in pair)]
         if not pairs:
             self._end(router, request, "failed")
             return
-        place = request.places[leg.key] = pairs[(self.num_requests + leg.key.attempt) % len(pairs)]
+        place: tuple[str | None, str | None] = pairs[(self.num_requests + leg.key.attempt) % len(pairs)]
+        if place[0] is not None and len(leg.output_token_ids) == OUTPUT_TOKENS - 1:
+            place = (place[0], None)  # the first token ends it: no lease
+        request.places[leg.key] = place
+        if place[1] is None:
+            self._ask_prefill(router, request, leg)
+            return
         ask = LeaseRequest(
-            *leg.key, [1], SamplingParams(n=request.n, seed=1), list(leg.indices), list(leg.output_token_ids), place[0]
+            *leg.key,
+            [1],
+            SamplingParams(n=request.n, seed=1),
+            list(leg.indices),
+            list(leg.output_token_ids),
+            place[0],
+            alone=leg.key in request.alone,
         )
         self._send(router, [Send(place[1], ask)])
 
+    def _takes(self, router: RouterProcess, worker_id: str) -> bool:
+        """Whether the router may ask it, as far as it knows."""
+        process = self.processes[worker_id]
+        return process.alive and process.incarnation not in router.failed
+
     def _end(self, router: RouterProcess, request: Request, outcome: str) -> None:
         request.outcomes.append(outcome)
+        is_poison = request.tracker.request_id in self.poison
+        if outcome == ("finished" if is_poison else "blamed"):
+            self.problems.append(f"{request.tracker.request_id} {outcome}, poison: {is_poison}")
         for leg in request.tracker.drop():
             self._close(router, request, leg.key)
         del router.requests[request.tracker.request_id]
@@ -479,7 +594,8 @@ class World:
     def _close(self, router: RouterProcess, request: Request, key: LegKey) -> None:
         place = request.places.get(key)
         if place is not None:
-            self._send(router, [Send(place[1], CloseLease(*key, "over"))])
+            if place[1] is not None:
+                self._send(router, [Send(place[1], CloseLease(*key, "over"))])
             if place[0] is not None:
                 self._send(router, [Send(place[0], CancelPrefill(*key))])
 
@@ -490,22 +606,54 @@ class World:
         """A session broke: legs that the dead worker had a part in are replayed."""
         if not router.alive:
             return
+        router.wanted.pop(dead.name, None)
         for request in list(router.requests.values()):
             for leg in request.tracker.legs:
                 if dead.name in request.places.get(leg.key, ()):
-                    self._replay(router, request, leg.key)
+                    self._lose(router, request, leg.key, Loss("it died", dead.name))
 
-    def _replay(self, router: RouterProcess, request: Request, key: LegKey) -> None:
+    def _step_failed(self, router: RouterProcess, worker: Process, message: StepFailed) -> None:
+        router.failed.add(worker.incarnation)
+        suspects = [LegKey(*key) for key in message.suspects]
+        for request in list(router.requests.values()):
+            for leg in request.tracker.legs:
+                if worker.name in request.places.get(leg.key, ()):
+                    verdict = self._blame(suspects) if leg.key in suspects else "innocent"
+                    self._lose(router, request, leg.key, Loss(message.reason, worker.name, verdict))
+
+    def _lose(self, router: RouterProcess, request: Request, key: LegKey, loss: Loss) -> None:
+        """As a router does it."""
+        if request.outcomes:
+            return
+        before = request.losses.num
+        request.losses.count(loss, request.num_losses.get(key, 0))
+        if request.losses.num > before and loss.verdict != "lost":
+            self.problems.append(f"{key}: {loss.verdict} counts")
+        if loss.verdict == "suspect" and key in request.alone and request.tracker.request_id in self.poison:
+            self.problems.append(f"{key} was to be alone, and was computed with others")
+        if loss.verdict == "failed" or request.losses.num > MAX_REPLAYS:
+            self._end(router, request, "blamed" if loss.verdict == "failed" else "failed")
+            return
+        alone = key in request.alone or loss.verdict == "suspect"
         self._close(router, request, key)
         for leg in request.tracker.replace(key):
             if request.outcomes:
                 return
+            request.num_losses[leg.key] = request.num_losses.get(key, 0) + 1
+            if alone:
+                request.alone.add(leg.key)
             self._open(router, request, leg)
 
     def _router_receives(self, router: RouterProcess, source: Process, message: Any) -> None:
+        if isinstance(message, CreditUpdate):
+            self._router_credit(router, source.name, message.credit)
+            return
         if isinstance(message, Tokens):
             for update in message.updates:
                 self._router_tokens(router, update.key, update.tokens)
+            return
+        if isinstance(message, StepFailed):
+            self._step_failed(router, source, message)
             return
         request = router.requests.get(message.request_id)
         leg = next((leg for leg in request.tracker.legs if leg.key == message.key), None) if request else None
@@ -517,25 +665,57 @@ class World:
         match message:
             case LeaseGranted():
                 if place[0] is not None:
-                    pairs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in self.membership.view.pairs}
-                    ask = PrefillRequest(
-                        *leg.key,
-                        [1],
-                        SamplingParams(n=request.n, seed=1),
-                        list(leg.indices),
-                        list(leg.output_token_ids),
-                        place[1],
-                        pairs.get((place[0], place[1]), 0),
-                        message.block_ids,
-                        0,
-                    )
-                    self._send(router, [Send(place[0], ask)])
+                    self._ask_prefill(router, request, leg)
             case LeaseDenied():
-                self._end(router, request, "rejected")
+                if message.retriable and request.patient:
+                    request.denied.add(leg.key)
+                    self._want(router, source.name)
+                else:
+                    self._end(router, request, "rejected")
             case FirstTokens():
                 self._router_tokens(router, message.key, message.tokens)
             case LeaseClosed() | PrefillFailed():
-                self._replay(router, request, leg.key)
+                loss = Loss(message.reason, message.lost_worker_id or message.reason, message.verdict)
+                self._lose(router, request, leg.key, loss)
+
+    def _ask_prefill(self, router: RouterProcess, request: Request, leg: Leg) -> None:
+        prefill, decode = request.places[leg.key]
+        assert prefill is not None
+        epochs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in self.membership.view.pairs}
+        epoch = 0 if decode is None else epochs.get((prefill, decode), 0)
+        params = SamplingParams(n=request.n, seed=1)
+        indices, outputs = list(leg.indices), list(leg.output_token_ids)
+        ask = PrefillRequest(*leg.key, [1], params, indices, outputs, decode, epoch, 0, alone=leg.key in request.alone)
+        self._send(router, [Send(prefill, ask)])
+
+    def _want(self, router: RouterProcess, decode: str) -> None:
+        """Once, until the worker has told that it is there."""
+        wanted = CreditWanted(BLOCKS_PER_LEG, 1)
+        if router.wanted.get(decode) != wanted:
+            router.wanted[decode] = wanted
+            self._send(router, [Send(decode, RenewLeases([], wanted))])
+
+    def _router_credit(self, router: RouterProcess, decode: str, told: Credit) -> None:
+        """The first that waits for this worker asks again; the others wait on."""
+        wanted = router.wanted.get(decode)
+        if wanted is None or not covers(told, wanted.blocks, wanted.places):
+            return
+        del router.wanted[decode]
+        waiting = [
+            (request, leg)
+            for request in router.requests.values()
+            for leg in request.tracker.legs
+            if leg.key in request.denied and request.places[leg.key][1] == decode
+        ]
+        for request, leg in waiting[:1]:
+            request.denied.discard(leg.key)
+            for again in request.tracker.replace(leg.key):  # it was denied, not lost: it is what it was
+                request.num_losses[again.key] = request.num_losses.get(leg.key, 0)
+                if leg.key in request.alone:
+                    request.alone.add(again.key)
+                self._open(router, request, again)
+        if waiting[1:]:
+            self._want(router, decode)
 
     def _router_tokens(self, router: RouterProcess, key: LegKey, tokens: list[SampledToken]) -> None:
         request = router.requests.get(key.request_id)
@@ -556,8 +736,9 @@ class World:
         keys: dict[str, list[LegKey]] = {}
         for request in router.requests.values():
             for leg in request.tracker.legs:
-                keys.setdefault(request.places[leg.key][1], []).append(leg.key)
-        self._send(router, [Send(name, RenewLeases(named)) for name, named in keys.items()])
+                if (decode := request.places[leg.key][1]) is not None:
+                    keys.setdefault(decode, []).append(leg.key)
+        self._send(router, [Send(name, RenewLeases(named, router.wanted.get(name))) for name, named in keys.items()])
 
     def _suspect(self, process: Process) -> None:
         self.membership.suspect(process.name, process.incarnation)
@@ -569,7 +750,7 @@ class World:
         self.now += seconds
         for decode in self.workers(DecodeProcess):
             if decode.runs:
-                self._send(decode, decode.table.expire(self.now))
+                self._decode_do(decode, decode.table.expire(self.now))
         for prefill in self.workers(PrefillProcess):
             if prefill.runs:
                 epochs = {name: epoch for name, (epoch, _) in prefill.epochs.items()}
@@ -591,16 +772,26 @@ class World:
             result += [lambda: self.notices.popleft()()] * 3
         result += [lambda ends=ends: self.deliver(ends) for ends in self.links if ends[1].runs]
         for prefill in self.workers(PrefillProcess):
-            if prefill.runs:
+            if prefill.computes:
                 result += [lambda p=prefill, key=key: self.compute(p, key) for key in prefill.computing]
+            if prefill.runs:
                 result += [lambda p=prefill, put=put: self.finish_put(p, put) for put in prefill.puts]
-        result += [lambda d=d: self.step(d) for d in self.workers(DecodeProcess) if d.runs and d.pool.running]
+        result += [lambda d=d: self.step(d) for d in self.workers(DecodeProcess) if d.computes and d.pool.running]
+        result += [
+            lambda p=p: self.bury(p) for p in self.processes.values() if p.broken and p.alive and self._is_heard(p)
+        ]
         result += [lambda r=router: self.renew(r) for router in self.routers if router.runs and router.requests]
         return result * PROGRESS_WEIGHT + self._submissions() + self._disturbances() if self.disturb else result
 
+    def _is_heard(self, worker: Process) -> bool:
+        """Whether every router that runs has its last word."""
+        heard = (ends for ends in self.links if ends[0] is worker and ends[1].runs)
+        return not any(isinstance(message, StepFailed) for ends in heard for message in self.links[ends])
+
     def _submissions(self) -> list[Callable[[], None]]:
         weight = PROGRESS_WEIGHT // 4 if self.membership.serving else 1
-        return [lambda r=r, n=n: self.submit(r, n) for r in self.routers if r.runs for n in (1, 2)] * weight
+        result = [lambda r=r, n=n: self.submit(r, n) for r in self.routers if r.runs for n in (1, 2)] * weight
+        return result + [lambda r=r, n=n: self.submit(r, n, True) for r in self.routers if r.runs for n in (1, 2)]
 
     def _disturbances(self) -> list[Callable[[], None]]:
         result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2), self.crash_coordinator]
@@ -624,7 +815,8 @@ class World:
     def _is_idle(self) -> bool:
         prefills = [worker for worker in self.workers(PrefillProcess) if worker.alive]
         decodes = [worker for worker in self.workers(DecodeProcess) if worker.alive]
-        at_work = any(p.computing or p.puts for p in prefills) or any(d.pool.running for d in decodes)
+        at_work = any(p.computing or p.puts or p.broken for p in prefills)
+        at_work |= any(d.pool.running or d.broken for d in decodes)
         return not (self.links or self.calls or self.notices or at_work)
 
     def violations(self) -> list[str]:

@@ -148,3 +148,16 @@ def test_retry_after_is_always_sensible(gaps: list[float], waiting: int, later: 
     for number in range(waiting):
         queue.push(now, queue.ticket(now, number, 0))
     assert 1.0 <= queue.retry_after_s(now + later) <= 60.0
+
+
+def test_a_full_queue_tells_who_waits_beyond_its_bound() -> None:
+    """Who was let out and came back takes no newcomer's place, and is never refused."""
+    queue: AdmissionQueue[int] = AdmissionQueue(max_size=2, max_wait_s=60.0)
+    for item in range(2):
+        queue.push(0.0, queue.ticket(0.0, item, 0))
+    with pytest.raises(QueueFullError, match=r"max_queue_size is 2, and 2 requests are waiting; try again"):
+        queue.push(0.0, queue.ticket(0.0, 2, 0))
+    for item in (3, 4):
+        queue.push_back(queue.ticket(0.0, item, 0))
+    with pytest.raises(QueueFullError, match=r"is 2, and 4 requests are waiting, 2 of them back from a worker; try"):
+        queue.push(0.0, queue.ticket(0.0, 5, 0))

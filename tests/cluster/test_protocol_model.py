@@ -14,15 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from pdray.cluster.credit import CreditWaiters
 from pdray.cluster.effects import LedgerEffect, Release, Send
 from pdray.cluster.lease import LeaseState, LeaseTable
 from pdray.cluster.membership import Membership
-from pdray.cluster.messages import LegKey, PutAborted, WorkerInfo
+from pdray.cluster.messages import Credit, LegKey, PutAborted, WorkerInfo
 from pdray.cluster.prefill_ledger import PrefillLedger
 
 _spec = importlib.util.spec_from_file_location("protocol_world", Path(__file__).with_name("protocol_world.py"))
@@ -94,7 +96,7 @@ def test_walks_reach_every_state_and_outcome() -> None:
                     states |= {info.state for info in decode.table.leases(world.now)}
             world.settle(rng)
     assert states == {str(state) for state in LeaseState}
-    assert outcomes == {"finished", "aborted", "rejected", "failed"}
+    assert outcomes == {"finished", "aborted", "rejected", "failed", "blamed"}
     assert attempts >= 3  # a second failure during recovery
 
 
@@ -152,9 +154,44 @@ class StartsBesideStrays(Membership):
         self._strays.clear()
 
 
+class TellsNobody(CreditWaiters):
+    """Who waits for credit is never told that it has come back."""
+
+    def announce(self, credit: Credit) -> list[Send]:
+        super().announce(credit)
+        return []
+
+
+class KeepsWhatNobodyDecodes(PrefillLedger):
+    """A leg without a decode worker waits for its word."""
+
+    def _finish_if_pushed(self, now: float, key: LegKey, leg: Any) -> list[LedgerEffect]:
+        return [] if leg.request.decode_worker_id is None else super()._finish_if_pushed(now, key, leg)
+
+
+class ForgetsWhoIsAlone(LeaseTable):
+    """A suspect is computed with others again, and nobody learns who is to blame."""
+
+    def request(self, now: float, router_id: str, message: Any) -> list[Send]:
+        return super().request(now, router_id, msgspec.structs.replace(message, alone=False))
+
+
+def blames_everybody(suspects: list[LegKey]) -> str:
+    """Whoever was in the step fails at once."""
+    return "failed"
+
+
+def blames_nobody(suspects: list[LegKey]) -> str:
+    """The guilty one is replayed for ever."""
+    return "suspect"
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
+        {"table": ForgetsWhoIsAlone, "num_prefill": 0, "num_decode": 1},
+        {"blame": blames_everybody},
+        {"blame": blames_nobody},
         {"table": FreesFillingLeases},
         {"table": ExpiresQuarantine},
         {"ledger": AcknowledgesTooEarly},
@@ -162,6 +199,8 @@ class StartsBesideStrays(Membership):
         {"members": ForgetsFailedKills},
         {"members": ForgetsFailedNews},
         {"members": StartsBesideStrays},
+        {"ledger": KeepsWhatNobodyDecodes},
+        {"waiters": TellsNobody},
     ],
     ids=lambda mutant: next(iter(mutant.values())).__name__,
 )

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from pdray.config import Config
+from pdray.engine.build import make_pool
 from pdray.engine.engine import Engine
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate, Reservation
 from pdray.kernels.kv_store import gather_blocks, scatter_blocks
@@ -63,16 +64,16 @@ class RecordingEngine(Engine):
     """An engine that keeps all tokens that it announced, and the logits that they were drawn from."""
 
     def __init__(self, config: Config, model: LoadedModel, device: torch.device = CPU) -> None:
-        super().__init__(config, model, device)
+        super().__init__(config, model, make_pool(config, model, device))
         self.tokens: dict[Hashable, dict[int, list[SampledToken]]] = defaultdict(lambda: defaultdict(list))
         self.logits: dict[tuple[Hashable, int, int], torch.Tensor] = {}  # key, index, position
         self.updates: dict[Hashable, list[RequestUpdate]] = defaultdict(list)
-        self.runner.on_logits = self._record_logits
+        self.lane.on_logits = self._record_logits
 
     def _record_logits(self, logits: torch.Tensor) -> None:
-        samplers = [sampler for chunk in self._scheduler.plans_in_flight[-1].chunks for sampler in chunk.samplers]
-        for sampler, row in zip(samplers, logits, strict=True):
-            self.logits[sampler.request.key, sampler.index, sampler.draw_position] = row.clone()
+        draws = [draw for chunk in self._scheduler.plans_in_flight[-1].chunks for draw in chunk.draws]
+        for (sampler, _, position), row in zip(draws, logits, strict=True):
+            self.logits[sampler.request.key, sampler.index, position] = row.clone()
 
     def step(self) -> list[RequestUpdate]:
         updates = super().step()
@@ -121,8 +122,8 @@ class Disaggregated:
         ]
         if pairs:
             sources, destinations = (list(ids) for ids in zip(*pairs, strict=True))
-            blocks = gather_blocks(self.prefill.kv, ready.layers, sources)
-            scatter_blocks(self.decode.kv, ready.layers, destinations, blocks)
+            blocks = gather_blocks(self.prefill.pool.tensor, ready.layers, sources)
+            scatter_blocks(self.decode.pool.tensor, ready.layers, destinations, blocks)
 
     def run(self, *requests: EngineRequest) -> RecordingEngine:
         """Every request through both engines; the decode engine's records then hold the first tokens too."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from pdray.engine.batch import InputBuffers, StepShape
-from pdray.engine.block_pool import BlockPool
-from pdray.engine.limits import EngineLimits
+from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest
-from pdray.engine.results import Bookkeeper
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.step_graphs import StepGraphs, decode_sizes, launched_sizes, prefill_shapes
-from pdray.engine.step_plan import SampledRow, StepPlan
+from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import SampledRow, StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.step.graphs import StepGraphs, decode_sizes, launched_sizes, prefill_shapes
+from pdray.engine.step.inputs import InputBuffers, StepShape
 from pdray.sampling_params import SamplingParams
 
 LIMITS = EngineLimits(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from pdray.engine.block_pool import BlockPool, hash_blocks, short_hash
+from pdray.engine.kv.block_pool import BlockPool, hash_blocks, short_hash
 
 NUM_BLOCKS = 8
 NAMES = st.lists(st.integers(0, 5), max_size=4, unique=True)

@@ -13,7 +13,8 @@ import torch
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import EngineRequest, RequestUpdate
-from pdray.errors import InvalidRequestError
+from pdray.engine.step.lane import Draws
+from pdray.errors import InvalidRequestError, StepFailedError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
 
@@ -65,7 +66,7 @@ def test_release_during_the_step_frees_at_its_end_and_announces_nothing(llama: A
         engine.release("r")
         seen.append((engine.stats().free_blocks, engine.check_integrity()))
 
-    engine.runner.on_logits = release
+    engine.lane.on_logits = release
     updates = engine.step()
     assert seen == [(199 - 4, [])]
     assert [update.key for update in updates] == ["s"] and engine.stats().free_blocks == 199 - 2
@@ -135,9 +136,13 @@ def test_a_step_without_work_returns_at_once(llama: Any) -> None:
 
 def test_refusals_name_what_to_change(llama: Any) -> None:
     engine = llama.engine(num_kv_blocks=10, max_model_len=512)
-    with pytest.raises(InvalidRequestError, match="max_tokens 200.*holds 144.*num_kv_blocks") as refused:
-        engine.add(request("r", 20, 200))
-    assert refused.value.param == "max_tokens"
+    for enter in (engine.add, engine.reserve):
+        with pytest.raises(InvalidRequestError, match=r"144 tokens.*max_model_len \(144\); shorten it$") as refused:
+            enter(request("r", 144, 1))
+        assert refused.value.param == "prompt"
+    with pytest.raises(InvalidRequestError, match="max_tokens 200, n 8.*holds 144; lower n or shorten") as refused:
+        engine.reserve(request("r", 20, 200, n=8))
+    assert refused.value.param == "n"
     with pytest.raises(InvalidRequestError, match="token id 199 is outside the vocabulary"):
         engine.reserve(EngineRequest("r", [199], SamplingParams()))
     with pytest.raises(KeyError, match="not reserved"):
@@ -209,24 +214,26 @@ def test_loop_under_concurrent_traffic(llama: Any) -> None:
     engine.assert_empty()
 
 
-def test_a_failing_step_ends_the_loop_and_is_reported(llama: Any) -> None:
+def test_a_failing_step_ends_the_loop_and_is_reported(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = llama.engine()
     errors: list[BaseException] = []
     reported = threading.Event()
 
-    def fail(_: torch.Tensor) -> None:
+    def fail(_: Draws) -> None:
         raise RuntimeError("broken device")
 
     def on_error(error: BaseException) -> None:
         errors.append(error)
         reported.set()
 
-    engine.runner.on_logits = fail
+    monkeypatch.setattr(Draws, "read", fail)
     loop = EngineLoop(engine, lambda updates: None, on_error)
     loop.start()
     engine.add(request("r"))
     assert reported.wait(30)
-    assert [str(error) for error in errors] == ["broken device"]
+    assert [str(error) for error in errors] == ["RuntimeError: broken device"]
+    assert isinstance(errors[0], StepFailedError) and list(errors[0].keys) == ["r"]
+    assert str(errors[0].__cause__) == "broken device"
     time.sleep(0.01)
     assert loop.seconds_since_progress() > 0
     loop.stop()
@@ -252,9 +259,32 @@ def test_a_loop_that_never_started_stops(llama: Any) -> None:
 
 def test_the_pool_has_the_documented_shape(llama: Any) -> None:
     engine = llama.engine(block_size=32, num_kv_blocks=9)
-    assert engine.kv.shape == (3, 9, 2, 32, 2, 8) and engine.kv.dtype == torch.float32
-    assert (engine.num_blocks, engine.block_size, engine.max_model_len) == (9, 32, 512)
+    assert engine.pool.tensor.shape == (3, 9, 2, 32, 2, 8) and engine.pool.tensor.dtype == torch.float32
+    assert (engine.num_blocks, engine.block_size, engine.max_model_len) == (9, 32, 256)
     assert isinstance(engine.config, Config)
     r = request("r", 70)
     engine.run(r)
     assert engine.ids("r") == llama.greedy(r.prompt_token_ids, 10)
+
+
+@pytest.mark.parametrize("num_kv_blocks", [2, 5, 32, 33])
+def test_max_model_len_is_what_the_pool_holds_and_all_of_it_can_be_used(
+    llama: Any, num_kv_blocks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts of every length up to it end with every token that is left, whoever computes them."""
+    engine = llama.engine(num_kv_blocks=num_kv_blocks)
+    held = (num_kv_blocks - 1) * 16
+    assert engine.max_model_len == min(512, held)
+    assert (f"num_kv_blocks ({num_kv_blocks}) holds no longer sequence; raise it to 33" in caplog.text) == (held < 512)
+    for length in (max(1, engine.max_model_len - 17), engine.max_model_len - 1):
+        engine.add(request("added", length, 1000))
+        engine.run()
+        assert engine.reserve(request("reserved", length, 1000)) is not None
+        engine.start_prefill("reserved")
+        engine.run()
+        assert len(engine.ids("added")) == len(engine.ids("reserved")) == engine.max_model_len - length
+        for key in ("added", "reserved"):
+            engine.tokens.pop(key)
+    with pytest.raises(InvalidRequestError, match="no room for output"):
+        engine.add(request("r", engine.max_model_len))
+    engine.assert_empty()

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from pdray.config import Config
-from pdray.engine import memory
-from pdray.engine.memory import allocate_pool, available_host_bytes, block_bytes, choose_num_blocks
-from pdray.engine.profile import profile_model
+from pdray.engine.kv import sizing
+from pdray.engine.kv.layout import KVLayout
+from pdray.engine.kv.pool import KVPool
+from pdray.engine.kv.sizing import available_host_bytes, choose_num_blocks
+from pdray.engine.step.profile import profile_model
 from pdray.errors import ConfigError, OutOfMemoryError
 
 CPU = torch.device("cpu")
@@ -20,13 +22,13 @@ BLOCK = 2 * 3 * 16 * 2 * 8 * 4  # keys and values, layers, tokens, heads, head_d
 
 def choose(llama: Any, **settings: Any) -> int:
     config = Config(model=str(llama.folder), skip_tokenizer_init=True, **{"max_num_seqs": 4, **settings})
-    return choose_num_blocks(config, llama.loaded.config, torch.float32, CPU, 512)
+    return choose_num_blocks(config, KVLayout.of(llama.loaded.config, 16, torch.float32), CPU, 512)
 
 
 def test_a_block_and_the_pool(llama: Any) -> None:
-    assert block_bytes(llama.loaded.config, 16, torch.float32) == BLOCK
+    assert KVLayout.of(llama.loaded.config, 16, torch.float32).block_bytes == BLOCK
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        pool = allocate_pool(llama.loaded.config, 5, 16, dtype, CPU)
+        pool = KVPool.allocate(KVLayout.of(llama.loaded.config, 16, dtype), 5, CPU).tensor
         assert pool.shape == (3, 5, 2, 16, 2, 8) and pool.dtype == dtype and pool.is_contiguous()
         assert not pool.any()
 
@@ -47,17 +49,15 @@ def test_kv_cache_memory_bytes(llama: Any) -> None:
 
 
 def test_a_share_of_the_free_host_memory(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_host_bytes", lambda: 1000 * BLOCK)
+    monkeypatch.setattr(sizing, "available_host_bytes", lambda: 1000 * BLOCK)
     assert choose(llama, cpu_memory_utilization=0.05) == 50
-    with pytest.raises(
-        OutOfMemoryError, match="lower max_model_len, raise cpu_memory_utilization, or set num_kv_blocks"
-    ):
+    with pytest.raises(OutOfMemoryError, match="lower max_model_len to 464 or less, or raise cpu_memory_utilization$"):
         choose(llama, cpu_memory_utilization=0.03)
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, usage = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "CGROUP_FILES", ((str(limit), str(usage)),))
+    monkeypatch.setattr(sizing, "CGROUP_FILES", ((str(limit), str(usage)),))
     free = available_host_bytes()
     assert free > 10**7
     limit.write_text("5000000\n")

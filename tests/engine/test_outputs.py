@@ -137,9 +137,10 @@ def test_completions_are_preempted_one_by_one(llama: Any) -> None:
     engine.assert_empty()
 
 
-def test_a_replay_goes_on_where_the_first_run_stopped(llama: Any) -> None:
+@pytest.mark.parametrize("seed", [2**63 - 1, -2, -(2**63)])
+def test_a_replay_goes_on_where_the_first_run_stopped(llama: Any, seed: int) -> None:
     params = SamplingParams(
-        temperature=0.9, seed=2**63 - 1, max_tokens=24, ignore_eos=True, frequency_penalty=0.5, logprobs=2
+        temperature=0.9, seed=seed, max_tokens=24, ignore_eos=True, frequency_penalty=0.5, logprobs=2
     )
     whole = llama.engine().run(EngineRequest("r", tokens(21), params, (3,)))
     for cut in (1, 11, 23):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdray.engine.request import EngineRequest
-from pdray.engine.step_graphs import StepGraphs
+from pdray.engine.step.graphs import StepGraphs
 from pdray.sampling_params import SamplingParams
 
 RULES = {
@@ -52,7 +52,7 @@ def test_padded_steps_give_the_same_tokens(llama: Any) -> None:
     """As for graphs and launched steps on CUDA; here the same code computes them."""
     plain = llama.engine(async_scheduling=False).run(*requests())
     padded = llama.engine(async_scheduling=True)
-    padded.runner.graphs = StepGraphs(torch.empty(8, 199), max_num_batched_tokens=64)
+    padded.lane.graphs = StepGraphs(torch.empty(8, 199), max_num_batched_tokens=64)
     assert answers(padded.run(*requests())) == answers(plain)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from pdray.cache import cache_folder
 from pdray.config import Config
-from pdray.engine.engine import Engine
+from pdray.engine.build import build_engine
 from pdray.engine.request import EngineRequest
 from pdray.models import load_model, load_tokenizer
 from pdray.models.resolve import resolve_model
@@ -88,7 +88,7 @@ def test_greedy_answers_equal_transformers_generate(transformers_model: Any, two
     ] + [tokenizer(text)["input_ids"] for text in TEXTS]
 
     cpu = torch.device("cpu")
-    engine = Engine(config, load_model(config, cpu), cpu)
+    engine = build_engine(config, load_model(config, cpu), cpu)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     for key, prompt in enumerate(prompts):
         engine.add(EngineRequest(key, prompt, params))

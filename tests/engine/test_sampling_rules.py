@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdray.engine.request import EngineRequest
-from pdray.engine.runner import pack_samples, unpack_samples
+from pdray.engine.step.lane import pack_samples, unpack_samples
 from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
 from pdray.sampling_params import SamplingParams
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import replace
@@ -11,14 +12,15 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from pdray.engine.block_pool import BlockPool
-from pdray.engine.integrity import check_integrity
-from pdray.engine.limits import EngineLimits
+from pdray.engine.kv import block_pool, integrity
+from pdray.engine.kv.block_pool import BlockPool
+from pdray.engine.kv.integrity import check_in_slices, check_integrity
 from pdray.engine.request import EngineRequest
-from pdray.engine.results import Bookkeeper
-from pdray.engine.scheduler import Scheduler
-from pdray.engine.sequence import LiveRequest
-from pdray.engine.step_plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import ALONE_STEPS, LiveRequest
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
@@ -62,8 +64,25 @@ class FakeEngine:
         self.assert_clean()
         assert plan.num_tokens == sum(chunk.num_tokens for chunk in plan.chunks) <= self.limits.max_num_batched_tokens
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks) <= self.limits.max_num_seqs
-        assert sum(len(chunk.samplers) for chunk in plan.chunks) <= self.limits.max_num_seqs
+        assert sum(len(chunk.draws) for chunk in plan.chunks) <= self.limits.max_num_seqs
+        self.assert_apart(plan)
         return plan
+
+    def assert_apart(self, plan: StepPlan) -> None:
+        """Steps of a request that is to be alone hold nothing else, and overlap with nothing else."""
+        in_flight = self.scheduler.plans_in_flight
+        assert len({id(other.alone) for other in in_flight}) <= 1
+        if plan.alone is not None:
+            assert plan.keys in ([plan.alone.key], [])
+            assert {key for other in in_flight for key in other.keys} <= {plan.alone.key}
+        assert all(c.sequence.request is plan.alone or not c.sequence.request.num_alone_steps for c in plan.chunks)
+
+    def fail(self, plan: StepPlan) -> None:
+        """As the engine gives up a plan that could not be launched."""
+        for key in plan.keys:
+            self.scheduler.release(key)
+        self.scheduler.discard(plan)
+        self.assert_clean()
 
     def compute(self, plan: StepPlan) -> list[SampledRow]:
         for copy in plan.copies:
@@ -79,7 +98,7 @@ class FakeEngine:
             for position in range(chunk.end):
                 block = chunk.sequence.block_table[position // BLOCK_SIZE]
                 assert self.slots[block, position % BLOCK_SIZE] == tokens[: position + 1], "attention over a wrong KV"
-            rows += [SampledRow(draw(tokens, sampler.index)) for sampler in chunk.samplers]
+            rows += [SampledRow(draw(tokens, each.sequence.index)) for each in chunk.draws]
         self.sampled = [row.token_id for row in rows]
         return rows
 
@@ -178,6 +197,7 @@ def requests(draw_: st.DrawFn, key: int, num_blocks: int, max_num_seqs: int) -> 
         indices=tuple(range(n)),
         output_token_ids=tuple(i % 3 for i in range(outputs)),
         priority=draw_(st.integers(0, 1)),
+        alone=draw_(st.sampled_from([False, False, True])),
     )
 
 
@@ -209,6 +229,14 @@ def test_random_traffic_leaks_nothing_and_gives_everyone_the_tokens_of_running_a
         live[key] = request
         for _ in range(data.draw(st.integers(0, 4))):
             plan = engine.begin()
+            if plan.chunks and data.draw(st.integers(0, 9)) == 0:
+                engine.fail(plan)
+                for key in live.keys() & set(plan.keys):
+                    released.add(key)
+                    del live[key]
+                if engine.in_flight:
+                    engine.end(*engine.in_flight.pop(0))
+                continue
             rows = engine.compute(plan)
             if overlap and plan.chunks:
                 engine.in_flight.append((plan, rows))
@@ -262,6 +290,49 @@ def make(key: str, length: int, max_tokens: int | None = 8, n: int = 1, **fields
     params = SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True)
     start = sum(map(ord, key)) % 50
     return EngineRequest(key, [start + i % 40 for i in range(length)], params, tuple(range(n)), **fields)
+
+
+def test_a_request_under_suspicion_has_every_other_step_until_it_is_cleared() -> None:
+    engine = FakeEngine(40, max_num_seqs=4, budget=8)
+    for key, alone in (("a", False), ("b", False), ("suspect", True), ("c", False)):
+        engine.add(make(key, 3, 12, alone=alone))
+    steps = [set(engine.step().keys) for _ in range(10)]
+    others, everyone = {"a", "b", "c"}, {"a", "b", "c", "suspect"}
+    assert steps[0::2][:ALONE_STEPS] == [{"suspect"}] * ALONE_STEPS
+    assert set().union(*steps[1::2][:2]) == others, "the budget takes two of them at once"
+    assert steps[2 * ALONE_STEPS - 3] == others and steps[2 * ALONE_STEPS - 1] == everyone
+    engine.run()
+    for key in everyone:
+        assert_outputs(engine, make(key, 3, 12))
+    engine.assert_empty()
+
+
+def test_suspects_go_one_after_the_other() -> None:
+    """The first needs to share with nobody; the later ones share with those that are cleared already."""
+    engine = FakeEngine(40, max_num_seqs=4)
+    for key in "abc":
+        engine.add(make(key, 3, 30, n=1 + (key == "b"), alone=True))
+    steps = [engine.step().keys for _ in range(6 * ALONE_STEPS)]
+    assert steps[:ALONE_STEPS] == [["a"]] * ALONE_STEPS
+    assert [keys for keys in steps if "b" in keys][:ALONE_STEPS] == [["b"]] * ALONE_STEPS
+    assert [keys for keys in steps if "c" in keys][:ALONE_STEPS] == [["c"]] * ALONE_STEPS
+    assert set(steps[-1]) == set("abc")
+
+
+def test_a_suspect_that_waits_for_room_is_not_overtaken() -> None:
+    engine = FakeEngine(9, max_num_seqs=4, caching=False)
+    engine.add(make("running", 8, 12))
+    engine.step()
+    engine.add(make("suspect", 24, 2, alone=True))
+    for number in range(3):
+        engine.add(make(f"late-{number}", 4, 4))
+    order: list[str] = []
+    while not order or order[-1] != "suspect":
+        order += engine.step().keys
+        assert len(order) < 100
+    assert set(order[:-1]) == {"running"}
+    engine.run()
+    engine.assert_empty()
 
 
 def test_decodes_go_first_and_prompts_fill_the_budget_in_chunks() -> None:
@@ -480,7 +551,7 @@ def test_a_sequence_that_must_end_with_a_pending_token_is_not_computed_further()
         (make("a", 0), "the prompt is empty"),
         (make("a", 64), r"64 tokens.*max_model_len \(64\)"),
         (make("a", 4, n=5), "n is 5, but max_num_seqs is 4; lower n or raise it"),
-        (make("a", 30, None), "needs KV cache for 64 tokens.*max_tokens None.*holds 44.*num_kv_blocks"),
+        (make("a", 30, None), "needs KV cache for 64 tokens.*max_tokens None.*holds 44; lower max_tokens$"),
         (make("a", 39, 2, n=3), "the start of 3 completions needs KV cache for 48 tokens"),
         (EngineRequest("a", [1, 97], SamplingParams()), "token id 97 is outside the vocabulary"),
         (EngineRequest("a", [1], SamplingParams(), output_token_ids=(-1,)), "token id -1 is outside"),
@@ -525,3 +596,43 @@ def test_integrity_sees_what_is_wrong() -> None:
     assert any("stands for 2 different prefixes" in problem for problem in check_integrity(engine.scheduler))
     engine.scheduler.num_places += 1
     assert any("places counted" in problem for problem in check_integrity(engine.scheduler))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_check_in_slices_finds_nothing_in_a_state_that_changes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are taken, shared, cached and freed between any two slices."""
+    for module in (integrity, block_pool):
+        monkeypatch.setattr(module, "CHECK_SLICE", 3)
+    rng, engine = random.Random(seed), FakeEngine(30)
+    slices = check_in_slices(engine.scheduler)
+    num_checks = 0
+    for number in range(120):
+        if rng.random() < 0.4:
+            engine.add(make(f"r{number}", rng.choice([9, 14, 17]), rng.randrange(1, 9), n=rng.randrange(1, 3)))
+        if rng.random() < 0.2 and engine.scheduler.requests:
+            engine.scheduler.release(rng.choice(list(engine.scheduler.requests)))
+        engine.step()
+        for _ in range(rng.randrange(1, 6)):
+            found = next(slices, None)
+            if found is None:
+                num_checks, slices = num_checks + 1, check_in_slices(engine.scheduler)
+            else:
+                assert found == []
+    assert num_checks > 3
+
+
+def test_a_check_in_slices_finds_what_is_wrong_while_the_prefix_cache_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_pool, "CHECK_SLICE", 3)
+    pool = BlockPool(60)
+    blocks = pool.allocate(40) or []
+    for block in blocks[:20]:
+        pool.cache(block, bytes([block]))
+    pool._hashes[blocks[19]] = None
+    found: list[str] = []
+    for number, part in enumerate(pool.check_cache()):
+        found += part
+        if number < 15:
+            pool.cache(blocks[20 + number], bytes([blocks[20 + number]]))
+    assert set(found) == {f"the prefix cache names block {blocks[19]}, which holds something else"}

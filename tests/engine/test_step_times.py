@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdray.engine.step_times import NUM_STEPS, Spread, StepTimes
+from pdray.engine.step.times import NUM_STEPS, Spread, StepTimes
 
 
 def test_steps_that_follow_each_other_count() -> None:

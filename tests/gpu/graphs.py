@@ -12,9 +12,9 @@ import torch
 from models import SHAPES, build, engine
 from rows import Row
 
-from pdray.engine.batch import StepInputs
 from pdray.engine.request import EngineRequest
-from pdray.engine.runner import Draws, Runner
+from pdray.engine.step.inputs import StepInputs
+from pdray.engine.step.lane import Draws, Lane
 from pdray.sampling_params import SamplingParams
 
 NUM_REQUESTS = 40
@@ -27,29 +27,29 @@ class Comparison:
         shapes: how often each was compared. differing: those whose logits or tokens were not equal.
     """
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
         self.shapes: Counter[str] = Counter()
         self.differing: list[str] = []
-        self._launch = runner.launch
-        runner.launch = self.launch  # type: ignore[method-assign]
+        self._launch = lane.launch
+        lane.launch = self.launch  # type: ignore[method-assign]
 
     @torch.inference_mode()
     def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
-        if self.runner.graphs is None or inputs.shape not in self.runner.graphs:
+        if self.lane.graphs is None or inputs.shape not in self.lane.graphs:
             return self._launch(inputs, on_layer)
-        sampled = self.runner.sampled.clone()
+        sampled = self.lane.sampled.clone()
         num_decodes = inputs.shape.num_seqs if inputs.shape.is_decode else 0
         captured = replace(inputs.attention, query_lens=[], kv_lens=[], num_decodes=num_decodes)  # as a graph knows it
-        logits = self.runner.compute(inputs._replace(attention=captured)).clone()
-        drawn = self.runner.sampled.clone()
-        self.runner.sampled.copy_(sampled)
+        logits = self.lane.compute(inputs._replace(attention=captured)).clone()
+        drawn = self.lane.sampled.clone()
+        self.lane.sampled.copy_(sampled)
         draws = self._launch(inputs, on_layer)
         num = len(inputs.num_logprobs)
-        graph = self.runner.graphs.logits
+        graph = self.lane.graphs.logits
         name = str(tuple(inputs.shape))
         self.shapes[name] += 1
-        if not (torch.equal(graph[:num], logits[:num]) and torch.equal(self.runner.sampled[:num], drawn[:num])):
+        if not (torch.equal(graph[:num], logits[:num]) and torch.equal(self.lane.sampled[:num], drawn[:num])):
             self.differing.append(name)
         return draws
 
@@ -74,7 +74,7 @@ def check_graphs() -> Iterator[Row]:
             build(*SHAPES[name], Path(temporary))
             settings = {"max_num_seqs": 32, "max_num_batched_tokens": 2048, "num_kv_blocks": 1000}
             running = engine(Path(temporary), "bfloat16", **settings)
-        comparison = Comparison(running.runner)
+        comparison = Comparison(running.lane)
         waiting = requests()
         while waiting or running.has_work():
             for request in waiting[: 1 + len(waiting) % 3]:

@@ -62,13 +62,16 @@ class Pair:
         for count in counts:
             seed, (source, destination) = self.rng.randrange(2**30), self.blocks(count)
             self.sender.call("fill", seed)
-            self.sender.call("send", source, destination, 0.0, 1)
+            self.receiver.call("aim", destination)
+            self.sender.call("send", source, 0.0, 1)
             results.append(self.receiver.call("holds", seed, source, destination))
         return results
 
     def flood(self) -> None:
         """The sender pushes until something fails; its result is to be fetched."""
-        self.sender.post("send_until_it_fails", *self.blocks(64), 30.0)
+        source, destination = self.blocks(64)
+        self.receiver.call("aim", destination)
+        self.sender.post("send_until_it_fails", source, 30.0)
         time.sleep(1.0)
 
     def stop(self) -> None:
@@ -99,7 +102,9 @@ def connects(pair: Pair) -> Iterator[Row]:
     yield Row("connect", f"{seconds:.1f} s", "a probe arrived", True)
     right = pair.arrives(1, 17, 300, 600)
     yield Row("blocks of 64 KiB in 8 layers", f"{sum(right)} of {len(right)} puts right", "all", all(right))
-    rate = pair.sender.call("send", *pair.blocks(256), 2.0, 8)
+    source, destination = pair.blocks(256)
+    pair.receiver.call("aim", destination)
+    rate = pair.sender.call("send", source, 2.0, 8)
     figure = f"{rate.num_bytes / rate.seconds / 1e9:.2f} GB/s, median {1e3 * rate.latency_s:.0f} ms a put of 128 MiB"
     yield Row("rate, 8 puts at once", figure, "-", True)
     pair.receiver.call("holds", 0, [1], [1])  # empties the pool

@@ -14,6 +14,7 @@ from rows import Row
 from shared_gpu import PARAMS, QUESTIONS
 
 import pdray
+from pdray.testing.one_gpu import one_gpu_environment
 
 MIB_AT_LEAST = 1024  # that each worker adds to its GPU: pool, weights, context
 NUM_MIXED = 256
@@ -84,7 +85,8 @@ def check_nccl(gguf: Path | None) -> Iterator[Row]:
         yield Row("two halves of a GPU over nccl", "no --gguf FILE given", "as colocated", None)
         return
     whole = ask(gguf, mode="colocated")
-    halves = {"prefill_num_gpus": 0.5, "decode_num_gpus": 0.5, "channel": "nccl", "nccl_on_one_gpu": True}
+    environment = one_gpu_environment("{worker_id}")
+    halves = {"prefill_num_gpus": 0.5, "decode_num_gpus": 0.5, "channel": "nccl", "worker_env": environment}
     yield from compare("two halves of a GPU over nccl", whole, ask(gguf, mixed=NUM_MIXED, **halves))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from failures import check_failures
 from graphs import check_graphs
 from models import check_models
 from nccl_system import check_nccl, check_two
@@ -43,7 +44,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gguf", type=Path, help="SmolLM2's weights, for text")
     parser.add_argument(
-        "--rows", nargs="+", choices=["kernels", "models", "graphs", "text", "memory", "shared", "nccl", "two"]
+        "--rows",
+        nargs="+",
+        choices=["kernels", "models", "graphs", "failures", "text", "memory", "shared", "nccl", "two"],
     )
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -53,6 +56,7 @@ def main() -> int:
         "kernels": check_kernels,
         "models": check_models,
         "graphs": check_graphs,
+        "failures": check_failures,
         "text": lambda: check_text(args.gguf),
         "memory": lambda: check_memory(args.gguf),
         "shared": lambda: check_shared(args.gguf),

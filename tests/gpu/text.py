@@ -9,7 +9,7 @@ import torch
 from rows import Row
 
 from pdray.config import Config
-from pdray.engine.engine import Engine
+from pdray.engine.build import build_engine
 from pdray.engine.request import EngineRequest
 from pdray.errors import OutOfMemoryError
 from pdray.models import load_model, load_tokenizer
@@ -29,7 +29,7 @@ def check_text(gguf: Path | None) -> Iterator[Row]:
         assert tokenizer is not None
         question = [{"role": "user", "content": "What is the capital of France?"}]
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-        engine = Engine(config, load_model(config, GPU), GPU)
+        engine = build_engine(config, load_model(config, GPU), GPU)
         engine.add(EngineRequest("paris", prompt, SamplingParams(temperature=0, max_tokens=24)))
         ids = [token.token_id for _ in iter(engine.has_work, False) for u in engine.step() for token in u.tokens]
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -44,7 +44,7 @@ def check_memory(gguf: Path | None) -> Iterator[Row]:
         return
     config = Config(model=str(gguf), device="cuda", gpu_memory_utilization=0.005)
     try:
-        Engine(config, load_model(config, GPU), GPU)
+        build_engine(config, load_model(config, GPU), GPU)
     except OutOfMemoryError as error:
         text = str(error)
         ok = "gpu_memory_utilization" in text and "iB" in text

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pdray.kernels.activation import silu_and_mul
 from pdray.kernels.activation_triton import triton_silu_and_mul
-from pdray.kernels.draw import draw, gumbel
+from pdray.kernels.draw import draw, draw_filtered, gumbel
 from pdray.kernels.draw_triton import triton_draw_tokens
 from pdray.kernels.embedding import embed
 from pdray.kernels.embedding_triton import triton_embed
@@ -33,8 +33,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter rounds float32 to bfloat16 towards zero.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-SEEDS = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1, 0x1234567890ABCDEF])
-POSITIONS = torch.tensor([0, 5, 2**31, 2**32 - 1, 2**32 + 9, 2**45])
+SEEDS = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1, 0x1234567890ABCDEF, -1, -(2**63)])
+POSITIONS = torch.tensor([0, 5, 2**31, 2**32 - 1, 2**32 + 9, 2**45, 7, 2**40])
+NAN, INF = float("nan"), float("inf")
 
 
 def assert_nearly_equal(out: Tensor, expected: Tensor, case: str) -> None:
@@ -281,6 +282,37 @@ def check_nothing_to_draw() -> None:
     assert out.tolist() == [0, 0]
 
 
+def check_hostile_numbers() -> None:
+    """NaN, infinities, and parameters that nobody has checked: every row draws what the reference draws.
+
+    Half of the rows are good ones, which must not notice.
+    """
+    num, vocab_size = 24, 1030 if INTERPRETED else 5000
+    for dtype in DTYPES:
+        logits = make_logits(num, vocab_size, dtype)
+        rows = logits[::2]  # a view
+        for i, filling in enumerate((NAN, INF, -INF, torch.finfo(dtype).max, torch.finfo(dtype).min)):
+            rows[i] = filling
+            rows[i + 5, i::3] = filling
+        random, temperature = random_rows(num)
+        temperature[::2] = torch.tensor([1.0, NAN, INF, 1e-39, 3e38, -1.0, 0.0, 1e-5, 1.0, 1.0, 1.0, 0.7])
+        limits = (
+            torch.tensor([7.0, NAN, -1.0, INF, 0.1, 0.0]),
+            torch.tensor([-(2**63), 2**63 - 1, 3, 0, 2**40, 50]),
+            torch.tensor([0.0, 0.9, -1.0, NAN, 1e-45, INF, 1e-30]),
+        )
+        for used in range(8):
+            filters = [f.repeat(num)[:num] if used >> i & 1 else None for i, f in enumerate(limits)]
+            out, expected = torch.full((num,), -7, device=DEVICE), torch.full((num,), -7)
+            draw_filtered(logits, temperature, random.seeds, random.positions, expected, *filters)
+            moved = [x.to(DEVICE) for x in (logits, temperature, random.seeds, random.positions)]
+            if used:
+                triton_draw_filtered(*moved, out, *(None if f is None else f.to(DEVICE) for f in filters))
+            else:
+                triton_draw_tokens(*moved, out)
+            assert out.tolist() == expected.tolist(), f"{dtype}, filters {used:03b}: {out.tolist()} {expected.tolist()}"
+
+
 def check_row_alone() -> None:
     """A row draws the same alone as in a batch."""
     logits = make_logits(12, 3000, torch.float32).to(DEVICE)
@@ -339,6 +371,7 @@ CHECKS = {
     "draw filtered": check_draw_filtered,
     "kept set": check_kept_set,
     "nothing to draw": check_nothing_to_draw,
+    "hostile numbers": check_hostile_numbers,
     "row alone": check_row_alone,
 }
 if not INTERPRETED:

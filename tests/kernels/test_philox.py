@@ -48,16 +48,16 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], answer: t
 
 def test_uniform_layout() -> None:
     """Key, counter and word of every (seed, position, token id), with both halves of seed and position in use."""
-    seeds = [0, 1, 2**63 - 1, 0x123456789ABCDEF]
-    positions = [0, 5, 2**40 + 3, 77]
+    seeds = [0, 1, 2**63 - 1, 0x123456789ABCDEF, -1, -(2**63)]
+    positions = [0, 5, 2**40 + 3, 77, 9, 1]
     vocab_size = 37
     uniform = philox_uniform(torch.tensor(seeds), torch.tensor(positions), vocab_size)
-    assert uniform.shape == (4, vocab_size)
+    assert uniform.shape == (6, vocab_size)
     assert uniform.dtype == torch.float32
     for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
         for token_id in range(vocab_size):
             counter = (token_id // 4, position % 2**32, position >> 32, 0)
-            word = scalar_philox(counter, (seed % 2**32, seed >> 32))[token_id % 4]
+            word = scalar_philox(counter, (seed % 2**32, (seed >> 32) % 2**32))[token_id % 4]
             assert float(uniform[row, token_id]) == pytest.approx((word + 0.5) / 2**32, rel=2**-23, abs=0)
 
 

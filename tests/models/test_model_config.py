@@ -89,6 +89,21 @@ def test_an_unused_sliding_window_is_no_obstacle() -> None:
     assert ModelConfig.from_hf(config) == ModelConfig.from_hf(LLAMA)
 
 
+def test_neutral_values_of_other_families_fields_are_no_obstacle() -> None:
+    neutral = {"logit_scale": 1.0, "num_experts": 0, "scale_emb": None, "residual_multiplier": 1, "is_causal": True}
+    assert ModelConfig.from_hf({**LLAMA, **neutral}) == ModelConfig.from_hf(LLAMA)
+    assert ModelConfig.from_hf({**LLAMA, "sliding_window": 4096}) == ModelConfig.from_hf(LLAMA)
+    qwen2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"]}
+    assert ModelConfig.from_hf({**qwen2, "sliding_window": 512}) == ModelConfig.from_hf(qwen2)
+
+
+def test_rope_parameters_of_the_only_kind_of_layer() -> None:
+    scaling = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 4.0}
+    flat = ModelConfig.from_hf({**LLAMA, "rope_theta": None, "rope_parameters": scaling})
+    assert ModelConfig.from_hf({**LLAMA, "rope_theta": None, "rope_parameters": {"full_attention": scaling}}) == flat
+    assert flat.rope_theta == 500000.0 and flat.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -102,6 +117,16 @@ def test_an_unused_sliding_window_is_no_obstacle() -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "linear needs factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor, high_freq_factor"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"sliding_window": 512}, "sliding_window is 512.*full attention"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "alpha": 3}}, "alpha=3, which pdray does not know"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [4, 4]}}, r"mrope_section=\[4, 4\]"),
+        ({"rope_theta": None, "rope_parameters": {"sliding_attention": {}, "full_attention": {}}}, "sliding_attention"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"scale_emb": 12}, "scale_emb is 12"),
+        ({"num_local_experts": 8}, "num_local_experts is 8"),
+        ({"attention_multiplier": 0.01}, "attention_multiplier is 0.01"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
         ({"num_attention_heads": 5, "num_key_value_heads": 2, "head_dim": 16}, "5, not a multiple .*2"),
         ({"head_dim": 15}, "head_dim is 15"),
         ({"num_hidden_layers": 0}, "num_layers is 0"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from pdray.config import Config
@@ -90,9 +92,125 @@ def test_a_broken_file_is_named(saved: Path) -> None:
 
 
 def test_a_missing_shard_is_named(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelLoadError, match="model-00001-of-00002.safetensors, not found"):
+        load_model(Config(model=str(saved)), CPU)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: tensor.clone() for name, tensor in change(load_file(file)).items()}, file, {"format": "pt"})
+
+
+def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def only_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        "lm_head.weight" if name == "model.embed_tokens.weight" else name: tensor for name, tensor in tensors.items()
+    }
+
+
+def both_equal(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+
+def both_different(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].flip(0)}
+
+
+def in_double(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.double() for name, tensor in tensors.items()}
+
+
+CHANGES = {
+    "as saved": lambda tensors: tensors,
+    "only lm_head": only_head,
+    "both, equal": both_equal,
+    "both, different": both_different,
+    "without prefix": without_prefix,
+    "without prefix, only lm_head": lambda tensors: without_prefix(only_head(tensors)),
+    "without prefix, both different": lambda tensors: without_prefix(both_different(tensors)),
+    "float64": in_double,
+}
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_tied_weights_load_as_transformers_loads_them(
+    name: str, architecture: str, tmp_path: Path, hf_model: Any, paged: Any, tokens: Any, reference_logits: Any
+) -> None:
+    hf_model(architecture, head_dim=8, tie_word_embeddings=True).save_pretrained(tmp_path)
+    rewrite(tmp_path, CHANGES[name])
+    loaded = load_model(Config(model=str(tmp_path), dtype="float32"), CPU)
+    assert loaded.config.tie_word_embeddings == ("different" not in name)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    prompt = tokens(20)
+    expected = reference_logits(reference, prompt)
+    torch.testing.assert_close(paged(loaded.decoder).run(prompt), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_untied_model_without_its_prefix(saved: Path, paged: Any, tokens: Any, reference_logits: Any) -> None:
+    prompt = tokens(20)
+    expected = paged(load_model(Config(model=str(saved)), CPU).decoder).run(prompt)
+    rewrite(saved, without_prefix)
+    assert torch.equal(paged(load_model(Config(model=str(saved)), CPU).decoder).run(prompt), expected)
+
+
+def test_half_of_an_untied_pair_is_not_enough(saved: Path) -> None:
+    edit_weights(saved, model__embed_tokens__weight=None)
+    with pytest.raises(ModelLoadError, match="lacks 1 .*model.embed_tokens.weight"):
+        load_model(Config(model=str(saved)), CPU)
+
+
+def test_a_whole_file_beside_a_stale_index(saved: Path) -> None:
+    expected = load_model(Config(model=str(saved)), CPU).fingerprint
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_model(Config(model=str(saved)), CPU).fingerprint == expected
+    save_file({"lm_head.weight": torch.zeros(211, 48)}, saved / "model-00001-of-00002.safetensors")
+    assert load_model(Config(model=str(saved)), CPU).fingerprint == expected
+
+
+def test_a_tensor_that_is_there_twice_is_named(saved: Path) -> None:
+    edit_weights(saved, norm__weight=torch.ones(48))
+    with pytest.raises(ModelLoadError, match="model.norm.weight is in .*model.safetensors and as norm.weight in"):
+        load_model(Config(model=str(saved)), CPU)
+    edit_weights(saved, norm__weight=None)
+    save_file({"model.norm.weight": torch.ones(48)}, saved / "more.safetensors")
+    (saved / "model.safetensors").rename(saved / "most.safetensors")
+    with pytest.raises(ModelLoadError, match="model.norm.weight is in .*more.safetensors and .*most.safetensors"):
+        load_model(Config(model=str(saved)), CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_tensors_are_named(dtype: torch.dtype, saved: Path) -> None:
+    edit_weights(saved, model__layers__0__mlp__up_proj__weight=torch.ones(80, 48).to(dtype))
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelLoadError, match=f"up_proj.weight in .* is {name}, so the weights are quantised"):
+        load_model(Config(model=str(saved)), CPU)
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_bias_that_the_config_does_not_announce_is_named(part: str, saved: Path) -> None:
+    edit_weights(saved, **{f"model.layers.1.{part}.bias": torch.ones(48)})
+    with pytest.raises(ModelLoadError, match=f"does not have: model.layers.1.{part}.bias"):
+        load_model(Config(model=str(saved)), CPU)
+
+
+@pytest.mark.parametrize("other", ["pytorch_model.bin", "consolidated.00.pth", "tf_model.h5", "model.gguf"])
+def test_weights_in_another_format_are_named(other: str, saved: Path) -> None:
+    (saved / "model.safetensors").rename(saved / other)
+    with pytest.raises(ModelLoadError, match=f"no .safetensors file .it has {other}, which pdray does not read there"):
+        load_model(Config(model=str(saved)), CPU)
+
+
+def test_an_adapter_is_named(saved: Path) -> None:
+    (saved / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="holds a LoRA adapter"):
         load_model(Config(model=str(saved)), CPU)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,30 @@ def test_a_folders_tokenizer_beside_another_model(converted: Any, tmp_path: Path
     converted.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     loaded = load_tokenizer(Config(model="nobody/has-this", tokenizer=str(tmp_path)))
+    assert loaded is not None and loaded("Hi there").input_ids == converted("Hi there").input_ids
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", None])
+def test_a_tokenizer_json_is_taken_as_it_stands(
+    named: str | None, model_type: str, converted: Any, tmp_path: Path
+) -> None:
+    """Whatever class tokenizer_config.json names, as DeepSeek's distilled Llamas name sentencepiece's."""
+    converted.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "chat_template": "{{ messages }}", "tokenizer_class": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    loaded = load_tokenizer(Config(model=str(tmp_path)))
+    assert loaded is not None and loaded.is_fast
+    assert (loaded.eos_token_id, loaded.chat_template) == (2, "{{ messages }}")
+    for text in TEXTS:
+        assert loaded(text).input_ids == converted(text).input_ids
+        assert loaded.decode(loaded(text).input_ids) == text
+
+
+def test_a_folder_with_nothing_but_a_tokenizer(converted: Any, tmp_path: Path) -> None:
+    converted.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(Config(tokenizer=str(tmp_path)))
     assert loaded is not None and loaded("Hi there").input_ids == converted("Hi there").input_ids
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
 import pytest
+from msgspec import structs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +16,8 @@ from pdray.cluster.messages import (
     ClusterView,
     Credit,
     CreditUpdate,
+    CreditWanted,
+    Draining,
     FirstTokens,
     LeaseDenied,
     LeaseGranted,
@@ -53,7 +56,8 @@ class FakeWorker:
     """Answers heartbeats by itself and keeps everything else that routers send.
 
     Attributes:
-        credit, queued_tokens, max_num_seqs, max_num_batched_tokens: what it tells.
+        credit, queued_tokens, max_num_seqs, max_num_batched_tokens, num_blocks, max_model_len: what it tells.
+        wanted: the credit that routers have asked for with RenewLeases, each once.
         on_received: called with every message that it keeps.
     """
 
@@ -62,6 +66,8 @@ class FakeWorker:
         self.credit = Credit(free_blocks=1000, free_places=64, running=0, waiting=0, leases=0)
         self.queued_tokens = 0
         self.max_num_seqs, self.max_num_batched_tokens = 64, 2048
+        self.num_blocks, self.max_model_len = 1000, 100
+        self.wanted: list[CreditWanted] = []
         self.received: list[Any] = []
         self.renewed: set[LegKey] = set()
         self.session: Session | None = None
@@ -77,9 +83,9 @@ class FakeWorker:
             incarnation=self.incarnation,
             role=self.role,
             fingerprint="f",
-            num_blocks=1000,
+            num_blocks=self.num_blocks,
             block_size=16,
-            max_model_len=100,
+            max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             **place,  # type: ignore[arg-type]
@@ -110,6 +116,8 @@ class FakeWorker:
             session.send(Pong(self.queued_tokens))
         elif isinstance(message, RenewLeases):
             self.renewed |= set(message.keys)
+            if message.wanted is not None and not message.keys:
+                self.wanted.append(message.wanted)
             session.send(CreditUpdate(self.credit))
         else:
             self.received.append(message)
@@ -140,18 +148,25 @@ class FakeWorker:
 
     # answers
 
-    def grant(self, request_id: str, attempt: int = 0) -> None:
-        self.send(LeaseGranted(request_id, attempt, [1], 0, self.credit))
+    def grant(self, request_id: str, attempt: int = 0, *, cached: int = 0) -> None:
+        self.send(LeaseGranted(request_id, attempt, cached, self.credit))
 
     def deny(self, request_id: str, reason: str, *, retriable: bool, attempt: int = 0) -> None:
         self.send(LeaseDenied(request_id, attempt, reason, retriable, self.credit))
 
     def first(
-        self, request_id: str, text: str, *, finish: str | None = None, attempt: int = 0, position: int = 0
+        self,
+        request_id: str,
+        text: str,
+        *,
+        finish: str | None = None,
+        attempt: int = 0,
+        position: int = 0,
+        cached: int = 0,
     ) -> None:
         """First tokens: one character for each completion."""
         tokens = [sampled(index, position, text[index], finish) for index in range(len(text))]
-        self.send(FirstTokens(request_id, attempt, tokens, 0, 0.01, 0.02))
+        self.send(FirstTokens(request_id, attempt, tokens, cached, 0.01, 0.02))
 
     def tokens(
         self,
@@ -239,6 +254,19 @@ class Cluster:
         self.workers.update({worker.worker_id: worker for worker in workers})
         async with self._changed:
             self._view = ClusterView(self._view.version + 1, infos, pairs)
+            self._changed.notify_all()
+
+    async def show_pairs(self, epoch: int) -> None:
+        """Publish the same view, every pair connected in this epoch."""
+        pairs = [structs.replace(pair, epoch=epoch) for pair in self._view.pairs]
+        async with self._changed:
+            self._view = structs.replace(self._view, version=self._view.version + 1, pairs=pairs)
+            self._changed.notify_all()
+
+    async def show_draining(self, draining: Draining | None) -> None:
+        """Publish the same view, with or without the news that the workers are about to end."""
+        async with self._changed:
+            self._view = structs.replace(self._view, version=self._view.version + 1, draining=draining)
             self._changed.notify_all()
 
     def __getattr__(self, name: str) -> FakeWorker:

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pdray.outputs import Logprob
 from pdray.router.detokenizer import Detokenizer, decode_logprobs
+from pdray.router.text_stream import MAX_OPEN_BYTES, TextStream
 from pdray.sampling_params import SamplingParams
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 TEXTS = ["the cat sat on the mat, the hat and the bat", "日本語とラーメン", "naïve café 🎉🎊 façade", "aaaa abab baba"]
 
 
@@ -40,7 +42,7 @@ def metaspace() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
 
 
 TOKENIZERS = {"byte_level": byte_level(), "metaspace": metaspace()}
@@ -56,7 +58,7 @@ def stream(
         piece = detokenizer.feed(token_id)
         pieces.append(piece.text)
         if piece.stop is not None:
-            assert "".join(pieces) == detokenizer.text
+            assert len("".join(pieces)) == detokenizer.num_chars == detokenizer.num_shown
             return pieces, piece.stop, count
     return [*pieces, detokenizer.flush()], None, len(ids)
 
@@ -92,6 +94,109 @@ def test_a_prompt_that_ends_within_a_character_is_not_repeated(prompt: str, seed
     assert before + "".join(pieces) == tokenizer.backend_tokenizer.decode(ids)
 
 
+any_ids = st.lists(st.integers(0, 400), max_size=30)  # beyond the vocabulary too, as a padded model draws them
+
+
+def ends_whole(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+    """With a letter at the end, so that no character is left open."""
+    return [*ids, tokenizer.convert_tokens_to_ids("a")]
+
+
+@given(prompt=any_ids, ids=any_ids, skip=st.booleans())
+def test_any_tokens_of_a_byte_level_vocabulary(prompt: list[int], ids: list[int], skip: bool) -> None:
+    """Nothing is lost or repeated, however broken: deltas are what the decoding of all has more than the prompt's."""
+    tokenizer = TOKENIZERS["byte_level"]
+    prompt, ids = ends_whole(tokenizer, prompt), ends_whole(tokenizer, ids)
+    before = tokenizer.backend_tokenizer.decode(prompt, skip_special_tokens=skip)
+    both = tokenizer.backend_tokenizer.decode(prompt + ids, skip_special_tokens=skip)
+    pieces, _, _ = stream(tokenizer, prompt, ids, skip_special_tokens=skip)
+    assert before + "".join(pieces) == both
+
+
+def sentencepiece_text(tokenizer: PreTrainedTokenizerFast, ids: list[int], skip: bool) -> str:
+    """A naive decoding by sentencepiece's rule: of bytes that are no character, each is U+FFFD."""
+    text, run = "", b""
+    tokens = [token for i in ids if (token := tokenizer.backend_tokenizer.id_to_token(i)) is not None]
+    for token in [*tokens, ""]:
+        if skip and token in ("<unk>", "</s>"):
+            continue
+        if token.startswith("<0x"):
+            run += bytes([int(token[3:5], 16)])
+            continue
+        while run:
+            for length in range(1, 5):
+                try:
+                    text, run = text + run[:length].decode(), run[length:]
+                    break
+                except UnicodeDecodeError:
+                    pass
+            else:
+                text, run = text + REPLACEMENT, run[1:]
+        text += token.replace("▁", " ")
+    return text.removeprefix(" ")
+
+
+@given(prompt=any_ids, ids=any_ids, skip=st.booleans())
+def test_any_tokens_of_a_byte_fallback_vocabulary(prompt: list[int], ids: list[int], skip: bool) -> None:
+    """As the tokenizer's own decoding, but that good characters beside broken bytes stay: they have been shown."""
+    tokenizer = TOKENIZERS["metaspace"]
+    prompt, ids = ends_whole(tokenizer, prompt), ends_whole(tokenizer, ids)
+    pieces, _, _ = stream(tokenizer, prompt, ids, skip_special_tokens=skip)
+    expected = sentencepiece_text(tokenizer, prompt + ids, skip)
+    assert sentencepiece_text(tokenizer, prompt, skip) + "".join(pieces) == expected
+    own = tokenizer.backend_tokenizer.decode(prompt + ids, skip_special_tokens=skip)
+    assert own == expected or (len(own) >= len(expected) and REPLACEMENT in expected)
+
+
+@given(name=st.sampled_from(sorted(TOKENIZERS)), special=st.integers(0, 2), ids=any_ids)
+def test_a_text_begins_where_the_prompt_has_none(name: str, special: int, ids: list[int]) -> None:
+    """A prompt of special tokens alone is no text, so the output's first space is not shown where decoders drop it."""
+    tokenizer = TOKENIZERS[name]
+    words = ["▁the", "▁", "a"] if name == "metaspace" else ["Ġ", "t", "a"]
+    ids = [tokenizer.convert_tokens_to_ids(words[i % 3]) for i in ids]
+    pieces, _, _ = stream(tokenizer, [tokenizer.eos_token_id] * special, ids)
+    assert "".join(pieces) == tokenizer.backend_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("prompt", ["a\ufffd", "\ufffd", "\ufffd\ufffd\ufffd", "日\ufffd"])
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_a_prompt_that_ends_in_a_replacement_character_stays_in_the_prompt(name: str, prompt: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    pieces, _, _ = stream(tokenizer, tokenizer.encode(prompt), ends_whole(tokenizer, []))
+    assert pieces == ["a", ""]
+
+
+@pytest.mark.parametrize("text", ["a\ufffd", "\ufffd", "日\ufffd\ufffd"])
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_a_replacement_character_that_the_model_wrote_is_text(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    pieces, _, _ = stream(tokenizer, ends_whole(tokenizer, []), tokenizer.encode(text, add_special_tokens=False))
+    assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_an_unfinished_character_is_no_text(name: str) -> None:
+    """Neither at the end of the output, nor what is left of one that the prompt began and the output did not end."""
+    tokenizer = TOKENIZERS[name]
+    start, ids = ends_whole(tokenizer, []), tokenizer.encode("a🎊", add_special_tokens=False)
+    assert len(ids) > 2
+    for cut in range(1, len(ids)):
+        assert "".join(stream(tokenizer, start, ids[:-cut])[0]) == "a"
+        assert "".join(stream(tokenizer, ids[:-cut], start)[0]) == "a"
+    assert "".join(stream(tokenizer, start, ids)[0]) == "a🎊"
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_endless_broken_text_is_never_decoded_twice(name: str) -> None:
+    """A lead byte is decided by the byte after it: no more than a character is ever kept, and it is shown at once."""
+    tokenizer = TOKENIZERS[name]
+    [lead] = {tokenizer.convert_tokens_to_ids(token) for token in ("<0xE6>", "æ")} - {tokenizer.unk_token_id, None}
+    text = TextStream(tokenizer, ends_whole(tokenizer, []), skip_special_tokens=True)
+    shown = [text.feed(lead) for _ in range(4_000)]
+    assert shown == ["", *[REPLACEMENT] * 3_999]
+    assert len(text._decoder.getstate()[0]) <= MAX_OPEN_BYTES
+
+
 def test_any_tokens_are_taken() -> None:
     """Random bytes, mostly broken UTF-8, and ids beyond the vocabulary, as a padded model samples them."""
     rng = random.Random(0)
@@ -116,10 +221,9 @@ def test_stop_strings(name: str, text: str, stops: list[str], include: bool, min
         tokenizer, prompt, ids, stop=tuple(stops), include_stop_str_in_output=include, min_tokens=min_tokens
     )
     expected, expected_stop, expected_used = whole_text(tokenizer, prompt, ids), None, len(ids)
-    texts_so_far = [""]  # a token that ends within a character shows nothing, not even whole ones before it
+    texts_so_far = [""]  # a token that ends within a character shows the whole ones before it; what was shown stays
     for count in range(1, len(ids) + 1):
-        is_whole = not tokenizer.backend_tokenizer.decode(prompt + ids[:count]).endswith("\N{REPLACEMENT CHARACTER}")
-        texts_so_far.append(whole_text(tokenizer, prompt, ids[:count]) if is_whole else texts_so_far[-1])
+        texts_so_far.append(max(texts_so_far[-1], whole_text(tokenizer, prompt, ids[:count]), key=len))
     for count in range(min_tokens + 1, len(ids) + 1):
         before, now = texts_so_far[count - 1 : count + 1]
         found = [
@@ -157,4 +261,4 @@ def test_logprobs_are_decoded(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     token_id = tokenizer.encode("b")[0]
     decoded = decode_logprobs(tokenizer, {token_id: Logprob(-0.5, 2)})
-    assert decoded == {token_id: Logprob(-0.5, 2, "b")}
+    assert decoded == {token_id: Logprob(-0.5, 2, "b", b"b")}

@@ -19,9 +19,10 @@ from pdray.cluster.messages import (
     PrefixUpdate,
     pack_hashes,
 )
-from pdray.engine.block_pool import hash_blocks, short_hash
+from pdray.engine.kv.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, NoWorkerError
-from pdray.router.request import CompletionDelta, RoutedRequest
+from pdray.router.completion import CompletionDelta
+from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 
 MakeCluster = Callable[..., Awaitable[Any]]
@@ -48,7 +49,7 @@ async def test_streaming_in_order(make_cluster: MakeCluster) -> None:
     request = await start(cluster, "r", priority=3)
     lease, prefill = cluster.decode.received[0], cluster.prefill.received[0]
     assert (lease.prefill_worker_id, lease.indices, lease.priority) == ("prefill-0", [0], 3)
-    assert (prefill.decode_worker_id, prefill.epoch, prefill.block_ids) == ("decode-0", 7, [1])
+    assert (prefill.decode_worker_id, prefill.epoch, prefill.num_cached_tokens) == ("decode-0", 7, 0)
     assert lease.prompt_token_ids == prefill.prompt_token_ids == [ord(c) for c in "prompt"]
 
     stream = aiter(request)
@@ -303,7 +304,7 @@ async def test_timings_add_up(make_cluster: MakeCluster) -> None:
         ([1, 129], {}, r"129 is not in \[0, 129\)"),
         ([1, -1], {}, "-1 is not in"),
         ([1, "x"], {}, "'x' is not in"),
-        ("x" * 100, {"max_tokens": None}, r"100 tokens.*max_model_len\) is 100"),
+        ("x" * 100, {"max_tokens": None}, r"maximum context length is 100 tokens \(max_model_len\).*has 100 tokens"),
         ("x" * 95, {"max_tokens": 6}, "max_tokens is 6.*95 tokens leave 5"),
         ("x", {"n": 5}, "max_num_seqs"),
         ("x" * 95, {"max_tokens": None, "min_tokens": 6}, "min_tokens is 6"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pdray.cluster.messages import CloseLease, Credit, CreditUpdate, LeaseRequest, LegKey, PrefillRequest
+from pdray.cluster.messages import CloseLease, Credit, CreditUpdate, Draining, LeaseRequest, LegKey, PrefillRequest
 from pdray.errors import InvalidRequestError, NoWorkerError, QueueFullError
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
@@ -185,25 +185,63 @@ async def test_a_queue_of_other_routers_prompts_is_asked_for_while_requests_wait
     task.cancel()
 
 
-async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
-    cluster = await make_cluster()
+async def begun(cluster: Any) -> RoutedRequest:
+    """A request "r" that has said "ab"."""
     task = cluster.submit("r")
     await cluster.decode.expect(LeaseRequest, "r")
     cluster.decode.grant("r")
     await cluster.prefill.expect(PrefillRequest, "r")
     cluster.prefill.first("r", "a")
     cluster.decode.tokens("r", 1, "b")
-    running = await task
+    running: RoutedRequest = await task
     await cluster.settled(lambda: len(running.output.outputs[0].token_ids) == 2)
+    return running
+
+
+async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    running = await begun(cluster)
     cluster.decode.credit = FULL
     await make_full(cluster)
     waiting = cluster.submit("waiting")
     await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
     await asyncio.wait_for(cluster.router.stop(), DEADLINE_S)
-    assert await cluster.text_of(running) == "ab" and running.output.outputs[0].finish_reason == "abort"
-    with pytest.raises(NoWorkerError):
-        await waiting
+    for cut_off in (cluster.text_of(running), running.wait(), waiting):
+        with pytest.raises(NoWorkerError, match="stopping"):
+            await cut_off
+    assert running.output.outputs[0].text == "ab" and running.output.outputs[0].finish_reason is None
+    assert [outcome for outcome, _ in cluster.metrics.outcomes] == ["error", "rejected"]
     await cluster.decode.wait(lambda: cluster.decode.session is None)
+
+
+async def test_a_drain_refuses_what_is_new_and_ends_what_outlasts_it(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    running = await begun(cluster)
+    cluster.decode.credit = FULL
+    await make_full(cluster)
+    waiting = cluster.submit("waiting")
+    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.show_draining(Draining("a newer one comes", 0.2))
+    with pytest.raises(NoWorkerError, match="a newer one comes"):
+        await waiting
+    assert not cluster.router.ready and "a newer one comes" in cluster.router.why_not_ready
+    with pytest.raises(NoWorkerError, match="a newer one comes"):
+        await cluster.submit("new")
+    assert not running.ended
+    with pytest.raises(NoWorkerError, match="cut short: a newer one comes"):
+        await cluster.text_of(running)
+
+
+async def test_a_drain_that_is_called_off_ends_nothing(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    running = await begun(cluster)
+    await cluster.show_draining(Draining("a newer one comes", 0.2))
+    await cluster.settled(lambda: not cluster.router.ready)
+    await cluster.show_draining(None)
+    await cluster.settled(lambda: cluster.router.ready)
+    await asyncio.sleep(0.3)
+    cluster.decode.tokens("r", 2, "c", finish="length")
+    assert await cluster.text_of(running) == "abc"
 
 
 async def test_many_requests_leave_nothing(make_cluster: MakeCluster) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pdray.config import Config
 from pdray.errors import WorkerDiedError
+from pdray.models.generation_config import NEUTRAL
 from pdray.outputs import Logprob, SampledToken
 from pdray.router.request import RoutedRequest
-from pdray.router.validation import complete_params, tokenize
+from pdray.router.validation import check_tokenizer, complete_params, tokenize_all
 from pdray.sampling_params import SamplingParams
 from pdray.serve.api import create_app
 
@@ -54,6 +55,7 @@ class ScriptedRouter:
     def __init__(self) -> None:
         self.tokenizer: PreTrainedTokenizerFast | None = ascii_tokenizer()
         self.max_model_len: int | None = MAX_MODEL_LEN
+        self.sampling_defaults = NEUTRAL
         self.ready = True
         self.why_not_ready = "no prefill and decode worker are connected now"
         self.reply = REPLY
@@ -69,22 +71,33 @@ class ScriptedRouter:
         self.aborted: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
+    async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        return await tokenize_all(self.tokenizer, prompts, self.max_model_len)
+
     async def submit(
-        self, prompt: str | list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        default_max_tokens: int | None = None,
+        text: str | None = None,
+        arrival: float | None = None,
     ) -> RoutedRequest:
         number, self.num_submitted = self.num_submitted, self.num_submitted + 1
         if (refusal := self.refusals.get(number)) is not None:
             raise refusal
-        ids = await tokenize(self.tokenizer, prompt)
-        params = complete_params(params, len(ids), self.max_model_len or 0)
+        check_tokenizer(params, self.tokenizer)
+        params = complete_params(params, len(prompt), self.max_model_len or 0, default_max_tokens)
         self.num_waiting += 1
         try:
             await self.admission.wait()
         finally:
             self.num_waiting -= 1
-        text = prompt if isinstance(prompt, str) else None
-        request = RoutedRequest(request_id, text, ids, params, priority, self.tokenizer, time.monotonic(), self._abort)
-        request.output.num_cached_tokens = len(ids) // 2
+        arrival = time.monotonic() if arrival is None else arrival
+        request = RoutedRequest(request_id, text, prompt, params, priority, self.tokenizer, arrival, self._abort)
+        request.output.num_cached_tokens = len(prompt) // 2
         self.requests.append(request)
         self.priorities.append(priority)
         task = asyncio.ensure_future(self._run(request))

@@ -11,7 +11,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from pdray.errors import NoWorkerError, OutOfMemoryError, QueueFullError, WorkerDiedError
+from pdray.errors import NoWorkerError, OutOfMemoryError, QueueFullError, RequestFailedError, WorkerDiedError
 from pdray.serve.endpoints import TEMPLATE_OPTIONS
 from pdray.serve.errors import MAX_MESSAGE_CHARS
 from pdray.serve.protocol import ChatBody, ChatMessage, CompletionBody, GenerationBody
@@ -76,7 +76,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(n=0), "n is 0"),
     (completion(n=65), "n is 65"),
     (completion(n=[1]), "n:"),
-    (completion(seed=-1), "seed"),
+    (completion(seed=-(2**63) - 1), "seed"),
     (completion(seed=2**63), "seed"),
     (completion(stop=""), "stop"),
     (completion(stop=["a"] * 17), "stop"),
@@ -309,6 +309,7 @@ async def test_a_declared_length_is_believed_before_a_byte_is_read(app: FastAPI)
         (NoWorkerError("none"), 503, "2", openai.InternalServerError),
         (WorkerDiedError("decode-0 is gone"), 500, None, openai.InternalServerError),
         (OutOfMemoryError("no memory"), 500, None, openai.InternalServerError),
+        (RequestFailedError("IndexError"), 500, None, openai.InternalServerError),
     ],
 )
 async def test_refusals_have_a_status_even_for_streams(
@@ -330,6 +331,18 @@ async def test_one_refused_prompt_gives_the_others_up(http: httpx.AsyncClient, r
     response = await http.post("/v1/completions", json=completion(prompt=["a", "b", "c", "d"], stream=stream))
     check_shape(response, 429)
     assert not router.num_running and len(router.aborted) == len(router.requests)
+
+
+async def test_a_request_on_which_an_engine_failed_is_not_to_be_tried_again(
+    client: openai.AsyncOpenAI, http: httpx.AsyncClient, router: Any
+) -> None:
+    """openai's client tries every other 500 again by itself, which would cost another worker."""
+    router.refusals = {number: RequestFailedError("the engine failed on it: IndexError") for number in range(9)}
+    error = check_shape(await http.post("/v1/completions", json=completion()), 500)
+    assert "IndexError" in error["message"]
+    with pytest.raises(openai.InternalServerError, match="IndexError"):
+        await client.with_options(max_retries=3).completions.create(model="smol", prompt="x")
+    assert router.num_submitted == 2
 
 
 async def test_unexpected_errors_tell_nothing(
@@ -367,6 +380,27 @@ async def test_without_a_tokenizer(http: httpx.AsyncClient, router: Any) -> None
     assert "chat template" in check_shape(await http.post("/v1/chat/completions", json=chat()), 400)["message"]
     answer = await http.post("/v1/completions", json=completion(prompt=[1], max_tokens=3, logprobs=1))
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"stop": "a"}, {"include_stop_str_in_output": True}, {"skip_special_tokens": False}]
+)
+async def test_what_needs_a_tokenizer_is_not_ignored(
+    http: httpx.AsyncClient, router: Any, options: dict[str, Any]
+) -> None:
+    router.tokenizer = None
+    [name] = options
+    error = check_shape(await http.post("/v1/completions", json=completion(prompt=[1], **options)), 400)
+    assert error["param"] == name and "skip_tokenizer_init" in error["message"]
+
+
+@pytest.mark.parametrize("wrong", ["x" * 200, "", [1] * 200, [1000]])
+async def test_one_prompt_that_cannot_be_served_refuses_all_before_any_is(
+    http: httpx.AsyncClient, router: Any, wrong: Any
+) -> None:
+    prompts = [*(["y"] * 20), wrong] if isinstance(wrong, str) else [*([[1]] * 20), wrong]
+    check_shape(await http.post("/v1/completions", json=completion(prompt=prompts)), 400)
+    assert router.num_submitted == 0
 
 
 async def test_without_a_chat_template(http: httpx.AsyncClient, router: Any) -> None:

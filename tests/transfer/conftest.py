@@ -13,13 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.cluster.messages import AnyMessage, LegKey, Staged
+from pdray.cluster.messages import LegKey
+from pdray.engine.kv.pool import KVPool
 from pdray.transfer.channel import Put, PutResult
-from pdray.transfer.communicator import RECEIVER_RANK, SENDER_RANK, open_communicator
-from pdray.transfer.nccl_receiver import NcclReceiver
-from pdray.transfer.nccl_sender import NcclSendChannel
+from pdray.transfer.nccl.communicator import SENDER_RANK, open_communicator
+from pdray.transfer.nccl.messages import (
+    NcclMessage,
+    OpenCommunicator,
+    Staged,
+    decode_to_receiver,
+    decode_to_sender,
+    encode,
+)
+from pdray.transfer.nccl.receiver import NcclReceiver
+from pdray.transfer.nccl.sender import NcclSender
+from pdray.transfer.nccl.staging import INDEX_BYTES, MAX_PIECE_BLOCKS, RING_PIECES, Staging
 from pdray.transfer.pending_writes import PendingWrites
-from pdray.transfer.staging import INDEX_BYTES, MAX_PIECE_BLOCKS, RING_PIECES, Staging
 
 _spec = importlib.util.spec_from_file_location("fake_device", Path(__file__).with_name("fake_device.py"))
 assert _spec is not None and _spec.loader is not None
@@ -40,19 +49,20 @@ def make_pool(fill: float | None = None) -> torch.Tensor:
 
 
 class Leases:
-    """A BlockSink over a set of open leases."""
+    """A Sink over open leases: the blocks that each holds, in order."""
 
     def __init__(self) -> None:
-        self.open: set[Hashable] = set()
+        self.open: dict[Hashable, list[int]] = {}
         self.received: list[Hashable] = []
         self.questions: list[Hashable] = []
         self.closes_after: int | None = None  # questions until every lease ends
 
-    def may_write(self, key: Hashable, worker_id: str, epoch: int) -> bool:
+    def resolve(self, key: Hashable, worker_id: str, epoch: int, layers: range, positions: range) -> list[int] | None:
         self.questions.append(key)
         if self.closes_after is not None and len(self.questions) > self.closes_after:
             self.open.clear()
-        return key in self.open
+        blocks = self.open.get(key)
+        return None if blocks is None else blocks[positions.start : positions.stop]
 
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         if key in self.open:
@@ -72,8 +82,8 @@ class Sender:
         self.buffer = torch.zeros(STAGING_BYTES, dtype=torch.uint8)
         self.epoch = 0
         self.failures: list[str] = []
-        self.replies: list[AnyMessage] = []
-        self.channel: NcclSendChannel
+        self.replies: list[NcclMessage] = []
+        self.channel: NcclSender
 
     @property
     def wire(self) -> Any:
@@ -83,45 +93,45 @@ class Sender:
         """A channel in the next epoch, probed."""
         self.epoch += 1
         world, loop = self.world, asyncio.get_running_loop()
-        unique_id = world.transport.make_unique_id()
         await world.receiver.close_link(self.name)
-        joining = loop.create_task(
-            world.receiver.join(
-                self.name, self.epoch, lambda: world.transport.connect(unique_id, RECEIVER_RANK), self.take
-            )
-        )
+        unique_id, piece_bytes = await world.receiver.accept(self.name, self.epoch)
+        world.receiver.on_message(self.name, self.epoch, encode(OpenCommunicator()), self.take)
         communicator = await open_communicator(lambda: self.transport.connect(unique_id, SENDER_RANK))
-        self.channel = NcclSendChannel(
-            Staging(self.pool, self.buffer),
+        self.channel = NcclSender(
+            Staging(KVPool.of(self.pool), self.buffer),
             communicator,
             self.transport.new_stream,
             name=self.name,
             epoch=self.epoch,
-            piece_bytes=world.receiver.piece_bytes,
+            piece_bytes=piece_bytes,
             timeout_s=self.timeout_s,
-            send=lambda message: loop.call_soon_threadsafe(self.deliver, message),
+            send=lambda payload: loop.call_soon_threadsafe(self.deliver, payload),
             on_failed=self.failures.append,
         )
-        await joining
-        assert (await asyncio.wrap_future(self.channel.probe())).accepted
+        await self.channel.check()
 
-    def deliver(self, message: AnyMessage) -> None:
+    def deliver(self, payload: bytes) -> None:
+        message = decode_to_receiver(payload)
         assert isinstance(message, Staged)
         self.world.staged.append(message)
-        self.world.receiver.on_staged(self.name, message)
+        self.world.receiver.on_message(self.name, self.epoch, payload, self.take)
 
-    def take(self, message: AnyMessage) -> None:
-        self.replies.append(message)
-        self.channel.on_message(message)  # type: ignore[arg-type]
+    def take(self, payload: bytes) -> None:
+        self.replies.append(decode_to_sender(payload))
+        self.channel.on_message(self.epoch, payload)
 
     def put(
         self, number: int, layers: range, source: list[int], destination: list[int], **more: Any
     ) -> Future[PutResult]:
-        return self.channel.put(Put(LegKey(f"{self.name}-{number}", 0), layers, source, destination, **more))
+        """Its lease, if it is open, holds the destination blocks."""
+        key = LegKey(f"{self.name}-{number}", 0)
+        if key in self.world.leases.open:
+            self.world.leases.open[key] = destination
+        return self.channel.put(Put(key, layers, source, 0, **more))
 
     def lease(self, number: int) -> LegKey:
         key = LegKey(f"{self.name}-{number}", 0)
-        self.world.leases.open.add(key)
+        self.world.leases.open[key] = []
         return key
 
 
@@ -136,10 +146,10 @@ class World:
         self.staged: list[Staged] = []
         self.fatal: list[BaseException] = []
         self.senders: list[Sender] = []
-        self.staging = Staging(self.pool, torch.zeros(STAGING_BYTES, dtype=torch.uint8))
+        self.staging = Staging(KVPool.of(self.pool), torch.zeros(STAGING_BYTES, dtype=torch.uint8))
         self.receiver = NcclReceiver(
             self.staging,
-            self.transport.new_stream,
+            self.transport,
             self.leases,
             self.writes,
             name="decode",

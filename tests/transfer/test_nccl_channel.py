@@ -12,12 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.cluster.messages import GrantTransfers, LegKey, RefuseTransfer, Staged, TransferDone
+from pdray.cluster.messages import LegKey
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import HandshakeError, TransferError
 from pdray.transfer.channel import PutResult
-from pdray.transfer.communicator import GuardedCommunicator, open_communicator
-from pdray.transfer.nccl_sender import NcclSendChannel
-from pdray.transfer.staging import Staging
+from pdray.transfer.nccl.communicator import GuardedCommunicator, open_communicator
+from pdray.transfer.nccl.messages import (
+    GrantTransfers,
+    OpenCommunicator,
+    RefuseTransfer,
+    Staged,
+    TransferDone,
+    decode_to_sender,
+    encode,
+)
+from pdray.transfer.nccl.sender import NcclSender
+from pdray.transfer.nccl.staging import Staging
 
 fake_device = sys.modules["fake_device"]  # see conftest.py
 ALL_LAYERS = range(0, 6)
@@ -218,7 +228,7 @@ async def test_the_senders_own_deadline(world: Any) -> None:
 
 async def test_a_put_that_nobody_answers_fails_too(world: Any) -> None:
     sender = await world.sender("a", timeout_s=0.1)
-    world.receiver.on_staged = lambda *_: None
+    world.receiver.on_message = lambda *_: None
     with pytest.raises(TransferError, match="did not get on"):
         await result(sender.put(0, ALL_LAYERS, [1], [1]))
 
@@ -249,14 +259,15 @@ async def test_closing_with_transfers_in_flight(world: Any, side: str) -> None:
 
 async def test_messages_of_another_epoch_are_ignored(world: Any) -> None:
     sender = await world.sender("a")
-    old = Staged("a-0", 0, 1, 0, 0, 6, [1])
+    old = encode(Staged(0, "a-0", 0, 0, 6, 0, 1))
     await asyncio.to_thread(sender.channel.close)
     await sender.connect()
     sender.lease(0)
-    world.receiver.on_staged("a", old)
-    world.receiver.on_staged("nobody", old)
-    for message in (GrantTransfers(1, [0]), RefuseTransfer(1, 0), TransferDone(1, 0, True)):
-        sender.channel.on_message(message)
+    world.receiver.on_message("a", 1, old, sender.take)
+    world.receiver.on_message("nobody", 2, old, sender.take)
+    world.receiver.on_message("a", 1, encode(OpenCommunicator()), sender.take)
+    for message in (GrantTransfers([0]), RefuseTransfer(0), TransferDone(0, True)):
+        sender.channel.on_message(1, encode(message))
     assert (await result(sender.put(0, ALL_LAYERS, [2], [2]))).accepted
     assert not world.pool[:, 1].any() and world.receiver._granted is None
 
@@ -273,8 +284,8 @@ async def test_stagings_of_different_sizes_are_refused(world: Any) -> None:
     sender = await world.sender("a")
     small = torch.zeros(len(sender.buffer) - 4096, dtype=torch.uint8)
     with pytest.raises(HandshakeError, match="transfer_staging_bytes"):
-        NcclSendChannel(
-            Staging(sender.pool, small), GuardedCommunicator(sender.transport.communicators[-1]),
+        NcclSender(
+            Staging(KVPool.of(sender.pool), small), GuardedCommunicator(sender.transport.communicators[-1]),
             sender.transport.new_stream, name="b", epoch=1, piece_bytes=world.receiver.piece_bytes,
             timeout_s=1, send=print, on_failed=print,
         )  # fmt: skip
@@ -347,13 +358,13 @@ async def test_an_init_that_fails_or_hangs() -> None:
 
 
 async def test_a_receiver_that_cannot_join_says_so(world: Any) -> None:
-    said: list[Any] = []
+    said: list[bytes] = []
 
     def fails() -> Any:
         raise RuntimeError("no network")
 
     await world.receiver.join("x", 1, fails, said.append)
-    assert len(said) == 1 and "no network" in said[0].reason and said[0].epoch == 1
+    assert len(said) == 1 and "no network" in decode_to_sender(said[0]).reason
     await world.receiver.join("x", 2, fails, said.append)
     assert len(said) == 2
 
@@ -378,12 +389,12 @@ async def test_blocks_of_a_freed_lease_are_never_written_again(world: Any, seed:
         cancelled = rng.random() < 0.6
         if cancelled:
             await asyncio.sleep(rng.random() * 0.02)
-            world.leases.open.discard(key)
+            world.leases.open.pop(key, None)
         done = [await result(put) for put in puts]
         if not cancelled:
             assert all(each.accepted for each in done)
             assert torch.equal(world.pool[:, blocks], sender.pool[:, blocks])
-        world.leases.open.discard(key)
+        world.leases.open.pop(key, None)
         freed = asyncio.get_running_loop().create_future()
         world.writes.when_done(key, lambda: freed.set_result(None))
         await freed

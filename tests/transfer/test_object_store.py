@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.transfer import object_store
-from pdray.transfer.channel import Put
-from pdray.transfer.object_store import ObjectStoreReceiver, blocks_to_array
+from pdray.cluster.messages import LegKey
+from pdray.transfer.object_store import kind
+from pdray.transfer.object_store.kind import ArrayHeader, ObjectStoreReceiver, blocks_to_array, encode
 from pdray.transfer.pending_writes import PendingWrites
 
 _spec = importlib.util.spec_from_file_location("transfer_conftest", Path(__file__).with_name("conftest.py"))
@@ -24,7 +24,8 @@ conftest = sys.modules["transfer_conftest"] = importlib.util.module_from_spec(_s
 _spec.loader.exec_module(conftest)
 
 LAYERS = range(2, 5)
-KEY = "leg"
+KEY = LegKey("leg", 0)
+BLOCKS = [7, 3]
 
 
 class World:
@@ -37,26 +38,26 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pool = conftest.make_pool(0.0)
         self.leases = conftest.Leases()
-        self.leases.open.add(KEY)
+        self.leases.open[KEY] = BLOCKS
         self.writes = PendingWrites()
         self.receiver = ObjectStoreReceiver(self.pool, self.leases, self.writes)
-        self.put = Put(KEY, LAYERS, [], [7, 3])
         self.data = torch.randn(len(LAYERS), 2, *conftest.BLOCK)
         self.gate, self.writing = threading.Event(), threading.Event()
         self.gate.set()
-        scatter = object_store.scatter_blocks
+        scatter = kind.scatter_blocks
 
         def gated(*args: Any) -> None:
             self.writing.set()
             assert self.gate.wait(20)
             scatter(*args)
 
-        monkeypatch.setattr(object_store, "scatter_blocks", gated)
+        monkeypatch.setattr(kind, "scatter_blocks", gated)
 
     def receive(self) -> asyncio.Task[bool]:
         array = blocks_to_array(self.data)
         array.flags.writeable = False  # as Ray's are
-        return asyncio.ensure_future(self.receiver.receive("prefill-0", 1, self.put, array))
+        header = encode(ArrayHeader(*KEY, LAYERS.start, LAYERS.stop, 0, len(BLOCKS)))
+        return asyncio.ensure_future(self.receiver.on_array("prefill-0", 1, header, array))
 
     async def receive_half(self) -> asyncio.Task[bool]:
         """A put that is being written until the gate is opened."""
@@ -67,7 +68,7 @@ class World:
 
     @property
     def written(self) -> bool:
-        return torch.equal(self.pool[LAYERS.start : LAYERS.stop, self.put.destination_blocks], self.data)
+        return torch.equal(self.pool[LAYERS.start : LAYERS.stop, BLOCKS], self.data)
 
 
 @pytest.fixture
@@ -75,13 +76,13 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     world = World(monkeypatch)
     yield world
     world.gate.set()
-    await asyncio.to_thread(world.receiver.close)
+    await world.receiver.close()
 
 
 async def test_a_put_is_written_and_counts(world: World) -> None:
     assert await world.receive()
     assert world.written and world.leases.received == [KEY]
-    world.pool[LAYERS.start : LAYERS.stop, world.put.destination_blocks] = 0
+    world.pool[LAYERS.start : LAYERS.stop, BLOCKS] = 0
     assert not world.pool.any()
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from pdray.bench.peer_process import PeerProcess
 from pdray.bench.transfer_peers import PoolSpec, ReceivingPeer, SendingPeer
 from pdray.errors import PdrayError, TransferError
+from pdray.transfer.nccl.kind import NcclKind
 
 fake_device = sys.modules["fake_device"]  # see conftest.py
 SPEC = PoolSpec("receiver", 4, 40, 1024, b"secret", staging_bytes=300_000, timeout_s=1.0, device="cpu")
@@ -28,8 +30,8 @@ class Ends(NamedTuple):
 
 @pytest.fixture
 async def ends() -> AsyncIterator[Ends]:
-    receiver = ReceivingPeer(SPEC, fake_device.HostTransport("one"))
-    sender = SendingPeer(SPEC._replace(name="sender"), fake_device.HostTransport("two"))
+    receiver = ReceivingPeer(SPEC, partial(NcclKind, transport=fake_device.HostTransport("one")))
+    sender = SendingPeer(SPEC._replace(name="sender"), partial(NcclKind, transport=fake_device.HostTransport("two")))
     ends = Ends(sender, receiver, await receiver.start())
     yield ends
     await sender.close()
@@ -41,13 +43,14 @@ async def test_what_was_sent_is_held(ends: Ends) -> None:
     assert await sender.connect("receiver", port, 1, await receiver.accept("sender", 1)) > 0
     sender.fill(3)
     source, destination = list(range(1, 20)), list(range(30, 11, -1))
-    rate = await sender.send(source, destination, 0.05, 3)
+    receiver.aim(destination)
+    rate = await sender.send(source, 0.05, 3)
     assert rate.num_puts > 1 and rate.num_bytes == rate.num_puts * 4 * 19 * 1024
     assert receiver.status() == (rate.num_puts, ["sender"], [])
     assert receiver.holds(3, source, destination) and not receiver.pool.any()
-    await sender.send(source, destination, 0.0, 1)
+    await sender.send(source, 0.0, 1)
     assert not receiver.holds(3, [*source[1:], 39], destination), "another block"
-    await sender.send(source, destination, 0.0, 1)
+    await sender.send(source, 0.0, 1)
     assert not receiver.holds(3, source[1:], destination[1:]), "one block too many"
     assert sender.works()
 
@@ -55,15 +58,16 @@ async def test_what_was_sent_is_held(ends: Ends) -> None:
 async def test_a_failure_is_timed_and_the_next_epoch_works(ends: Ends) -> None:
     sender, receiver, port = ends
     await sender.connect("receiver", port, 1, await receiver.accept("sender", 1))
-    wire = sender.transport.communicators[0].wire  # type: ignore[attr-defined]
+    receiver.aim([1])
+    wire = sender.kind._transport.communicators[0].wire  # type: ignore[attr-defined]
     asyncio.get_running_loop().call_later(0.1, lambda: setattr(wire, "faults", lambda number: False))
-    text, seconds = await sender.send_until_it_fails([1], [1], 20.0)
+    text, seconds = await sender.send_until_it_fails([1], 20.0)
     assert "did not get on" in text and seconds < 10
     with pytest.raises(TransferError):
-        await sender.send([1], [1], 0.0, 1)
+        await sender.send([1], 0.0, 1)
     await sender.connect("receiver", port, 2, await receiver.accept("sender", 2))
     sender.fill(1)
-    await sender.send([1], [1], 0.0, 1)
+    await sender.send([1], 0.0, 1)
     assert torch.equal(receiver.pool[:, 1].view(torch.int16), sender.pool[:, 1].view(torch.int16))
 
 

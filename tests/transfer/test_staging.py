@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
 from pdray.kernels.kv_store import gather_blocks
-from pdray.transfer.staging import MAX_PIECE_BLOCKS, Staging, StagingRing, split_put
+from pdray.transfer.nccl.staging import MAX_PIECE_BLOCKS, Staging, StagingRing, split_put
 
 
 @given(st.data())
@@ -57,7 +58,7 @@ def test_pieces_cover_a_put_once(first: int, num_layers: int, num_blocks: int, b
 def test_what_is_packed_is_what_gather_gives(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     source, target = torch.randn(5, 12, 2, 4, 2, 8).to(dtype), torch.zeros(5, 12, 2, 4, 2, 8, dtype=dtype)
-    sender, receiver = (Staging(pool, torch.zeros(400_000, dtype=torch.uint8)) for pool in (source, target))
+    sender, receiver = (Staging(KVPool.of(pool), torch.zeros(400_000, dtype=torch.uint8)) for pool in (source, target))
     blocks, destination = [7, 2, 11, 5], [1, 10, 3, 6]
     for piece in split_put(range(1, 4), 4, sender.bytes_per_block, 3 * sender.bytes_per_block):
         here, there = sender.allocate(piece), receiver.allocate(piece)
@@ -73,18 +74,18 @@ def test_what_is_packed_is_what_gather_gives(dtype: torch.dtype) -> None:
 def test_warming_up_changes_only_the_dummy_block() -> None:
     pool = torch.randn(5, 12, 2, 4, 2, 8)
     before = pool.clone()
-    staging = Staging(pool, torch.zeros(400_000, dtype=torch.uint8))
+    staging = Staging(KVPool.of(pool), torch.zeros(400_000, dtype=torch.uint8))
     staging.warm_up()
     assert torch.equal(pool, before) and len(staging.ring) == 0
 
 
 def test_too_little_staging_names_the_setting() -> None:
     with pytest.raises(ConfigError, match="transfer_staging_bytes is 1024"):
-        Staging(torch.zeros(5, 12, 2, 4, 2, 8), torch.zeros(1024, dtype=torch.uint8))
+        Staging(KVPool.of(torch.zeros(5, 12, 2, 4, 2, 8)), torch.zeros(1024, dtype=torch.uint8))
 
 
 def test_probes_of_two_epochs_differ() -> None:
-    staging = Staging(torch.zeros(5, 12, 2, 4, 2, 8), torch.zeros(400_000, dtype=torch.uint8))
+    staging = Staging(KVPool.of(torch.zeros(5, 12, 2, 4, 2, 8)), torch.zeros(400_000, dtype=torch.uint8))
     region = staging.allocate_probe()
     assert region is not None
     staging.write_probe(region, 3)

@@ -1,0 +1,104 @@
+"""Where an application's workers may run: finds room in Ray's cluster, and says what it waits for if there is none.
+
+On GPUs the room is reserved first (GpuGroups); on CPU each worker's actor reserves its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from pdray.actors.gpu_groups import GpuGroups
+from pdray.actors.placement import cluster_nodes, uses_cuda, worker_options, worker_resources
+from pdray.actors.questions import ask
+from pdray.cluster.gpu_plan import plan_gpus
+from pdray.cluster.messages import WorkerInfo
+from pdray.cluster.room import Held, Resources, Room, explain, find_room
+from pdray.config import Config
+from pdray.errors import PlacementError
+
+RETRY_S = 0.5
+PATIENCE_S = 1.0  # resources that are being freed are no reason to speak of
+
+
+def demands(config: Config) -> list[Resources]:
+    """What each worker, or on GPUs each bundle of workers that share one, reserves."""
+    each = worker_resources(config)
+    if uses_cuda(config):
+        return [
+            {"GPU": 1.0 if bundle.device_id is not None else bundle.num_gpus}
+            | {name: amount * len(bundle.shares) for name, amount in each.items()}
+            for bundle in plan_gpus(config)
+        ]
+    num_prefill = 0 if config.mode == "colocated" else config.num_prefill_workers
+    return [each] * (num_prefill + config.num_decode_workers)
+
+
+class WorkerPlaces:
+    """The room of one application. Runs on the Coordinator's event loop.
+
+    Args:
+        on_wait: called with a worker's id and what it waits for.
+    """
+
+    def __init__(self, config: Config, app_name: str, *, detached: bool, on_wait: Callable[[str, str], None]) -> None:
+        self._config = config
+        self._app_name = app_name
+        self._detached = detached
+        self._on_wait = on_wait
+        self._gpus = GpuGroups(config, app_name, detached=detached) if uses_cuda(config) else None
+        self._lock = asyncio.Lock()
+        self._starting: set[str] = set()  # have a place, and Ray may not have counted it yet
+
+    async def place(self, worker_id: str) -> dict[str, Any]:
+        """Options of a worker's actor that put it where there is room; returns once there is some.
+
+        Raises:
+            PlacementError: there never will be. PdrayError: the GPUs that the configuration names are not free.
+        """
+        make = partial(worker_options, self._config, self._app_name, worker_id, detached=self._detached)
+        options = await ask(make, what="which resources there are")
+        if self._gpus is not None:
+            await self._gpus.reserve(lambda reason: self._on_wait(worker_id, reason))
+            return options | self._gpus.options(worker_id)
+        demand = worker_resources(self._config)
+        if demand:
+            await self._wait_for_room(worker_id, demand)
+        self._starting.add(worker_id)
+        return options
+
+    def started(self, worker_id: str) -> None:
+        """Its actor runs, or has gone again: Ray's count is right."""
+        self._starting.discard(worker_id)
+
+    async def _wait_for_room(self, worker_id: str, demand: Resources) -> None:
+        since = asyncio.get_running_loop().time()
+        while True:
+            async with self._lock:
+                nodes = await ask(cluster_nodes, what="which nodes there are")
+                starting = [demand] * len(self._starting - {worker_id})
+                room = find_room([demand, *starting], nodes)
+                if room is Room.HERE:
+                    self._starting.add(worker_id)
+                    return
+            if room is Room.NEVER:
+                wanted = await ask(partial(demands, self._config), what="which resources there are")
+                raise PlacementError(explain(wanted, nodes))
+            if asyncio.get_running_loop().time() - since > PATIENCE_S:
+                self._on_wait(worker_id, explain([demand], nodes))
+            await asyncio.sleep(RETRY_S)
+
+    def held(self, workers: Iterable[WorkerInfo], num_starting: int) -> list[Held]:
+        """What this application reserves now. On GPUs asks Ray's GCS."""
+        if self._gpus is not None:
+            return self._gpus.held()
+        demand = worker_resources(self._config)
+        return [Held(info.node_id, demand) for info in workers] + [Held("", demand)] * num_starting
+
+    async def release(self) -> None:
+        """Give everything back that does not end with its worker. Idempotent."""
+        self._starting.clear()
+        if self._gpus is not None:
+            await self._gpus.release()

@@ -1,0 +1,40 @@
+"""From a configuration and a model to a pool of the right size, and an engine over it."""
+
+from __future__ import annotations
+
+import torch
+
+from pdray.config import Config
+from pdray.engine.engine import Engine
+from pdray.engine.kv.layout import KVLayout
+from pdray.engine.kv.pool import KVPool
+from pdray.engine.kv.sizing import choose_num_blocks
+from pdray.engine.step.profile import profile_model
+from pdray.models.load import LoadedModel
+
+
+def make_pool(config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0) -> KVPool:
+    """A pool as large as the configuration says, or as the device allows.
+
+    Args:
+        gpu_share: part of the GPU that its worker may use (CUDA, measured pool).
+
+    Raises:
+        OutOfMemoryError: the measured pool cannot hold one sequence of max_model_len.
+    """
+    config = config.for_device(device.type)
+    layout = KVLayout.of(model.config, config.block_size, model.dtype)
+    num_blocks = choose_num_blocks(
+        config,
+        layout,
+        device,
+        model.decoder.max_len,
+        gpu_share=gpu_share,
+        profile=lambda: profile_model(config, model.decoder),
+    )
+    return KVPool.allocate(layout, num_blocks, device)
+
+
+def build_engine(config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0) -> Engine:
+    """An engine with a pool of its own; see make_pool()."""
+    return Engine(config, model, make_pool(config, model, device, gpu_share=gpu_share))

@@ -1,0 +1,1 @@
+"""KV memory: its layout, its size, who holds which blocks."""

@@ -1,0 +1,103 @@
+"""How many KV blocks a worker's pool gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from pdray.config import Config
+from pdray.engine.kv.layout import KVLayout
+from pdray.errors import ConfigError, OutOfMemoryError
+
+CGROUP_FILES = (  # limit, usage; versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def choose_num_blocks(
+    config: Config,
+    layout: KVLayout,
+    device: torch.device,
+    max_model_len: int,
+    *,
+    gpu_share: float = 1.0,
+    profile: Callable[[], None] | None = None,
+) -> int:
+    """Size of the pool in blocks, the dummy block included.
+
+    num_kv_blocks, else what kv_cache_memory_bytes holds, else a share of what is free: on CPU
+    cpu_memory_utilization of available memory, on CUDA gpu_memory_utilization * gpu_share of the GPU less what the
+    process uses at the peak of ``profile``. Never more than max_num_seqs sequences of max_model_len can fill.
+
+    Raises:
+        ConfigError: num_kv_blocks is too small for any request.
+        OutOfMemoryError: one sequence of max_model_len does not fit.
+    """
+    if config.num_kv_blocks is not None:
+        if config.num_kv_blocks < 2:
+            raise ConfigError("num_kv_blocks is 1, but one block is kept for padding; it must be at least 2")
+        return config.num_kv_blocks
+    size = layout.block_bytes
+    blocks_per_sequence = -(-max_model_len // config.block_size)
+    if config.kv_cache_memory_bytes is not None:
+        available, setting = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    elif device.type == "cpu":
+        available, setting = int(available_host_bytes() * config.cpu_memory_utilization), "cpu_memory_utilization"
+    else:
+        available, setting = _available_gpu_bytes(config, device, gpu_share, profile), "gpu_memory_utilization"
+    num_blocks = available // size
+    if num_blocks < blocks_per_sequence + 1:
+        longest = longest_sequence(num_blocks, config.block_size)
+        raise OutOfMemoryError(
+            f"KV cache needs {_gib((blocks_per_sequence + 1) * size)} for one {max_model_len:,}-token sequence, but "
+            f"{_gib(available)} is free for it on {device} ({setting} is {getattr(config, setting)}); "
+            + (f"lower max_model_len to {longest:,} or less, or raise {setting}" if longest > 1 else f"raise {setting}")
+        )
+    return min(num_blocks, config.max_num_seqs * blocks_per_sequence + 1)
+
+
+def longest_sequence(num_blocks: int, block_size: int) -> int:
+    """Tokens of one sequence that a pool of so many blocks, the dummy block included, can hold."""
+    return (num_blocks - 1) * block_size
+
+
+def available_host_bytes() -> int:
+    """Memory that this process could still use: the machine's, or its container's if that is less."""
+    available = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in CGROUP_FILES:
+        limit, usage = _read_int(limit_file), _read_int(usage_file)
+        if limit is not None and usage is not None:
+            available = min(available, max(0, limit - usage))
+    return available
+
+
+def _available_gpu_bytes(
+    config: Config, device: torch.device, gpu_share: float, profile: Callable[[], None] | None
+) -> int:
+    """This worker's share of the GPU, less weights and the peak of activations."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    if profile is not None:
+        profile()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    budget = int(total * config.gpu_memory_utilization * gpu_share) - peak
+    still_free = free - (peak - torch.cuda.memory_allocated(device))
+    return max(0, min(budget, still_free))
+
+
+def _read_int(path: str) -> int | None:
+    """The number in a file; None if there is no such file, or it says "max"."""
+    file = Path(path)
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,130 @@
+"""Books a finished step: tokens, ends, forks, the prefix cache, and what the outside is told."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+from pdray.engine.request import RequestUpdate
+from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
+from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
+from pdray.outputs import SampledToken
+from pdray.sampling_params import SamplingParams
+
+
+class Finish(NamedTuple):
+    """Why a completion ended; see SampledToken."""
+
+    reason: str | None = None
+    stop_reason: int | None = None
+
+
+GOES_ON = Finish()
+
+
+def find_finish(params: SamplingParams, eos_token_ids: Rows[int], token_id: int, *, is_last: bool) -> Finish:
+    """Whether a completion ends with this token.
+
+    Args:
+        is_last: the completion has reached max_tokens or max_model_len.
+    """
+    if not params.ignore_eos and token_id in eos_token_ids:
+        return Finish("stop")
+    if token_id in params.stop_token_ids:
+        return Finish("stop", token_id)
+    if is_last:
+        return Finish("length")
+    return GOES_ON
+
+
+class Bookkeeper:
+    """Applies what a step has computed to the scheduler's state. Callers hold the engine's lock.
+
+    Attributes:
+        num_prompt_tokens: computed, recomputed ones included. num_output_tokens: sampled.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+
+    def update(self, plan: StepPlan, rows: Rows[SampledRow], now: float) -> list[RequestUpdate]:
+        """Book the oldest step in flight.
+
+        Args:
+            rows: one for each draw of each chunk, in order.
+        """
+        scheduler, allocator = self.scheduler, self.scheduler.allocator
+        assert scheduler.plans_in_flight[0] is plan
+        scheduler.plans_in_flight.popleft()
+        scheduler.pool.free([copy.source for copy in plan.copies])
+        drawn = iter(rows)
+        updates: dict[Hashable, RequestUpdate] = {}
+        for chunk in plan.chunks:
+            sequence, live = chunk.sequence, chunk.sequence.request
+            tokens = [next(drawn) for _ in chunk.draws]
+            for draw in chunk.draws:
+                draw.sequence.num_pending -= 1
+            is_over_run = sequence.status is SequenceStatus.FINISHED
+            scheduler.booked(sequence)
+            if is_over_run:
+                continue
+            allocator.cache_computed(sequence, chunk.end)
+            self.num_prompt_tokens += max(0, min(chunk.end, sequence.num_prompt_tokens) - chunk.start)
+            if tokens:
+                update = updates.get(live.key)
+                if update is None:
+                    update = updates[live.key] = RequestUpdate(live.key)
+                    live.num_alone_steps = max(0, live.num_alone_steps - 1)
+                self._book(chunk, tokens, update)
+                self._note_timings(live, update, now)
+        return list(updates.values())
+
+    def _book(self, chunk: Chunk, rows: list[SampledRow], update: RequestUpdate) -> None:
+        """Hand the drawn tokens to their sequences."""
+        live = chunk.sequence.request
+        self.num_output_tokens += len(rows)
+        if not live.forked and not live.prefill_only:
+            self.scheduler.fork(live)
+        has_ended = False
+        for (sampler, _, _), row in zip(chunk.draws, rows, strict=True):
+            token = self._token(sampler, row)
+            update.tokens.append(token)
+            if live.prefill_only:
+                self.scheduler.finish(sampler, hold_blocks=sampler is live.lead)
+                has_ended = True
+                continue
+            sampler.append(row.token_id)
+            if token.finish_reason is not None:
+                self.scheduler.finish(sampler)
+                has_ended = True
+        if has_ended and live.num_places == 0:
+            update.finished = True
+            if not live.prefill_only:
+                del self.scheduler.requests[live.key]
+
+    def _token(self, sequence: Sequence, row: SampledRow) -> SampledToken:
+        position = sequence.num_output_tokens
+        finish = find_finish(
+            sequence.request.params,
+            self.scheduler.limits.eos_token_ids,
+            row.token_id,
+            is_last=len(sequence.token_ids) + 1 >= sequence.max_total_tokens,
+        )
+        return SampledToken(sequence.index, position, row.token_id, row.logprobs, finish.reason, finish.stop_reason)
+
+    @staticmethod
+    def _note_timings(live: LiveRequest, update: RequestUpdate, now: float) -> None:
+        """Durations, once each: those of a prefill with the first token, those of a start_decode() with the next."""
+        if live.queued_at is not None and live.scheduled_at is not None:
+            update.num_cached_tokens = live.num_cached_tokens
+            update.prefill_queue = live.scheduled_at - live.queued_at
+            update.prefill = now - live.scheduled_at
+            live.queued_at = live.scheduled_at = None
+        if live.started_at is not None and live.joined_at is not None:
+            update.join_wait = live.joined_at - live.started_at
+            update.first_decode_step = now - live.joined_at
+            live.started_at = live.joined_at = None

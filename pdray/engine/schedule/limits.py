@@ -1,0 +1,129 @@
+"""What one engine can take at all: requests beyond it are refused at once, with what would have to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdray.engine.request import EngineRequest
+from pdray.engine.schedule.demand import Demand, lease_demand, num_blocks_for, num_reserved_tokens, num_start_blocks
+from pdray.errors import InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Fixed when the engine starts.
+
+    Attributes:
+        num_blocks: allocatable blocks, without the dummy block.
+        max_model_len: tokens, prompt and output.
+        headroom_tokens: output tokens whose blocks a reservation holds from the start.
+    """
+
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    headroom_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+    def end_token_ids(self, request: EngineRequest) -> tuple[int, ...]:
+        """Ids of the vocabulary that end the request's completions."""
+        ids = {*self.eos_token_ids, *request.params.stop_token_ids}
+        return tuple(sorted(i for i in ids if 0 <= i < self.vocab_size))
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return num_blocks_for(num_tokens, self.block_size)
+
+    def max_total_tokens(self, request: EngineRequest) -> int:
+        """Length, prompt included, at which each completion of the request ends at the latest."""
+        if request.params.max_tokens is None:
+            return self.max_model_len
+        return min(len(request.prompt_token_ids) + request.params.max_tokens, self.max_model_len)
+
+    def num_reserved_tokens(self, request: EngineRequest) -> int:
+        """Tokens whose KV a reservation of the request has room for."""
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        return num_reserved_tokens(num_tokens, self.max_total_tokens(request), self.headroom_tokens)
+
+    def demand(self, request: EngineRequest) -> Demand:
+        """What a reservation of the request takes at most."""
+        return lease_demand(
+            len(request.prompt_token_ids) + len(request.output_token_ids),
+            self.max_total_tokens(request),
+            len(request.indices),
+            block_size=self.block_size,
+            headroom_tokens=self.headroom_tokens,
+        )
+
+    def check(self, request: EngineRequest, reserved: bool) -> None:
+        """Refuse what can never be served here.
+
+        Args:
+            reserved: it is to hold head-room from the start.
+
+        Raises:
+            InvalidRequestError: names the value, the limit, and the settings to change.
+        """
+        prompt, outputs = request.prompt_token_ids, request.output_token_ids
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty; it must have at least 1 token", "prompt")
+        lowest, highest = min(min(prompt), min(outputs, default=0)), max(max(prompt), max(outputs, default=0))
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InvalidRequestError(
+                f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", "prompt"
+            )
+        if not request.indices or len(set(request.indices)) != len(request.indices):
+            raise InvalidRequestError(f"indices are {request.indices}; they must be distinct, and at least one", "n")
+        if outputs and len(request.indices) != 1:
+            raise InvalidRequestError(
+                f"{len(request.indices)} completions cannot go on from one completion's outputs", "n"
+            )
+        if len(request.indices) > self.max_num_seqs:
+            raise InvalidRequestError(
+                f"n is {len(request.indices)}, but max_num_seqs is {self.max_num_seqs}; lower n or raise it",
+                "n",
+            )
+        self._check_length(request)
+        self._check_blocks(request, reserved)
+
+    def _check_length(self, request: EngineRequest) -> None:
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if num_tokens >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_tokens} tokens, which leaves no room for output in max_model_len "
+                f"({self.max_model_len}); shorten it",
+                "prompt",
+            )
+        max_tokens = request.params.max_tokens
+        if max_tokens is not None and len(request.output_token_ids) >= max_tokens:
+            raise InvalidRequestError(
+                f"{len(request.output_token_ids)} tokens were produced already, and max_tokens is {max_tokens}",
+                "max_tokens",
+            )
+
+    def _check_blocks(self, request: EngineRequest, reserved: bool) -> None:
+        """Whether one completion at its full length, and the start of all of them, fit an empty pool."""
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        num_completions = len(request.indices)
+        # A prefill_only request outputs one token, whose KV is stored elsewhere.
+        longest = num_tokens if request.prefill_only else self.max_total_tokens(request) - 1
+        if reserved:
+            num_start = self.demand(request).blocks
+        else:
+            num_owners = 1 if request.prefill_only else num_completions
+            num_start = num_start_blocks(num_tokens, num_tokens, num_owners, self.block_size)
+        for what, num_needed, remedy, param in (
+            ("one completion at full length", self.num_blocks_for(longest), "lower max_tokens", "max_tokens"),
+            (f"the start of {num_completions} completions", num_start, "lower n or shorten the prompt", "n"),
+        ):
+            if num_needed > self.num_blocks:
+                raise InvalidRequestError(
+                    f"{what} needs KV cache for {num_needed * self.block_size} tokens (prompt "
+                    f"{len(request.prompt_token_ids)}, max_tokens {request.params.max_tokens}, n {num_completions}), "
+                    f"but the pool holds {self.num_blocks * self.block_size}; {remedy}",
+                    param,
+                )

@@ -1,0 +1,104 @@
+"""What one step computes, and what came out of it: the values that pass between scheduler and runner."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pdray.engine.schedule.sequence import BlockCopy, LiveRequest, Sequence
+from pdray.outputs import Logprob
+
+
+class Draw(NamedTuple):
+    """One token to be drawn from the logits of a chunk's token.
+
+    Attributes:
+        sequence: whose token it becomes.
+        row: which of the chunk's tokens it follows, from 0.
+        position: 0-based index among the sequence's output tokens.
+    """
+
+    sequence: Sequence
+    row: int
+    position: int
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence, and what is drawn from them.
+
+    Attributes:
+        start: position of the first one; all before it are in the KV cache.
+        draws: any number; none inside a prompt, one for each completion at its end.
+        late_row: which draw of the step before is the chunk's only token; None: the host knows its tokens.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    draws: list[Draw]
+    late_row: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One forward pass.
+
+    Attributes:
+        copies: to be done before it; the plan holds a reference on each source until update().
+        num_draws: of all chunks.
+        is_decode: each chunk is one token, and draws one.
+        num_decodes: leading chunks of one token.
+        alone: the request that it computes and no other, where that was asked for.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    num_tokens: int = 0
+    num_draws: int = 0
+    is_decode: bool = True
+    num_decodes: int = 0
+    alone: LiveRequest | None = None
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """Of the requests that it computes, each once."""
+        return list(dict.fromkeys(chunk.sequence.request.key for chunk in self.chunks))
+
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        """Compute the sequence's next ``num_tokens`` tokens; from now on it counts as in flight."""
+        start = sequence.num_computed_tokens
+        late_row = sequence.pending_row if sequence.num_pending else None
+        draws: list[Draw] = []
+        if start + num_tokens == sequence.num_tokens:
+            samplers = [sequence] if sequence.request.forked else sequence.request.sequences
+            draws = [self._draw(sampler, num_tokens - 1) for sampler in samplers]
+        self.chunks.append(Chunk(sequence, start, num_tokens, draws, late_row))
+        if self.num_decodes == self.num_tokens and num_tokens == 1:
+            self.num_decodes += 1
+        self.num_tokens += num_tokens
+        self.is_decode &= num_tokens == len(draws) == 1
+        sequence.num_computed_tokens = start + num_tokens
+        sequence.num_in_flight += 1
+        if sequence.pending_copy is not None:
+            self.copies.append(sequence.pending_copy)
+            sequence.pending_copy = None
+
+    def _draw(self, sequence: Sequence, row: int) -> Draw:
+        """From now on the sequence has one more pending token."""
+        draw = Draw(sequence, row, sequence.num_output_tokens + sequence.num_pending)
+        sequence.num_pending += 1
+        sequence.pending_row = self.num_draws
+        self.num_draws += 1
+        return draw
+
+
+class SampledRow(NamedTuple):
+    """A drawn token, and its log-probabilities if they were asked for."""
+
+    token_id: int
+    logprobs: dict[int, Logprob] | None = None

@@ -1,0 +1,360 @@
+"""Continuous batching: which tokens of which sequences the next step computes.
+
+Decoding sequences come first, one token each; what is left of the token budget goes to prompts, in chunks, in the
+same forward pass (Agrawal et al. 2024, "Sarathi-Serve"). All blocks of a prompt are allocated when it is admitted, so
+only decoding can run out of them; then the youngest sequence of the lowest priority gives its blocks back and is
+computed again later, from prompt and outputs. Pure: no tensors, no clock, no lock.
+
+A step may be planned while the one before it is in flight: its tokens are pending then, and taken for tokens that end
+nothing. Where that is wrong, the step computes one token too many, which nobody hears of.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Hashable
+from itertools import count
+from typing import NamedTuple
+
+from pdray.engine.kv.allocator import KVAllocator
+from pdray.engine.kv.block_pool import BlockPool
+from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
+from pdray.engine.schedule.turns import Turn, Turns
+from pdray.errors import InvalidRequestError
+from pdray.outputs import SampledToken
+
+
+def batch_order(sequence: Sequence) -> tuple[int, int, int]:
+    """Rank in the batch; the last is preempted first."""
+    return sequence.order
+
+
+def queue_order(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
+    """Rank in the queue: preempted ones, then by priority, then by arrival.
+
+    Preempted ones hold places: behind a request that waits for places they would wait for each other.
+    """
+    return not sequence.preempted, sequence.order
+
+
+class Counters(NamedTuple):
+    """See EngineStats."""
+
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+
+
+class Scheduler:
+    """All live requests, the queue, the batch and the block pool. Callers hold the engine's lock.
+
+    Attributes:
+        requests: live ones by key; a released one is no longer here, though a step may still use it.
+        waiting: queued sequences, next one first. Of a request that is not forked only the first sequence is here.
+        running: the batch, in batch_order.
+        plans_in_flight: steps planned and not booked, oldest first; at most two.
+        leaving: finished sequences whose blocks a step in flight still writes to.
+        num_places: sequences counted against max_num_seqs.
+        turns: keeps requests apart that are to be computed alone.
+        updates: news that no step has produced.
+    """
+
+    def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.allocator = KVAllocator(limits, pool)
+        self.requests: dict[Hashable, LiveRequest] = {}
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.plans_in_flight: deque[StepPlan] = deque()
+        self.leaving: list[Sequence] = []
+        self.num_places = 0
+        self.turns = Turns()
+        self.updates: list[RequestUpdate] = []
+        self.counters = Counters()
+        self._arrivals = count()
+
+    # requests
+
+    def prepare(self, request: EngineRequest, *, reserved: bool) -> LiveRequest:
+        """Check a request and hash its prompt. Thread-safe: needs no lock.
+
+        Raises:
+            InvalidRequestError: it can never be served.
+        """
+        self.limits.check(request, reserved)
+        limits = self.limits
+        live = LiveRequest(
+            request, next(self._arrivals), limits.max_total_tokens(request), limits.end_token_ids(request)
+        )
+        self.allocator.hash_prompt(live.lead)
+        return live
+
+    def add(self, live: LiveRequest, now: float) -> None:
+        """Queue a prepared request."""
+        self._enter(live)
+        live.queued_at = now
+        insort(self.waiting, live.lead, key=queue_order)
+
+    def reserve(self, live: LiveRequest) -> Reservation | None:
+        """Blocks, head-room and places for every completion of a prepared request; None if not possible now."""
+        lead = live.lead
+        if any(s.preempted for s in self.waiting) or not self._has_places(live):
+            return None
+        num_tokens = self.limits.num_reserved_tokens(live.request)
+        if not self.allocator.allocate(self.allocator.owners(lead), num_tokens):
+            return None
+        self._enter(live)
+        self._take_places(live)
+        self._count_prefix_hits(live)
+        for sequence in live.sequences:
+            sequence.status = SequenceStatus.RESERVED
+        return Reservation(
+            lead.block_table[: self.limits.num_blocks_for(len(lead.token_ids))], lead.num_computed_tokens
+        )
+
+    def start_prefill(self, key: Hashable, now: float) -> None:
+        """Compute a reserved request here."""
+        live = self._reserved(key)
+        self.allocator.leave_last_block_to_compute(live)
+        live.queued_at = now
+        self._run(live.lead)
+
+    def start_decode(self, key: Hashable, tokens: list[SampledToken], now: float) -> None:
+        """The reserved blocks hold the prompt's KV; go on from these first tokens, one for each index."""
+        live = self._reserved(key)
+        by_index = {token.index: token for token in tokens}
+        if by_index.keys() != {s.index for s in live.sequences} or len(by_index) != len(tokens):
+            indices = [s.index for s in live.sequences]
+            raise ValueError(
+                f"request {key!r} starts with tokens of indices {[t.index for t in tokens]}, not {indices}"
+            )
+        live.started_at = now
+        live.lead.num_computed_tokens = len(live.lead.token_ids)
+        self.allocator.cache_computed(live.lead, live.lead.num_computed_tokens)
+        self.allocator.fork(live)
+        for sequence in live.sequences:
+            token = by_index[sequence.index]
+            sequence.append(token.token_id)
+            if token.finish_reason is None:
+                self._run(sequence)
+            else:
+                self.finish(sequence)
+        if live.num_places == 0:
+            del self.requests[key]
+            self.updates.append(RequestUpdate(key, finished=True))
+
+    def release(self, key: Hashable) -> None:
+        """End a request in any state. What steps in flight write to returns when they are booked."""
+        live = self.requests.pop(key, None)
+        if live is None:
+            return
+        self.waiting = [s for s in self.waiting if s.request is not live]
+        self.running = [s for s in self.running if s.request is not live]
+        for sequence in live.sequences:
+            self.finish(sequence)
+
+    def finish(self, sequence: Sequence, *, hold_blocks: bool = False) -> None:
+        """The sequence gives up its place, and its blocks unless they are to be held: at once, or with the last step in
+        flight that computes it."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running = [s for s in self.running if s is not sequence]
+        if sequence.request.has_places and sequence.status is not SequenceStatus.HELD:
+            self.num_places -= 1
+        if hold_blocks:
+            sequence.status = SequenceStatus.HELD
+            return
+        sequence.status = SequenceStatus.FINISHED
+        if sequence.num_in_flight:
+            self.leaving.append(sequence)
+        else:
+            self.allocator.free(sequence)
+
+    # the step
+
+    def schedule(self, now: float) -> StepPlan:
+        """Choose the next step's work: at most max_num_batched_tokens tokens of max_num_seqs sequences.
+
+        Returns:
+            A plan in flight; without chunks if there is nothing to do before the step in flight is booked.
+        """
+        assert len(self.plans_in_flight) < 2, "two steps are in flight"
+        plan = StepPlan()
+        turns = self.turns.choose(self.running, self.waiting, [plan.alone for plan in self.plans_in_flight])
+        for turn in turns:
+            self.turns.last = turn
+            # One that is to be alone and cannot begin waits for room, which nobody behind it may take meanwhile.
+            plan = self._plan(turn, may_overtake=turn is turns[0])
+            if plan.chunks:
+                break
+        for chunk in plan.chunks:
+            self._note_scheduled(chunk.sequence.request, now)
+        if plan.chunks:
+            self.plans_in_flight.append(plan)
+        return plan
+
+    def planned_keys(self) -> list[Hashable]:
+        """Requests that the last schedule() may have looked at."""
+        sequences = self.turns.of((*self.running, *self.waiting), self.turns.last)
+        return list(dict.fromkeys(s.request.key for s in sequences))
+
+    def _plan(self, turn: Turn, *, may_overtake: bool) -> StepPlan:
+        """A step of one request alone, or of all others.
+
+        Args:
+            may_overtake: admit also those that are queued behind one that is to be alone.
+        """
+        plan = StepPlan(alone=turn)
+        decoding = [s for s in self.turns.of(self.running, turn) if s.num_uncomputed_tokens == 1 and _may_go_on(s)]
+        num_needed = sum(self.allocator.needs_block(s) for s in decoding)
+        if self.plans_in_flight and num_needed > self.pool.num_free:
+            return plan  # to preempt is to compute again, from tokens that are all known
+        num_preemptions = self.counters.num_preemptions
+        ready = [s for s in decoding if s.status is SequenceStatus.RUNNING and self._make_room(s)]
+        # The longest first: attention takes them in this order, and a long one that begins last ends long after all.
+        for sequence in sorted(ready, key=_length, reverse=True):
+            plan.add(sequence, 1)
+        # Who gave blocks back in this step would only take them again, unless nobody else can use them.
+        has_preempted = self.counters.num_preemptions > num_preemptions
+        self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks, may_overtake=may_overtake)
+        return plan
+
+    def discard(self, plan: StepPlan) -> None:
+        """The last step planned will never be booked; its requests were released."""
+        last = self.plans_in_flight.pop()
+        assert last is plan
+        self.pool.free([copy.source for copy in plan.copies])
+        for chunk in plan.chunks:
+            for draw in chunk.draws:
+                draw.sequence.num_pending -= 1
+            self.booked(chunk.sequence)
+
+    def booked(self, sequence: Sequence) -> None:
+        """One of the steps that compute the sequence is through."""
+        sequence.num_in_flight -= 1
+        if sequence.status is SequenceStatus.FINISHED and not sequence.num_in_flight:
+            self.leaving.remove(sequence)
+            self.allocator.free(sequence)
+
+    def _schedule_prefills(self, plan: StepPlan, admit: bool, may_overtake: bool) -> None:
+        """Spend what is left of the token budget on prompts: those begun, then, if ``admit``, queued ones."""
+        budget = self.limits.max_num_batched_tokens
+        for sequence in self.turns.of(self.running, plan.alone):
+            if plan.num_tokens < budget and sequence.num_uncomputed_tokens > 1:
+                plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
+        while admit and plan.num_tokens < budget:
+            first = self.turns.next_of(self.waiting, plan.alone, may_overtake=may_overtake)
+            if first is None or not self._admit(first):
+                break
+            self.waiting.remove(first)
+            plan.add(first, min(budget - plan.num_tokens, first.num_uncomputed_tokens))
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for the token to be computed, from others if need be. False if the sequence itself was preempted."""
+        if not self.allocator.needs_block(sequence):
+            return True
+        while not self.allocator.grow(sequence):
+            victim = next(s for s in reversed(self.running) if not s.request.prefill_only)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        owners = self.allocator.owners(sequence)
+        for owner in owners:
+            self.allocator.free(owner)
+            owner.status = SequenceStatus.WAITING
+        self.running.remove(sequence)
+        sequence.preempted = True
+        insort(self.waiting, sequence, key=queue_order)
+        self.counters = self.counters._replace(num_preemptions=self.counters.num_preemptions + 1)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move a queued sequence into the batch if there are places and blocks; its caller takes it off the queue.
+
+        One block is left for each sequence that may grow, so that admission is not undone by the next steps.
+        """
+        live = sequence.request
+        if not live.has_places and not self._has_places(live):
+            return False
+        owners = self.allocator.owners(sequence)
+        margin = sum(not s.request.prefill_only for s in self.running)
+        if not self.allocator.allocate(owners, len(sequence.token_ids), keep_free=margin):
+            return False
+        self._count_prefix_hits(live)
+        if not live.has_places:
+            self._take_places(live)
+        sequence.preempted = False
+        self._run(sequence)
+        return True
+
+    def _run(self, sequence: Sequence) -> None:
+        """Join the batch. The other sequences of a request that is not forked wait for the first one."""
+        if not sequence.request.forked:
+            for other in sequence.request.sequences[1:]:
+                other.status = SequenceStatus.FORKING
+        sequence.status = SequenceStatus.RUNNING
+        insort(self.running, sequence, key=batch_order)
+
+    def fork(self, live: LiveRequest) -> None:
+        """The first sequence has computed the prompt: the others join the batch."""
+        self.allocator.fork(live)
+        for sequence in live.sequences[1:]:
+            self._run(sequence)
+
+    # accounts
+
+    def _enter(self, live: LiveRequest) -> None:
+        if live.key in self.requests:
+            raise InvalidRequestError(f"request key {live.key!r} is in use")
+        self.requests[live.key] = live
+        self.turns.add(live)
+
+    def _reserved(self, key: Hashable) -> LiveRequest:
+        live = self.requests.get(key)
+        if live is None or live.lead.status is not SequenceStatus.RESERVED:
+            raise KeyError(f"request {key!r} is not reserved")
+        return live
+
+    def _has_places(self, live: LiveRequest) -> bool:
+        return self.num_places + len(live.sequences) <= self.limits.max_num_seqs
+
+    def _take_places(self, live: LiveRequest) -> None:
+        live.has_places = True
+        self.num_places += len(live.sequences)
+
+    def _count_prefix_hits(self, live: LiveRequest) -> None:
+        if live.num_cached_tokens is None:
+            live.num_cached_tokens = live.lead.num_computed_tokens
+            self.counters = self.counters._replace(
+                prefix_cache_queries=self.counters.prefix_cache_queries + len(live.lead.token_ids),
+                prefix_cache_hits=self.counters.prefix_cache_hits + live.num_cached_tokens,
+            )
+
+    @staticmethod
+    def _note_scheduled(live: LiveRequest, now: float) -> None:
+        if live.queued_at is not None and live.scheduled_at is None:
+            live.scheduled_at = now
+        if live.started_at is not None and live.joined_at is None:
+            live.joined_at = now
+
+
+def _length(sequence: Sequence) -> int:
+    return len(sequence.token_ids)
+
+
+def _may_go_on(sequence: Sequence) -> bool:
+    """Whether its next token can be computed while the one before it is pending."""
+    if not sequence.num_pending:
+        return True
+    live = sequence.request
+    has_forks_to_wait_for = not live.forked and len(live.sequences) > 1
+    will_end = sequence.num_tokens >= sequence.max_total_tokens or live.prefill_only
+    return not (will_end or has_forks_to_wait_for or live.needs_history)

@@ -1,0 +1,261 @@
+"""A request inside the engine, and its completions: what they have produced, computed and hold."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+
+from pdray.engine.kv.block_pool import hash_blocks
+from pdray.engine.request import EngineRequest
+from pdray.engine.schedule.rules import History, Rule, make_rules
+from pdray.sampling_params import SamplingParams, wrap_seed
+
+# Steps that draw, after which a request that was to be computed alone joins the others. The step that failed was at
+# most two draws ahead of the tokens that it goes on from; the first draw is the prompt's, the others are of decoding.
+ALONE_STEPS = 4
+
+
+class SequenceStatus(enum.Enum):
+    """Where one completion stands."""
+
+    WAITING = enum.auto()  # queued; holds no blocks
+    RESERVED = enum.auto()  # holds blocks; nothing is computed for it
+    RUNNING = enum.auto()  # holds blocks; part of every step that has room
+    FORKING = enum.auto()  # holds blocks; waits for the first completion's prefill
+    HELD = enum.auto()  # prefill_only and done: keeps its blocks until release()
+    FINISHED = enum.auto()  # holds nothing
+
+
+class BlockCopy(NamedTuple):
+    """A block to copy, in all layers."""
+
+    source: int
+    destination: int
+
+
+class Sequence:
+    """One completion of one request.
+
+    Attributes:
+        token_ids: prompt and outputs that the host knows. Before the fork, a request's sequences share one list.
+        num_pending: tokens that steps in flight draw for it: they follow token_ids, and only the device knows them.
+        pending_row: which of the last planned step's draws is its own.
+        num_in_flight: steps in flight that compute tokens of it, and so write to its blocks.
+        num_prompt_tokens: of token_ids; what follows are outputs, wherever they were made.
+        num_computed_tokens: leading tokens whose KV is in block_table, or will be after the steps in flight.
+        max_total_tokens: length that ends it, prompt included.
+        block_table: blocks in order; may reach beyond token_ids. Change it through the methods.
+        block_row: [at least len(block_table)] int32, block_table again, for copying into a batch. What it holds never
+            changes but by growing: where the table does, another array replaces it.
+        num_hashed_blocks: leading blocks that were offered to the prefix cache.
+        pending_copy: to be done before this sequence's first step; it holds a reference on the source.
+        preempted: in the queue to be computed again.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_row",
+        "block_table",
+        "index",
+        "max_total_tokens",
+        "num_computed_tokens",
+        "num_hashed_blocks",
+        "num_in_flight",
+        "num_pending",
+        "num_prompt_tokens",
+        "order",
+        "pending_copy",
+        "pending_row",
+        "preempted",
+        "request",
+        "seed",
+        "status",
+        "token_ids",
+        "_rules",
+    )
+
+    def __init__(self, request: LiveRequest, index: int, token_ids: list[int], max_total_tokens: int) -> None:
+        self.request = request
+        self.index = index
+        self.token_ids = token_ids
+        self._rules: list[Rule] | None = None
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.max_total_tokens = max_total_tokens
+        self.seed = wrap_seed((request.params.seed or 0) + index)
+        self.num_computed_tokens = 0
+        self.num_pending = 0
+        self.pending_row = 0
+        self.num_in_flight = 0
+        self.block_table: list[int] = []
+        self.block_row = np.zeros(0, dtype=np.int32)
+        self.block_hashes: list[bytes] = []
+        self.num_hashed_blocks = 0
+        self.pending_copy: BlockCopy | None = None
+        self.preempted = False
+        self.status = SequenceStatus.WAITING
+        self.order = (request.priority, request.arrival, index)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known and pending ones."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def rules(self) -> list[Rule]:
+        """What its draws follow; made with the first of them, and told every token from then on."""
+        if self._rules is None:
+            outputs = self.token_ids[self.num_prompt_tokens :]
+            self._rules = self.request.make_rules(outputs)
+        return self._rules
+
+    def append(self, token_id: int) -> None:
+        """A token that was drawn is known."""
+        self.token_ids.append(token_id)
+        for rule in self._rules or ():
+            rule.told(token_id)
+
+    def extend_blocks(self, blocks: list[int]) -> None:
+        """Append to the block table."""
+        start, end = len(self.block_table), len(self.block_table) + len(blocks)
+        if end > len(self.block_row):
+            self.block_row = np.resize(self.block_row, max(end, 2 * start))
+        self.block_row[start:end] = blocks
+        self.block_table += blocks
+
+    def replace_block(self, position: int, block: int) -> int:
+        """Put ``block`` at this place of the block table; returns the one that was there."""
+        old = self.block_table[position]
+        self.block_table[position] = block
+        self.block_row = self.block_row.copy()
+        self.block_row[position] = block
+        return old
+
+    def pop_block(self) -> int:
+        self.block_row = self.block_row.copy()
+        return self.block_table.pop()
+
+    def take_blocks(self) -> list[int]:
+        """Empty the block table; returns what it held."""
+        blocks, self.block_table = self.block_table, []
+        self.block_row = np.zeros(0, dtype=np.int32)
+        self.num_computed_tokens = 0
+        self.num_hashed_blocks = 0
+        return blocks
+
+    def update_hashes(self, block_size: int) -> list[bytes]:
+        """Hashes of all full blocks of token_ids; only new ones are computed."""
+        known = len(self.block_hashes)
+        if len(self.token_ids) // block_size > known:
+            parent = self.block_hashes[-1] if known else b""
+            self.block_hashes += hash_blocks(self.token_ids[known * block_size :], block_size, parent)
+        return self.block_hashes
+
+
+class LiveRequest:
+    """A request from add() or reserve() until its last completion ends or release().
+
+    Attributes:
+        arrival: rank among the engine's requests, from 0.
+        sequences: one per index; the first one computes the prompt for all.
+        end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
+        is_plain: its draws know no filter and no rule, and nothing but the token is asked for.
+        forked: every sequence runs on its own.
+        needs_history: its draws depend on the tokens before them, beyond the KV.
+        has_places: its unfinished sequences are counted against max_num_seqs.
+        num_cached_tokens: found in the prefix cache when blocks were first allocated.
+        num_alone_steps: steps that draw for it and compute nothing else, still to come.
+        queued_at, scheduled_at: s on the engine's clock: add() or start_prefill(), and the first step.
+        started_at, joined_at: the same for start_decode(). All are None again once reported.
+    """
+
+    __slots__ = (
+        "arrival",
+        "end_token_ids",
+        "forked",
+        "has_places",
+        "is_plain",
+        "joined_at",
+        "needs_history",
+        "num_alone_steps",
+        "num_cached_tokens",
+        "queued_at",
+        "request",
+        "scheduled_at",
+        "sequences",
+        "started_at",
+    )
+
+    def __init__(
+        self, request: EngineRequest, arrival: int, max_total_tokens: int, end_token_ids: tuple[int, ...]
+    ) -> None:
+        self.request = request
+        self.end_token_ids = end_token_ids
+        rules = self.make_rules([])
+        self.is_plain = is_plain(request.params) and not rules
+        self.needs_history = any(rule.needs_tokens for rule in rules)
+        self.arrival = arrival
+        token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        self.sequences = [Sequence(self, index, token_ids, max_total_tokens) for index in request.indices]
+        self.forked = False
+        self.has_places = False
+        self.num_cached_tokens: int | None = None
+        self.num_alone_steps = ALONE_STEPS if request.alone else 0
+        self.queued_at: float | None = None
+        self.scheduled_at: float | None = None
+        self.started_at: float | None = None
+        self.joined_at: float | None = None
+
+    def make_rules(self, output_token_ids: list[int]) -> list[Rule]:
+        """New rules for a sequence that has these outputs."""
+        return make_rules(History(self.params, self.prompt_token_ids, output_token_ids, self.end_token_ids))
+
+    @property
+    def key(self) -> Hashable:
+        return self.request.key
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.request.prompt_token_ids
+
+    @property
+    def prefill_only(self) -> bool:
+        return self.request.prefill_only
+
+    @property
+    def lead(self) -> Sequence:
+        """The sequence that computes the prompt."""
+        return self.sequences[0]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a completion of it has not ended."""
+        return any(s.status is not SequenceStatus.FINISHED for s in self.sequences)
+
+    @property
+    def num_places(self) -> int:
+        """Sequences of it that count against max_num_seqs while it has_places."""
+        return sum(s.status not in (SequenceStatus.FINISHED, SequenceStatus.HELD) for s in self.sequences)
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether a draw without rules needs no more than temperature and seed, and no log-probabilities are asked for."""
+    return not (params.top_p < 1 or params.top_k > 0 or params.min_p > 0) and params.logprobs is None

@@ -1,0 +1,1 @@
+"""Steps on the device: inputs, launches, graphs, draws."""

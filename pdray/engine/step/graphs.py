@@ -1,0 +1,112 @@
+"""CUDA graphs of whole steps, from the embedding to the drawn tokens: one launch instead of hundreds.
+
+Decode steps get a graph for each batch size of a ladder, short prompts one for each number of tokens, with room for a
+few sequences, or for many that decode beside them. What is smaller is padded, with rows and sequences that hold no KV.
+What is larger is launched kernel by kernel, padded to a multiple of LAUNCHED_TOKENS: CUDA loads a kernel when it is
+first needed, and waits for all work on the device to end; so every size's kernels are loaded at the start.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any, Protocol
+
+import torch
+
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
+
+# Launched one by one, a step's kernels take 12 ms of the host's time, and ten times that while another thread of the
+# process is busy: more than a GPU needs for 4,096 tokens of a small model.
+PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+FEW_SEQUENCES = 8
+MIXED_TOKENS = (512, 1024, 2048, 4096)  # of prompts beside a batch of any size
+LAUNCHED_TOKENS = 512
+
+
+class Compute(Protocol):
+    """Launches a step on the current stream, and puts the logits of its draws into [num_draws, vocab_size]."""
+
+    def __call__(self, inputs: StepInputs, *, logits_out: torch.Tensor) -> torch.Tensor: ...
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes that get a graph: 1, 2, 4, then steps of 8, beyond 256 of 32, and max_num_seqs itself."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 1, 32), max_num_seqs]
+    return sorted({size for size in sizes if size <= max_num_seqs})
+
+
+def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepShape]:
+    """Steps with prompts that get a graph, the smallest first; longer ones keep the device busy while launched."""
+    few = min(FEW_SEQUENCES, max_num_seqs)
+    wanted = {(n, few) for n in PREFILL_TOKENS} | {(n, max_num_seqs) for n in MIXED_TOKENS}
+    sizes = sorted(size for size in wanted if size[0] <= max_num_batched_tokens)
+    return [StepShape(num_tokens, num_seqs, num_seqs, False) for num_tokens, num_seqs in sizes]
+
+
+def launched_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Numbers of tokens of the steps that no graph can run."""
+    largest = max((n for n in MIXED_TOKENS if n <= max_num_batched_tokens), default=0)
+    sizes = range(largest + LAUNCHED_TOKENS, max_num_batched_tokens, LAUNCHED_TOKENS)
+    return [*sizes, max_num_batched_tokens] if largest < max_num_batched_tokens else []
+
+
+class StepGraphs:
+    """Graphs by shape. All read the same static inputs and share one memory pool, for no two of them run at once.
+
+    Args:
+        logits: [max_num_seqs, vocab_size], which all graphs write to.
+
+    Attributes:
+        launched_sizes: numbers of tokens that launched steps are padded to.
+    """
+
+    def __init__(self, logits: torch.Tensor, max_num_batched_tokens: int) -> None:
+        self.logits = logits
+        self.launched_sizes = launched_sizes(max_num_batched_tokens)
+        self._decode_sizes = decode_sizes(len(logits))
+        self._prefill_shapes = prefill_shapes(max_num_batched_tokens, len(logits))
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+
+    def capture(self, compute: Compute, decode_buffers: InputBuffers, buffers: InputBuffers) -> None:
+        """Make all graphs; the buffers hold the inputs of decode steps, and of all others, from now on."""
+        pool = torch.cuda.graph_pool_handle()
+        self._capture(compute, buffers, self._prefill_shapes, pool)
+        self._capture(compute, decode_buffers, [StepShape(n, n, n, True) for n in self._decode_sizes], pool)
+
+    def _capture(self, compute: Compute, buffers: InputBuffers, shapes: list[StepShape], pool: Any) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        for shape in reversed(shapes):  # the largest first: smaller ones fit into its memory
+            inputs = buffers.views(shape, StepPlan())
+            with torch.cuda.stream(stream):
+                compute(inputs, logits_out=self.logits[: shape.num_draws])  # compiles kernels and loads libraries
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool)
+                try:
+                    compute(inputs, logits_out=self.logits[: shape.num_draws])
+                finally:
+                    graph.capture_end()
+            self._graphs[shape] = graph
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def __contains__(self, shape: StepShape) -> bool:
+        return shape in self._graphs
+
+    def shape_for(self, plan: StepPlan) -> StepShape:
+        """What the plan is to be padded to, for a graph where one can run it."""
+        if plan.is_decode:
+            size = self._padded_draws(plan.num_draws)
+            return StepShape(size, size, size, True)
+        num_seqs = max(len(plan.chunks), plan.num_draws)
+        fitting = (s for s in self._prefill_shapes if s.num_tokens >= plan.num_tokens and s.num_seqs >= num_seqs)
+        launched = next((size for size in self.launched_sizes if size >= plan.num_tokens), plan.num_tokens)
+        return next(fitting, StepShape(launched, len(plan.chunks), self._padded_draws(plan.num_draws), False))
+
+    def _padded_draws(self, num_draws: int) -> int:
+        return self._decode_sizes[bisect_left(self._decode_sizes, num_draws)] if num_draws else 0
+
+    def replay(self, shape: StepShape) -> torch.Tensor:
+        """Launch a step of this shape, whose inputs are in the buffers. Returns the logits of its draws."""
+        self._graphs[shape].replay()
+        return self.logits[: shape.num_draws]

@@ -1,0 +1,295 @@
+"""From a step's plan to the tensors of one forward pass, through buffers that are allocated once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.plan import BlockCopy, StepPlan
+from pdray.engine.schedule.sequence import Sequence
+from pdray.kernels.attention import AttentionMetadata, find_fresh
+from pdray.kernels.embedding import pending_id
+from pdray.kernels.sampling import SamplingMetadata, SamplingRow
+from pdray.kernels.sampling_metadata import GREEDY_TEMPERATURE
+
+GREEDY = SamplingMetadata()
+
+
+class DrawInputs(NamedTuple):
+    """How each of S plain draws is made; see draw_tokens.
+
+    Attributes:
+        temperature: [S] float32, 0 where greedy. seeds, positions: [S] int64.
+    """
+
+    temperature: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+
+
+class StepShape(NamedTuple):
+    """What a step's launches depend on, padding included.
+
+    Attributes:
+        is_decode: one token and one draw for each sequence, in the same order.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    num_draws: int
+    is_decode: bool
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> StepShape:
+        """Without padding."""
+        return cls(plan.num_tokens, len(plan.chunks), plan.num_draws, plan.is_decode)
+
+
+class StepInputs(NamedTuple):
+    """One forward pass over T tokens of B sequences, and S draws from its logits.
+
+    Attributes:
+        input_ids: [T] int64; pending_id(i) stands for the token that draw i of the step before has drawn.
+        positions: [T] int64.
+        logit_rows: [S] int64, the token whose logits each draw uses; a row may occur more than once.
+        draws: on CUDA.
+        sampling: None where ``draws`` says all, on CUDA.
+        num_logprobs: for each draw, how many most likely tokens are asked for; None: not even the drawn one.
+        shape: of the tensors; what is beyond the plan's own is padding.
+    """
+
+    copies: list[BlockCopy]
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    attention: AttentionMetadata
+    logit_rows: torch.Tensor
+    draws: DrawInputs | None
+    sampling: SamplingMetadata | None
+    num_logprobs: list[int | None]
+    shape: StepShape
+
+
+class HostInputs:
+    """The host side of a step's inputs: numpy views of one buffer, with the block tables last.
+
+    Attributes:
+        owners: which block_row each row of the block tables was filled from, and with how many blocks.
+    """
+
+    def __init__(self, buffer: torch.Tensor, sections: dict[str, Section]) -> None:
+        self.buffer = buffer
+        arrays = {name: section.of(buffer).numpy() for name, section in sections.items()}
+        self.ids, self.positions, self.slots = arrays["ids"], arrays["positions"], arrays["slots"]
+        self.rows, self.seeds, self.draw_positions = arrays["rows"], arrays["seeds"], arrays["draw_positions"]
+        self.temperature, self.starts, self.lens = arrays["temperature"], arrays["starts"], arrays["lens"]
+        self.tables = arrays["tables"]
+        self.owners: list[tuple[np.ndarray[Any, Any] | None, int]] = [(None, 0)] * len(self.tables)
+
+    def set_table(self, row: int, sequence: Sequence, num_blocks: int) -> None:
+        """Copy what is new of a sequence's block table; ``owners`` knows what is there already."""
+        owner, known = self.owners[row]
+        if owner is not sequence.block_row:
+            known = 0
+        if known < num_blocks:
+            self.tables[row, known:num_blocks] = sequence.block_row[known:num_blocks]
+            self.owners[row] = (sequence.block_row, num_blocks)
+
+
+class Section(NamedTuple):
+    """A tensor inside a buffer of bytes. start: in bytes."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[self.start : self.end].view(self.dtype).view(self.shape)
+
+
+def lay_out(num_tokens: int, num_seqs: int, max_blocks: int) -> dict[str, Section]:
+    """Sections of a step's buffer, each aligned to 16 bytes."""
+    long, single, int_ = torch.int64, torch.float32, torch.int32
+    wanted = {
+        **{name: (long, (num_tokens,)) for name in ("ids", "positions", "slots")},
+        **{name: (long, (num_seqs,)) for name in ("rows", "seeds", "draw_positions")},
+        "temperature": (single, (num_seqs,)),
+        "starts": (int_, (num_seqs + 1,)),
+        "lens": (int_, (num_seqs,)),
+        "tables": (int_, (num_seqs, max_blocks)),
+    }
+    sections: dict[str, Section] = {}
+    start = 0
+    for name, (dtype, shape) in wanted.items():
+        sections[name] = Section(start, dtype, shape)
+        start = -(-sections[name].end // 16) * 16
+    return sections
+
+
+class InputBuffers:
+    """Static inputs of the model, host side and device side. Results of fill() are views, valid until the next fill().
+
+    On CUDA the host side is pinned, and there are two of it: one is filled while the copy from the other may still run.
+    What was filled before the last fill() must have been used. On CPU both sides are the same memory.
+    """
+
+    def __init__(self, limits: EngineLimits, num_tokens: int, device: torch.device) -> None:
+        self.block_size = limits.block_size
+        self.device = device
+        self._sections = lay_out(num_tokens, limits.max_num_seqs, limits.num_blocks_for(limits.max_model_len))
+        size = max(section.end for section in self._sections.values())
+        on_gpu = device.type == "cuda"
+        buffers = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)]
+        self._hosts = [HostInputs(buffer, self._sections) for buffer in buffers]
+        device_buffer = torch.zeros(size, dtype=torch.uint8, device=device) if on_gpu else buffers[0]
+        self._device_buffer = device_buffer
+        self._device = {name: section.of(device_buffer) for name, section in self._sections.items()}
+        self._arange = np.arange(max(limits.max_model_len, limits.max_num_seqs + 1), dtype=np.int64)
+
+    def fill(self, plan: StepPlan, padded: StepShape | None = None) -> StepInputs:
+        """The plan's tokens, block tables and sampling parameters. Reads the sequences: under the engine's lock.
+
+        Args:
+            padded: at least the plan's own shape: what is beyond it holds no KV, and writes to the dummy block.
+        """
+        host = self._hosts[0]
+        self._hosts.reverse()
+        shape = padded or StepShape.of(plan)
+        if plan.is_decode:
+            self._fill_decodes(host, plan)
+        else:
+            self._fill_chunks(host, plan)
+        if padded is not None:
+            _pad(host, plan, padded)
+        if self._device_buffer is not host.buffer:
+            self._fill_draws(host, plan, shape.num_draws)
+            used = self._sections["tables"].start + shape.num_seqs * host.tables.shape[1] * host.tables.itemsize
+            self._device_buffer[:used].copy_(host.buffer[:used], non_blocking=True)
+        inputs = self.views(shape, plan)
+        sampling, num_logprobs = self._sampling(plan)
+        return inputs._replace(copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs)
+
+    def _fill_decodes(self, host: HostInputs, plan: StepPlan) -> None:
+        """One token for each sequence, most of it without a loop in Python."""
+        chunks, num = plan.chunks, len(plan.chunks)
+        for row, chunk in enumerate(chunks):
+            host.set_table(row, chunk.sequence, -(-chunk.end // self.block_size))
+        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, num)
+        host.ids[:num] = [
+            chunk.sequence.token_ids[chunk.start] if chunk.late_row is None else pending_id(chunk.late_row)
+            for chunk in chunks
+        ]
+        host.positions[:num] = starts
+        blocks = host.tables[self._arange[:num], starts // self.block_size].astype(np.int64)
+        host.slots[:num] = blocks * self.block_size + starts % self.block_size
+        host.lens[:num] = starts + 1
+        host.rows[:num] = self._arange[:num]
+        host.starts[: num + 1] = self._arange[: num + 1]
+
+    def _fill_chunks(self, host: HostInputs, plan: StepPlan) -> None:
+        rows: list[int] = []
+        query_lens = []
+        token = 0
+        for i, chunk in enumerate(plan.chunks):
+            sequence, start, end = chunk.sequence, chunk.start, chunk.end
+            host.set_table(i, sequence, -(-end // self.block_size))
+            last = token + chunk.num_tokens
+            positions = self._arange[start:end]
+            host.ids[token:last] = (
+                sequence.token_ids[start:end] if chunk.late_row is None else pending_id(chunk.late_row)
+            )
+            host.positions[token:last] = positions
+            blocks = sequence.block_row[positions // self.block_size].astype(np.int64)
+            host.slots[token:last] = blocks * self.block_size + positions % self.block_size
+            host.lens[i] = end
+            token = last
+            rows += [token - chunk.num_tokens + draw.row for draw in chunk.draws]
+            query_lens.append(chunk.num_tokens)
+        host.rows[: len(rows)] = rows
+        host.starts[0] = 0
+        host.starts[1 : len(query_lens) + 1] = np.cumsum(query_lens)
+
+    @staticmethod
+    def _fill_draws(host: HostInputs, plan: StepPlan, num_draws: int) -> None:
+        draws = [draw for chunk in plan.chunks for draw in chunk.draws]
+        num = len(draws)
+        host.temperature[:num] = [_temperature(draw.sequence) for draw in draws]
+        host.seeds[:num] = [draw.sequence.seed for draw in draws]
+        host.draw_positions[:num] = [draw.position for draw in draws]
+        for padding in (host.temperature, host.seeds, host.draw_positions):
+            padding[num:num_draws] = 0
+
+    def views(self, shape: StepShape, plan: StepPlan) -> StepInputs:
+        """The static tensors, cut to a shape, without what fill() adds."""
+        part, on_gpu = self._device, self.device.type == "cuda"
+        tables = part["tables"]
+        if not on_gpu:
+            max_blocks = -(-max((chunk.end for chunk in plan.chunks), default=1) // self.block_size)
+            tables = tables[:, :max_blocks]
+        num_tokens, num_seqs, num_draws, is_decode = shape
+        query_lens, kv_lens = [chunk.num_tokens for chunk in plan.chunks], [chunk.end for chunk in plan.chunks]
+        attention = AttentionMetadata(
+            slot_mapping=part["slots"][:num_tokens],
+            block_tables=tables[:num_seqs],
+            cu_seqlens_q=part["starts"][: num_seqs + 1],
+            seq_lens=part["lens"][:num_seqs],
+            query_lens=query_lens,
+            kv_lens=kv_lens,
+            num_decodes=num_seqs if is_decode else plan.num_decodes,
+            fresh_from=find_fresh(query_lens, kv_lens, plan.num_decodes),
+        )
+        draws = DrawInputs(
+            part["temperature"][:num_draws], part["seeds"][:num_draws], part["draw_positions"][:num_draws]
+        )
+        return StepInputs(
+            copies=[],
+            input_ids=part["ids"][:num_tokens],
+            positions=part["positions"][:num_tokens],
+            attention=attention,
+            logit_rows=part["rows"][:num_draws],
+            draws=draws if on_gpu else None,
+            sampling=None,
+            num_logprobs=[],
+            shape=shape,
+        )
+
+    def _sampling(self, plan: StepPlan) -> tuple[SamplingMetadata | None, list[int | None]]:
+        """How to draw; a batch of plain rows builds nothing."""
+        draws = [draw for chunk in plan.chunks for draw in chunk.draws]
+        num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
+        if self.device.type == "cuda" and all(draw.sequence.request.is_plain for draw in draws):
+            return None, num_logprobs
+        if all(draw.sequence.request.is_plain and draw.sequence.request.params.greedy for draw in draws):
+            return GREEDY, num_logprobs
+        rows = []
+        for sequence, _, position in draws:
+            row = SamplingRow(sequence.request.params, sequence.seed, position)
+            for rule in sequence.rules:
+                row = rule.change(row)
+            rows.append(row)
+        return SamplingMetadata.build(rows, self.device), num_logprobs
+
+
+def _temperature(sequence: Sequence) -> float:
+    """0 where the draw is greedy."""
+    temperature = sequence.request.params.temperature
+    return temperature if temperature >= GREEDY_TEMPERATURE else 0.0
+
+
+def _pad(host: HostInputs, plan: StepPlan, shape: StepShape) -> None:
+    """Tokens of no sequence; sequences without tokens (a decode step's have one, and no KV); draws from row 0."""
+    for padding in (host.ids, host.positions, host.slots):
+        padding[plan.num_tokens : shape.num_tokens] = 0
+    num_seqs = len(plan.chunks)
+    host.lens[num_seqs : shape.num_seqs] = 0
+    host.rows[plan.num_draws : shape.num_draws] = 0
+    last = host.starts[num_seqs]
+    host.starts[num_seqs + 1 : shape.num_seqs + 1] = last
+    if shape.is_decode:
+        host.starts[num_seqs + 1 : shape.num_seqs + 1] += np.arange(1, shape.num_seqs - num_seqs + 1, dtype=np.int32)

@@ -1,0 +1,46 @@
+"""The most expensive forward pass that the configuration allows, to measure what it leaves for the KV pool."""
+
+from __future__ import annotations
+
+import torch
+
+from pdray.config import Config
+from pdray.engine.kv.layout import KVLayout
+from pdray.engine.kv.pool import KVPool
+from pdray.kernels.attention import AttentionMetadata
+from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
+from pdray.models.decoder import Decoder
+from pdray.sampling_params import SamplingParams
+
+
+@torch.inference_mode()
+def profile_model(config: Config, decoder: Decoder) -> None:
+    """Run max_num_batched_tokens tokens, and sample max_num_seqs rows in the way that takes most memory.
+
+    All sequences lie in the same few blocks: the results mean nothing.
+    """
+    device, block_size = decoder.device, config.block_size
+    length = min(config.max_num_batched_tokens, decoder.max_len)
+    query_lens = [length] * (config.max_num_batched_tokens // length)
+    if config.max_num_batched_tokens % length:
+        query_lens.append(config.max_num_batched_tokens % length)
+    num_blocks = -(-length // block_size)
+    layout = KVLayout.of(decoder.config, block_size, decoder.dtype)
+    pool = KVPool.allocate(layout, num_blocks, device)
+    positions = torch.cat([torch.arange(n, device=device) for n in query_lens])
+    starts = torch.tensor([0, *query_lens], device=device).cumsum(0).to(torch.int32)
+    table = torch.arange(num_blocks, dtype=torch.int32, device=device)
+    meta = AttentionMetadata(
+        slot_mapping=positions,
+        block_tables=table.expand(len(query_lens), -1).contiguous(),
+        cu_seqlens_q=starts,
+        seq_lens=torch.tensor(query_lens, dtype=torch.int32, device=device),
+        query_lens=query_lens,
+        kv_lens=query_lens,
+        fresh_from=0,
+    )
+    hidden = decoder.forward(torch.zeros_like(positions), positions, pool.tensor, meta)
+    num_rows = config.max_num_seqs
+    logits = decoder.compute_logits(hidden[:num_rows]).float()
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, repetition_penalty=1.1, logprobs=20)
+    sample(logits, SamplingMetadata.build([SamplingRow(params, 0, 0, (0,), (0,))] * len(logits), device))

@@ -1,0 +1,78 @@
+"""Attention with rotary embedding over a paged KV pool."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pdray.kernels.attention import AttentionMetadata, paged_attention
+from pdray.kernels.rotary_store import rotate_and_store
+from pdray.models.model_config import ModelConfig
+from pdray.models.parts.linear import Linear
+from pdray.models.parts.norm import RMSNorm
+from pdray.models.parts.part import Part, Placement
+
+
+class RotaryTable(NamedTuple):
+    """Attributes:
+    cos, sin: [max_len, head_dim / 2] float32. One table serves all layers.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Attention(Part):
+    """Projections of queries, keys and values, norms of the heads where the model has them, and the output product.
+
+    Attributes:
+        qkv: heads of queries, keys, values. o: the output product, which callers apply: see DecoderLayer.
+        q_norm, k_norm: over each head, of models with qk_norm.
+    """
+
+    def __init__(self, config: ModelConfig, rotary: RotaryTable, placement: Placement) -> None:
+        super().__init__()
+        head_dim, eps = config.head_dim, config.rms_norm_eps
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        self._num_heads = config.num_heads
+        self._scale = head_dim**-0.5
+        self._eps = eps
+        self._rotary = rotary
+        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv = self.add("", Linear(sizes, config.hidden_size, placement, bias=config.qkv_bias))
+        self.o = self.add("", Linear({"o_proj": config.hidden_size}, q_size, placement, bias=config.o_bias))
+        self.q_norm = self.add("q_norm", RMSNorm(head_dim, eps, placement)) if config.qk_norm else None
+        self.k_norm = self.add("k_norm", RMSNorm(head_dim, eps, placement)) if config.qk_norm else None
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        norm: RMSNorm,
+        positions: torch.Tensor,
+        kv_layer: torch.Tensor,
+        meta: AttentionMetadata,
+    ) -> torch.Tensor:
+        """What every token attends to, before the output product; writes the tokens' keys and values into the pool.
+
+        Args:
+            hidden: [T, hidden_size]; ``norm`` is applied to it first.
+            positions: [T] int64.
+            kv_layer: [num_blocks, 2, block_size, num_kv_heads, head_dim].
+
+        Returns:
+            [T, num_heads * head_dim].
+        """
+        q_norm, k_norm = (None if each is None else each.weight for each in (self.q_norm, self.k_norm))
+        q, k, v = rotate_and_store(
+            self.qkv.of_normed(hidden, norm),
+            q_norm,
+            k_norm,
+            self._eps,
+            *self._rotary,
+            positions,
+            kv_layer,
+            meta.slot_mapping,
+            self._num_heads,
+        )
+        return paged_attention(q, kv_layer, meta, self._scale, k, v).reshape(len(hidden), self.o.in_features)

@@ -1,0 +1,26 @@
+"""The feed-forward half of a layer: silu(gate) * up, then down."""
+
+from __future__ import annotations
+
+import torch
+
+from pdray.models.model_config import ModelConfig
+from pdray.models.parts.linear import Linear
+from pdray.models.parts.norm import RMSNorm
+from pdray.models.parts.part import Part, Placement
+
+
+class GatedMLP(Part):
+    """Attributes:
+    gate_up: gate before up. down: the product that follows.
+    """
+
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = self.add("", Linear({"gate_proj": inner, "up_proj": inner}, hidden, placement, bias=bias))
+        self.down = self.add("", Linear({"down_proj": hidden}, inner, placement, bias=bias))
+
+    def __call__(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """hidden + mlp(norm(hidden)), [M, hidden_size]. The memory of ``hidden`` may be used for the result."""
+        return self.down(self.gate_up.of_normed(hidden, norm, gated=True), residual=hidden)

@@ -1,0 +1,66 @@
+"""The base of every part: weights under a checkpoint's names, in a tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a part's weights lie, and as what. On the device "meta" a part has shapes and no values."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """An uninitialised weight."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class Part:
+    """Holds weights of its own, and other parts.
+
+    A subclass registers the parts that it is made of with ``add``, and overrides ``own_weights`` and ``pack_own`` if it
+    has weights itself.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[str, Part]] = []
+
+    def add(self, name: str, part: P) -> P:
+        """Make ``part`` a part of this one. Returns it.
+
+        Args:
+            name: what its weights' names begin with, without the dot; "" for none.
+        """
+        self._parts.append((f"{name}." if name else "", part))
+        return part
+
+    def own_weights(self) -> dict[str, torch.Tensor]:
+        """Weights that are not a subpart's, by the end of their names."""
+        return {}
+
+    def pack_own(self) -> None:
+        """Bring own weights into the layout that the device's kernels like best."""
+
+    def parameters(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Every weight under its Hugging Face name; weights of fused tensors are views to be written into.
+
+        After pack_weights() what was packed comes as copies, for reading only.
+        """
+        named = {prefix + name: weight for name, weight in self.own_weights().items()}
+        for name, part in self._parts:
+            named |= part.parameters(prefix + name)
+        return named
+
+    def pack_weights(self) -> None:
+        """Pack every weight, one at a time; call it once, after loading."""
+        self.pack_own()
+        for _, part in self._parts:
+            part.pack_weights()
+
+
+P = TypeVar("P", bound=Part)

@@ -1,0 +1,67 @@
+"""Whether a Ray cluster answers at an address: asked first, because Ray itself tries for a minute and a half."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+CONNECT_TIMEOUT_S = 5.0
+DEFAULT_CLIENT_PORT = 10001
+CLIENT_SCHEME = "ray://"
+
+
+def is_reachable(address: str) -> bool:
+    """See require_reachable."""
+    try:
+        require_reachable(address)
+    except (ConnectionError, ValueError):
+        return False
+    return True
+
+
+def require_reachable(address: str) -> None:
+    """Returns once something at host:port, or ray://host:port, speaks gRPC, as Ray does.
+
+    Raises:
+        ConnectionError: nothing listens there, nothing answers within CONNECT_TIMEOUT_S, or it is no Ray port.
+        ValueError: it is no address.
+    """
+    timeout_s = CONNECT_TIMEOUT_S
+    host, port = split_address(address)
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s):
+            pass
+    except TimeoutError:
+        raise ConnectionError(f"{host}:{port} does not answer ({timeout_s:g} s)") from None
+    except OSError as error:
+        raise ConnectionError(f"{host}:{port}: {error.strerror or error}") from None
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return
+    import grpc
+
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.insecure_channel(authority, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=timeout_s)
+        except grpc.FutureTimeoutError:
+            raise ConnectionError(
+                f"something listens at {host}:{port}, but no Ray: give the port that `ray start` has printed "
+                "(6379 by default), or ray://host:10001; the dashboard's (8265) is neither"
+            ) from None
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of host:port, [v6]:port or ray://host[:port].
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    is_client = address.startswith(CLIENT_SCHEME)
+    rest = address.removeprefix(CLIENT_SCHEME).partition("?")[0].rstrip("/")
+    host, colon, port = rest.rpartition(":")
+    if is_client and (not colon or rest.endswith("]")):
+        host, port = rest, str(DEFAULT_CLIENT_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{address!r} is no address of a Ray cluster; give host:port or ray://host:port")
+    return host, int(port)

@@ -1,0 +1,80 @@
+"""Which connected workers a leg can go to: now, or at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pdray.cluster.policy import Choice, choose, choose_prefill, has_credit
+from pdray.config import Config
+from pdray.engine.schedule.demand import Demand
+from pdray.errors import InvalidRequestError
+from pdray.router.connections import WorkerConnections
+from pdray.router.leg import RoutedLeg
+from pdray.router.link import WorkerLink
+
+
+class Placement:
+    """See the module. It only looks: asking and sending are the dispatcher's."""
+
+    def __init__(self, config: Config, connections: WorkerConnections) -> None:
+        self._config = config
+        self._connections = connections
+
+    def choose(self, leg: RoutedLeg, demand: Demand) -> Choice | None:
+        """Workers that are large enough and can take it now."""
+        prefill = [link for link in self._connections.open_links("prefill") if link.could_prefill(demand)]
+        if prefill and leg.ends_with_first_token:  # nobody decodes: no lease, and its KV stays where it is
+            prefill_id = choose_prefill([link.prefill_state(leg.prefix_hashes) for link in prefill])
+            return None if prefill_id is None else Choice(prefill_id, None)
+        decode = [
+            link
+            for link in self._connections.open_links("decode", "both")
+            if not link.broken and link.could_decode(demand) and has_credit(link.decode_state(), demand)
+        ]
+        if not decode:
+            return None
+        return choose(
+            demand,
+            [link.decode_state(leg.prefix_hashes) for link in decode],
+            [link.prefill_state(leg.prefix_hashes) for link in prefill],
+            set(self._connections.pairs),
+            local_prefill_max_tokens=self._config.local_prefill_max_tokens,
+        )
+
+    def fits(self, leg: RoutedLeg, links: Sequence[WorkerLink]) -> bool:
+        """Whether these workers could serve it if nothing else were there."""
+        demand = leg.demand(self._config)
+        can_prefill = any(link.info.role == "prefill" and link.could_prefill(demand) for link in links)
+        if can_prefill and leg.ends_with_first_token:
+            return True
+        is_local = demand.tokens <= self._config.local_prefill_max_tokens
+        decode = [link for link in links if link.could_decode(demand)]
+        return bool(decode) and (can_prefill or is_local or any(link.info.role == "both" for link in decode))
+
+    def refusal(self, leg: RoutedLeg) -> InvalidRequestError | None:
+        """Why it can never be served; None if it can, or if workers are missing that may be larger."""
+        links = list(self._connections.links.values())
+        decode = [link for link in links if link.info.role != "prefill"]
+        prefill = [link for link in links if link.info.role == "prefill"]
+        is_whole = len(decode) >= self._config.num_decode_workers and (
+            self._config.mode == "colocated" or len(prefill) >= self._config.num_prefill_workers
+        )
+        if not is_whole or self.fits(leg, links):
+            return None
+        demand = leg.demand(self._config)
+        num_blocks = max(link.info.num_blocks for link in decode) - 1
+        if demand.blocks > num_blocks:
+            return InvalidRequestError(
+                f"{demand.places} completions of {demand.tokens} tokens need KV cache for "
+                f"{demand.blocks * self._config.block_size} tokens at once, but no worker holds more than "
+                f"{num_blocks * self._config.block_size}; lower n or shorten the prompt",
+                "n" if demand.places > 1 else "prompt",
+            )
+        max_model_len = max(link.info.max_model_len for link in decode)
+        max_num_seqs = max(link.info.max_num_seqs for link in decode)
+        return InvalidRequestError(
+            f"{demand.places} completions of {demand.length} tokens, {demand.tokens} of them in the prompt, fit no "
+            f"worker (max_model_len is {max_model_len}, max_num_seqs {max_num_seqs}); "
+            "lower n or max_tokens, or shorten the prompt",
+            "max_tokens",
+        )

@@ -1,0 +1,1 @@
+"""Blocks between two GPUs over NCCL: pack → staging ring → send ‖ receive → staging ring → unpack."""

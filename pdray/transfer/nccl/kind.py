@@ -1,0 +1,115 @@
+"""The nccl channel kind: what it can join, and how its two ends are made."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from pdray.cluster.messages import WorkerInfo
+from pdray.engine.kv.pool import KVPool
+from pdray.errors import HandshakeError
+from pdray.transfer.channel import Kind, Link, Sink, Site
+from pdray.transfer.nccl.communicator import SENDER_RANK, Transport, open_communicator
+from pdray.transfer.nccl.messages import OpenCommunicator, encode
+from pdray.transfer.nccl.receiver import NcclReceiver, Offer
+from pdray.transfer.nccl.sender import NcclSender
+from pdray.transfer.nccl.staging import Staging
+from pdray.transfer.nccl.transport import CudaTransport
+from pdray.transfer.pending_writes import PendingWrites
+
+HOST_VARIABLE = "NCCL_HOSTID"  # by which NCCL tells hosts apart, where it is set
+
+
+class NcclKind(Kind):
+    """NCCL between two GPUs.
+
+    Args:
+        transport: tests put their own in its place. Default: this process's GPU, if its device is one.
+    """
+
+    name = "nccl"
+
+    def __init__(self, site: Site, transport: Transport | None = None) -> None:
+        self._site = site
+        if transport is None and site.device.type == "cuda":
+            transport = CudaTransport(site.device)
+        self._transport = transport
+        size, number = site.config.transfer_staging_bytes, site.num_peers if self.facts.get("version") else 0
+        self._buffers = [torch.zeros(size, dtype=torch.uint8, device=site.device) for _ in range(number)]
+        self._buffer_of: dict[str, torch.Tensor] = {}  # by peer, for every epoch
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """See Kind. gpu names the physical GPU; version is NCCL's, "" if this process cannot use it."""
+        transport = self._transport
+        if transport is None:
+            return {}
+        return {"gpu": transport.gpu, "version": transport.version, "host": os.environ.get(HOST_VARIABLE, "")}
+
+    @classmethod
+    def obstacle(cls, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
+        """See Kind."""
+        ours, theirs = (info.channels.get(cls.name, {}) for info in (prefill, decode))
+        for info, facts in ((prefill, ours), (decode, theirs)):
+            if not facts.get("gpu"):
+                return f"{info.worker_id} runs on {info.device}"
+            if not facts.get("version"):
+                return f"{info.worker_id} has no NCCL: install pdray[cuda12] or pdray[cuda13]"
+        if ours["version"] != theirs["version"]:
+            return f"{prefill.worker_id} has NCCL {ours['version']} and {decode.worker_id} has {theirs['version']}"
+        if ours["gpu"] == theirs["gpu"] and ours.get("host") == theirs.get("host"):
+            return f"{prefill.worker_id} and {decode.worker_id} share {ours['gpu']}, and NCCL takes a GPU only once"
+        return None
+
+    def attach(self, pool: KVPool) -> None:
+        """See Kind."""
+        self._pool = pool
+        for buffer in self._buffers:
+            Staging(pool, buffer).warm_up()
+
+    def make_receiver(self, sink: Sink, writes: PendingWrites) -> NcclReceiver:
+        """See Kind."""
+        assert self._transport is not None
+        return NcclReceiver(
+            Staging(self._pool, self._buffers[0]),
+            self._transport,
+            sink,
+            writes,
+            name=self._site.worker_id,
+            timeout_s=self._site.config.worker_timeout_s,
+            on_fatal=self._site.on_fatal,
+        )
+
+    async def open(self, link: Link, offer: Offer) -> NcclSender:
+        """See Kind. Enters the communicator together with the decode worker."""
+        transport, loop = self._transport, asyncio.get_running_loop()
+        assert transport is not None
+        if link.peer not in self._buffer_of:
+            self._buffer_of[link.peer] = self._buffers.pop()
+
+        def soon(call: Callable[[Any], None], argument: Any) -> None:
+            if not loop.is_closed():  # else it belonged to a worker that has ended
+                loop.call_soon_threadsafe(call, argument)
+
+        link.send(encode(OpenCommunicator()))
+        communicator = await open_communicator(partial(transport.connect, offer.unique_id, SENDER_RANK))
+        try:
+            return NcclSender(
+                Staging(self._pool, self._buffer_of[link.peer]),
+                communicator,
+                transport.new_stream,
+                name=link.peer,
+                epoch=link.epoch,
+                piece_bytes=offer.piece_bytes,
+                timeout_s=self._site.config.worker_timeout_s,
+                send=partial(soon, link.send),
+                on_failed=partial(soon, link.on_failed),
+            )
+        except HandshakeError:
+            await asyncio.to_thread(communicator.close)
+            raise

@@ -1,0 +1,296 @@
+"""The decode worker's half of the nccl channels: one receiver for all its prefill workers.
+
+Senders say what they have staged; the receiver grants one sender's puts at a time, posts the receives with the
+grant, and grants again when it has them. So no device ever holds two receives that wait for different senders, and
+whatever is posted has its data on the way: nothing can wait in a circle, however many pairs share a GPU.
+
+This class belongs to the event loop's thread, where the leases are; the device belongs to a ReceiveThread. Each piece
+goes thread → loop (may it be written?) → thread (unpack) → loop (it is written).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from pdray.background import BackgroundTasks
+from pdray.cluster.messages import LegKey
+from pdray.errors import TransferError
+from pdray.transfer.channel import Receiver, Sink
+from pdray.transfer.nccl.communicator import RECEIVER_RANK, Communicator, Transport, open_communicator
+from pdray.transfer.nccl.messages import (
+    ChannelFailed,
+    GrantTransfers,
+    NcclMessage,
+    OpenCommunicator,
+    RefuseTransfer,
+    Staged,
+    TransferDone,
+    decode_to_receiver,
+    encode,
+)
+from pdray.transfer.nccl.receive_thread import Arrival, Link, ReceiveThread, Transfer
+from pdray.transfer.nccl.staging import RING_PIECES, Staging
+from pdray.transfer.pending_writes import PendingWrites
+
+
+@dataclass(eq=False, slots=True)
+class _Sender:
+    """A prefill worker in one epoch. link is None until its communicator is there."""
+
+    worker_id: str
+    epoch: int
+    send_bytes: Callable[[bytes], None]
+    link: Link | None = None
+    waiting: deque[Staged] = field(default_factory=deque)
+
+    def send(self, message: NcclMessage) -> None:
+        self.send_bytes(encode(message))
+
+
+class Offer(NamedTuple):
+    """What a sender needs to open a channel.
+
+    Attributes:
+        unique_id: of the communicator; opaque. piece_bytes: what one transfer of it holds at most.
+    """
+
+    unique_id: Any
+    piece_bytes: int
+
+
+class NcclReceiver(Receiver):
+    """See the module.
+
+    Args:
+        staging: this receiver's alone.
+        sink: asked before a put is granted, and again before each piece of it is written.
+        writes: is told of each piece that is being written.
+        timeout_s: a granted transfer that does not get on for so long ends its channel.
+        on_fatal: called if the device cannot be relied on any more.
+
+    Attributes:
+        piece_bytes: for the offer to senders.
+    """
+
+    kind = "nccl"
+
+    def __init__(
+        self,
+        staging: Staging,
+        transport: Transport,
+        sink: Sink,
+        writes: PendingWrites,
+        *,
+        name: str,
+        timeout_s: float,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.piece_bytes = staging.piece_bytes
+        self._staging = staging
+        self._transport = transport
+        self._sink = sink
+        self._writes = writes
+        self._on_fatal = on_fatal
+        self._tasks = BackgroundTasks(on_fatal)
+        self._offered: dict[str, tuple[int, Any]] = {}  # epoch and communicator's id, by prefill worker
+        self._senders: dict[str, _Sender] = {}
+        self._turns: deque[str] = deque()  # worker ids; whose turn is next stands first
+        self._granted: Link | None = None
+        loop = asyncio.get_running_loop()
+        self._thread = ReceiveThread(
+            staging,
+            transport.new_stream(),
+            self,
+            name=name,
+            timeout_s=timeout_s,
+            call_soon=lambda call: _call_soon(loop, call),
+        )
+
+    async def accept(self, worker_id: str, epoch: int) -> Offer:
+        """See Receiver."""
+        unique_id = await asyncio.to_thread(self._transport.make_unique_id)
+        self._offered[worker_id] = (epoch, unique_id)
+        return Offer(unique_id, self.piece_bytes)
+
+    def on_message(self, worker_id: str, epoch: int, payload: bytes, send: Callable[[bytes], None]) -> None:
+        """See Receiver. What belongs to another epoch is ignored.
+
+        Raises:
+            msgspec.DecodeError: the bytes are no message.
+        """
+        match decode_to_receiver(payload):
+            case OpenCommunicator():
+                offered, unique_id = self._offered.pop(worker_id, (None, None))
+                if offered == epoch:
+                    connect = partial(self._transport.connect, unique_id, RECEIVER_RANK)
+                    self._tasks.spawn(self.join(worker_id, epoch, connect, send))
+            case staged:
+                sender = self._senders.get(worker_id)
+                if sender is not None and sender.epoch == epoch:
+                    sender.waiting.append(staged)
+                    self._grant_next()
+
+    async def join(
+        self,
+        worker_id: str,
+        epoch: int,
+        connect: Callable[[], Communicator],
+        send: Callable[[bytes], None],
+        *,
+        on_stuck: Callable[[str], None] | None = None,
+    ) -> None:
+        """Enter the communicator of a sender's new epoch, and serve it. Its older one must have been closed.
+
+        If that fails the sender is told (ChannelFailed).
+
+        Args:
+            connect, on_stuck: see open_communicator(). send: hands the sender a message; does nothing once it is gone.
+        """
+        assert worker_id not in self._senders, worker_id
+        sender = self._senders[worker_id] = _Sender(worker_id, epoch, send)
+        self._turns.append(worker_id)
+        try:
+            communicator = await open_communicator(connect, on_stuck=on_stuck)
+        except TransferError as error:
+            if self._is_current(sender):
+                self._forget(sender)
+                sender.send(ChannelFailed(str(error)))
+            return
+        if not self._is_current(sender):
+            await asyncio.to_thread(communicator.close)
+            return
+        sender.link = Link(worker_id, epoch, communicator, self._transport.new_stream())
+        self._grant_next()
+
+    def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
+        """See Receiver."""
+        sender = self._senders.get(worker_id)
+        if sender is not None:
+            self._forget(sender)
+        return self._end_link(None if sender is None else sender.link)
+
+    async def _end_link(self, link: Link | None) -> None:
+        if link is not None:
+            await asyncio.to_thread(self._thread.give_up, link, "closed")
+        await self._writes.settle()
+
+    def senders(self) -> list[str]:
+        """Whose channels are open."""
+        return [sender.worker_id for sender in self._senders.values() if sender.link is not None]
+
+    async def close(self) -> None:
+        """See Receiver; ends the thread, too."""
+        await self._tasks.stop()
+        for worker_id in list(self._senders):
+            await self.close_link(worker_id)
+        await asyncio.to_thread(self._thread.stop)
+
+    # grants
+
+    def _grant_next(self) -> None:
+        """Grant the puts of the sender whose turn it is, if nothing is granted."""
+        if self._granted is not None:
+            return
+        for _ in range(len(self._turns)):
+            sender = self._senders[self._turns[0]]
+            self._turns.rotate(-1)
+            transfers = self._take_waiting(sender)
+            if transfers:
+                self._granted = sender.link
+                self._thread.receive(transfers)
+                sender.send(GrantTransfers([transfer.seq for transfer in transfers]))
+                return
+
+    def _take_waiting(self, sender: _Sender) -> list[Transfer]:
+        """The sender's next puts that may be written, about as many bytes as the staging holds; refuses the others."""
+        transfers: list[Transfer] = []
+        if sender.link is None:
+            return transfers
+        room = RING_PIECES * self.piece_bytes
+        while sender.waiting and (room > 0 or not transfers):
+            staged = sender.waiting.popleft()
+            transfer = Transfer(
+                sender.link,
+                staged.seq,
+                LegKey(staged.request_id, staged.attempt),
+                range(staged.first_layer, staged.last_layer),
+                range(staged.first_position, staged.first_position + staged.num_blocks),
+            )
+            if staged.num_blocks:
+                blocks = self._resolve(transfer)
+                if blocks is None:
+                    sender.send(RefuseTransfer(staged.seq))
+                    continue
+                transfer.blocks = blocks
+                transfer.pieces = self._staging.split(transfer.layers, len(blocks), self.piece_bytes)
+                transfer.num_left = len(transfer.pieces)
+            room -= sum(self._staging.num_bytes(piece) for piece in transfer.pieces)
+            transfers.append(transfer)
+        return transfers
+
+    def _resolve(self, transfer: Transfer) -> list[int] | None:
+        link = transfer.link
+        return self._sink.resolve(transfer.key, link.name, link.epoch, transfer.layers, transfer.positions)
+
+    # what the thread tells
+
+    def arrived(self, arrival: Arrival) -> None:
+        transfer, link = arrival.transfer, arrival.transfer.link
+        if link.error is None and not transfer.refused and self._resolve(transfer) == transfer.blocks:
+            self._writes.begin(transfer.key)
+            self._thread.unpack(arrival)
+        else:
+            transfer.refused = True
+            self._thread.discard(arrival)
+            self._piece_done(transfer)
+
+    def written(self, arrival: Arrival) -> None:
+        self._piece_done(arrival.transfer)
+        self._writes.end(arrival.transfer.key)
+
+    def probed(self, arrival: Arrival) -> None:
+        self._done(arrival.transfer, not arrival.transfer.refused)
+
+    def grant_ended(self) -> None:
+        self._granted = None
+        self._grant_next()
+
+    def link_failed(self, link: Link, reason: str) -> None:
+        sender = self._senders.get(link.name)
+        if sender is not None and sender.link is link:
+            self._forget(sender)
+            sender.send(ChannelFailed(reason))
+
+    def failed(self, error: BaseException) -> None:
+        self._on_fatal(error)
+        self._writes.abandon()
+
+    def _piece_done(self, transfer: Transfer) -> None:
+        transfer.num_left -= 1
+        if not transfer.num_left:
+            link = transfer.link
+            counts = not transfer.refused and self._sink.put_received(transfer.key, link.name, link.epoch)
+            self._done(transfer, counts)
+
+    def _done(self, transfer: Transfer, written: bool) -> None:
+        sender = self._senders.get(transfer.link.name)
+        if sender is not None and sender.link is transfer.link:
+            sender.send(TransferDone(transfer.seq, written))
+
+    def _is_current(self, sender: _Sender) -> bool:
+        return self._senders.get(sender.worker_id) is sender
+
+    def _forget(self, sender: _Sender) -> None:
+        del self._senders[sender.worker_id]
+        self._turns.remove(sender.worker_id)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """A loop that has been closed belongs to a worker that has ended: nobody is to hear it."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)

@@ -1,0 +1,90 @@
+"""Python imports this by itself, in every process whose PYTHONPATH names this folder: engines fail on marked requests.
+
+A request is marked by a token id of its prompt. The fault comes in the midst of a step, after some layers were told.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+ENGINE = "pdray.engine.engine"
+AT_LAYER = 20
+
+
+class EngineLostError(BaseException):
+    """No engine survives it, on whatever device."""
+
+
+class Fault(NamedTuple):
+    """from_outputs: tokens that the request has when the first step fails."""
+
+    error: BaseException
+    from_outputs: int
+
+
+FAULTS = {
+    48_101: Fault(IndexError("index -1 is out of bounds"), 0),
+    48_102: Fault(IndexError("index -1 is out of bounds"), 6),
+    48_103: Fault(EngineLostError("the device is lost"), 0),
+    48_104: Fault(EngineLostError("the device is lost"), 6),
+}
+
+
+def fault_of(plan: Any) -> Fault | None:
+    """What a step is to fail with, if it computes a marked request that has come so far."""
+    for chunk in plan.chunks:
+        fault = FAULTS.get(chunk.sequence.request.prompt_token_ids[0])
+        if fault is not None and chunk.sequence.num_output_tokens >= fault.from_outputs:
+            return fault
+    return None
+
+
+def patch(module: ModuleType) -> None:
+    """Let the engine's steps fail."""
+    callback_of = module.Engine._layer_callback
+
+    def layer_callback(engine: Any, plan: Any) -> Callable[[int], None] | None:
+        tell: Callable[[int], None] | None = callback_of(engine, plan)
+        fault = fault_of(plan)
+        if fault is None:
+            return tell
+
+        def on_layer(layer: int) -> None:
+            if layer == AT_LAYER:
+                raise fault.error
+            if tell is not None:
+                tell(layer)
+
+        return on_layer
+
+    module.Engine._layer_callback = layer_callback
+
+
+class PatchesEngine(importlib.abc.MetaPathFinder):
+    """Finds the engine's module as ever, and patches it once it is loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != ENGINE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        load = spec.loader.exec_module
+
+        def load_and_patch(module: ModuleType) -> None:
+            load(module)
+            patch(module)
+
+        spec.loader.exec_module = load_and_patch  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, PatchesEngine())
