@@ -103,14 +103,15 @@ class CoordinatorClient:
             raise WorkerDiedError(f"the Coordinator is gone: {error}") from error
         return view
 
-    async def start_state(self, router_id: str = "") -> StartState:
+    async def start_state(self, router_id: str = "", *, with_router: bool = False) -> StartState:
         """See Coordinator.wait_ready.
 
         Raises:
             WorkerDiedError: as watch().
         """
         try:
-            state: StartState = await keep_vigil(self._actor, answer_of(self._actor.wait_ready.remote(router_id)))
+            call: Any = self._actor.wait_ready.remote(router_id, with_router=with_router)
+            state: StartState = await keep_vigil(self._actor, answer_of(call))
         except ActorUnavailableError as error:
             raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
         except RayActorError as error:

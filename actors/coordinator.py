@@ -44,7 +44,7 @@ WATCH_TIMEOUT_S = 2.0  # a watch that saw nothing new answers with the view it h
 FORGET_ROUTER_S = 20.0
 SERVE_CHECK_INTERVAL_S = 2.0
 DESCRIBE_TIMEOUT_S = 10.0
-START_POLL_S = 2.0
+START_POLL_S = 1.0
 HANDING_OVER = "a newer configuration of this application takes its place; try again shortly"
 
 
@@ -163,6 +163,9 @@ class Coordinator:
             facts = {key: value for key, value in router.items() if key != "opened_at"}
             self._routers[router["router_id"]] = {**facts, "seen": time.monotonic()}
             self._succession.generation.router_seen(time.monotonic(), router["router_id"], opened_at)
+            if not router.get("ready"):
+                deadline = time.monotonic() + START_POLL_S  # so that it says soon when it is
+            self.on_change()  # wait_ready()
         while (left := deadline - time.monotonic()) > 0:
             if self._adopted.is_set() and self._membership.view.version > version:
                 break
@@ -176,14 +179,21 @@ class Coordinator:
         left_s = generation.drain_left_s(time.monotonic())
         return msgspec.structs.replace(view, draining=Draining(HANDING_OVER, left_s))
 
+    def _has_ready_router(self) -> bool:
+        horizon = time.monotonic() - 2 * WATCH_TIMEOUT_S
+        return any(router.get("ready") and router["seen"] > horizon for router in self._routers.values())
+
     def _start_state(self) -> StartState:
         return self._startup.state(ready=self._membership.serving)
 
-    async def wait_ready(self, router_id: str = "", timeout_s: float = START_POLL_S) -> StartState:
+    async def wait_ready(
+        self, router_id: str = "", timeout_s: float = START_POLL_S, *, with_router: bool = False
+    ) -> StartState:
         """As soon as every worker is ready and every pair connected, or none ever will be; else after a while.
 
         Args:
             router_id: of a router that waits to watch; its call is its sign of life.
+            with_router: a router must be able to serve too.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -191,6 +201,8 @@ class Coordinator:
             if router_id:
                 self._succession.generation.router_seen(time.monotonic(), router_id, 0.0)
             state = self._start_state()
+            if with_router and state.ready and not self._has_ready_router():
+                state = StartState(False, reason="no router has reached the workers yet")
             if state.ready or state.failed or (left := deadline - time.monotonic()) <= 0:
                 return state
             await self._changed(left)

@@ -166,7 +166,8 @@ class Router:
     def stats(self) -> dict[str, Any]:
         """For `pdray status`."""
         running = sum(request.granted.done() for request in self._requests.values())
-        stats = {"router_id": self.router_id, "queue_depth": len(self._dispatcher.queue), "running": running}
+        queue_depth = len(self._dispatcher.queue)
+        stats = {"router_id": self.router_id, "ready": self.ready, "queue_depth": queue_depth, "running": running}
         return stats | ({"loop_failures": self.failures.describe()} if self.failures.counts else {})
 
     async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:

@@ -45,7 +45,7 @@ class WorkersReplica:
         began, logged_at, reason = time.monotonic(), 0.0, ""
         while True:
             try:
-                state = await self._coordinator.start_state()
+                state = await self._coordinator.start_state(with_router=True)
             except WorkerDiedError:
                 if self._coordinator.gone:
                     raise

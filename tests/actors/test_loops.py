@@ -133,7 +133,7 @@ async def a_router() -> AsyncIterator[tuple[list[BackgroundTasks], LoopFailures,
 class NoMetrics:
     """Stands for metrics, which need Ray."""
 
-    def __init__(self, *args: Any) -> None: ...
+    def __init__(self, *args: Any, **named: Any) -> None: ...
     def update(self, *args: Any) -> None: ...
     def on_failure(self, loop: str) -> None: ...
     def on_integrity_check(self, num_problems: int) -> None: ...
@@ -282,7 +282,7 @@ OTHERS = {
     ("pdray/background.py", "spawn"): "the policy",
     ("pdray/background.py", "start_thread"): "the policy",
     ("pdray/engine/loop.py", "__init__"): "the engine stands alone; its on_error ends the worker",
-    ("pdray/transfer/object_store/kind.py", "WHERE"): "awaited where it is made",
+    ("pdray/transfer/object_store/kind.py", "receive"): "awaited where it is made",
     ("pdray/llm.py", "_generate_all"): "a task group",
     ("pdray/serve/app.py", "__init__"): "check_health() raises what they raised, and Serve replaces the replica",
     ("pdray/serve_command.py", "_end"): "what it raises is set on the future that is waited for",

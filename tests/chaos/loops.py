@@ -35,7 +35,7 @@ async def loops_fail(
     problems += [f"status does not tell of {name!r}" for name in injected - {key.split(": ")[1] for key in told}]
     after = await app.pids()
     problems += [f"{name} was replaced" for name, pid in before.items() if after.get(name) != pid]
-    figure = f"{len(injected)} kinds, {len(told)} loops of {len(before)} processes; last stream ended {last:.1f} s later"
+    figure = f"{len(injected)} kinds, {len(told)} loops of {len(before)} processes; the last stream {last:.1f} s later"
     limit = "streams the same; nobody replaced; status names every loop; nothing in use"
     return Row("an exception in every loop", with_problems(figure, problems), limit, not problems)
 

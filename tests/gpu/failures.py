@@ -49,7 +49,7 @@ def requests(alone: set[int]) -> list[EngineRequest]:
 def note_steps_alone(running: Any) -> list[set[Any]]:
     """Keys of all steps in flight, at each launch while one of them is to be alone."""
     noted: list[set[Any]] = []
-    launch = running.runner.launch
+    launch = running.lane.launch
 
     def watch(*arguments: Any) -> Any:
         plans = list(running._scheduler.plans_in_flight)
@@ -57,7 +57,7 @@ def note_steps_alone(running: Any) -> list[set[Any]]:
             noted.append({key for plan in plans for key in plan.keys})
         return launch(*arguments)
 
-    running.runner.launch = watch
+    running.lane.launch = watch
     return noted
 
 
@@ -84,7 +84,7 @@ def check_failures() -> Iterator[Row]:
 def lose_device() -> int:
     """Ends 0 if the step that fails names the requests in flight, and nobody else."""
     running = make_engine()
-    launch, num_launches = running.runner.launch, 0
+    launch, num_launches = running.lane.launch, 0
 
     def failing(*arguments: Any) -> Any:
         nonlocal num_launches
@@ -93,7 +93,7 @@ def lose_device() -> int:
             torch.zeros(4, device="cuda")[torch.tensor([9], device="cuda")]  # an assertion on the device, seen later
         return launch(*arguments)
 
-    running.runner.launch = failing
+    running.lane.launch = failing
     for request in requests(set()):
         running.add(request)
     running.reserve(EngineRequest("reserved", [7] * 20, SamplingParams(temperature=0, max_tokens=4)))
