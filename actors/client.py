@@ -18,6 +18,7 @@ from pdray.actors.coordinator import Coordinator
 from pdray.actors.importable import why_not_importable
 from pdray.actors.placement import NAMESPACE, OUTSIDE_PLACEMENT_GROUPS
 from pdray.actors.succession import application_of, coordinator_name, coordinator_names
+from pdray.actors.vigil import keep_vigil
 from pdray.cluster.messages import ClusterView
 from pdray.cluster.startup import StartState
 from pdray.config import Config
@@ -73,7 +74,7 @@ class CoordinatorClient:
         while True:
             actor = actor_class.remote(config, app_name, secrets.token_bytes(32), detached=detached)
             try:
-                secret = await actor.open.remote(opened_at)
+                secret = await keep_vigil(actor, answer_of(actor.open.remote(opened_at)))
                 if secret is not None:
                     return cls(actor, secret, opened_at)
                 problem = "is ending"
@@ -84,7 +85,7 @@ class CoordinatorClient:
             await asyncio.sleep(RETRY_S)
 
     async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
-        """See Coordinator.watch.
+        """See Coordinator.watch. A Coordinator that hangs meanwhile is ended, and Ray starts it again.
 
         Raises:
             WorkerDiedError: the Coordinator is gone, for now or (see `gone`) for ever.
@@ -92,7 +93,9 @@ class CoordinatorClient:
         if router is not None:
             router = router | {"opened_at": self._opened_at}
         try:
-            view: ClusterView = await answer_of(self._actor.watch.remote(version, router))
+            view: ClusterView | None = None
+            while view is None:  # it is alive, and still finds out what is there
+                view = await keep_vigil(self._actor, answer_of(self._actor.watch.remote(version, router)))
         except ActorUnavailableError as error:
             raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
         except RayActorError as error:
@@ -107,7 +110,8 @@ class CoordinatorClient:
             WorkerDiedError: as watch().
         """
         try:
-            state: StartState = await answer_of(self._actor.wait_ready.remote(router_id, with_router=with_router))
+            call: Any = self._actor.wait_ready.remote(router_id, with_router=with_router)
+            state: StartState = await keep_vigil(self._actor, answer_of(call))
         except ActorUnavailableError as error:
             raise WorkerDiedError("the Coordinator does not answer; Ray starts it again") from error
         except RayActorError as error:
@@ -247,10 +251,28 @@ def stop_application(app_name: str) -> None:
     """End an application's workers and its Coordinator, whatever Serve thinks of it."""
     for actor in _coordinators(app_name):
         try:
+            asyncio.run(_see_alive(actor))
             _ask(actor.stop)
         except RayActorError:
             continue  # it was ending by itself
         ray.kill(actor, no_restart=True)
+
+
+async def _see_alive(actor: Any) -> None:
+    """One that hangs is ended; its successor knows the workers.
+
+    Raises:
+        RayActorError: it has ended.
+    """
+    deadline = time.monotonic() + CALL_TIMEOUT_S
+    while True:
+        try:
+            await keep_vigil(actor, answer_of(actor.num_routers.remote()))
+            return
+        except ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(RETRY_S)
 
 
 def _ask(method: Any) -> Any:

@@ -3,6 +3,8 @@
 One actor per application and configuration. The table is `pdray.cluster.membership.Membership`, its hands
 are `WorkerFleet`; this class answers routers and the command line, and ends the application when it
 is no longer wanted. It is no part of any request's path.
+
+Its event loop waits for nobody: every question to Ray or to Serve is a task of its own with a deadline.
 """
 
 from __future__ import annotations
@@ -18,24 +20,30 @@ import msgspec
 import ray
 from ray.exceptions import RayError
 
-from pdray.actors.fleet import WorkerFleet
+from pdray.actors.fence import Fence, SupersededError
+from pdray.actors.fleet import TICK_S, WorkerFleet
+from pdray.actors.questions import ask
+from pdray.actors.serve_status import SERVE_TIMEOUT_S, is_listed
 from pdray.actors.succession import Standing, Succession
-from pdray.background import BackgroundTasks
+from pdray.background import BackgroundTasks, LoopFailures
 from pdray.cluster.generations import Phase
 from pdray.cluster.membership import Membership
-from pdray.cluster.messages import ClusterView, Draining, WorkerInfo
+from pdray.cluster.messages import ClusterView, Draining, Heartbeat, WorkerInfo
 from pdray.cluster.pair_health import PairHealth, Reconnect, Replace
 from pdray.cluster.room import Held
 from pdray.cluster.startup import StartState, Startup
+from pdray.cluster.wanted import Wanted
 from pdray.config import Config
+from pdray.errors import PdrayError
+from pdray.metrics import LoopMetrics
 from pdray.router.probe import BrokenPair
 
 logger = logging.getLogger(__name__)
 
-WATCH_TIMEOUT_S = 10.0  # a watch that saw nothing new answers with the view it has
-TICK_S = 0.5
+WATCH_TIMEOUT_S = 2.0  # a watch that saw nothing new answers with the view it has: its sign of life
+FORGET_ROUTER_S = 20.0
 SERVE_CHECK_INTERVAL_S = 2.0
-UNWATCHED_LIMIT_S = 30.0
+DESCRIBE_TIMEOUT_S = 10.0
 START_POLL_S = 1.0
 HANDING_OVER = "a newer configuration of this application takes its place; try again shortly"
 
@@ -46,7 +54,7 @@ class Coordinator:
     Args:
         app_name: prefix of the workers' names; of a Serve application, its name.
         detached: True for a Serve application: actors outlive who created them, and end when the
-            application has left Serve, or when no router has watched for UNWATCHED_LIMIT_S.
+            application has left Serve (see pdray.cluster.wanted).
         secret: of the cluster. Ray starts a Coordinator that died again, with the same arguments; it then goes on with
             the workers that are there.
     """
@@ -61,13 +69,19 @@ class Coordinator:
         self._table_generation = 0
         self._num_told = 0
         self._pair_health = PairHealth()
+        self._failures = LoopFailures(on_failure=LoopMetrics("coordinator", app_name).on_failure)
+        self._fence = Fence()
         self._make_fleet()
         self._succession = Succession(config, app_name, self)
         self._adopted = asyncio.Event()
         self._routers: dict[str, dict[str, Any]] = {}
-        self._last_watch = time.monotonic()
-        self._tasks = BackgroundTasks(self._supervisor_failed)
-        self._tasks.spawn(self._supervise())
+        self._worker_failures: dict[str, dict[str, str]] = {}
+        self._wanted = Wanted(time.monotonic(), TICK_S)
+        self._tasks = BackgroundTasks(self._task_failed, self._failures)
+        self._tasks.keep_running("supervise", self._supervise)
+        if detached:
+            self._tasks.keep_running("hand over", self._hand_over)
+            self._tasks.keep_running("ask Serve", self._ask_serve)
 
     def _make_fleet(self) -> None:
         """An empty table, newer than the one before, and hands for it."""
@@ -83,8 +97,9 @@ class Coordinator:
             self._membership,
             self._startup,
             self.secret,
+            self,
+            self._failures,
             detached=self.detached,
-            on_change=self._wake_watchers,
         )
 
     def __repr__(self) -> str:
@@ -133,14 +148,16 @@ class Coordinator:
         """For the Coordinator of another configuration of this application: see Succession.standing."""
         return await self._succession.standing(name, opened_at, needs_room)
 
-    async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView:
+    async def watch(self, version: int, router: dict[str, Any] | None = None) -> ClusterView | None:
         """The view, as soon as it is newer than ``version``, or after WATCH_TIMEOUT_S as it is then.
+
+        None if there is none by then: this Coordinator is alive, and still finds out what a former one has left.
 
         Args:
             router: what the router says of itself, for `pdray status`; its call is its sign of life.
         """
-        await self._adopted.wait()
         deadline = time.monotonic() + WATCH_TIMEOUT_S
+        self._wanted.router_seen(time.monotonic())
         if router is not None:
             opened_at = router.get("opened_at", 0.0)
             facts = {key: value for key, value in router.items() if key != "opened_at"}
@@ -148,12 +165,12 @@ class Coordinator:
             self._succession.generation.router_seen(time.monotonic(), router["router_id"], opened_at)
             if not router.get("ready"):
                 deadline = time.monotonic() + START_POLL_S  # so that it says soon when it is
-            self._wake_watchers()  # wait_ready()
-        while self._membership.view.version <= version and (left := deadline - time.monotonic()) > 0:
-            self._last_watch = time.monotonic()
+            self.on_change()  # wait_ready()
+        while (left := deadline - time.monotonic()) > 0:
+            if self._adopted.is_set() and self._membership.view.version > version:
+                break
             await self._changed(left)
-        self._last_watch = time.monotonic()
-        return self._view()
+        return self._view() if self._adopted.is_set() else None
 
     def _view(self) -> ClusterView:
         view, generation = self._membership.view, self._succession.generation
@@ -180,9 +197,9 @@ class Coordinator:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            self._last_watch = time.monotonic()
+            self._wanted.router_seen(time.monotonic())
             if router_id:
-                self._succession.generation.router_seen(self._last_watch, router_id, 0.0)
+                self._succession.generation.router_seen(time.monotonic(), router_id, 0.0)
             state = self._start_state()
             if with_router and state.ready and not self._has_ready_router():
                 state = StartState(False, reason="no router has reached the workers yet")
@@ -199,7 +216,9 @@ class Coordinator:
         }
         for answer in await asyncio.gather(*(self._describe(info) for info in view.workers)):
             rows[answer["worker_id"]] |= answer
-        horizon = time.monotonic() - 2 * WATCH_TIMEOUT_S
+        for worker_id, trouble in self._membership.troubles().items():
+            rows[worker_id]["trouble"] = trouble
+        horizon = time.monotonic() - FORGET_ROUTER_S
         self._routers = {name: router for name, router in self._routers.items() if router["seen"] > horizon}
         return {
             "name": self.app_name,
@@ -211,6 +230,8 @@ class Coordinator:
             "opened_at": self._succession.generation.opened_at,
             "error": self._start_state().reason or view.error,
             "workers": list(rows.values()),
+            "suspicions": [str(each) for each in self._fleet.suspicions.growing(time.monotonic())],
+            "loop_failures": self._loop_failures(),
             "routers": [{k: v for k, v in router.items() if k != "seen"} for router in self._routers.values()],
             "pairs": [(pair.prefill_worker_id, pair.decode_worker_id, pair.epoch) for pair in view.pairs],
         }
@@ -227,9 +248,10 @@ class Coordinator:
     async def check_integrity(self) -> dict[str, list[str]]:
         """Per worker, what is wrong with its block accounting; empty lists if nothing is."""
         workers = self._membership.view.workers
-        answers: list[list[str]] = await asyncio.gather(
-            *(self._fleet.actor(info).check_integrity.remote() for info in workers)
-        )
+        async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+            answers: list[list[str]] = await asyncio.gather(
+                *(self._fleet.actor(info).check_integrity.remote() for info in workers)
+            )
         return {info.worker_id: problems for info, problems in zip(workers, answers, strict=True)}
 
     async def stop(self) -> None:
@@ -253,7 +275,7 @@ class Coordinator:
     async def stop_workers(self) -> None:
         await self._fleet.stop()
         self._make_fleet()
-        self._wake_watchers()
+        self.on_change()
 
     async def end(self, reason: str) -> None:
         logger.warning("%s ends: %s", self.app_name, reason)
@@ -263,37 +285,78 @@ class Coordinator:
     def waits(self, reason: str) -> None:
         if self._startup.waits("", reason):
             self._membership.changed()
-            self._wake_watchers()
+            self.on_change()
 
     def fails(self, error: Exception) -> None:
         self._startup.failed("", str(error), error)
         self._membership.changed()
-        self._wake_watchers()
+        self.on_change()
 
     def phase_changed(self) -> None:
         self._membership.changed()
-        self._wake_watchers()
+        self.on_change()
+
+    # FleetOwner
+
+    def on_change(self) -> None:
+        """See FleetOwner."""
+        self._wake.set()
+        self._wake = asyncio.Event()
+
+    def on_heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> None:
+        """See FleetOwner. A worker's session with a router is that router's sign of life."""
+        self._worker_failures[worker_id] = heartbeat.loop_failures
+        if heartbeat.num_routers:
+            self._wanted.router_seen(time.monotonic())
+
+    async def check_current(self) -> None:
+        """See FleetOwner. A process that Ray has started another for ends: it woke up too late."""
+        try:
+            await self._fence.check()
+        except SupersededError as error:
+            self._end_superseded(error)
+
+    # background
 
     async def _supervise(self) -> None:
         """Does what is due, and ends a detached application that is no longer wanted."""
-        await self._fleet.adopt()
-        self._adopted.set()
-        if self.detached:
+        if not self._adopted.is_set():
+            try:
+                await self._fence.established()
+            except SupersededError as error:
+                self._end_superseded(error)
+            await self._fleet.adopt()
             self._succession.may_start = bool(self._membership.view.workers)
-            self._tasks.spawn(self._succession.run())
-        next_check = time.monotonic() + SERVE_CHECK_INTERVAL_S
+            self._adopted.set()
+            self.on_change()
         while True:
-            if self._succession.may_start or not self.detached:
+            self._fleet.may_start = self._succession.may_start or not self.detached
+            if self._fleet.may_start:
                 self._startup.cleared("")
-                self._fleet.tick()
+            self._fleet.tick()
             await self._note_failure()
-            if self.detached and time.monotonic() >= next_check:
-                if await self._is_unwanted():
-                    logger.warning("%s is no longer wanted: stopping its workers", self.app_name)
-                    await self._fleet.stop()
-                    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-                next_check = time.monotonic() + SERVE_CHECK_INTERVAL_S
+            if self.detached and (reason := self._wanted.reason_to_end(time.monotonic())) is not None:
+                await self.check_current()
+                await self.end(f"it is no longer wanted ({reason})")
             await asyncio.sleep(TICK_S)
+
+    async def _hand_over(self) -> None:
+        """Between the configurations of this application: see Succession."""
+        await self._adopted.wait()
+        await self._succession.run()
+
+    async def _ask_serve(self) -> None:
+        """Whether Serve still has the application. No answer is no answer: only _wanted draws conclusions."""
+        while True:
+            await asyncio.sleep(SERVE_CHECK_INTERVAL_S)
+            try:
+                listed = await ask(
+                    lambda: is_listed(self.app_name), what="Serve's applications", timeout_s=SERVE_TIMEOUT_S
+                )
+            except (RayError, PdrayError) as error:
+                logger.warning("%s: Serve cannot be asked: %s", self.app_name, error)
+            else:
+                self._wanted.serve_answered(time.monotonic(), is_listed=listed)
 
     async def _note_failure(self) -> None:
         """A generation that cannot start gives back what others have made room of."""
@@ -303,36 +366,25 @@ class Coordinator:
             await self._succession.withdraw()
         generation.failed = failed
 
-    async def _is_unwanted(self) -> bool:
-        if time.monotonic() - self._last_watch > UNWATCHED_LIMIT_S:
-            return True
-        return self.app_name not in await asyncio.to_thread(_serve_applications)
+    def _end_superseded(self, error: SupersededError) -> None:
+        logger.error("%s: %s: ending", self.app_name, error)
+        os._exit(1)
 
-    def _supervisor_failed(self, error: BaseException) -> None:
-        logger.error("%s: internal error; workers are no longer supervised", self.app_name, exc_info=error)
-        self._membership.note_error(f"internal error: {error}")
-        self._adopted.set()
-        self._wake_watchers()
+    def _loop_failures(self) -> dict[str, str]:
+        """Of every process of the application, by process and loop."""
+        found = {f"coordinator: {name}": text for name, text in self._failures.describe().items()}
+        for worker_id, failures in self._worker_failures.items():
+            found |= {f"{worker_id}: {name}": text for name, text in failures.items()}
+        for router in self._routers.values():
+            for name, text in router.get("loop_failures", {}).items():
+                found[f"{router['router_id']}: {name}"] = text
+        return found
 
-    def _wake_watchers(self) -> None:
-        self._wake.set()
-        self._wake = asyncio.Event()
+    def _task_failed(self, error: BaseException) -> None:
+        logger.error("%s: internal error", self.app_name, exc_info=error)
 
     async def _changed(self, timeout_s: float) -> None:
         """Returns after the next change, or the timeout."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
-
-
-def _serve_applications() -> set[str]:
-    """Names of Serve's applications; none if Serve is gone. Importing it takes a second or two: not for the event
-    loop's thread, where heartbeats are waited for.
-    """
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    try:
-        return set(serve.status().applications)
-    except (RayError, RayServeException):
-        return set()

@@ -61,7 +61,7 @@ class DecodeWorker(Worker):
     async def start(self) -> WorkerInfo:
         info = await super().start()
         self.leases = LeaseTable(self.engine, self._credit, self.config.lease_timeout_s, self.engine.block_size)
-        self._tasks.spawn(self._expire_leases())
+        self._tasks.keep_running("expire leases", self._expire_leases)
         return info
 
     async def stop(self) -> None:

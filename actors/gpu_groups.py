@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pdray.actors.placement import cluster_nodes, worker_resources
+from pdray.actors.questions import ask
 from pdray.cluster.gpu_plan import plan_gpus
 from pdray.cluster.room import Held, explain
 from pdray.config import Config
@@ -52,11 +54,12 @@ class GpuGroups:
             PlacementError: the cluster has too few GPUs. PdrayError: not the ones that the configuration names.
         """
         async with self._lock:
-            alive = {group.id for group in self._find().values()}
+            alive = {group.id for group in (await self._ask_groups()).values()}
             self._groups = {number: place for number, place in self._groups.items() if place[0].id in alive}
             if len(self._groups) == len(self._bundles):
                 return
-            total, needed = ray.cluster_resources().get("GPU", 0.0), sum(bundle.num_gpus for bundle in self._bundles)
+            resources = await ask(ray.cluster_resources, what="which resources there are")
+            total, needed = resources.get("GPU", 0.0), sum(bundle.num_gpus for bundle in self._bundles)
             if total < needed:
                 raise PlacementError(
                     f"the workers need {needed:g} GPUs and Ray's cluster has {total:g}; lower prefill_num_gpus, "
@@ -79,30 +82,30 @@ class GpuGroups:
     async def release(self) -> None:
         """Give everything back, also what a former Coordinator has reserved. Idempotent."""
         self._groups = {}
-        groups = self._find()
+        groups = await self._ask_groups()
         for group in groups.values():
-            remove_placement_group(group)
+            await ask(partial(remove_placement_group, group), what="to remove a placement group")
         deadline = time.monotonic() + REMOVE_TIMEOUT_S
-        while self._find() and time.monotonic() < deadline:
+        while await self._ask_groups() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
 
     async def _reserve_any(self, numbers: range, on_wait: Callable[[str], None]) -> None:
         """One group for all that may lie on any GPU: it gets all of them or none."""
         bundles = [self._bundles[number] for number in numbers]
         wanted = [{"GPU": b.num_gpus} | self._beside(len(b.shares)) for b in bundles]
-        group = self._group("any", wanted)
+        group = await ask(partial(self._group, "any", wanted), what="for a placement group")
         while not await asyncio.to_thread(group.wait, 1):
             on_wait(await asyncio.to_thread(_why_waiting, wanted))
         self._groups |= {number: (group, index) for index, number in enumerate(numbers)}
 
     async def _reserve_named(self, numbers: list[int]) -> None:
         wanted = {self._bundles[number].device_id: number for number in numbers}
-        node, total = self._only_gpu_node()
+        node, total = await ask(self._only_gpu_node, what="which nodes there are")
         num_workers = max(len(self._bundles[number].shares) for number in numbers)
         bundle = {"GPU": 1.0, f"node:{node}": 0.001} | self._beside(num_workers)
         seen: dict[int | str, PlacementGroup] = {}
         for attempt in range(total):
-            group = self._group(f"gpu{attempt}", [bundle])
+            group = await ask(partial(self._group, f"gpu{attempt}", [bundle]), what="for a placement group")
             if not await asyncio.to_thread(group.wait, FREE_GPU_TIMEOUT_S):
                 break  # no other is free
             seen[await _which_gpu(group)] = group
@@ -110,9 +113,9 @@ class GpuGroups:
                 break
         missing = sorted(wanted.keys() - seen.keys())  # type: ignore[type-var]
         kept = {} if missing else {device_id: seen[device_id] for device_id in wanted if device_id is not None}
-        for name, group in self._find().items():
+        for name, group in (await self._ask_groups()).items():
             if name.startswith(f"{self._name}gpu") and group.id not in {each.id for each in kept.values()}:
-                remove_placement_group(group)
+                await ask(partial(remove_placement_group, group), what="to remove a placement group")
         if missing:
             raise PdrayError(
                 f"prefill_device_id and decode_device_id name GPUs {missing}, which Ray does not give: of its {total} "
@@ -155,6 +158,9 @@ class GpuGroups:
                 "leave them unset"
             )
         return nodes[0]["NodeManagerAddress"], int(nodes[0]["Resources"]["GPU"])
+
+    async def _ask_groups(self) -> dict[str, PlacementGroup]:
+        return await ask(self._find, what="which placement groups there are")
 
     def _find(self) -> dict[str, PlacementGroup]:
         """This application's groups that were not removed, by name."""

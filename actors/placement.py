@@ -1,19 +1,14 @@
-"""Where worker actors go, and how to be sure that one of their processes is gone."""
+"""Where worker actors go."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import ipaddress
-import os
-import signal
 from typing import Any, NamedTuple
 
-import psutil
 import ray
 from ray._private.state import available_resources_per_node
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdray.cluster.room import NodeRoom
 from pdray.config import Config
@@ -21,8 +16,6 @@ from pdray.config import Config
 NAMESPACE = "pdray"
 OUTSIDE_PLACEMENT_GROUPS = "DEFAULT"  # Ray's name for it
 LOOPBACK = "127.0.0.1"
-DEATH_POLL_S = 0.01
-RAY_KILL_GRACE_S = 1.0
 
 
 def cluster_nodes() -> list[NodeRoom]:
@@ -133,34 +126,3 @@ def _num_nodes() -> int:
 def origin(config: Config, secret: bytes) -> str:
     """The same in two processes only if they share configuration and secret, neither of which it gives away."""
     return hmac.new(secret, config.fingerprint().encode(), "sha256").hexdigest()
-
-
-async def make_dead(pid: int, node_id: str) -> None:
-    """Return once a worker's process, which Ray was told to kill, is gone; one that lingers is sent SIGKILL.
-
-    A node that is gone took its processes along.
-    """
-    if node_id == ray.get_runtime_context().get_node_id():
-        await asyncio.to_thread(_kill_and_wait, pid)
-        return
-    if not any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
-        return
-    on_its_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    await ray.remote(_kill_and_wait).options(num_cpus=0, scheduling_strategy=on_its_node).remote(pid)
-
-
-def _kill_and_wait(pid: int) -> None:
-    """Blocks until the process has ended. A pid that is no Ray worker's belongs to somebody else by now."""
-    try:
-        process = psutil.Process(pid)
-        if not any(part.startswith("ray::") for part in process.cmdline()):
-            return
-        with contextlib.suppress(psutil.TimeoutExpired):
-            process.wait(timeout=RAY_KILL_GRACE_S)
-            return
-        os.kill(pid, signal.SIGKILL)
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(timeout=DEATH_POLL_S)
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from pdray.actors.gpu_groups import GpuGroups
 from pdray.actors.placement import cluster_nodes, uses_cuda, worker_options, worker_resources
+from pdray.actors.questions import ask
 from pdray.cluster.gpu_plan import plan_gpus
 from pdray.cluster.messages import WorkerInfo
 from pdray.cluster.room import Held, Resources, Room, explain, find_room
@@ -56,7 +58,8 @@ class WorkerPlaces:
         Raises:
             PlacementError: there never will be. PdrayError: the GPUs that the configuration names are not free.
         """
-        options = worker_options(self._config, self._app_name, worker_id, detached=self._detached)
+        make = partial(worker_options, self._config, self._app_name, worker_id, detached=self._detached)
+        options = await ask(make, what="which resources there are")
         if self._gpus is not None:
             await self._gpus.reserve(lambda reason: self._on_wait(worker_id, reason))
             return options | self._gpus.options(worker_id)
@@ -74,14 +77,15 @@ class WorkerPlaces:
         since = asyncio.get_running_loop().time()
         while True:
             async with self._lock:
-                nodes = await asyncio.to_thread(cluster_nodes)
+                nodes = await ask(cluster_nodes, what="which nodes there are")
                 starting = [demand] * len(self._starting - {worker_id})
                 room = find_room([demand, *starting], nodes)
                 if room is Room.HERE:
                     self._starting.add(worker_id)
                     return
             if room is Room.NEVER:
-                raise PlacementError(explain(demands(self._config), nodes))
+                wanted = await ask(partial(demands, self._config), what="which resources there are")
+                raise PlacementError(explain(wanted, nodes))
             if asyncio.get_running_loop().time() - since > PATIENCE_S:
                 self._on_wait(worker_id, explain([demand, *starting], nodes))
             await asyncio.sleep(RETRY_S)

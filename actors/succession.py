@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -19,6 +20,7 @@ from ray.util import list_named_actors
 
 from pdray.actors.placement import NAMESPACE, cluster_nodes
 from pdray.actors.places import demands
+from pdray.actors.questions import ask
 from pdray.cluster.generations import EndGeneration, Generation, Phase, StartWorkers, StopWorkers
 from pdray.cluster.room import Held, Room, explain, find_room
 from pdray.config import Config
@@ -149,8 +151,8 @@ class Succession:
             await self._owner.stop_workers()
 
     async def _look_for_room(self, older: list[Standing]) -> None:
-        wanted = demands(self._config)
-        nodes = await asyncio.to_thread(cluster_nodes)
+        wanted = await ask(partial(demands, self._config), what="which resources there are")
+        nodes = await ask(cluster_nodes, what="which nodes there are")
         held = [Held(node_id, resources) for each in older for node_id, resources in each.held]
         room = find_room(wanted, nodes, held) if any(wanted) else Room.HERE
         if room is Room.HERE and _names_gpus(self._config) and any("GPU" in each.resources for each in held):
@@ -173,7 +175,7 @@ class Succession:
 
     async def _announce(self) -> dict[str, Standing]:
         """Tell the other generations; those that answer, by name."""
-        self._others = await asyncio.to_thread(self._find, self._others)
+        self._others = await ask(partial(self._find, self._others), what="which Coordinators there are")
         opened_at, needs_room = self.generation.opened_at, self._needs_room
         if not opened_at:
             return {}  # started again, and no router has told it yet

@@ -16,16 +16,18 @@ import os
 import sys
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
 from pdray.actors.placement import OneNode, listen_address, origin
-from pdray.background import BackgroundTasks
+from pdray.background import BackgroundTasks, LoopFailures
 from pdray.cluster.effects import Send
 from pdray.cluster.messages import (
     AnyMessage,
     ChannelMessage,
+    Heartbeat,
     LegKey,
     PrefixUpdate,
     StepFailed,
@@ -34,13 +36,14 @@ from pdray.cluster.messages import (
 )
 from pdray.cluster.prefixes import ToldPrefixes
 from pdray.cluster.session import PeerName, Session, SessionServer
+from pdray.cluster.suspicions import Suspicions
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import EngineHungError, StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.logs import log_to_stderr
-from pdray.metrics import WorkerMetrics
+from pdray.metrics import LoopMetrics, WorkerMetrics
 from pdray.transfer.registry import allowed_kinds, load_kind
 
 if TYPE_CHECKING:
@@ -58,7 +61,8 @@ SETTLE_S = 0.2
 TELL_TIMEOUT_S = 0.5  # a router that does not acknowledge the last word for so long has itself to blame
 TELL_POLL_S = 0.01
 HUNG_CHECK_INTERVAL_S = 1.0
-ORPHANED_AFTER_S = 60.0  # without a heartbeat; longer than Ray needs to start a Coordinator again
+ORPHAN_CHECK_INTERVAL_S = 1.0
+ORPHANED_AFTER_S = 60.0  # without heartbeat and router; longer than Ray needs to start a Coordinator again
 SWITCH_INTERVAL_S = 20e-6  # Python's default of 5 ms would be added to every launch beside a busy event loop
 
 
@@ -81,8 +85,9 @@ class Worker:
         self.secret = secret
         self.sessions: dict[str, Session] = {}
         self.metrics: WorkerMetrics | None = None
-        self._tasks = BackgroundTasks(self._fail)
-        self._last_heartbeat = self._now()
+        self._failures = LoopFailures()
+        self._tasks = BackgroundTasks(self._fail, self._failures)
+        self._masters = Suspicions(ORPHAN_CHECK_INTERVAL_S)  # whoever this worker works for
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
         self._prefixes = ToldPrefixes()
         self.kinds: dict[str, Kind] = {}  # of channels, by name
@@ -115,7 +120,6 @@ class Worker:
         port = await self._server.start(address.bind)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         quiet_garbage_collection()
-        self._last_heartbeat = self._now()
         self.info = WorkerInfo(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -134,20 +138,32 @@ class Worker:
             channels={name: kind.facts for name, kind in self.kinds.items()},
             vocab_size=self.engine.model.config.vocab_size,
         )
-        if self.engine.config.step_timeout_s is not None:
-            self._tasks.spawn(self._end_if_hung(self.engine.config.step_timeout_s))
-        if in_ray:
-            self.metrics = WorkerMetrics(
-                self.worker_id, self.role, application=self.app_name, model=self.config.model_name
-            )
-            self._tasks.spawn(self._report_metrics(self.metrics))
-            self._tasks.spawn(self._end_if_orphaned())
-            self._tasks.spawn(self._check_when_idle(self.metrics))
-        if self.config.enable_prefix_caching:
-            self._tasks.spawn(self._publish_prefixes())
+        self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
         self._log_start()
         return self.info
+
+    def _start_loops(self, step_timeout_s: float | None, *, in_ray: bool) -> None:
+        if step_timeout_s is not None:
+            self._tasks.keep_running("end if hung", partial(self._end_if_hung, step_timeout_s))
+        if in_ray:
+            self.metrics = metrics = WorkerMetrics(
+                self.worker_id, self.role, application=self.app_name, model=self.config.model_name
+            )
+            self._failures.on_failure = LoopMetrics(self.worker_id, self.app_name).on_failure
+            self._tasks.keep_running("report metrics", partial(self._report_metrics, metrics))
+            self._tasks.keep_running("check when idle", partial(self._check_when_idle, metrics))
+            self._masters.expect(
+                self._now(),
+                "Coordinator and routers",
+                "",
+                ORPHANED_AFTER_S,
+                sign="no heartbeat and no session",
+                next="this worker ends",
+            )
+            self._tasks.keep_running("end if orphaned", self._end_if_orphaned)
+        if self.config.enable_prefix_caching:
+            self._tasks.keep_running("publish prefixes", self._publish_prefixes)
 
     def _log_start(self) -> None:
         """Once: what this process serves, with what."""
@@ -205,13 +221,17 @@ class Worker:
         if self._fatal is not None:
             raise self._fatal
 
-    async def heartbeat(self) -> dict[str, int]:
-        """Answers while the event loop lives: the epochs of this worker's channels, by peer.
+    async def heartbeat(self) -> Heartbeat:
+        """Answers while the event loop lives.
 
-        Called by the Coordinator; a worker that hears nothing of it for ORPHANED_AFTER_S ends itself.
+        Called by the Coordinator. A worker that hears nothing of it, and has no session with a router either, for
+        ORPHANED_AFTER_S ends itself: while requests come, a Coordinator that hangs costs it nothing.
         """
-        self._last_heartbeat = self._now()
-        return self._epochs()
+        self._masters.heard(self._now(), "Coordinator and routers", "")
+        return Heartbeat(self._epochs(), self._num_routers(), self._failures.describe())
+
+    def _num_routers(self) -> int:
+        return sum(peer.startswith("router") for peer in self.sessions)
 
     async def identify(self) -> WorkerIdentity | None:
         """For a Coordinator that was started again; None before start() has ended."""
@@ -315,10 +335,14 @@ class Worker:
 
     async def _end_if_orphaned(self) -> None:
         """A detached actor outlives its Coordinator; it must not do so for ever."""
-        while (left := self._last_heartbeat + ORPHANED_AFTER_S - self._now()) > 0:
-            await asyncio.sleep(left)
-        logger.error("%s: no word of its Coordinator for %g s: ending", self.worker_id, ORPHANED_AFTER_S)
-        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        while True:
+            now = self._now()
+            if self._num_routers():
+                self._masters.heard(now, "Coordinator and routers", "")
+            for suspicion in self._masters.due(now):
+                logger.error("%s: %s", self.worker_id, suspicion)
+                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+            await asyncio.sleep(ORPHAN_CHECK_INTERVAL_S)
 
     def _end_with_step(self, error: BaseException, keys: Iterable[Hashable]) -> None:
         """A step has broken the engine: routers hear which legs it computed, and then the worker ends."""

@@ -89,6 +89,9 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
         )
         if error := application.get("error"):
             lines.append(f"error: {error}")
+        lines += [f"trouble: {row['worker_id']}: {row['trouble']}" for row in workers if row.get("trouble")]
+        lines += [f"suspicion: {suspicion}" for suspicion in application.get("suspicions", [])]
+        lines += [f"loop failed: {name}: {text}" for name, text in application.get("loop_failures", {}).items()]
         if coming := application.get("next"):
             lines.append(f"next configuration: {coming.get('error') or coming['state']}")
         for router in application.get("routers", []):

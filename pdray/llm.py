@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import logging
 import sys
-import threading
 import uuid
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
@@ -13,8 +14,9 @@ import msgspec
 from tqdm import tqdm
 
 from pdray.actors.client import CoordinatorClient
+from pdray.background import start_thread
 from pdray.config import Config
-from pdray.errors import ConfigError, InvalidRequestError, NoWorkerError
+from pdray.errors import ConfigError, InvalidRequestError, NoWorkerError, PdrayError
 from pdray.models import load_tokenizer
 from pdray.models.generation_config import load_sampling_defaults
 from pdray.outputs import RequestOutput
@@ -23,6 +25,8 @@ from pdray.router.chat_template import ChatOptions, ChatTemplate
 from pdray.router.conversation import parse_messages
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Prompt = str | list[int] | dict[str, Any]
@@ -64,8 +68,9 @@ class LLM:
             raise ConfigError(str(error)) from error
         self._ray = hold_ray(ray_address)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="pdray-router", daemon=True)
-        self._thread.start()
+        self._failure: BaseException | None = None  # of the router's thread
+        self._pending: set[concurrent.futures.Future[Any]] = set()
+        self._thread = start_thread("pdray-router", self._loop.run_forever, self._thread_failed)
         self._closed = False
         self._coordinator: CoordinatorClient | None = None
         self._router: Router | None = None
@@ -104,13 +109,29 @@ class LLM:
                 "of their nodes that this process can reach, or run this where they are"
             ) from None
 
+    def _thread_failed(self, error: BaseException) -> None:
+        """The router is gone: whoever waits for it now, or later, hears so instead of waiting for ever."""
+        logger.critical("the router's thread has ended", exc_info=error)
+        self._failure = error
+        pending, self._pending = self._pending, set()
+        for future in pending:
+            future.cancel()
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._failure is not None:
+            coroutine.close()
+            raise PdrayError(f"the router's thread has ended ({self._failure!r}); make another LLM") from self._failure
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._pending.add(future)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise PdrayError(f"the router's thread has ended ({self._failure!r}); make another LLM") from self._failure
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._pending.discard(future)
 
     def generate(
         self,

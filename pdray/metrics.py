@@ -32,6 +32,9 @@ Worker (tags `worker`, `role`):
     pdray_transfers                          counter, completed puts of this worker
     pdray_transfer_bytes                     counter, KV that they pushed
     pdray_transfer_seconds                   counter, time that they took
+
+Every process (tag `process`: coordinator, or the router or worker):
+    pdray_loop_failures                      counter, tag `loop`: exceptions after which a background loop runs again
 """
 
 from __future__ import annotations
@@ -152,6 +155,22 @@ class WorkerMetrics:
             self._transfer_bytes.inc(num_bytes)
         if seconds:
             self._transfer_seconds.inc(seconds)
+
+
+class LoopMetrics:
+    """Failures of one process's background loops; its on_failure is for pdray.background.LoopFailures.
+
+    Args:
+        process: a worker's or router's id, or "coordinator".
+    """
+
+    def __init__(self, process: str, application: str) -> None:
+        tags = {"application": application, "process": process}
+        self._failures = _counter("pdray_loop_failures", "Exceptions of background loops", tags, {"loop": ()})
+
+    def on_failure(self, loop: str) -> None:
+        """A background loop has raised, and runs again."""
+        self._failures.inc(tags={"loop": loop})
 
 
 def _gauge(name: str, description: str, tags: dict[str, str]) -> Gauge:

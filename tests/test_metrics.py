@@ -12,13 +12,13 @@ import pytest
 import ray
 
 from pdray.engine.request import EngineStats
-from pdray.metrics import OUTCOMES, RouterMetrics, WorkerMetrics
+from pdray.metrics import OUTCOMES, LoopMetrics, RouterMetrics, WorkerMetrics
 from pdray.outputs import CompletionOutput, RequestOutput, RequestTimings
 from pdray.router import router
 
 pytestmark = pytest.mark.ray
 EXPORT_DEADLINE_S = 20.0
-OWN_TAGS = ("application", "model", "router", "worker", "role", "part", "outcome", "le")
+OWN_TAGS = ("application", "model", "router", "worker", "role", "part", "outcome", "le", "process", "loop")
 NAMED = {"application": "app", "model": "tiny"}
 
 
@@ -143,6 +143,20 @@ def test_worker_counters_grow_by_the_difference(metrics_url: str) -> None:
             ("ray_pdray_transfer_bytes_total", tags): 2048,
             ("ray_pdray_transfers_total", tags): 2,
             ("ray_pdray_transfer_seconds_total", tags): 0.006,
+        },
+    )
+
+
+def test_failures_of_loops_are_counted_by_process_and_loop(metrics_url: str) -> None:
+    worker, router = LoopMetrics("decode-0", "app"), LoopMetrics("router-1", "app")
+    worker.on_failure("expire leases")
+    worker.on_failure("expire leases")
+    router.on_failure("follow the view")
+    wait_for(
+        metrics_url,
+        {
+            ("ray_pdray_loop_failures_total", "application=app,loop=expire leases,process=decode-0"): 2,
+            ("ray_pdray_loop_failures_total", "application=app,loop=follow the view,process=router-1"): 1,
         },
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pdray.cluster.messages import AnyMessage, LegKey
+from pdray.cluster.messages import AnyMessage, LegKey, WorkerInfo
 
 
 class Send(NamedTuple):
@@ -33,3 +33,37 @@ class Release(NamedTuple):
 
 
 LedgerEffect = Send | StartCompute | FlushPuts | Release
+
+
+class Start(NamedTuple):
+    """Create the worker's actor and load it; report ready() or start_failed()."""
+
+    worker_id: str
+    incarnation: str
+
+
+class Kill(NamedTuple):
+    """Make sure that this process is dead; report died() or kill_failed()."""
+
+    worker_id: str
+    incarnation: str
+
+
+class Connect(NamedTuple):
+    """Let the decode worker accept the epoch, then let the prefill worker connect; report connected() or
+    connect_failed()."""
+
+    prefill: WorkerInfo
+    decode: WorkerInfo
+    epoch: int
+
+
+class TellGone(NamedTuple):
+    """Tell this process of a worker that a peer's process was seen dead; report told() or tell_failed()."""
+
+    worker_id: str
+    incarnation: str
+    gone: WorkerInfo
+
+
+MembershipEffect = Start | Kill | Connect | TellGone

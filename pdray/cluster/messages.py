@@ -117,6 +117,20 @@ class WorkerIdentity(msgspec.Struct, frozen=True):
     writers: list[WorkerInfo]
 
 
+class Heartbeat(msgspec.Struct, frozen=True):
+    """What a worker tells the Coordinator, again and again.
+
+    Attributes:
+        epochs: of its channels, by peer, as in WorkerIdentity.
+        num_routers: whose sessions are open: their sign of life.
+        loop_failures: of its background loops: which, how often, and why the last time.
+    """
+
+    epochs: dict[str, int]
+    num_routers: int
+    loop_failures: dict[str, str]
+
+
 class Pair(msgspec.Struct, frozen=True):
     """A connected channel from a prefill worker to a decode worker."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
-from pdray.background import BackgroundTasks
+from pdray.background import BackgroundTasks, LoopFailures
 from pdray.cluster.messages import AnyMessage, ClusterView, Draining, Ping, RenewLeases, WorkerInfo
 from pdray.cluster.session import PeerName, Session, connect
 from pdray.errors import HandshakeError, WorkerDiedError
@@ -16,6 +17,7 @@ from pdray.router.link import WorkerLink
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
+WATCH_DEADLINE_S = 30.0  # a view, old or new, comes sooner; whoever gives it is asked again
 
 Watch = Callable[[int], Awaitable[ClusterView]]
 
@@ -46,7 +48,15 @@ class WorkerConnections:
         draining: the workers are about to end, as the last view tells it.
     """
 
-    def __init__(self, router_id: str, secret: bytes, watch: Watch, timeout_s: float, owner: ConnectionsOwner) -> None:
+    def __init__(
+        self,
+        router_id: str,
+        secret: bytes,
+        watch: Watch,
+        timeout_s: float,
+        owner: ConnectionsOwner,
+        failures: LoopFailures,
+    ) -> None:
         self.links: dict[str, WorkerLink] = {}
         self.pairs: dict[tuple[str, str], int] = {}
         self._all_pairs: dict[tuple[str, str], int] = {}  # as the last view names them
@@ -59,10 +69,10 @@ class WorkerConnections:
         self._timeout_s = timeout_s
         self._owner = owner
         self._workers: dict[str, WorkerInfo] = {}  # as the last view names them
-        self._tasks = BackgroundTasks(self._failed)
+        self._tasks = BackgroundTasks(self._failed, failures)
 
     def start(self) -> None:
-        self._tasks.spawn(self._follow_view())
+        self._tasks.keep_running("follow the view", self._follow_view)
 
     async def stop(self) -> None:
         """Close every session. The owner is not told."""
@@ -136,9 +146,11 @@ class WorkerConnections:
         version = -1
         while True:
             try:
-                view = await self._watch(version)
-            except WorkerDiedError as error:
-                logger.warning("%s: %s", self._router_id, error)
+                async with asyncio.timeout(WATCH_DEADLINE_S):
+                    view = await self._watch(version)
+            except (WorkerDiedError, TimeoutError) as error:
+                reason = str(error) or f"no view of the cluster within {WATCH_DEADLINE_S:g} s"
+                logger.warning("%s: %s", self._router_id, reason)
                 version = -1  # a Coordinator that was started again counts anew
                 await asyncio.sleep(RECONNECT_S)
                 continue
@@ -160,7 +172,7 @@ class WorkerConnections:
 
     def _link(self, info: WorkerInfo, delay_s: float = 0.0) -> None:
         link = self.links[info.worker_id] = WorkerLink(info)
-        self._tasks.spawn(self._connect(link, delay_s))
+        self._tasks.keep_running("connect to a worker", partial(self._connect, link, delay_s), of=info.incarnation)
 
     async def _connect(self, link: WorkerLink, delay_s: float) -> None:
         """Open the link's session; tries until it is there or the worker has left the view."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pdray.background import BackgroundTasks
+from pdray.background import BackgroundTasks, LoopFailures
 from pdray.cluster.losses import Loss
 from pdray.cluster.messages import (
     AnyMessage,
@@ -110,10 +110,11 @@ class Router:
         self.router_id = router_id
         self.sampling_defaults = sampling_defaults
         self._metrics = metrics
-        self._connections = WorkerConnections(router_id, secret, watch, config.worker_timeout_s, self)
+        self.failures = LoopFailures()
+        self._connections = WorkerConnections(router_id, secret, watch, config.worker_timeout_s, self, self.failures)
         self._dispatcher = Dispatcher(config, self._connections, self)
         self._requests: dict[str, RoutedRequest] = {}
-        self._tasks = BackgroundTasks(self._failed)
+        self._tasks = BackgroundTasks(self._failed, self.failures)
         self._became_ready = asyncio.Event()
         self.drain = Drain(self._end_all)
         self._probe = PairProbe(
@@ -130,9 +131,10 @@ class Router:
     async def start(self) -> None:
         """Follow the cluster. Returns at once; see wait_ready()."""
         self._connections.start()
-        self._tasks.spawn(self._keep_house())
+        self._tasks.keep_running("keep house", self._keep_house)
+        self._tasks.keep_running("renew leases", self._renew_leases)
         if self.config.probe_interval_s is not None:
-            self._tasks.spawn(self._probe.run())
+            self._tasks.keep_running("probe pairs", self._probe.run)
 
     async def stop(self) -> None:
         """End what runs or waits, with an error: half an answer must not look whole. Close the sessions."""
@@ -165,7 +167,8 @@ class Router:
         """For `pdray status`."""
         running = sum(request.granted.done() for request in self._requests.values())
         queue_depth = len(self._dispatcher.queue)
-        return {"router_id": self.router_id, "ready": self.ready, "queue_depth": queue_depth, "running": running}
+        stats = {"router_id": self.router_id, "ready": self.ready, "queue_depth": queue_depth, "running": running}
+        return stats | ({"loop_failures": self.failures.describe()} if self.failures.counts else {})
 
     @property
     def vocab_size(self) -> int | None:
@@ -480,13 +483,19 @@ class Router:
     # background
 
     async def _keep_house(self) -> None:
-        """Renews leases, asks prefill workers for their queues, ends what waits or runs for too long."""
-        renew_at = 0.0
+        """Ends what waits or runs for too long."""
         while True:
             now = time.monotonic()
             for entry in self._dispatcher.queue.expired(now):
                 self.on_rejected(entry.item, self._waited_too_long(now))
             self._end_late_requests(now)
+            await asyncio.sleep(HOUSEKEEPING_S)
+
+    async def _renew_leases(self) -> None:
+        """Renews leases and asks prefill workers for their queues. No other work here: leases end without it."""
+        renew_at = 0.0
+        while True:
+            now = time.monotonic()
             if now >= renew_at:
                 self._renew()
                 renew_at = now + self.config.lease_timeout_s / 4
@@ -532,7 +541,7 @@ class Router:
             self._metrics.on_finished(outcome, output)
 
     def _failed(self, error: BaseException) -> None:
-        logger.error("%s: internal error; leases are no longer renewed", self.router_id, exc_info=error)
+        logger.error("%s: internal error", self.router_id, exc_info=error)
 
 
 def _loss(link: WorkerLink, message: LeaseClosed | PrefillFailed) -> Loss:

@@ -25,7 +25,7 @@ from pdray.cluster.messages import ClusterView
 from pdray.config import Config
 from pdray.errors import PdrayError, WorkerDiedError
 from pdray.logs import leave_out_polls, log_to_stderr
-from pdray.metrics import RouterMetrics
+from pdray.metrics import LoopMetrics, RouterMetrics
 from pdray.models import load_tokenizer
 from pdray.models.generation_config import load_sampling_defaults
 from pdray.router.router import Router
@@ -108,6 +108,7 @@ class RouterReplica:
             report_broken=coordinator.report_broken,
             sampling_defaults=defaults,
         )
+        router.failures.on_failure = LoopMetrics(self._router_id, self._app_name).on_failure
         await router.start()
         gc.collect()
         gc.freeze()  # a full collection of what is loaded takes 0.2 s, in which no stream moves
@@ -195,6 +196,7 @@ def build(args: Config, deployed_by: str = "") -> serve.Application:
     common: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0} | drain_options(os.environ),
         "health_check_period_s": 2,
+        "health_check_timeout_s": 4,  # a replica that hangs fails three times in a row, and is replaced in 15 s
         "max_surge_percent": 100,  # start the new one beside the old one; the default would stop the old one first
     }
     workers = serve.deployment(

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from ray import serve
 
@@ -174,7 +175,9 @@ def stories(client: openai.OpenAI) -> list[str]:
     return [stream_text(client, seed) for seed in range(4)]
 
 
-@pytest.mark.parametrize("victims", [["decode"], ["coordinator", "prefill"], ["stopped decode"]], ids=" and ".join)
+@pytest.mark.parametrize(
+    "victims", [["decode"], ["coordinator", "prefill"], ["stopped decode"], ["stopped coordinator"]], ids=" and ".join
+)
 def test_streams_go_on_when_processes_die(
     url: str, client: openai.OpenAI, stories: list[str], victims: list[str]
 ) -> None:
@@ -185,8 +188,8 @@ def test_streams_go_on_when_processes_die(
         assert all(event.wait(60) for event in started)
         before = {row["worker_id"]: row["pid"] for row in workers()}
         for victim in victims:
-            if victim == "coordinator":
-                os.kill(describe(APP)["pid"], signal.SIGKILL)
+            if victim.endswith("coordinator"):
+                os.kill(describe(APP)["pid"], signal.SIGSTOP if victim.startswith("stopped") else signal.SIGKILL)
             else:
                 worker_id = f"{victim.removeprefix('stopped ')}-0"
                 os.kill(before[worker_id], signal.SIGSTOP if victim.startswith("stopped") else signal.SIGKILL)
@@ -204,6 +207,23 @@ def test_streams_go_on_when_processes_die(
     assert "Paris" in (answer.choices[0].message.content or "")
     wait_for(nothing_in_use)
     assert all(not problems for problems in check_integrity(APP).values())
+
+
+def test_dead_workers_are_replaced_while_serves_controller_hangs(url: str) -> None:
+    (controller,) = [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if any(part.startswith("ray::ServeController") for part in p.cmdline())
+    ]
+    before = {row["worker_id"]: row["pid"] for row in workers()}
+    controller.suspend()
+    try:
+        os.kill(before["decode-0"], signal.SIGKILL)
+        wait_for(lambda: {row["worker_id"] for row in workers() if row.get("pid", 0) not in (0, *before.values())}, 60)
+        wait_until_ready(url, timeout_s=60)
+    finally:
+        controller.resume()
+    assert {row["worker_id"] for row in workers() if row["pid"] != before[row["worker_id"]]} == {"decode-0"}
 
 
 def test_a_configuration_that_cannot_start_changes_nothing(url: str, client: openai.OpenAI, stories: list[str]) -> None:

@@ -451,10 +451,10 @@ async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) 
     assert "channel" in failed.reason
     pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
     async with asyncio.timeout(10):
-        while (await pair.prefill.heartbeat()).get("decode-0") is not None:
+        while (await pair.prefill.heartbeat()).epochs.get("decode-0") is not None:
             await asyncio.sleep(0.02)
     await pair.connect(2)
-    assert await pair.prefill.heartbeat() == {"decode-0": 2}
+    assert (await pair.prefill.heartbeat()).epochs == {"decode-0": 2}
     assert await finish(pair, "after", 2) == expected
     await pair.quiet()
     assert transport_of(pair.decode).most_at_once == 1
@@ -491,7 +491,7 @@ async def test_a_probe_that_does_not_arrive_is_no_connection(pair: Pair) -> None
     transport_of(pair.decode).make_unique_id = wire_without_bytes
     with pytest.raises(TransferError, match="did not get on|gave up"):
         await pair.connect(2)
-    assert await pair.prefill.heartbeat() == {}
+    assert (await pair.prefill.heartbeat()).epochs == {}
     transport_of(pair.decode).make_unique_id = make
     await pair.connect(3)
     await finish(pair, "after", 3)

@@ -37,12 +37,14 @@ class Application:
     """What the cases need of a running application.
 
     Attributes:
+        load_s: how long the start of all of it took: an upper bound of a model's load.
         left: processes of the cluster that outlived its end, as "pid name"; filled when it has ended.
     """
 
     config: Config
     url: str
     log_folder: Path
+    load_s: float = 0.0
     left: list[str] = field(default_factory=list)
 
     async def workers(self) -> dict[str, dict[str, Any]]:
@@ -158,8 +160,10 @@ def application(config: Config) -> Iterator[Application]:
     app = Application(config, f"http://127.0.0.1:{port}", session_folder / "logs")
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
+        began = time.monotonic()
         serve.run(build(config), name=NAME, route_prefix="/")
         wait_until_ready(app.url, config.start_timeout_s)
+        app.load_s = time.monotonic() - began
         yield app
     finally:
         started = processes()

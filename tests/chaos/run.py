@@ -19,6 +19,8 @@ from typing import Any
 
 from application import Application, application, seconds_until
 from deaths import deaths
+from hangs import hangs
+from nodes import nodes
 from only_decode import only_decode
 from open_loop import open_loop
 from overload import run_overload
@@ -90,6 +92,8 @@ def all_of(*cases: RunsRows) -> RunsRows:
 
 CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "deaths": lambda given: served(configured(given), deaths),
+    "hangs": lambda given: served(configured(given), hangs),
+    "nodes": lambda _: nodes,
     "only-decode": lambda given: served(configured(given, num_decode_workers=1), only_decode),
     "poison": lambda given: with_faults(served(configured(given), poison)),
     "storm": lambda given: served(configured(given), storm),

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdray.cluster.credit import CreditWaiters, covers
-from pdray.cluster.effects import FlushPuts, Release, Send, StartCompute
+from pdray.cluster.effects import Connect, FlushPuts, Kill, Release, Send, Start, StartCompute, TellGone
 from pdray.cluster.lease import LeaseTable
 from pdray.cluster.losses import Loss, Losses, Verdict, blame
-from pdray.cluster.membership import Connect, Kill, Membership, Start, TellGone
+from pdray.cluster.membership import Membership, Stray
 from pdray.cluster.messages import (
     AbortPut,
     BeginPut,
@@ -191,7 +191,7 @@ class RouterProcess(Process):
 class World:
     """Args:
     num_prefill: 0 is colocated.
-    table, ledger, waiters, blame: what is under test, or mutants of it.
+    table, ledger, members, waiters, blame: what is under test, or mutants of it.
     """
 
     def __init__(
@@ -200,24 +200,27 @@ class World:
         num_decode: int = 2,
         table: type[LeaseTable] = LeaseTable,
         ledger: type[PrefillLedger] = PrefillLedger,
+        members: type[Membership] = Membership,
         waiters: type[CreditWaiters] = CreditWaiters,
         blame: Callable[[list[LegKey]], Verdict] = blame,
     ) -> None:
         self.now = 0.0
         self._table, self._ledger, self._waiters, self._blame = table, ledger, waiters, blame
+        self._members = members
         self.poison: dict[str, bool] = {}  # whether it breaks prefill workers, too
         self.num_failures = 0
-        self.membership = Membership(num_prefill, num_decode, backoff_s=0.01)
+        self.membership = members(num_prefill, num_decode, backoff_s=0.01)
         self.processes: dict[str, Process] = {}
         self.links: dict[tuple[Process, Process], deque[Any]] = {}
-        self.calls: deque[Callable[[], None]] = deque()  # the Coordinator's, through Ray: in order, lost with it
+        self.calls: deque[Any] = deque()  # the Coordinator's effects, through Ray: in order, lost with it
+        self.strays: dict[str, Process] = {}  # that the Coordinator found and does not know, by the name it gave them
         self.notices: deque[Callable[[], None]] = deque()  # of broken sessions
         self.routers = [RouterProcess(f"router-{i}", "1") for i in range(2)]
         self.processes.update({router.name: router for router in self.routers})
         self.problems: list[str] = []
         self.num_requests = 0
         self.disturb = True
-        self._membership_do(self.membership.tick(self.now))
+        self._pump()
 
     # processes
 
@@ -236,17 +239,19 @@ class World:
         self.processes[start.worker_id] = process
         info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024, 8, 64)  # type: ignore[arg-type]
         process.info = info
-        self._membership_do(self.membership.ready(info))
+        self.membership.ready(info)
 
     def crash_coordinator(self) -> None:
-        """It dies with all it was about to do, and is started again: it keeps the workers that answer."""
+        """It dies with all it was about to do, and is started again: it keeps the workers that answer, and ends the
+        ones that do not."""
         self.calls.clear()
-        identities = []
+        identities, strays = [], []
         for process in list(self.processes.values()):
             if isinstance(process, RouterProcess) or not process.alive:
                 continue
             if process.stopped:
-                self.kill(process, process.incarnation)
+                strays.append(Stray(process.name, f"silent-{self.membership.generation}-{process.name}"))
+                self.strays[strays[-1].incarnation] = process
                 continue
             assert process.info is not None
             if isinstance(process, DecodeProcess):
@@ -257,24 +262,46 @@ class World:
                 identity = WorkerIdentity(process.info, "", epochs, [])
             identities.append(identity)
         former = self.membership
-        self.membership = Membership(former.num_prefill, former.num_decode, 0.01, former.generation + 1)
-        self._membership_do(self.membership.adopt(identities))
+        self.membership = self._members(former.num_prefill, former.num_decode, 0.01, former.generation + 1)
+        self.membership.adopt(identities, strays)
         assert self.membership.view.version > former.view.version
-        self._membership_do(self.membership.tick(self.now))
+        self._pump()
 
-    def _membership_do(self, effects: list[Any]) -> None:
-        for effect in effects:
-            match effect:
-                case Start():
-                    self._start(effect)
-                case Kill(worker_id, incarnation):
-                    self.kill(self.processes[worker_id], incarnation)
-                    self._membership_do(self.membership.died(self.now, worker_id, incarnation))
-                case Connect():
-                    self.calls.append(lambda effect=effect: self._connect(effect))
-                case TellGone(worker_id, gone):
-                    peer = self.processes[worker_id]
-                    self.calls.append(lambda peer=peer, gone=gone: self._tell_gone(peer, gone))
+    def _pump(self) -> None:
+        self.calls += self.membership.tick(self.now)
+
+    def carry_out(self) -> None:
+        """The Coordinator's next effect, and its report."""
+        effect = self.calls.popleft()
+        match effect:
+            case Start():
+                self._start(effect)
+            case Kill(worker_id, incarnation):
+                process = self.strays.get(incarnation, self.processes.get(worker_id))
+                if process is not None:
+                    self.kill(process, process.incarnation if incarnation in self.strays else incarnation)
+                self.membership.died(self.now, worker_id, incarnation)
+            case Connect():
+                self._connect(effect)
+            case TellGone(worker_id, incarnation, gone):
+                if self.processes[worker_id].incarnation == incarnation:
+                    self._tell_gone(self.processes[worker_id], gone)
+                self.membership.told(worker_id, incarnation, gone)
+        self._pump()
+
+    def fail(self) -> None:
+        """The Coordinator's next effect comes to nothing: an exception, a deadline, a node that does not answer."""
+        effect = self.calls.popleft()
+        match effect:
+            case Start(worker_id, incarnation):
+                self.membership.start_failed(worker_id, incarnation, "injected")
+            case Kill(_, incarnation):
+                self.membership.kill_failed(self.now, incarnation, "injected")
+            case Connect(prefill, decode, epoch):
+                self.membership.connect_failed(self.now, prefill.worker_id, decode.worker_id, epoch, "injected")
+            case TellGone(worker_id, incarnation, gone):
+                self.membership.tell_failed(self.now, worker_id, incarnation, gone, "injected")
+        self._pump()
 
     def _connect(self, connect: Connect) -> None:
         prefill, decode = self.processes[connect.prefill.worker_id], self.processes[connect.decode.worker_id]
@@ -282,7 +309,7 @@ class World:
             prefill.incarnation == connect.prefill.incarnation and decode.incarnation == connect.decode.incarnation
         )
         if not (current and prefill.alive and decode.alive):
-            self._membership_do(self.membership.connect_failed(self.now, prefill.name, decode.name, connect.epoch))
+            self.membership.connect_failed(self.now, prefill.name, decode.name, connect.epoch)
             return
         assert isinstance(prefill, PrefillProcess) and isinstance(decode, DecodeProcess)
         decode.writers[prefill.incarnation] = connect.prefill
@@ -290,7 +317,7 @@ class World:
         self._disconnect(prefill, decode.name)
         prefill.epochs[decode.name] = (connect.epoch, decode)
         self._send(decode, decode.table.link_restored(prefill.name))
-        self._membership_do(self.membership.connected(prefill.name, decode.name, connect.epoch))
+        self.membership.connected(prefill.name, decode.name, connect.epoch)
 
     def _disconnect(self, prefill: PrefillProcess, decode_name: str) -> None:
         """As the worker does it: the channel is closed, which ends its puts, and then the ledger hears."""
@@ -487,7 +514,7 @@ class World:
 
     def bury(self, worker: Process) -> None:
         """The Coordinator has learned that its engine is broken."""
-        self._membership_do(self.membership.suspect(worker.name, worker.incarnation))
+        self._suspect(worker)
 
     def step(self, decode: DecodeProcess) -> None:
         """One decode step: a token for every completion that it computes."""
@@ -713,6 +740,10 @@ class World:
                     keys.setdefault(decode, []).append(leg.key)
         self._send(router, [Send(name, RenewLeases(named, router.wanted.get(name))) for name, named in keys.items()])
 
+    def _suspect(self, process: Process) -> None:
+        self.membership.suspect(process.name, process.incarnation)
+        self._pump()
+
     # time
 
     def advance(self, seconds: float) -> None:
@@ -723,8 +754,8 @@ class World:
         for prefill in self.workers(PrefillProcess):
             if prefill.runs:
                 epochs = {name: epoch for name, (epoch, _) in prefill.epochs.items()}
-                self._membership_do(self.membership.open_channels(prefill.name, epochs))
-        self._membership_do(self.membership.tick(self.now))
+                self.membership.open_channels(prefill.name, epochs)
+        self._pump()
 
     def cut(self, prefill: PrefillProcess, decode_name: str) -> None:
         """The session between two live workers is lost for good."""
@@ -736,7 +767,7 @@ class World:
         """Everything that could happen next."""
         result: list[Callable[[], None]] = [lambda: self.advance(0.5)]
         if self.calls:
-            result += [lambda: self.calls.popleft()()] * 3
+            result += [self.carry_out] * 3
         if self.notices:
             result += [lambda: self.notices.popleft()()] * 3
         result += [lambda ends=ends: self.deliver(ends) for ends in self.links if ends[1].runs]
@@ -764,13 +795,14 @@ class World:
 
     def _disturbances(self) -> list[Callable[[], None]]:
         result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2), self.crash_coordinator]
+        result += [self.fail] * 2 if self.calls else []
         for router in self.routers:
             if router.runs:
                 result += [lambda r=router, q=q: self.abort(r, q) for q in list(router.requests.values())[:2]]
         for process in self.processes.values():
             if not process.alive:
                 if not isinstance(process, RouterProcess):
-                    result.append(lambda p=process: self._membership_do(self.membership.suspect(p.name, p.incarnation)))
+                    result.append(lambda p=process: self._suspect(p))
                 continue
             result += [lambda p=process: setattr(p, "stopped", not p.stopped)] * (4 if process.stopped else 1)
             if process is not self.routers[0]:
@@ -808,8 +840,8 @@ class World:
             process.stopped = False
         for process in list(self.processes.values()):
             if not process.alive and not isinstance(process, RouterProcess):
-                self._membership_do(self.membership.suspect(process.name, process.incarnation))
-        for _ in range(4):
+                self._suspect(process)
+        for _ in range(6):
             for _ in range(4000):
                 if self._is_idle():
                     break
@@ -817,6 +849,8 @@ class World:
                 if self.violations():
                     return self.problems
             self.advance(LEASE_TIMEOUT_S + 1)
+        if not self.membership.serving:
+            self.problems.append(f"never whole again: {self.membership.states()}, {self.membership.troubles()}")
         for router in self.routers:
             if router.alive and router.requests:
                 self.problems.append(f"{router.name}: requests without an outcome: {list(router.requests)}")

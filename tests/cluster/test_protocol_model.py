@@ -23,7 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pdray.cluster.credit import CreditWaiters
 from pdray.cluster.effects import LedgerEffect, Release, Send
 from pdray.cluster.lease import LeaseState, LeaseTable
-from pdray.cluster.messages import Credit, LegKey, PutAborted
+from pdray.cluster.membership import Membership
+from pdray.cluster.messages import Credit, LegKey, PutAborted, WorkerInfo
 from pdray.cluster.prefill_ledger import PrefillLedger
 
 _spec = importlib.util.spec_from_file_location("protocol_world", Path(__file__).with_name("protocol_world.py"))
@@ -131,6 +132,28 @@ class NeverAcknowledges(PrefillLedger):
         return [effect for effect in super()._leave_if_idle(key, leg) if isinstance(effect, Release)]
 
 
+class ForgetsFailedKills(Membership):
+    """A worker whose kill has failed once stays DYING for ever."""
+
+    def kill_failed(self, now: float, incarnation: str, reason: str) -> None:
+        return
+
+
+class ForgetsFailedNews(Membership):
+    """Who could not be told of a death once never hears of it: quarantine never ends."""
+
+    def tell_failed(self, now: float, worker_id: str, incarnation: str, gone: WorkerInfo, reason: str) -> None:
+        return
+
+
+class StartsBesideStrays(Membership):
+    """A process that was not seen dead does not keep another from its name, nor its writes from being forgotten."""
+
+    def adopt(self, identities: Any, strays: Any = ()) -> None:
+        super().adopt(identities, strays)
+        self._strays.clear()
+
+
 class TellsNobody(CreditWaiters):
     """Who waits for credit is never told that it has come back."""
 
@@ -173,6 +196,9 @@ def blames_nobody(suspects: list[LegKey]) -> str:
         {"table": ExpiresQuarantine},
         {"ledger": AcknowledgesTooEarly},
         {"ledger": NeverAcknowledges},
+        {"members": ForgetsFailedKills},
+        {"members": ForgetsFailedNews},
+        {"members": StartsBesideStrays},
         {"ledger": KeepsWhatNobodyDecodes},
         {"waiters": TellsNobody},
     ],

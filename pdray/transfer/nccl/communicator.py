@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pdray.background import start_thread
 from pdray.errors import TransferError
 
 if TYPE_CHECKING:
@@ -137,24 +138,22 @@ async def open_communicator(
     loop = asyncio.get_running_loop()
     done: asyncio.Future[GuardedCommunicator] = loop.create_future()
 
-    def settle(communicator: GuardedCommunicator | None, error: Exception | None) -> None:
+    def settle(communicator: GuardedCommunicator | None, error: BaseException | None) -> None:
         if done.done():  # nobody waits any more
             if communicator is not None:
-                threading.Thread(target=communicator.close, name="nccl-late", daemon=True).start()
+                start_thread("nccl-late", communicator.close, _late_close_failed)
         elif communicator is not None:
             done.set_result(communicator)
         else:
             done.set_exception(TransferError(f"no communicator: {error!r}"))
 
     def run() -> None:
-        communicator, failure = None, None
-        try:
-            communicator = GuardedCommunicator(connect())
-        except Exception as error:
-            failure = error
-        loop.call_soon_threadsafe(settle, communicator, failure)
+        loop.call_soon_threadsafe(settle, GuardedCommunicator(connect()), None)
 
-    threading.Thread(target=run, name="nccl-init", daemon=True).start()
+    def fail(error: BaseException) -> None:
+        loop.call_soon_threadsafe(settle, None, error)
+
+    start_thread("nccl-init", run, fail)
     try:
         async with asyncio.timeout(timeout_s):
             return await done
@@ -162,6 +161,10 @@ async def open_communicator(
         text = f"NCCL's init has not returned after {timeout_s:g} s"
         (on_stuck or _end_process)(text)
         raise TransferError(text) from None
+
+
+def _late_close_failed(error: BaseException) -> None:
+    logger.error("a communicator that came too late could not be closed", exc_info=error)
 
 
 def _end_process(reason: str) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
+
+from pdray.background import start_thread
+
+logger = logging.getLogger(__name__)
 
 MIN_POLL_S = 50e-6
 MAX_POLL_S = 400e-6  # each poll takes Python's lock from the engine's thread
@@ -20,12 +25,10 @@ class PollingThread:
 
     def __init__(self, name: str, poll: Callable[[], bool], on_error: Callable[[BaseException], None]) -> None:
         self._poll = poll
-        self._on_error = on_error
         self._condition = threading.Condition()
         self._calls: list[Callable[[], None]] = []
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(name, self._run, on_error)
 
     def post(self, call: Callable[[], None]) -> None:
         """From any thread. After the thread's end it does nothing."""
@@ -43,18 +46,15 @@ class PollingThread:
 
     def _run(self) -> None:
         wait_s: float | None = None
-        try:
-            while (calls := self._take(wait_s)) is not None:
-                for call in calls:
-                    call()
-                if not self._poll():
-                    wait_s = None
-                elif calls or wait_s is None:
-                    wait_s = MIN_POLL_S
-                else:
-                    wait_s = min(2 * wait_s, MAX_POLL_S)
-        except BaseException as error:
-            self._on_error(error)
+        while (calls := self._take(wait_s)) is not None:
+            for call in calls:
+                call()
+            if not self._poll():
+                wait_s = None
+            elif calls or wait_s is None:
+                wait_s = MIN_POLL_S
+            else:
+                wait_s = min(2 * wait_s, MAX_POLL_S)
 
     def _take(self, wait_s: float | None) -> list[Callable[[], None]] | None:
         """Posted calls, after waiting for one as long as that (None: for ever); None once it is to stop."""
@@ -68,16 +68,19 @@ class PollingThread:
 
 
 class Watchdog:
-    """Calls on_expire, on a thread of its own, when a deadline that was set has passed without being set anew."""
+    """Calls on_expire, on a thread of its own, when a deadline that was set has passed without being set anew.
+
+    What on_expire raises is logged; the thread watches on.
+    """
 
     def __init__(self, name: str, on_expire: Callable[[], None]) -> None:
+        self._name = name
         self._on_expire = on_expire
         self._condition = threading.Condition()
         self._deadline: float | None = None
         self._wakes_at: float | None = None
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(name, self._run, self._failed)
 
     def set(self, deadline: float | None) -> None:
         """Deadline by time.monotonic(); None: there is none. Cheap, from any thread."""
@@ -96,7 +99,13 @@ class Watchdog:
 
     def _run(self) -> None:
         while self._wait():
-            self._on_expire()
+            try:
+                self._on_expire()
+            except Exception as error:
+                self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        logger.error("%s failed", self._name, exc_info=error)
 
     def _wait(self) -> bool:
         """True when the deadline has passed, False once stopped."""

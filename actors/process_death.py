@@ -1,0 +1,94 @@
+"""How to be sure that an actor's process is gone, wherever it ran."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pdray.actors.questions import ask, find_process, node_is_alive
+
+DEATH_POLL_S = 0.01
+RAY_KILL_GRACE_S = 1.0
+NODE_POLL_S = 0.5
+KILL_TIMEOUT_S = 30.0
+
+
+async def end_actor(actor: ActorHandle) -> None:
+    """Return once the actor's process is gone. It is not started again.
+
+    Raises:
+        NoAnswerError: Ray's GCS does not answer.
+    """
+    actor_id = actor._actor_id.hex()
+    await ask(lambda: ray.kill(actor, no_restart=True), what="to end an actor")
+    while (process := await find_process(actor_id)).pid == 0 and process.state != "DEAD":
+        await asyncio.sleep(DEATH_POLL_S)
+    if process.pid:
+        await make_dead(process.pid, process.node_id)
+
+
+async def make_dead(pid: int, node_id: str, *, grace_s: float = RAY_KILL_GRACE_S) -> None:
+    """Return once an actor's process is gone; one that still runs after grace_s is sent SIGKILL on its own node.
+
+    A node that Ray's GCS has given up counts as the death of its processes. It is the best evidence there is of a
+    machine that does not answer, and not only a timeout: Ray lets that node never come back, and its raylet ends itself
+    and its processes as soon as it hears so. Until then a process there might run, cut off. What it could still send
+    is refused where it arrives: sessions and channels to it are closed, and both kinds of channel write into a
+    pool only what the receiver itself takes, in the epoch that it knows.
+
+    Raises:
+        NoAnswerError: Ray's GCS does not answer, or a process of this node does not end.
+    """
+    if node_id == ray.get_runtime_context().get_node_id():
+        await ask(lambda: _kill_and_wait(pid, grace_s), what=f"to end process {pid}", timeout_s=KILL_TIMEOUT_S)
+        return
+    on_its_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    kill = ray.remote(_kill_and_wait).options(num_cpus=0, max_retries=0, scheduling_strategy=on_its_node)
+    while await node_is_alive(node_id):
+        killed = await ask(lambda: kill.remote(pid, grace_s), what="to run a task")
+        done = asyncio.ensure_future(_outcome(killed))
+        try:
+            while not done.done() and await node_is_alive(node_id):
+                await asyncio.wait({done}, timeout=NODE_POLL_S)
+            if done.done() and done.result():
+                return
+        finally:
+            if not done.done():
+                done.cancel()
+                ray.cancel(killed)
+        await asyncio.sleep(NODE_POLL_S)
+
+
+async def _outcome(killed: ray.ObjectRef[None]) -> bool:
+    """Whether the process was seen dead; if not, its node is on its way out, or the killer itself was killed."""
+    try:
+        await killed
+    except RayError:
+        return False
+    return True
+
+
+def _kill_and_wait(pid: int, grace_s: float) -> None:
+    """Blocks until the process has ended. A pid that is no Ray worker's belongs to somebody else by now."""
+    try:
+        process = psutil.Process(pid)
+        if not any(part.startswith("ray::") for part in process.cmdline()):
+            return
+        if process.status() != psutil.STATUS_STOPPED:  # a stopped one cannot end by itself
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(timeout=grace_s)
+                return
+        os.kill(pid, signal.SIGKILL)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(timeout=DEATH_POLL_S)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return

@@ -1,0 +1,89 @@
+"""Blocking questions to Ray, asked off the event loop and with a deadline.
+
+Ray's own calls (its tables of nodes, actors and placement groups, the creation and the end of an actor) wait for its
+GCS, for a minute and more where that does not answer. An event loop that waited with them would miss its heartbeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import ray
+from ray._private.state import actors as actor_table
+
+from pdray.background import start_thread
+from pdray.errors import PdrayError
+
+ASK_TIMEOUT_S = 5.0
+
+T = TypeVar("T")
+
+
+class NoAnswerError(PdrayError):
+    """Ray did not answer a question in time."""
+
+
+async def ask(question: Callable[[], T], *, what: str, timeout_s: float = ASK_TIMEOUT_S) -> T:
+    """Its result, from a thread of its own: one that hangs keeps no other from being asked.
+
+    Raises:
+        NoAnswerError: there is none within timeout_s; the thread is left to itself. What the question raises.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def settle(setter: Callable[[Any], None], value: Any) -> None:
+        if not answer.done():
+            setter(value)
+
+    def tell(setter: Callable[[Any], None], value: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, setter, value)
+
+    start_thread(
+        f"ask-{what}", lambda: tell(answer.set_result, question()), lambda error: tell(answer.set_exception, error)
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await answer
+    except TimeoutError:
+        raise NoAnswerError(f"Ray has not answered within {timeout_s:g} s: {what}") from None
+
+
+class ActorProcess(NamedTuple):
+    """The process that an actor runs in, by Ray's table. pid 0: it has none yet, or never had.
+
+    Attributes:
+        state: ALIVE, RESTARTING, DEAD, PENDING_CREATION or DEPENDENCIES_UNREADY.
+    """
+
+    state: str
+    pid: int
+    node_id: str
+
+
+async def find_process(actor_id: str) -> ActorProcess:
+    """Where an actor runs, or ran last.
+
+    Raises:
+        NoAnswerError: Ray's GCS does not say.
+    """
+    row = await ask(partial(actor_table, actor_id), what="where an actor runs")
+    if not row:
+        return ActorProcess("DEAD", 0, "")
+    return ActorProcess(row["State"], row["Pid"], row["Address"]["NodeID"])
+
+
+async def node_is_alive(node_id: str) -> bool:
+    """What Ray's GCS says of a node. Raises NoAnswerError."""
+    nodes = await ask(ray.nodes, what="which nodes are alive")
+    return any(node["NodeID"] == node_id and node["Alive"] for node in nodes)
+
+
+def own_process() -> ActorProcess:
+    """This process, as find_process() would tell it of an actor that runs here."""
+    return ActorProcess("ALIVE", os.getpid(), ray.get_runtime_context().get_node_id())
