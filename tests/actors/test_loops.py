@@ -282,7 +282,8 @@ OTHERS = {
     ("pdray/background.py", "spawn"): "the policy",
     ("pdray/background.py", "start_thread"): "the policy",
     ("pdray/engine/loop.py", "__init__"): "the engine stands alone; its on_error ends the worker",
-    ("pdray/transfer/object_store/kind.py", "receive"): "awaited where it is made",
+    ("pdray/transfer/object_store/kind.py", "on_array"): "awaited where it is made",
+    ("pdray/testing/fault_injection.py", "put"): "a fault that tests order, once",
     ("pdray/llm.py", "_generate_all"): "a task group",
     ("pdray/serve/app.py", "__init__"): "check_health() raises what they raised, and Serve replaces the replica",
     ("pdray/serve_command.py", "_end"): "what it raises is set on the future that is waited for",
@@ -291,7 +292,7 @@ OTHERS = {
     ("pdray/serve/generation.py", "_merged"): "what they raise comes through the queue that is read",
     ("actors/fleet.py", "within"): "awaited where it is made",
     ("actors/process_death.py", "make_dead"): "awaited where it is made",
-    ("actors/vigil.py", "wait"): "awaited where it is made",
+    ("actors/vigil.py", "keep_vigil"): "awaited where it is made",
 }
 
 
