@@ -148,7 +148,6 @@ class ReceivingPeer(_Peer):
         self._receiver: Receiver | None = None
         self._server = SessionServer(self.me, spec.secret, self, timeout_s=spec.timeout_s)
         self._destination: list[int] = []
-        self._senders: set[str] = set()
         self.num_received = 0
         self._tasks = BackgroundTasks(lambda error: self.fatal.append(repr(error)))
 
@@ -184,8 +183,8 @@ class ReceivingPeer(_Peer):
         return same and bool(is_clean)
 
     def status(self) -> tuple[int, list[str], list[str]]:
-        """Puts received, senders that have a session, and what made the device unreliable."""
-        return self.num_received, sorted(self._senders), self.fatal
+        """Puts received, senders whose channel is open, and what made the device unreliable."""
+        return self.num_received, sorted(self.receiver.senders()), self.fatal
 
     async def close(self) -> None:
         await self.receiver.close()
@@ -204,8 +203,7 @@ class ReceivingPeer(_Peer):
         self.num_received += 1
         return True
 
-    def on_open(self, session: Session) -> None:
-        self._senders.add(session.peer.id)
+    def on_open(self, session: Session) -> None: ...
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
         assert isinstance(message, ChannelMessage)
@@ -213,7 +211,6 @@ class ReceivingPeer(_Peer):
         self.receiver.on_message(session.peer.id, message.epoch, message.payload, send)
 
     def on_closed(self, session: Session, reason: str) -> None:
-        self._senders.discard(session.peer.id)
         self._tasks.spawn(self.receiver.close_link(session.peer.id))
 
 

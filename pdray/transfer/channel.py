@@ -146,6 +146,10 @@ class Receiver(ABC):
         """What a sender passes to Link.call(). Returns whether it counts."""
         raise TypeError(f"a channel of kind {self.kind} takes no arrays")
 
+    def senders(self) -> list[str]:
+        """Prefill workers whose channels are open here, of kinds that keep something open."""
+        return []
+
     def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
         """End a sender's channel, if there is one: at once for what it says, and with the coroutine's end for what was
         being written for it."""

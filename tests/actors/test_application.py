@@ -22,6 +22,7 @@ from pdray.actors.client import check_integrity, describe
 from pdray.cli import wait_until_ready
 from pdray.config import Config
 from pdray.serve import build
+from pdray.testing.patience import PATIENCE_S
 
 APP = "pdray-test"
 QUEUE_BOUND = 8
@@ -54,7 +55,7 @@ def url(ray_cluster: None) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
 
 def workers() -> list[dict[str, Any]]:
@@ -62,7 +63,7 @@ def workers() -> list[dict[str, Any]]:
     return state
 
 
-def wait_for(condition: Any, timeout_s: float = 30.0) -> None:
+def wait_for(condition: Any, timeout_s: float = PATIENCE_S) -> None:
     """Poll until true; every wait on something remote has a deadline."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -126,7 +127,7 @@ def test_errors_have_openai_shape(client: openai.OpenAI) -> None:
 async def test_overload_answers_429_and_the_rest_finish(url: str) -> None:
     """64 at once: 8 places in the batch, 8 in the queue, the others are refused at once."""
     body = {"model": "smol", "prompt": "The sky is", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=64)) as http:
+    async with httpx.AsyncClient(timeout=PATIENCE_S, limits=httpx.Limits(max_connections=64)) as http:
         answers = await asyncio.gather(*(http.post(f"{url}/v1/completions", json=body) for _ in range(64)))
     refused = [a for a in answers if a.status_code == 429]
     served = [a for a in answers if a.status_code == 200]
@@ -141,7 +142,7 @@ async def test_overload_answers_429_and_the_rest_finish(url: str) -> None:
 async def test_disconnect_frees_both_workers(url: str) -> None:
     body = {"model": "smol", "prompt": "Tell me", "max_tokens": 800, "ignore_eos": True, "stream": True}
     async with (
-        httpx.AsyncClient(timeout=60) as http,
+        httpx.AsyncClient(timeout=PATIENCE_S) as http,
         http.stream("POST", f"{url}/v1/completions", json=body) as response,
     ):
         assert response.status_code == 200
@@ -193,7 +194,7 @@ def test_streams_go_on_when_processes_die(
             else:
                 worker_id = f"{victim.removeprefix('stopped ')}-0"
                 os.kill(before[worker_id], signal.SIGSTOP if victim.startswith("stopped") else signal.SIGKILL)
-        assert [answer.result(timeout=120) for answer in answers] == stories
+        assert [answer.result(timeout=PATIENCE_S) for answer in answers] == stories
 
     def replaced() -> bool:
         """The dead are; the others are not."""
@@ -201,7 +202,7 @@ def test_streams_go_on_when_processes_die(
             worker_id for worker_id in before if any(worker_id.startswith(victim.split()[-1]) for victim in victims)
         }
 
-    wait_for(replaced, 90)
+    wait_for(replaced)
     wait_until_ready(url, timeout_s=60)
     answer = client.chat.completions.create(model="smol", messages=PARIS, max_tokens=24, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")
@@ -248,7 +249,7 @@ def test_streams_go_on_while_the_configuration_changes(url: str, client: openai.
         assert all(event.wait(60) for event in started)
         serve.run(build(CONFIG.model_copy(update={"max_queue_size": 4})), name=APP, route_prefix="/")
         assert httpx.get(f"{url}/health", timeout=10).status_code == 200
-        assert [answer.result(timeout=120) for answer in answers] == stories
+        assert [answer.result(timeout=PATIENCE_S) for answer in answers] == stories
     assert stream_text(client, 0) == stories[0]
 
     def only_new() -> bool:

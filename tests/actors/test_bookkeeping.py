@@ -15,6 +15,7 @@ from pdray.cluster.messages import PrefixUpdate, unpack_hashes
 from pdray.cluster.prefixes import PART
 from pdray.config import Config
 from pdray.engine.kv.block_pool import PrefixChanges
+from pdray.testing.patience import PATIENCE_S
 
 CONFIG = Config(model="config.json", skip_tokenizer_init=True)
 
@@ -65,7 +66,7 @@ async def test_prefixes_are_told_in_parts_to_old_routers_and_new_ones() -> None:
     await asyncio.sleep(0)
     assert len(old.sent) == 1, "more than a part without a pause"
     worker.on_open(new)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not (old.known == new.known == held):
             await asyncio.sleep(0.01)
     for session in (old, new):

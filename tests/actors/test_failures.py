@@ -29,6 +29,7 @@ from pdray.engine.engine import Engine
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.errors import EngineHungError, StepFailedError
 from pdray.sampling_params import SamplingParams
+from pdray.testing.patience import PATIENCE_S
 
 _path = Path(__file__).with_name("test_workers.py")
 _spec = importlib.util.spec_from_file_location("worker_pairs", _path)
@@ -113,7 +114,7 @@ async def ended(pair: Any, key: LegKey) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -192,7 +193,7 @@ async def test_a_worker_that_ends_says_whose_step_it_was(pair: Any, role: str) -
     await until(lambda: set(keys) <= worker.engine.live_keys())
     go_on()
     with pytest.raises(StepFailedError, match="DeviceLostError: CUDA error") as raised:
-        await asyncio.wait_for(joined, 10)
+        await asyncio.wait_for(joined, PATIENCE_S)
     assert set(raised.value.keys) == set(keys)
     (news,) = [message for message in pair.router.messages if isinstance(message, StepFailed)]
     assert {LegKey(*key) for key in news.suspects} == set(keys) and "illegal memory access" in news.reason
@@ -211,7 +212,7 @@ async def test_a_router_that_does_not_listen_delays_the_end_only_a_little(
     joined = asyncio.create_task(pair.decode.join())
     lease(pair, "poison", prompt(POISON))
     with pytest.raises(StepFailedError):
-        await asyncio.wait_for(joined, 10)
+        await asyncio.wait_for(joined, PATIENCE_S)
 
 
 async def test_a_step_that_hangs_has_suspects_too(pair: Any) -> None:
@@ -227,7 +228,7 @@ async def test_a_step_that_hangs_has_suspects_too(pair: Any) -> None:
     joined = asyncio.create_task(pair.decode.join())
     key = lease(pair, "r", prompt())
     with pytest.raises(EngineHungError, match=r"step_timeout_s is 0\.2"):
-        await asyncio.wait_for(joined, 10)
+        await asyncio.wait_for(joined, PATIENCE_S)
     (news,) = [message for message in pair.router.messages if isinstance(message, StepFailed)]
     assert [LegKey(*each) for each in news.suspects] == [key] and "EngineHungError" in news.reason
     gate.set()

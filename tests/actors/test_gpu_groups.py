@@ -17,6 +17,7 @@ from pdray import LLM, SamplingParams
 from pdray.actors.gpu_groups import GpuGroups
 from pdray.config import Config
 from pdray.errors import ModelLoadError, PdrayError, PlacementError, StartTimeoutError
+from pdray.testing.patience import PATIENCE_S
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +41,7 @@ def groups_left() -> list[str]:
 
 
 async def start(groups: GpuGroups, *names: str) -> dict[str, tuple[Any, int]]:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         await groups.reserve()
         workers = {name: Worker.options(**groups.options(name)).remote() for name in names}
         return {name: (worker, await worker.gpu.remote()) for name, worker in workers.items()}
@@ -75,7 +76,7 @@ async def test_named_gpus_are_the_ones_that_workers_get(prefill: int, decode: in
     expected = {"prefill-0": prefill, "decode-0": decode, "decode-1": decode}
     assert {name: gpu for name, (_, gpu) in workers.items()} == expected
     again = GpuGroups(config, "app", detached=True)  # as a Coordinator that was started again, while workers run
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         await again.reserve()
     ray.kill(workers["decode-0"][0])
     workers |= await start(again, "decode-0")
@@ -205,7 +206,7 @@ async def kill_coordinator(llm: LLM) -> None:
     """And wait until Ray has started it again."""
     assert llm._coordinator is not None
     ray.kill(llm._coordinator._actor, no_restart=False)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 if (await llm._coordinator.describe())["state"] == "serving":

@@ -23,6 +23,7 @@ from pdray.actors.decode_worker import DecodeWorker
 from pdray.background import BackgroundTasks, LoopFailures, start_thread
 from pdray.cluster.messages import Heartbeat, LeaseRequest, WorkerIdentity, WorkerInfo
 from pdray.config import Config
+from pdray.testing.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def inject(task: asyncio.Task[Any]) -> bool:
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -109,7 +110,7 @@ async def a_router() -> AsyncIterator[tuple[list[BackgroundTasks], LoopFailures,
     workers = router_tests.FakeWorker("prefill-0", "prefill"), router_tests.FakeWorker("decode-0", "decode")
     await cluster.router.start()
     await cluster.show(*workers)
-    await asyncio.wait_for(cluster.router.wait_ready(), 10)
+    await asyncio.wait_for(cluster.router.wait_ready(), PATIENCE_S)
     unreachable = WorkerInfo("decode-9", "1", "decode", "127.0.0.1", 1, 0, "", "", "f", 8, 16, 100, 8, 64)
     cluster.router._connections._link(unreachable)  # its connecting goes on
 

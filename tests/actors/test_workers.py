@@ -41,6 +41,7 @@ from pdray.config import Config
 from pdray.errors import EngineHungError, HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.fault_injection import Fault, FaultInjectingSender
+from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import Put, Site
 from pdray.transfer.nccl.kind import NcclKind
 
@@ -132,7 +133,7 @@ class ScriptedRouter:
         )
 
     async def wait(self, condition: Callable[[], Any]) -> Any:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not (result := condition()):
                 self.arrived.clear()
                 await self.arrived.wait()
@@ -211,7 +212,7 @@ class Pair:
 
     async def quiet(self) -> None:
         """Returns once both workers hold nothing; fails if that does not come."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 stats = [self.prefill.engine.stats(), self.decode.engine.stats()]
                 if (
@@ -352,7 +353,7 @@ async def test_a_worker_whose_device_hangs_ends(pair: Pair, monkeypatch: pytest.
     assert not watch.done(), "an engine without work may rest"
     pair.lease("r", PROMPT, SamplingParams(temperature=0, max_tokens=4), prefill_worker_id=None)
     with pytest.raises(EngineHungError, match=r"step_timeout_s is 0\.2"):
-        await asyncio.wait_for(joined, 10)
+        await asyncio.wait_for(joined, PATIENCE_S)
     gate.set()
     await watch
     pair.decode._stopped.clear()  # so that the fixture can stop it
@@ -450,7 +451,7 @@ async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) 
     failed = await pair.router.first(PrefillFailed, key)
     assert "channel" in failed.reason
     pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await pair.prefill.heartbeat()).epochs.get("decode-0") is not None:
             await asyncio.sleep(0.02)
     await pair.connect(2)

@@ -16,6 +16,7 @@ from pdray.cluster.handshake import Challenge, Welcome, initiate
 from pdray.cluster.messages import AnyMessage, LegKey, RenewLeases
 from pdray.cluster.session import PeerName, Session, SessionServer, connect
 from pdray.errors import HandshakeError
+from pdray.testing.patience import PATIENCE_S
 
 SECRET = b"secret of the test"
 SERVER = PeerName("decode-0", "d1")
@@ -50,7 +51,7 @@ class Recorder:
         self._changed.set()
 
     async def wait(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
@@ -252,7 +253,7 @@ async def test_acknowledged_messages_are_forgotten(link: Connect) -> None:
     for number in range(50):
         client.send(numbered(number))
     await each.server_side.wait(lambda: len(each.server_side.numbers) == 50)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while client._unacked:
             await asyncio.sleep(0.01)
     assert client._unacked_bytes == 0
@@ -289,7 +290,7 @@ async def test_garbage_is_refused(link: Connect) -> None:
     for data in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\4abcd", b"\xff" * 64, b"\0\0"):
         reader, writer = await asyncio.open_connection("127.0.0.1", each.port)
         writer.write(data)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             with contextlib.suppress(ConnectionError):
                 await reader.read()  # until the server closes
         writer.close()
@@ -457,7 +458,7 @@ async def test_close_does_not_wait_for_a_peer_that_does_not_read(
     connection.transport.pause_reading()  # type: ignore[attr-defined]
     for number in range(20):
         client.send(numbered(number, 1_000_000))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await client.close()
 
 
@@ -553,7 +554,7 @@ async def test_no_session_opens_while_the_server_stops(link: Connect, monkeypatc
     for number in range(20):
         each.server_side.opened[0].send(numbered(number, 1_000_000))
     reader, writer = await asyncio.open_connection("127.0.0.1", each.port)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while len(each.server._connections) < 2:
             await asyncio.sleep(0.01)
     stop = asyncio.create_task(each.server.stop())
@@ -611,7 +612,7 @@ async def test_garbage_fails_as_a_handshake_on_either_side(
     each = await link(timeout_s=2.0)
     reader, writer = await asyncio.open_connection("127.0.0.1", each.port)
     writer.write(frame)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await reader.read()  # until the server closes
     writer.close()
     assert "refused a connection" in caplog.text and "does not speak" in caplog.text

@@ -15,7 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
-SHAPES = [(96, 64), (40, 272), (2048 + 16, 1088)]  # N, K
+SHAPES = [(96, 64), (40, 272), (512 + 16, 336) if INTERPRETED else (2048 + 16, 1088)]  # N, K
 ROWS = [2, 7, 16]
 CONFIGS = [
     None,

@@ -36,11 +36,11 @@ from pdray.outputs import Logprob, RequestOutput, RequestTimings, SampledToken
 from pdray.router.request import RoutedRequest
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
+from pdray.testing.patience import PATIENCE_S
 
 SECRET = b"secret of the test"
 EOS = 128
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-DEADLINE_S = 10
 
 
 def ascii_tokenizer() -> PreTrainedTokenizerFast:
@@ -132,7 +132,7 @@ class FakeWorker:
         self.session.send(message)
 
     async def wait(self, condition: Callable[[], Any]) -> Any:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not (result := condition()):
                 self._changed.clear()
                 await self._changed.wait()
@@ -291,12 +291,12 @@ class Cluster:
     @staticmethod
     async def text_of(request: RoutedRequest) -> str:
         """What it streams from here on."""
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(PATIENCE_S):
             return "".join([delta.text async for deltas in request for delta in deltas])
 
     @staticmethod
     async def settled(condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition():
                 await asyncio.sleep(0.005)
 
@@ -318,7 +318,7 @@ async def make_cluster() -> AsyncIterator[Callable[..., Awaitable[Cluster]]]:
         await cluster.router.start()
         if not empty:
             await cluster.show(*(workers or (FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode"))))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 await cluster.router.wait_ready()
         return cluster
 

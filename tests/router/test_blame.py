@@ -21,6 +21,7 @@ from pdray.cluster.messages import (
 from pdray.errors import InvalidRequestError, RequestFailedError, WorkerDiedError
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
+from pdray.testing.patience import PATIENCE_S
 
 MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -30,7 +31,7 @@ async def colocated(make_cluster: MakeCluster, **config: Any) -> Any:
     """A router before one worker that does both."""
     from_fixture = await make_cluster(empty=True, **config)
     await from_fixture.show(from_fixture.new_worker("decode-0", "both"))
-    await asyncio.wait_for(from_fixture.router.wait_ready(), 10)
+    await asyncio.wait_for(from_fixture.router.wait_ready(), PATIENCE_S)
     return from_fixture
 
 

@@ -11,6 +11,7 @@ import pytest
 from pdray.cluster.messages import Credit, CreditUpdate, CreditWanted, LeaseRequest, PrefillRequest
 from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams
+from pdray.testing.patience import PATIENCE_S
 
 MakeCluster = Callable[..., Awaitable[Any]]
 PLENTY = Credit(free_blocks=1000, free_places=64, running=0, waiting=0, leases=0)
@@ -91,7 +92,7 @@ async def test_who_fits_nobody_now_lets_others_pass_and_is_served_when_a_worker_
     await tell(cluster, small, PLENTY)
     await small.expect(LeaseRequest, "behind")
     small.grant("behind")
-    await asyncio.wait_for(behind, 5)
+    await asyncio.wait_for(behind, PATIENCE_S)
     assert not wide.done()
     again = worker_of(cluster, "decode-1", "decode", "2", num_blocks=1000)
     await cluster.show(prefill, small, again)
@@ -110,7 +111,7 @@ async def test_who_waits_is_refused_once_all_workers_are_too_small(make_cluster:
     smaller = worker_of(cluster, "decode-0", "decode", "2", num_blocks=10)
     await cluster.show(prefill, smaller)
     with pytest.raises(InvalidRequestError, match="lower n"):
-        await asyncio.wait_for(wide, 10)
+        await asyncio.wait_for(wide, PATIENCE_S)
     cluster.assert_clean()
 
 
@@ -165,7 +166,7 @@ async def test_one_token_takes_no_lease(make_cluster: MakeCluster) -> None:
     assert sent.decode_worker_id is None and sent.indices == [0, 1]
     cluster.prefill.first("r", "xy", finish="length", cached=3)
     request = await task
-    output = await asyncio.wait_for(request.wait(), 5)
+    output = await asyncio.wait_for(request.wait(), PATIENCE_S)
     assert [completion.text for completion in output.outputs] == ["x", "y"] and output.num_cached_tokens == 3
     assert output.timings.queue is not None and output.timings.lease_wait is not None
     assert cluster.decode.received == [] and cluster.prefill.about("r") == ["PrefillRequest"]
@@ -206,4 +207,4 @@ async def test_cached_tokens_are_of_the_prompt_after_a_replay(make_cluster: Make
     await cluster.prefill.expect(PrefillRequest, "r", attempt=1)
     cluster.prefill.first("r", "c", attempt=1, position=51, cached=64)
     again.tokens("r", 52, "d", attempt=1, finish="stop", num_cached_tokens=64, prefill=0.1, prefill_queue=0.1)
-    assert (await asyncio.wait_for(request.wait(), 5)).num_cached_tokens == 0
+    assert (await asyncio.wait_for(request.wait(), PATIENCE_S)).num_cached_tokens == 0

@@ -12,9 +12,9 @@ from pdray.cluster.messages import CloseLease, LeaseClosed, LeaseRequest, Prefil
 from pdray.errors import NoWorkerError, QueueFullError, RequestTimeoutError, WorkerDiedError
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
+from pdray.testing.patience import PATIENCE_S
 
 MakeCluster = Callable[..., Awaitable[Any]]
-DEADLINE_S = 10
 
 
 async def brought_to(cluster: Any, state: str, name: str = "r") -> asyncio.Task[RoutedRequest]:
@@ -62,7 +62,7 @@ async def test_death_of_the_decode_worker(make_cluster: MakeCluster, state: str,
             await cluster.router.submit("x", SamplingParams(), request_id="s")
     await cluster.show(prefill, successor)
     await finish(cluster, "r", state)
-    request = await asyncio.wait_for(task, DEADLINE_S)
+    request = await asyncio.wait_for(task, PATIENCE_S)
     assert await cluster.text_of(request) == "abc"
     assert request.output.outputs[0].token_ids == [97, 98, 99]
     assert cluster.metrics.num_replays == 1 and [outcome for outcome, _ in cluster.metrics.outcomes][-1] == "length"
@@ -233,7 +233,7 @@ async def test_a_worker_that_cannot_be_reached_yet(make_cluster: MakeCluster) ->
     await decode.start()
     late.session = prefill.session = decode.session = object()  # type: ignore[assignment]  # started already
     await cluster.show(prefill, decode, late)
-    await asyncio.wait_for(cluster.router.wait_ready(), DEADLINE_S)
+    await asyncio.wait_for(cluster.router.wait_ready(), PATIENCE_S)
     await brought_to(cluster, "decoding")
     late._server._server = await asyncio.start_server(late._server._accept, "127.0.0.1", late.info.port)
     await cluster.settled(lambda: cluster.router._connections.is_open("decode-1"))

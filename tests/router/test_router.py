@@ -24,6 +24,7 @@ from pdray.errors import InvalidRequestError, NoWorkerError
 from pdray.router.completion import CompletionDelta
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
+from pdray.testing.patience import PATIENCE_S
 
 MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -35,12 +36,12 @@ async def start(cluster: Any, name: str, params: SamplingParams = GREEDY, **kwar
     await cluster.decode.expect(LeaseRequest, name)
     cluster.decode.grant(name)
     await cluster.prefill.expect(PrefillRequest, name)
-    return await asyncio.wait_for(task, 10)
+    return await asyncio.wait_for(task, PATIENCE_S)
 
 
 async def rest(request: RoutedRequest) -> list[CompletionDelta]:
     """All remaining deltas."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         return [delta async for deltas in request for delta in deltas]
 
 
@@ -79,7 +80,7 @@ async def test_a_consumer_may_wait_for_the_whole_answer(make_cluster: MakeCluste
     await asyncio.sleep(0.05)
     assert not waiting.done()
     cluster.decode.tokens("r", 3, "d", finish="length")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         assert await waiting is request.output
     assert request.output.finished and request.output.outputs[0].text == "abcd"
     cluster.assert_clean()
@@ -110,7 +111,7 @@ async def test_a_slow_consumer_gets_merged_deltas(make_cluster: MakeCluster) -> 
     for position in range(1, 20):
         for index, char in enumerate("bB"):
             cluster.decode.tokens("r", position, char, index=index, finish="length" if position == 19 else None)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not request.ended:
             await asyncio.sleep(0.01)
     deltas = await rest(request)
@@ -127,7 +128,7 @@ async def test_logprobs(make_cluster: MakeCluster) -> None:
     request = await start(cluster, "r", SamplingParams(temperature=0, max_tokens=3, logprobs=0))
     cluster.prefill.first("r", "A")
     cluster.decode.tokens("r", 1, "BC", finish="length")
-    completion = (await asyncio.wait_for(request.wait(), 10)).outputs[0]
+    completion = (await asyncio.wait_for(request.wait(), PATIENCE_S)).outputs[0]
     assert completion.cumulative_logprob == pytest.approx(-1.5)
     assert [
         entry[token_id].decoded_token for entry, token_id in zip(completion.logprobs or [], b"ABC", strict=True)
@@ -260,7 +261,7 @@ async def test_local_prefill(make_cluster: MakeCluster) -> None:
 async def test_a_colocated_worker_serves_alone(make_cluster: MakeCluster) -> None:
     from_nowhere = await make_cluster(empty=True)
     await from_nowhere.show(from_nowhere.new_worker("both-0", "both"))
-    await asyncio.wait_for(from_nowhere.router.wait_ready(), 10)
+    await asyncio.wait_for(from_nowhere.router.wait_ready(), PATIENCE_S)
     task = from_nowhere.submit("r")
     assert (await from_nowhere.both.expect(LeaseRequest, "r")).prefill_worker_id is None
     from_nowhere.both.grant("r")
@@ -325,7 +326,7 @@ async def test_the_vocabulary_is_the_models(make_cluster: MakeCluster) -> None:
     for worker in workers:
         worker.vocab_size = 160
     await cluster.show(*workers)
-    await asyncio.wait_for(cluster.router.wait_ready(), 10)
+    await asyncio.wait_for(cluster.router.wait_ready(), PATIENCE_S)
     await start(cluster, "r", GREEDY, prompt=[1, 159])
     assert cluster.prefill.received[-1].prompt_token_ids == [1, 159]
     with pytest.raises(InvalidRequestError, match=r"160 is not in \[0, 160\)"):
@@ -389,7 +390,7 @@ async def test_prompts_go_where_their_prefix_is_cached(make_cluster: MakeCluster
 
     async def told(worker: Any, message: PrefixUpdate, num_blocks: int) -> None:
         worker.send(message)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while known(worker.worker_id) != num_blocks:
                 await asyncio.sleep(0.005)
 

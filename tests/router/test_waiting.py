@@ -13,12 +13,12 @@ from pdray.cluster.messages import CloseLease, Credit, CreditUpdate, Draining, L
 from pdray.errors import InvalidRequestError, NoWorkerError, QueueFullError
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
+from pdray.testing.patience import PATIENCE_S
 
 MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 FULL = Credit(free_blocks=100, free_places=0, running=1, waiting=0, leases=1)
 ONE_PLACE = Credit(free_blocks=100, free_places=1, running=0, waiting=0, leases=0)
-DEADLINE_S = 10
 
 
 async def make_full(cluster: Any) -> None:
@@ -74,7 +74,7 @@ async def test_waiting_too_long(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster(max_queue_wait_s=0.3)
     await make_full(cluster)
     with pytest.raises(QueueFullError, match="max_queue_wait_s"):
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(PATIENCE_S):
             await cluster.router.submit("x", GREEDY, request_id="r")
     assert cluster.decode.received == [] and cluster.metrics.outcomes[0][0] == "rejected"
     cluster.assert_clean()
@@ -93,7 +93,7 @@ async def test_a_denied_lease_keeps_its_place_in_the_queue(make_cluster: MakeClu
     assert (await cluster.decode.expect(LeaseRequest, "first", attempt=1)).indices == [0]
     assert "LeaseRequest" not in cluster.decode.about("second")
     cluster.decode.grant("first", attempt=1)
-    await asyncio.wait_for(first, DEADLINE_S)
+    await asyncio.wait_for(first, PATIENCE_S)
     assert not second.done()
     second.cancel()
 
@@ -117,7 +117,7 @@ async def test_a_final_denial_is_the_requests_fault(make_cluster: MakeCluster) -
     await cluster.decode.expect(LeaseRequest, "r")
     cluster.decode.deny("r", "it needs 99 blocks, the pool has 9", retriable=False)
     with pytest.raises(InvalidRequestError, match="99 blocks"):
-        await asyncio.wait_for(task, DEADLINE_S)
+        await asyncio.wait_for(task, PATIENCE_S)
     cluster.assert_clean()
 
 
@@ -205,7 +205,7 @@ async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
     await make_full(cluster)
     waiting = cluster.submit("waiting")
     await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
-    await asyncio.wait_for(cluster.router.stop(), DEADLINE_S)
+    await asyncio.wait_for(cluster.router.stop(), PATIENCE_S)
     for cut_off in (cluster.text_of(running), running.wait(), waiting):
         with pytest.raises(NoWorkerError, match="stopping"):
             await cut_off
@@ -311,7 +311,7 @@ async def test_many_requests_leave_nothing(make_cluster: MakeCluster) -> None:
         assert text == {"finish": name * 2, "stop": name[:3]}.get(kind, text) and (name * 2).startswith(text)
         return kind
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         kinds = await asyncio.gather(*(one(number) for number in range(200)))
         assert len(kinds) == 200
         await cluster.settled(lambda: not held)

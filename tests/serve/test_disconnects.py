@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from pdray.serve import connection
 from pdray.serve.connection import ClientGone, EventStream, unless_gone
+from pdray.testing.patience import PATIENCE_S
 
 
 def request_to(path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -196,7 +197,7 @@ async def test_a_slow_reader(server: uvicorn.Server, url: str, router: Any, unti
         assert ASYNCIO_BUFFER < most_buffered < 2 * ASYNCIO_BUFFER + num_tokens, "unmerged, it would be 3 MB"
         if then == "read on":
             while not received.endswith(b"0\r\n\r\n"):
-                received += await asyncio.wait_for(loop.sock_recv(client, 1 << 16), 10)
+                received += await asyncio.wait_for(loop.sock_recv(client, 1 << 16), PATIENCE_S)
         else:
             assert router.num_running == 1
     await until(lambda: not router.num_running)

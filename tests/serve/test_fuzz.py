@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pdray.config import Config
 from pdray.serve.fields import FIELDS as OTHER_FIELDS
 from pdray.serve.protocol import ChatBody, ChatMessage, CompletionBody
+from pdray.testing.patience import PATIENCE_S
 
 SCALARS = (
     st.none()
@@ -56,7 +57,7 @@ async def post(app: FastAPI, path: str, content: bytes) -> None:
     if response.status_code >= 400:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    await asyncio.wait_for(asyncio.gather(*left, return_exceptions=True), 5)
+    await asyncio.wait_for(asyncio.gather(*left, return_exceptions=True), PATIENCE_S)
 
 
 @settings(max_examples=400)

@@ -20,6 +20,7 @@ from pdray.errors import InvalidRequestError
 from pdray.sampling_params import MAX_INT32, SamplingParams
 from pdray.serve.api import create_app
 from pdray.serve.protocol import ChatBody, CompletionBody
+from pdray.testing.patience import PATIENCE_S
 
 CONFIG = Config(served_model_name="smol")
 CHECKS = [not_a_server_error, response_schema_conformance, content_type_conformance]
@@ -41,7 +42,7 @@ def ask(app: FastAPI, **request: Any) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://pdray") as http:
             response = await http.request(**request)
         left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        await asyncio.wait_for(asyncio.gather(*left, return_exceptions=True), 5)
+        await asyncio.wait_for(asyncio.gather(*left, return_exceptions=True), PATIENCE_S)
         return response
 
     return asyncio.run(run())

@@ -15,6 +15,7 @@ import torch
 
 from pdray.cluster.messages import LegKey
 from pdray.engine.kv.pool import KVPool
+from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import Put, PutResult
 from pdray.transfer.nccl.communicator import SENDER_RANK, open_communicator
 from pdray.transfer.nccl.messages import (
@@ -168,7 +169,7 @@ class World:
         for sender in self.senders:
             await asyncio.to_thread(sender.channel.close)
             await self.receiver.close_link(sender.name)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while len(self.staging.ring):  # else staging leaks
                 await asyncio.sleep(0.002)
         await self.receiver.close()

@@ -15,6 +15,7 @@ import torch
 from pdray.cluster.messages import LegKey
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import HandshakeError, TransferError
+from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import PutResult
 from pdray.transfer.nccl.communicator import GuardedCommunicator, open_communicator
 from pdray.transfer.nccl.messages import (
@@ -34,12 +35,12 @@ ALL_LAYERS = range(0, 6)
 
 
 async def result(future: Any) -> PutResult:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         return await asyncio.wrap_future(future)
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.002)
 

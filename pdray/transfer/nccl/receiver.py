@@ -180,7 +180,7 @@ class NcclReceiver(Receiver):
         await self._writes.settle()
 
     def senders(self) -> list[str]:
-        """Whose channels are open."""
+        """See Receiver."""
         return [sender.worker_id for sender in self._senders.values() if sender.link is not None]
 
     async def close(self) -> None:
