@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +15,24 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))  # else Ray write
 
 from hypothesis import HealthCheck, settings
 
+SESSION: pytest.StashKey[pytest.Session] = pytest.StashKey()
+
 # A loaded machine is no failure: no example has a deadline.
 settings.register_profile("pdray", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pdray")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[SESSION] = session
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ray's native library now and then crashes while the interpreter ends, after every test has passed.
+
+    Seen as a segmentation fault in _raylet.so, on a thread of its own. What pytest has to say has been said by now.
+    """
+    session = config.stash.get(SESSION, None)
+    if session is not None and "ray" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(session.exitstatus))

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import ray
 
+from pdray.testing.patience import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("actors", "kernels")
 GIT_LS_FILES = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
@@ -76,7 +78,7 @@ def run_python(code: str, cwd: Path, *options: str, **environment: str) -> Any:
     """Run code in a fresh interpreter; it prints one JSON object. PYTHONPATH is not inherited."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
     done = subprocess.run(
-        [sys.executable, *options, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, *options, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -139,7 +141,7 @@ def distributions(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A folder with the sdist, and the wheel built from that sdist, as a release would be."""
     out = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(checkout)]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(build, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -183,7 +185,7 @@ def test_editable_install_resolves_to_the_checkout(checkout: Path, tmp_path: Pat
     site = tmp_path / "site"
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(site)]
     pip = [sys.executable, "-m", "pip", "install", *options, "--editable", str(checkout)]
-    done = subprocess.run(pip, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     # -I -S: nothing but the standard library, so that pdray can only come from that folder
     look = f"import site; site.addsitedir({str(site)!r}); import json, importlib.util as u;"
@@ -248,7 +250,7 @@ def test_ray_worker_imports_from_an_uploaded_checkout(ray_with_checkout: None) -
         origins = {module: str(spec and spec.origin) for module, spec in found.items()}
         return origins | {"kernels": str(kernels.__file__)}
 
-    found = ray.get(look.remote(_one_module_each()), timeout=120)
+    found = ray.get(look.remote(_one_module_each()), timeout=PATIENCE_S)
     assert "site-packages" in found.pop("kernels")
     for module, origin in found.items():
         assert origin.endswith(module.replace(".", "/") + ".py")

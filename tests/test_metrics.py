@@ -17,7 +17,7 @@ from pdray.outputs import CompletionOutput, RequestOutput, RequestTimings
 from pdray.router import router
 
 pytestmark = pytest.mark.ray
-EXPORT_DEADLINE_S = 20.0
+EXPORT_DEADLINE_S = 120.0
 OWN_TAGS = ("application", "model", "router", "worker", "role", "part", "outcome", "le", "process", "loop")
 NAMED = {"application": "app", "model": "tiny"}
 

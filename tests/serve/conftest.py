@@ -23,6 +23,7 @@ from pdray.router.request import RoutedRequest
 from pdray.router.validation import check_tokenizer, complete_params, tokenize_all
 from pdray.sampling_params import SamplingParams
 from pdray.serve.api import create_app
+from pdray.testing.patience import PATIENCE_S
 
 EOS = 128
 REPLY = "The capital of France is Paris."
@@ -203,7 +204,7 @@ async def url(server: uvicorn.Server) -> str:
 
 @pytest.fixture
 async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -212,7 +213,7 @@ def until() -> Callable[[Callable[[], Any]], Any]:
     """Wait until something is true; it must become so."""
 
     async def wait(condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, "it did not come true"
             await asyncio.sleep(0.01)

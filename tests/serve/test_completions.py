@@ -11,6 +11,8 @@ import openai
 import pytest
 from openai.types import Completion
 
+from pdray.testing.patience import PATIENCE_S
+
 REPLY = "The capital of France is Paris."
 
 
@@ -38,7 +40,7 @@ async def test_timings_are_in_milliseconds_and_name_the_remainders(client: opena
 
 async def test_the_synchronous_client(url: str) -> None:
     def ask() -> tuple[str, str]:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
             whole = client.completions.create(model="smol", prompt="x", max_tokens=100).choices[0].text
             stream = client.completions.create(model="smol", prompt="x", max_tokens=100, stream=True)
             return whole, "".join(chunk.choices[0].text for chunk in stream)

@@ -39,7 +39,7 @@ async def test_client_closes(url: str, router: Any, until: Any, path: str, strea
     if moment == "waiting":
         router.admission.clear()
     router.stop_after = 3
-    async with httpx.AsyncClient(timeout=20) as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         asking = asyncio.ensure_future(client.post(f"{url}/v1/{path}", json={**prompt, "stream": stream}))
         expected = len(prompt.get("prompt", ["x"]))
         await until(lambda: (router.num_waiting if moment == "waiting" else router.num_running) == expected)
@@ -183,7 +183,7 @@ async def test_a_slow_reader(server: uvicorn.Server, url: str, router: Any, unti
     router.stop_after = num_tokens if then == "close" else None
     body = {"prompt": "x", "stream": True, "ignore_eos": True, "max_tokens": num_tokens + (then == "close")}
     loop = asyncio.get_running_loop()
-    async with slow_client(server, body) as client, httpx.AsyncClient(base_url=url, timeout=20) as other:
+    async with slow_client(server, body) as client, httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as other:
         received = await loop.sock_recv(client, 1)
         [request] = router.requests
         num_seen, most_buffered = 0, 0
