@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from typing import NoReturn
 
 import ray
 from ray import serve as ray_serve
@@ -49,9 +51,11 @@ def serve(config: Config, *, name: str, host: str, port: int, address: str | Non
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = config.with_absolute_paths()
     deployment = Deployment(name)
-    owns_ray = False
+    owns_ray, cluster = False, None
     try:
         owns_ray = join_or_start(address, shared=True, before_start=lambda: require_port(host, port))
+        address_of_gcs = str(ray.get_runtime_context().gcs_address)
+        cluster = address_of_gcs if is_reachable(address_of_gcs) else None  # not through Ray Client
         require_http(host, port)
         require_name(name, replace=replace)
         start_http(host, port)
@@ -66,37 +70,49 @@ def serve(config: Config, *, name: str, host: str, port: int, address: str | Non
             check=deployment.why_not_running,
         )
         print(f"{config.model_name} is served at {url}/v1; Ctrl-C stops it", flush=True)
-        end = deployment.watch()
-        print(f"pdray serve: {end}", file=sys.stderr, flush=True)
-        if owns_ray and (others := _running()):
-            print(f"This process has started Ray, and stays for {', '.join(others)}; Ctrl-C ends all", file=sys.stderr)
-            while _running():
-                time.sleep(POLL_INTERVAL_S)
-        return 1
+        deployment.watch()
     except KeyboardInterrupt:
         print("Stopping ...", file=sys.stderr, flush=True)
+        return 0
+    except DisplacedError as error:
+        print(f"pdray serve: {error}", file=sys.stderr, flush=True)
+        if owns_ray:
+            _stay_for_others()
+        return 1
     except (RayError, RayServeException) as error:
         raise PdrayError(f"Ray's cluster has failed: {brief(str(error))}") from error
     finally:
         with interrupts_ignored():
             try:
                 if ray.is_initialized():
-                    _end(deployment, ray.get_runtime_context().gcs_address if owns_ray else None)
+                    _end(deployment, cluster)
             finally:
                 ray.shutdown()
-    return 0
+
+
+class DisplacedError(PdrayError):
+    """Somebody else has deleted the application, or put another in its place."""
+
+
+def _stay_for_others() -> None:
+    """Returns once no application is left in the Ray that this process has started, or at Ctrl-C."""
+    if others := _running():
+        print(f"This process has started Ray, and stays for {', '.join(others)}; Ctrl-C ends all", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):
+        while _running():
+            time.sleep(POLL_INTERVAL_S)
 
 
 def _running() -> list[str]:
     return [each.name for each in applications().values() if each.status != "DELETING"]
 
 
-def _end(deployment: Deployment, own_cluster: str | None) -> None:
-    """End the deployment. Where a signal went to all processes of a group, the cluster that was started here is ending
-    too, and every call to it would hang for a minute: then nothing is left to do, and this process ends at once.
+def _end(deployment: Deployment, cluster: str | None) -> None:
+    """End the deployment. A cluster may be ending at the same time, as where a signal went to all processes of a group,
+    and every call to it would hang for a minute: then nothing is left to do, and this process ends at once.
 
     Args:
-        own_cluster: address of the cluster that was started here.
+        cluster: address of the cluster, if it can be asked.
     """
     ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -110,10 +126,10 @@ def _end(deployment: Deployment, own_cluster: str | None) -> None:
     threading.Thread(target=run, name="pdray-end", daemon=True).start()
     while not ended.done():
         concurrent.futures.wait([ended], timeout=POLL_INTERVAL_S)
-        if own_cluster is not None and not ended.done() and not is_reachable(own_cluster):
-            print("Ray has ended with this process", file=sys.stderr, flush=True)
+        if cluster is not None and not ended.done() and not is_reachable(cluster):
+            print("Ray's cluster has ended, too", file=sys.stderr, flush=True)
             sys.stdout.flush()
-            os._exit(0)  # its processes die with the one that started them
+            os._exit(0)  # processes that were started here die with this one
     ended.result()
 
 
@@ -164,24 +180,28 @@ class Deployment:
         """None once it runs. Until then a former application of the name may answer in its place.
 
         Raises:
-            PdrayError: it never will.
+            DisplacedError: somebody else's has taken its place. PdrayError: its deployment has failed.
         """
         found = applications().get(self.name)
         if found is None or found.deployed_by not in (None, self._former, self.id):
-            raise PdrayError(self._end(found))
+            raise self._displaced(found)
         if found.deployed_by == self.id and found.status == "DEPLOY_FAILED":
             raise PdrayError(f"application {self.name!r} could not be deployed: {found.message}")
         if found.deployed_by == self.id and found.status == "RUNNING":
             return None
         return f"application {self.name!r} is {found.status}: {found.message}".rstrip(": ")
 
-    def watch(self) -> str:
-        """Returns how it ended: by somebody else's doing. Tells meanwhile how Serve finds it."""
+    def watch(self) -> NoReturn:
+        """Tell how Serve finds it, whenever that changes.
+
+        Raises:
+            DisplacedError: in the end.
+        """
         shown = "RUNNING"
         while True:
             found = applications().get(self.name)
             if found is None or found.deployed_by != self.id:
-                return self._end(found)
+                raise self._displaced(found)
             if found.status != shown:
                 shown = found.status
                 print(
@@ -189,9 +209,9 @@ class Deployment:
                 )
             time.sleep(POLL_INTERVAL_S)
 
-    def _end(self, found: ServeApplication | None) -> str:
+    def _displaced(self, found: ServeApplication | None) -> DisplacedError:
         how = "deleted" if found is None or found.status == "DELETING" else "replaced"
-        return f"application {self.name!r} was {how} by somebody else"
+        return DisplacedError(f"application {self.name!r} was {how} by somebody else")
 
 
 def require_name(name: str, *, replace: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import pytest
 
 from pdray import cluster_commands, serve_applications, serve_command
 from pdray.cluster_commands import cluster_status, format_status, stop_applications
+from pdray.config import Config
 from pdray.errors import PdrayError
 from pdray.serve_applications import ServeApplication, ServeState, brief, require_http
-from pdray.serve_command import Deployment, require_name, require_port
+from pdray.serve_command import Deployment, DisplacedError, require_name, require_port
 
 
 def application(name: str, status: str = "RUNNING", **changes: Any) -> ServeApplication:
@@ -187,7 +189,8 @@ def test_serving_ends_when_the_application_is_anothers(
     cluster.put(application("pdray", deployed_by=deployment.id))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_command, "time", SimpleNamespace(sleep=step))
-        assert deployment.watch() == f"application 'pdray' was {how} by somebody else"
+        with pytest.raises(DisplacedError, match=f"application 'pdray' was {how} by somebody else"):
+            deployment.watch()
     assert "'pdray' is UNHEALTHY" in capsys.readouterr().err
     assert not deployment.is_there()
 
@@ -208,7 +211,7 @@ def test_a_replaced_application_answers_until_the_new_one_runs(cluster: Cluster)
     with pytest.raises(PdrayError, match="could not be deployed: no such model"):
         deployment.why_not_running()
     cluster.put(application("pdray", deployed_by="a third"))
-    with pytest.raises(PdrayError, match="was replaced by somebody else"):
+    with pytest.raises(DisplacedError, match="was replaced by somebody else"):
         deployment.why_not_running()
 
 
@@ -234,19 +237,17 @@ def test_a_message_is_its_exception_without_the_frames() -> None:
     assert brief("") == ""
 
 
-@pytest.mark.parametrize("own_cluster", [None, "10.0.0.1:6379"])
-def test_an_end_tells_what_went_wrong(
-    own_cluster: str | None, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_an_end_tells_what_went_wrong(address: str | None, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_command, "is_reachable", lambda address: True)
     monkeypatch.setattr(serve_command, "STOP_TIMEOUT_S", 0.0)
     deployment = Deployment("pdray")
     cluster.put(application("pdray", deployed_by=deployment.id))
     cluster.stuck = {"pdray"}
     with pytest.raises(PdrayError, match="pdray: still there"):
-        serve_command._end(deployment, own_cluster)
+        serve_command._end(deployment, address)
     cluster.stuck = set()
-    serve_command._end(deployment, own_cluster)
+    serve_command._end(deployment, address)
     assert cluster.deployed == {}
 
 
@@ -268,4 +269,52 @@ def test_a_cluster_that_ends_with_this_process_is_not_waited_for(
     with pytest.raises(Ended, match="0"):
         serve_command._end(Deployment("pdray"), "10.0.0.1:6379")
     never.set()
-    assert "Ray has ended" in capsys.readouterr().err
+    assert "cluster has ended" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before_it_ran", [True, False])
+@pytest.mark.parametrize("owns_ray", [True, False])
+def test_who_has_started_ray_stays_for_what_took_the_place(
+    before_it_ran: bool,
+    owns_ray: bool,
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its end would end the cluster under the other application."""
+    events: list[str] = []
+
+    def sleep(_seconds: float) -> None:
+        events.append("waited")
+        cluster.put()
+
+    def wait(*_: object, check: Callable[[], str | None], **__: object) -> None:
+        if not before_it_ran:
+            cluster.put(application("pdray", deployed_by=ids[0]))
+        check()
+        cluster.put(application("pdray", deployed_by="another"))
+
+    def deploy(self: Deployment, _config: Config) -> None:
+        ids.append(self.id)
+        cluster.put(application("pdray", deployed_by="another"))
+
+    ids: list[str] = []
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    fake_ray = SimpleNamespace(
+        is_initialized=lambda: True, get_runtime_context=lambda: context, shutdown=lambda: events.append("shutdown")
+    )
+    monkeypatch.setattr(serve_command, "ray", fake_ray)
+    monkeypatch.setattr(serve_command, "join_or_start", lambda *_, **__: owns_ray)
+    for name in ("require_http", "require_name", "start_http"):
+        monkeypatch.setattr(serve_command, name, lambda *_, **__: None)
+    monkeypatch.setattr(serve_command, "is_reachable", lambda address: True)
+    monkeypatch.setattr(serve_command, "wait_until_ready", wait)
+    monkeypatch.setattr(serve_command.time, "sleep", sleep)
+    monkeypatch.setattr(Deployment, "deploy", deploy)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert serve_command.serve(Config(), name="pdray", host="127.0.0.1", port=8000, address=None) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert events == (["waited", "shutdown"] if owns_ray else ["shutdown"])
+    assert "was replaced by somebody else" in capsys.readouterr().err and cluster.deleted == []
