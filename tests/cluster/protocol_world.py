@@ -795,7 +795,7 @@ class World:
 
     def _disturbances(self) -> list[Callable[[], None]]:
         result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2), self.crash_coordinator]
-        result += [self.fail] * 2 if self.calls else []
+        result += [self.fail] * 3 if self.calls else []
         for router in self.routers:
             if router.runs:
                 result += [lambda r=router, q=q: self.abort(r, q) for q in list(router.requests.values())[:2]]
@@ -845,7 +845,9 @@ class World:
             for _ in range(4000):
                 if self._is_idle():
                     break
-                rng.choice(self.actions()[1:])()  # the first only lets time pass
+                if not (actions := self.actions()[1:]):  # the first only lets time pass
+                    break
+                rng.choice(actions)()
                 if self.violations():
                     return self.problems
             self.advance(LEASE_TIMEOUT_S + 1)
@@ -857,6 +859,9 @@ class World:
         for decode in self.workers(DecodeProcess):
             if decode.alive and (decode.pool.owner or decode.table.leases(self.now)):
                 self.problems.append(f"{decode.name} still holds {decode.table.leases(self.now)}")
+            dead = decode.writers.keys() - {p.incarnation for p in self.workers(PrefillProcess) if p.alive}
+            if decode.alive and dead:
+                self.problems.append(f"{decode.name} was never told of the end of {dead}")
         for prefill in self.workers(PrefillProcess):
             if prefill.alive and (len(prefill.ledger) or prefill.puts or prefill.held):
                 self.problems.append(f"{prefill.name} still holds {prefill.ledger._legs}")
