@@ -186,7 +186,7 @@ def test_streams_go_on_when_processes_die(
     started = [threading.Event() for _ in stories]
     with ThreadPoolExecutor(len(stories)) as pool:
         answers = [pool.submit(stream_text, client, seed, event) for seed, event in enumerate(started)]
-        assert all(event.wait(60) for event in started)
+        assert all(event.wait(PATIENCE_S) for event in started)
         before = {row["worker_id"]: row["pid"] for row in workers()}
         for victim in victims:
             if victim.endswith("coordinator"):
@@ -220,8 +220,8 @@ def test_dead_workers_are_replaced_while_serves_controller_hangs(url: str) -> No
     controller.suspend()
     try:
         os.kill(before["decode-0"], signal.SIGKILL)
-        wait_for(lambda: {row["worker_id"] for row in workers() if row.get("pid", 0) not in (0, *before.values())}, 60)
-        wait_until_ready(url, timeout_s=60)
+        wait_for(lambda: {row["worker_id"] for row in workers() if row.get("pid", 0) not in (0, *before.values())})
+        wait_until_ready(url, timeout_s=PATIENCE_S)
     finally:
         controller.resume()
     assert {row["worker_id"] for row in workers() if row["pid"] != before[row["worker_id"]]} == {"decode-0"}
@@ -246,7 +246,7 @@ def test_streams_go_on_while_the_configuration_changes(url: str, client: openai.
     started = [threading.Event() for _ in stories]
     with ThreadPoolExecutor(len(stories)) as pool:
         answers = [pool.submit(stream_text, client, seed, event) for seed, event in enumerate(started)]
-        assert all(event.wait(60) for event in started)
+        assert all(event.wait(PATIENCE_S) for event in started)
         serve.run(build(CONFIG.model_copy(update={"max_queue_size": 4})), name=APP, route_prefix="/")
         assert httpx.get(f"{url}/health", timeout=10).status_code == 200
         assert [answer.result(timeout=PATIENCE_S) for answer in answers] == stories
