@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from ray import serve as ray_serve
 
 from pdray.errors import PdrayError
 from pdray.ray_cluster import join
+from pdray.reachable import ClusterEndedError, is_reachable, while_reachable
 from pdray.serve_applications import applications
 
 POLL_INTERVAL_S = 0.5
@@ -124,8 +126,14 @@ def stop(address: str | None, *, name: str | None, timeout_s: float) -> int:
         PdrayError: no such application, it is not pdray's, or it is still there after timeout_s.
     """
     join(address)
+    cluster = str(ray.get_runtime_context().gcs_address)
     try:
-        stopped = stop_applications(name, timeout_s)
+        stopped = while_reachable(
+            cluster if is_reachable(cluster) else None, lambda: stop_applications(name, timeout_s)
+        )
+    except ClusterEndedError as error:
+        print(f"stopped {name or 'all'}: {error}", flush=True)
+        os._exit(0)  # ray.shutdown() would hang
     finally:
         ray.shutdown()
     print(f"stopped {', '.join(stopped)}" if stopped else "no pdray application is running")

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import socket
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from pdray.errors import PdrayError
+
+T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
+WATCH_INTERVAL_S = 0.5
 DEFAULT_CLIENT_PORT = 10001
 CLIENT_SCHEME = "ray://"
 
@@ -17,6 +26,35 @@ def is_reachable(address: str) -> bool:
     except (ConnectionError, ValueError):
         return False
     return True
+
+
+class ClusterEndedError(PdrayError):
+    """Ray's cluster has ended while something was being done in it."""
+
+
+def while_reachable(address: str | None, work: Callable[[], T]) -> T:
+    """What `work` returns; it runs on a thread of its own, which a cluster that has ended would hold for a minute.
+
+    Args:
+        address: of the cluster that `work` calls; None if it cannot be asked, as through Ray Client.
+
+    Raises:
+        ClusterEndedError: nothing answers at the address any more. What `work` raises.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="pdray-cluster-work", daemon=True).start()
+    while not done.done():
+        concurrent.futures.wait([done], timeout=WATCH_INTERVAL_S)
+        if address is not None and not done.done() and not is_reachable(address):
+            raise ClusterEndedError(f"Ray's cluster at {address} has ended")
+    return done.result()
 
 
 def require_reachable(address: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 import uuid
 from typing import NoReturn
@@ -25,11 +23,12 @@ from pdray.health import wait_until_ready
 from pdray.interrupts import interrupts_ignored
 from pdray.options import option_name
 from pdray.ray_cluster import join_or_start
-from pdray.reachable import is_reachable
+from pdray.reachable import ClusterEndedError, is_reachable, while_reachable
 from pdray.serve_applications import ServeApplication, applications, brief, require_http, serve_state
 
 POLL_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 60.0
+LEAVE_S = 2.0  # for whoever has ended the last application to leave the cluster
 DELETE_TIMEOUT_S = 60.0
 ROUTE_PREFIX = "/"
 
@@ -95,42 +94,30 @@ class DisplacedError(PdrayError):
 
 
 def _stay_for_others() -> None:
-    """Returns once no application is left in the Ray that this process has started, or at Ctrl-C."""
-    if others := _running():
+    """Returns once nothing is left in the Ray that this process has started, or at Ctrl-C."""
+    from pdray.actors.client import list_applications
+
+    if others := [each.name for each in applications().values() if each.status != "DELETING"]:
         print(f"This process has started Ray, and stays for {', '.join(others)}; Ctrl-C ends all", file=sys.stderr)
     with contextlib.suppress(KeyboardInterrupt):
-        while _running():
+        while applications() or list_applications():
             time.sleep(POLL_INTERVAL_S)
-
-
-def _running() -> list[str]:
-    return [each.name for each in applications().values() if each.status != "DELETING"]
+        time.sleep(LEAVE_S)
 
 
 def _end(deployment: Deployment, cluster: str | None) -> None:
-    """End the deployment. A cluster may be ending at the same time, as where a signal went to all processes of a group,
-    and every call to it would hang for a minute: then nothing is left to do, and this process ends at once.
+    """End the deployment. Where the cluster is ending too, as when a signal went to all processes of a group, nothing
+    is left to do, and this process ends at once.
 
     Args:
         cluster: address of the cluster, if it can be asked.
     """
-    ended: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            deployment.end()
-            ended.set_result(None)
-        except BaseException as error:
-            ended.set_exception(error)
-
-    threading.Thread(target=run, name="pdray-end", daemon=True).start()
-    while not ended.done():
-        concurrent.futures.wait([ended], timeout=POLL_INTERVAL_S)
-        if cluster is not None and not ended.done() and not is_reachable(cluster):
-            print("Ray's cluster has ended, too", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(0)  # processes that were started here die with this one
-    ended.result()
+    try:
+        while_reachable(cluster, deployment.end)
+    except ClusterEndedError as error:
+        print(f"pdray serve: {error}, too", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(0)  # ray.shutdown() would hang; processes that were started here die with this one
 
 
 class Deployment:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pdray import cluster_commands, serve_applications, serve_command
+from pdray import cluster_commands, reachable, serve_applications, serve_command
 from pdray.cluster_commands import cluster_status, format_status, stop_applications
 from pdray.config import Config
 from pdray.errors import PdrayError
@@ -239,7 +239,7 @@ def test_a_message_is_its_exception_without_the_frames() -> None:
 
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
 def test_an_end_tells_what_went_wrong(address: str | None, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_command, "is_reachable", lambda address: True)
+    monkeypatch.setattr(reachable, "is_reachable", lambda address: True)
     monkeypatch.setattr(serve_command, "STOP_TIMEOUT_S", 0.0)
     deployment = Deployment("pdray")
     cluster.put(application("pdray", deployed_by=deployment.id))
@@ -264,12 +264,12 @@ def test_a_cluster_that_ends_with_this_process_is_not_waited_for(
 
     never = threading.Event()
     monkeypatch.setattr(Deployment, "end", lambda self: never.wait(60))
-    monkeypatch.setattr(serve_command, "is_reachable", lambda address: address != "10.0.0.1:6379")
+    monkeypatch.setattr(reachable, "is_reachable", lambda address: address != "10.0.0.1:6379")
     monkeypatch.setattr(serve_command, "os", SimpleNamespace(_exit=leave))
     with pytest.raises(Ended, match="0"):
         serve_command._end(Deployment("pdray"), "10.0.0.1:6379")
     never.set()
-    assert "cluster has ended" in capsys.readouterr().err
+    assert "has ended" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("before_it_ran", [True, False])
@@ -316,5 +316,37 @@ def test_who_has_started_ray_stays_for_what_took_the_place(
         assert serve_command.serve(Config(), name="pdray", host="127.0.0.1", port=8000, address=None) == 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert events == (["waited", "shutdown"] if owns_ray else ["shutdown"])
+    assert events == (["waited", "waited", "shutdown"] if owns_ray else ["shutdown"])
     assert "was replaced by somebody else" in capsys.readouterr().err and cluster.deleted == []
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_stop_ends_with_the_cluster(
+    ended: bool, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A `pdray serve` that has started Ray ends it when its application is gone."""
+
+    class Left(BaseException):
+        pass
+
+    def leave(status: int) -> None:
+        raise Left(status)
+
+    hanging = threading.Event()
+    answers = iter([True, False])
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    monkeypatch.setattr(cluster_commands, "join", lambda address: None)
+    monkeypatch.setattr(cluster_commands.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(cluster_commands, "os", SimpleNamespace(_exit=leave))
+    monkeypatch.setattr(cluster_commands, "is_reachable", lambda address: next(answers))
+    monkeypatch.setattr(reachable, "is_reachable", lambda address: next(answers))
+    cluster.put(application("one"))
+    if not ended:
+        assert cluster_commands.stop(None, name="one", timeout_s=5.0) == 0
+        assert capsys.readouterr().out == "stopped one\n"
+        return
+    monkeypatch.setattr(cluster_commands, "stop_applications", lambda *_: hanging.wait(60))
+    with pytest.raises(Left, match="0"):
+        cluster_commands.stop(None, name="one", timeout_s=5.0)
+    hanging.set()
+    assert capsys.readouterr().out.startswith("stopped one: Ray's cluster at 10.0.0.1:6379 has ended")
