@@ -5,10 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import socket
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from pdray.background import start_thread
 from pdray.errors import PdrayError
 
 T = TypeVar("T")
@@ -43,13 +43,7 @@ def while_reachable(address: str | None, work: Callable[[], T]) -> T:
     """
     done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="pdray-cluster-work", daemon=True).start()
+    start_thread("pdray-cluster-work", lambda: done.set_result(work()), done.set_exception)
     while not done.done():
         concurrent.futures.wait([done], timeout=WATCH_INTERVAL_S)
         if address is not None and not done.done() and not is_reachable(address):
