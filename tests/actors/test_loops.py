@@ -289,7 +289,6 @@ OTHERS = {
     ("pdray/testing/fault_injection.py", "put"): "a fault that tests order, once",
     ("pdray/llm.py", "_generate_all"): "a task group",
     ("pdray/serve/app.py", "__init__"): "check_health() raises what they raised, and Serve replaces the replica",
-    ("pdray/serve_command.py", "_end"): "what it raises is set on the future that is waited for",
     ("pdray/serve/connection.py", "unless_gone"): "awaited where they are made",
     ("pdray/serve/generation.py", "_submit"): "awaited where they are made",
     ("pdray/serve/generation.py", "_merged"): "what they raise comes through the queue that is read",
