@@ -54,8 +54,8 @@ def _inject_everywhere() -> set[str]:
 def _inject_here(actor: Any) -> set[str]:
     """Runs beside the actor's event loop, in its process."""
     if hasattr(actor, "_replica_impl"):
-        router = actor._replica_impl._user_callable_wrapper._callable.router
-        owners = [router._tasks, router._connections._tasks]
+        router = getattr(actor._replica_impl._user_callable_wrapper._callable, "router", None)
+        owners = [] if router is None else [router._tasks, router._connections._tasks]  # the other replica has none
     else:
         owners = [actor._tasks, *([actor._fleet._tasks] if hasattr(actor, "_fleet") else [])]
 
