@@ -210,12 +210,16 @@ def test_streams_go_on_when_processes_die(
     assert all(not problems for problems in check_integrity(APP).values())
 
 
+def is_controller(process: psutil.Process) -> bool:
+    """Whether it is Serve's; other tests' children may have ended meanwhile, and have no command line."""
+    try:
+        return any(part.startswith("ray::ServeController") for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_dead_workers_are_replaced_while_serves_controller_hangs(url: str) -> None:
-    (controller,) = [
-        p
-        for p in psutil.Process().children(recursive=True)
-        if any(part.startswith("ray::ServeController") for part in p.cmdline())
-    ]
+    (controller,) = filter(is_controller, psutil.Process().children(recursive=True))
     before = {row["worker_id"]: row["pid"] for row in workers()}
     controller.suspend()
     try:

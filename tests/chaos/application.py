@@ -56,7 +56,7 @@ class Application:
         """Process ids of the Coordinator, of the workers that are up, and of the router replica."""
         state = await asyncio.to_thread(describe, NAME)
         pids = {row["worker_id"]: row["pid"] for row in state["workers"] if "pid" in row}
-        replica = next((process.pid for process in processes() if is_replica(process)), None)
+        replica = next((process.pid for process in processes() if has_title(process, REPLICA_TITLE)), None)
         return {"coordinator": state["pid"]} | pids | ({} if replica is None else {"replica": replica})
 
     async def kill(self, name: str, signal_number: signal.Signals = signal.SIGKILL) -> int:
@@ -130,10 +130,10 @@ def processes() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def is_replica(process: psutil.Process) -> bool:
-    """Whether it runs the router."""
+def has_title(process: psutil.Process, title: str) -> bool:
+    """Whether Ray calls it so; what has ended has no title."""
     try:
-        return any(part.startswith(REPLICA_TITLE) for part in process.cmdline())
+        return any(part.startswith(title) for part in process.cmdline())
     except psutil.NoSuchProcess:
         return False
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import ray
-from application import Application, processes, seconds_until
+from application import Application, has_title, processes, seconds_until
 from deaths import BACK_TIMEOUT_S, differences, with_problems
 from loops import loops_fail
 from rows import Row
@@ -89,7 +89,7 @@ async def _controller_hangs(
 ) -> Row:
     """Serve's controller stops, and a worker dies while it does not answer: it is replaced all the same."""
     before = await app.pids()
-    controller = next(process.pid for process in processes() if _has_title(process, CONTROLLER_TITLE))
+    controller = next(process.pid for process in processes() if has_title(process, CONTROLLER_TITLE))
     tasks = [asyncio.ensure_future(clients.ask(body)) for body in bodies]
     await clients.pieces(midway)
     since = time.monotonic()
@@ -134,13 +134,6 @@ async def _serve_answers() -> bool:
 def _runs(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _has_title(process: psutil.Process, title: str) -> bool:
-    try:
-        return any(part.startswith(title) for part in process.cmdline())
     except psutil.NoSuchProcess:
         return False
 
