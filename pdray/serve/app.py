@@ -196,7 +196,7 @@ def build(args: Config, deployed_by: str = "") -> serve.Application:
     common: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0} | drain_options(os.environ),
         "health_check_period_s": 2,
-        "health_check_timeout_s": 4,  # a replica that hangs fails three times in a row, and is replaced in 15 s
+        "health_check_timeout_s": 4,  # three times in a row: what hangs is seen in 15 s, and ended after the grace
         "max_surge_percent": 100,  # start the new one beside the old one; the default would stop the old one first
     }
     workers = serve.deployment(
