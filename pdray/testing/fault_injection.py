@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class FaultInjectingSender(Sender):
         self._inner = inner
         self._plan = plan
         self._num_puts = 0
-        self._timers: list[threading.Timer] = []
+        self._timers: list[asyncio.TimerHandle] = []
         self._pending: list[Future[PutResult]] = []
 
     def put(self, put: Put) -> Future[PutResult]:
@@ -54,10 +54,8 @@ class FaultInjectingSender(Sender):
             )
         else:
             self._pending.append(future)
-            timer = threading.Timer(fault.delay_s, lambda: self._forward(put, future))
-            timer.daemon = True
-            self._timers.append(timer)
-            timer.start()
+            loop = asyncio.get_running_loop()  # where the inner one is to be called
+            self._timers.append(loop.call_later(fault.delay_s, self._forward, put, future))
         return future
 
     def on_message(self, epoch: int, payload: bytes) -> None:
