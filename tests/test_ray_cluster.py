@@ -104,7 +104,7 @@ def test_an_address_where_nothing_listens_is_told_at_once(
 def test_another_server_at_the_address_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster.ray, "init", never)
     monkeypatch.setattr(reachable, "CONNECT_TIMEOUT_S", 0.5)
-    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+    with ThreadingHTTPServer(("0.0.0.0", 0), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(PdrayError, match=r"something listens at .*, but no Ray: .*6379"):
             ray_cluster.join(f"127.0.0.1:{server.server_port}")
