@@ -25,6 +25,7 @@ from pdray.background import BackgroundTasks, LoopFailures, start_thread
 from pdray.cluster.messages import Heartbeat, LeaseRequest, WorkerIdentity, WorkerInfo
 from pdray.config import Config
 from pdray.testing.patience import PATIENCE_S
+from pdray.testing.tiny_model import TINY_CONFIG
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,22 +140,6 @@ class NoMetrics:
     def update(self, *args: Any) -> None: ...
     def on_failure(self, loop: str) -> None: ...
     def on_integrity_check(self, num_problems: int) -> None: ...
-
-
-TINY_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "eos_token_id": 95,
-}
 
 
 @asynccontextmanager
@@ -286,7 +271,6 @@ OTHERS = {
     ("pdray/background.py", "start_thread"): "the policy",
     ("pdray/engine/loop.py", "__init__"): "the engine stands alone; its on_error ends the worker",
     ("pdray/transfer/object_store/kind.py", "on_array"): "awaited where it is made",
-    ("pdray/testing/fault_injection.py", "put"): "a fault that tests order, once",
     ("pdray/llm.py", "_generate_all"): "a task group",
     ("pdray/serve/app.py", "__init__"): "check_health() raises what they raised, and Serve replaces the replica",
     ("pdray/serve/connection.py", "unless_gone"): "awaited where they are made",

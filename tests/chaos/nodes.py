@@ -26,21 +26,9 @@ from scale import Scale
 
 from pdray import LLM, SamplingParams
 from pdray.outputs import RequestOutput
+from pdray.testing.tiny_model import TINY_CONFIG
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "eos_token_id": 95,
-}
+TINY = TINY_CONFIG | {"max_position_embeddings": 2048}
 GIVES_UP_FAST = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
