@@ -19,11 +19,11 @@ from pdray.actors.importable import why_not_importable
 from pdray.actors.placement import NAMESPACE, OUTSIDE_PLACEMENT_GROUPS
 from pdray.actors.succession import application_of, coordinator_name, coordinator_names
 from pdray.actors.vigil import keep_vigil
-from pdray.cluster.messages import ClusterView
-from pdray.cluster.startup import StartState
 from pdray.config import Config
+from pdray.control.startup import StartState
 from pdray.errors import PdrayError, StartTimeoutError, WorkerDiedError
 from pdray.router.probe import BrokenPair
+from pdray.wire.cluster_view import ClusterView
 
 logger = logging.getLogger(__name__)
 

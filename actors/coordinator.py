@@ -1,6 +1,6 @@
 """The Coordinator: an application's workers, and who may know about them.
 
-One actor per application and configuration. The table is `pdray.cluster.membership.Membership`, its hands
+One actor per application and configuration. The table is `pdray.control.membership.Membership`, its hands
 are `WorkerFleet`; this class answers routers and the command line, and ends the application when it
 is no longer wanted. It is no part of any request's path.
 
@@ -26,17 +26,17 @@ from pdray.actors.questions import ask
 from pdray.actors.serve_status import SERVE_TIMEOUT_S, is_listed
 from pdray.actors.succession import Standing, Succession
 from pdray.background import BackgroundTasks, LoopFailures
-from pdray.cluster.generations import Phase
-from pdray.cluster.membership import Membership
-from pdray.cluster.messages import ClusterView, Draining, Heartbeat, WorkerInfo
-from pdray.cluster.pair_health import PairHealth, Reconnect, Replace
-from pdray.cluster.room import Held
-from pdray.cluster.startup import StartState, Startup
-from pdray.cluster.wanted import Wanted
 from pdray.config import Config
+from pdray.control.generations import Phase
+from pdray.control.membership import Membership
+from pdray.control.pair_health import PairHealth, Reconnect, Replace
+from pdray.control.room import Held
+from pdray.control.startup import StartState, Startup
+from pdray.control.wanted import Wanted
 from pdray.errors import PdrayError
 from pdray.metrics import LoopMetrics
 from pdray.router.probe import BrokenPair
+from pdray.wire.cluster_view import ClusterView, Draining, Heartbeat, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Coordinator:
     Args:
         app_name: prefix of the workers' names; of a Serve application, its name.
         detached: True for a Serve application: actors outlive who created them, and end when the
-            application has left Serve (see pdray.cluster.wanted).
+            application has left Serve (see pdray.control.wanted).
         secret: of the cluster. Ray starts a Coordinator that died again, with the same arguments; it then goes on with
             the workers that are there.
     """

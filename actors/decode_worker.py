@@ -14,33 +14,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pdray.actors.worker import Worker
-from pdray.cluster.credit import CreditWaiters
-from pdray.cluster.effects import Send
-from pdray.cluster.lease import LeaseTable
-from pdray.cluster.losses import blame
-from pdray.cluster.messages import (
-    AnyMessage,
-    BeginPut,
-    ChannelMessage,
-    ChannelOffer,
-    CloseLease,
-    Credit,
-    EndCompletion,
-    LeaseRequest,
-    LegKey,
-    LegTokens,
-    PutAborted,
-    PutDone,
-    RenewLeases,
-    Tokens,
-    WorkerInfo,
-)
-from pdray.cluster.session import Session
 from pdray.config import Config
+from pdray.control.credit import CreditWaiters
+from pdray.control.effects import Send
+from pdray.control.lease import LeaseTable
+from pdray.control.losses import blame
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import HandshakeError
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.registry import choose_kind
+from pdray.wire.cluster_view import ChannelOffer, WorkerInfo
+from pdray.wire.lease_messages import CloseLease, Credit, EndCompletion, LeaseRequest, LegTokens, RenewLeases, Tokens
+from pdray.wire.message import LegKey
+from pdray.wire.messages import AnyMessage
+from pdray.wire.put_messages import BeginPut, ChannelMessage, PutAborted, PutDone
+from pdray.wire.session import Session
 
 if TYPE_CHECKING:
     from pdray.transfer.channel import Receiver

@@ -21,15 +21,15 @@ from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.process_death import end_actor, make_dead
 from pdray.actors.questions import ask
 from pdray.background import BackgroundTasks, LoopFailures
-from pdray.cluster.effects import Connect, Kill, MembershipEffect, Start, TellGone
-from pdray.cluster.membership import Membership, Stray
-from pdray.cluster.messages import Heartbeat, WorkerIdentity, WorkerInfo
-from pdray.cluster.pair_health import Reconnect, Replace
-from pdray.cluster.room import Held
-from pdray.cluster.startup import Startup
-from pdray.cluster.suspicions import Suspicions
 from pdray.config import Config
+from pdray.control.effects import Connect, Kill, MembershipEffect, Start, TellGone
+from pdray.control.membership import Membership, Stray
+from pdray.control.pair_health import Reconnect, Replace
+from pdray.control.room import Held
+from pdray.control.startup import Startup
+from pdray.control.suspicions import Suspicions
 from pdray.errors import PdrayError
+from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pdray.actors.placement import cluster_nodes, worker_resources
 from pdray.actors.questions import ask
-from pdray.cluster.gpu_plan import plan_gpus
-from pdray.cluster.room import Held, explain
 from pdray.config import Config
+from pdray.control.gpu_plan import plan_gpus
+from pdray.control.room import Held, explain
 from pdray.errors import PdrayError, PlacementError
 
 POLL_S = 0.05

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import ray
 from ray._private.state import available_resources_per_node
 
-from pdray.cluster.room import NodeRoom
 from pdray.config import Config
+from pdray.control.room import NodeRoom
 
 NAMESPACE = "pdray"
 OUTSIDE_PLACEMENT_GROUPS = "DEFAULT"  # Ray's name for it

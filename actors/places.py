@@ -13,11 +13,11 @@ from typing import Any
 from pdray.actors.gpu_groups import GpuGroups
 from pdray.actors.placement import cluster_nodes, uses_cuda, worker_options, worker_resources
 from pdray.actors.questions import ask
-from pdray.cluster.gpu_plan import plan_gpus
-from pdray.cluster.messages import WorkerInfo
-from pdray.cluster.room import Held, Resources, Room, explain, find_room
 from pdray.config import Config
+from pdray.control.gpu_plan import plan_gpus
+from pdray.control.room import Held, Resources, Room, explain, find_room
 from pdray.errors import PlacementError
+from pdray.wire.cluster_view import WorkerInfo
 
 RETRY_S = 0.5
 PATIENCE_S = 1.0  # resources that are being freed are no reason to speak of

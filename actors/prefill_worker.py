@@ -16,28 +16,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pdray.actors.worker import Worker
-from pdray.cluster.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
-from pdray.cluster.losses import blame
-from pdray.cluster.messages import (
-    AbortPut,
-    AnyMessage,
-    BeginPutReply,
-    CancelPrefill,
-    ChannelMessage,
-    ChannelOffer,
-    FirstTokens,
-    LegKey,
-    Ping,
-    Pong,
-    PrefillRequest,
-    WorkerInfo,
-)
-from pdray.cluster.prefill_ledger import PrefillLedger
-from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
+from pdray.control.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
+from pdray.control.losses import blame
+from pdray.control.prefill_ledger import PrefillLedger
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate
 from pdray.errors import InvalidRequestError, RequestFailedError, TransferError
 from pdray.transfer.channel import Link, Put, PutResult
+from pdray.wire.cluster_view import ChannelOffer, WorkerInfo
+from pdray.wire.message import LegKey
+from pdray.wire.messages import AnyMessage
+from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, Ping, Pong, PrefillRequest
+from pdray.wire.put_messages import AbortPut, BeginPutReply, ChannelMessage
+from pdray.wire.session import PeerName, Session, connect
 
 if TYPE_CHECKING:
     from pdray.transfer.channel import Sender

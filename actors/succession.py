@@ -1,6 +1,6 @@
 """The hand-over between the configurations of one application: what one generation says to the others, and does.
 
-`pdray.cluster.generations` decides; this class asks the other generations' Coordinators, looks for room, and tells its
+`pdray.control.generations` decides; this class asks the other generations' Coordinators, looks for room, and tells its
 owner what to do. Runs on the Coordinator's event loop.
 """
 
@@ -21,9 +21,9 @@ from ray.util import list_named_actors
 from pdray.actors.placement import NAMESPACE, cluster_nodes
 from pdray.actors.places import demands
 from pdray.actors.questions import ask
-from pdray.cluster.generations import EndGeneration, Generation, Phase, StartWorkers, StopWorkers
-from pdray.cluster.room import Held, Room, explain, find_room
 from pdray.config import Config
+from pdray.control.generations import EndGeneration, Generation, Phase, StartWorkers, StopWorkers
+from pdray.control.room import Held, Room, explain, find_room
 from pdray.errors import PlacementError
 
 logger = logging.getLogger(__name__)

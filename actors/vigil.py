@@ -14,7 +14,7 @@ from ray.util.client import ray as client
 
 from pdray.actors.process_death import make_dead
 from pdray.actors.questions import ActorProcess, find_process
-from pdray.cluster.suspicions import Suspicions
+from pdray.control.suspicions import Suspicions
 from pdray.errors import PdrayError
 
 logger = logging.getLogger(__name__)

@@ -23,21 +23,10 @@ import ray
 
 from pdray.actors.placement import OneNode, listen_address, origin
 from pdray.background import BackgroundTasks, LoopFailures
-from pdray.cluster.effects import Send
-from pdray.cluster.messages import (
-    AnyMessage,
-    ChannelMessage,
-    Heartbeat,
-    LegKey,
-    PrefixUpdate,
-    StepFailed,
-    WorkerIdentity,
-    WorkerInfo,
-)
-from pdray.cluster.prefixes import ToldPrefixes
-from pdray.cluster.session import PeerName, Session, SessionServer
-from pdray.cluster.suspicions import Suspicions
 from pdray.config import Config
+from pdray.control.effects import Send
+from pdray.control.prefixes import ToldPrefixes
+from pdray.control.suspicions import Suspicions
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import EngineHungError, StepFailedError, describe_error
@@ -45,6 +34,12 @@ from pdray.garbage_collection import quiet_garbage_collection
 from pdray.logs import log_to_stderr
 from pdray.metrics import LoopMetrics, WorkerMetrics
 from pdray.transfer.registry import allowed_kinds, load_kind
+from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo
+from pdray.wire.message import LegKey
+from pdray.wire.messages import AnyMessage
+from pdray.wire.put_messages import ChannelMessage
+from pdray.wire.session import PeerName, Session, SessionServer
+from pdray.wire.worker_news import PrefixUpdate, StepFailed
 
 if TYPE_CHECKING:
     import torch

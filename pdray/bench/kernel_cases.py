@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from pdray.engine.kv.layout import KVLayout
-from pdray.kernels.activation import silu_and_mul
-from pdray.kernels.attention import AttentionMetadata, find_fresh, paged_attention
-from pdray.kernels.draw import draw_filtered, draw_tokens
-from pdray.kernels.embedding import embed
-from pdray.kernels.kv_pack import pack_blocks, unpack_blocks
-from pdray.kernels.layernorm import rms_norm
-from pdray.kernels.linear import linear, pack_weight
-from pdray.kernels.norm_linear import norm_linear
-from pdray.kernels.rotary_store import rotate_and_store
+from pdray.kernels.attention.paged import AttentionMetadata, find_fresh, paged_attention
+from pdray.kernels.attention.rotary_store import rotate_and_store
+from pdray.kernels.elementwise.activation import silu_and_mul
+from pdray.kernels.elementwise.embedding import embed
+from pdray.kernels.elementwise.rms_norm import rms_norm
+from pdray.kernels.kv.pack import pack_blocks, unpack_blocks
+from pdray.kernels.linear.linear import linear, pack_weight
+from pdray.kernels.linear.norm_linear import norm_linear
+from pdray.kernels.sampling.draw import draw_filtered, draw_tokens
 from pdray.models.decoder import shapes_of_layer
 from pdray.models.model_config import ModelConfig
 from pdray.models.rope import build_rotary_table

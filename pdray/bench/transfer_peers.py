@@ -13,8 +13,6 @@ import numpy as np
 import torch
 
 from pdray.background import BackgroundTasks
-from pdray.cluster.messages import AnyMessage, ChannelMessage, ChannelOffer, LegKey
-from pdray.cluster.session import PeerName, Session, SessionServer, connect
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
@@ -22,6 +20,11 @@ from pdray.errors import TransferError
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Site
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.registry import load_kind
+from pdray.wire.cluster_view import ChannelOffer
+from pdray.wire.message import LegKey
+from pdray.wire.messages import AnyMessage
+from pdray.wire.put_messages import ChannelMessage
+from pdray.wire.session import PeerName, Session, SessionServer, connect
 
 HOST = "127.0.0.1"
 

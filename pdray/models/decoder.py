@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from pdray.kernels.attention import AttentionMetadata
+from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.attention import Attention, RotaryTable
 from pdray.models.parts.embedding import Embedding, OutputHead

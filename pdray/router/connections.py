@@ -9,10 +9,13 @@ from functools import partial
 from typing import Protocol
 
 from pdray.background import BackgroundTasks, LoopFailures
-from pdray.cluster.messages import AnyMessage, ClusterView, Draining, Ping, RenewLeases, WorkerInfo
-from pdray.cluster.session import PeerName, Session, connect
 from pdray.errors import HandshakeError, WorkerDiedError
 from pdray.router.link import WorkerLink
+from pdray.wire.cluster_view import ClusterView, Draining, WorkerInfo
+from pdray.wire.lease_messages import RenewLeases
+from pdray.wire.messages import AnyMessage
+from pdray.wire.prefill_messages import Ping
+from pdray.wire.session import PeerName, Session, connect
 
 logger = logging.getLogger(__name__)
 

@@ -13,27 +13,19 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from pdray.cluster.admission import AdmissionQueue
-from pdray.cluster.losses import Loss, Verdict, blame
-from pdray.cluster.messages import (
-    CancelPrefill,
-    CloseLease,
-    EndCompletion,
-    LeaseDenied,
-    LeaseGranted,
-    LeaseRequest,
-    LegKey,
-    PrefillRequest,
-    RenewLeases,
-    StepFailed,
-)
 from pdray.config import Config
+from pdray.control.admission import AdmissionQueue
+from pdray.control.losses import Loss, blame
 from pdray.engine.kv.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, PdrayError, RequestFailedError
 from pdray.router.connections import WorkerConnections
 from pdray.router.leg import RoutedLeg
 from pdray.router.link import WorkerLink
 from pdray.router.placement import Placement
+from pdray.wire.lease_messages import CloseLease, EndCompletion, LeaseDenied, LeaseGranted, LeaseRequest, RenewLeases
+from pdray.wire.message import LegKey, Verdict
+from pdray.wire.prefill_messages import CancelPrefill, PrefillRequest
+from pdray.wire.worker_news import StepFailed
 
 ROLES = ("prefill", "decode", "both")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pdray.cluster.admission import Waiting
-from pdray.cluster.messages import LegKey
-from pdray.cluster.policy import Choice
-from pdray.cluster.request_tracker import Leg
 from pdray.config import Config
+from pdray.control.admission import Waiting
+from pdray.control.policy import Choice
+from pdray.control.request_tracker import Leg
 from pdray.engine.schedule.demand import Demand, lease_demand
 from pdray.router.request import RoutedRequest
+from pdray.wire.message import LegKey
 
 
 @dataclass(slots=True, eq=False)

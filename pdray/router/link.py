@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pdray.cluster.credit import covers
-from pdray.cluster.messages import Credit, CreditWanted, LegKey, PrefixUpdate, WorkerInfo, unpack_hashes
-from pdray.cluster.policy import DecodeState, PrefillState
-from pdray.cluster.session import Session
+from pdray.control.credit import covers
+from pdray.control.policy import DecodeState, PrefillState
 from pdray.engine.schedule.demand import Demand
+from pdray.wire.cluster_view import WorkerInfo
+from pdray.wire.lease_messages import Credit, CreditWanted
+from pdray.wire.message import LegKey
+from pdray.wire.session import Session
+from pdray.wire.worker_news import PrefixUpdate, unpack_hashes
 
 NO_CREDIT = Credit(free_blocks=0, free_places=0, running=0, waiting=0, leases=0)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pdray.cluster.policy import Choice, choose, choose_prefill, has_credit
 from pdray.config import Config
+from pdray.control.policy import Choice, choose, choose_prefill, has_credit
 from pdray.engine.schedule.demand import Demand
 from pdray.errors import InvalidRequestError
 from pdray.router.connections import WorkerConnections

@@ -12,22 +12,12 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from pdray.cluster.messages import (
-    AnyMessage,
-    CancelPrefill,
-    CloseLease,
-    FirstTokens,
-    LeaseClosed,
-    LeaseDenied,
-    LeaseGranted,
-    LeaseRequest,
-    LegKey,
-    LegTokens,
-    PrefillFailed,
-    PrefillRequest,
-)
 from pdray.router.connections import WorkerConnections
 from pdray.sampling_params import SamplingParams
+from pdray.wire.lease_messages import CloseLease, LeaseClosed, LeaseDenied, LeaseGranted, LeaseRequest, LegTokens
+from pdray.wire.message import LegKey
+from pdray.wire.messages import AnyMessage
+from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, PrefillFailed, PrefillRequest
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
-from pdray.cluster.losses import Losses
-from pdray.cluster.request_tracker import RequestTracker
+from pdray.control.losses import Losses
+from pdray.control.request_tracker import RequestTracker
 from pdray.outputs import RequestOutput, SampledToken
 from pdray.router.completion import CompletionDelta, GrowingCompletion
 from pdray.sampling_params import SamplingParams

@@ -12,25 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pdray.background import BackgroundTasks, LoopFailures
-from pdray.cluster.losses import Loss
-from pdray.cluster.messages import (
-    AnyMessage,
-    ClusterView,
-    CreditUpdate,
-    FirstTokens,
-    LeaseClosed,
-    LeaseDenied,
-    LeaseGranted,
-    LegTokens,
-    Ping,
-    Pong,
-    PrefillFailed,
-    PrefixUpdate,
-    RenewLeases,
-    StepFailed,
-    Tokens,
-)
 from pdray.config import Config
+from pdray.control.losses import Loss
 from pdray.errors import (
     ConfigError,
     InvalidRequestError,
@@ -53,6 +36,19 @@ from pdray.router.request import RoutedRequest
 from pdray.router.tokenization import encoder_of
 from pdray.router.validation import check_tokenizer, complete_params, tokenize, tokenize_all
 from pdray.sampling_params import SamplingParams
+from pdray.wire.cluster_view import ClusterView
+from pdray.wire.lease_messages import (
+    CreditUpdate,
+    LeaseClosed,
+    LeaseDenied,
+    LeaseGranted,
+    LegTokens,
+    RenewLeases,
+    Tokens,
+)
+from pdray.wire.messages import AnyMessage
+from pdray.wire.prefill_messages import FirstTokens, Ping, Pong, PrefillFailed
+from pdray.wire.worker_news import PrefixUpdate, StepFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

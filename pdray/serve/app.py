@@ -21,7 +21,6 @@ from pydantic import SecretStr
 from ray import serve
 
 from pdray.actors.client import CoordinatorClient, failure, routers_alive
-from pdray.cluster.messages import ClusterView
 from pdray.config import Config
 from pdray.errors import PdrayError, WorkerDiedError
 from pdray.logs import leave_out_polls, log_to_stderr
@@ -33,6 +32,7 @@ from pdray.serve import MARK
 from pdray.serve.api import create_app
 from pdray.serve.own_state import is_stopping
 from pdray.serve.readiness import WorkersReplica
+from pdray.wire.cluster_view import ClusterView
 
 API_KEY_VARIABLE = "PDRAY_API_KEY"
 DRAIN_VARIABLE = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"

@@ -17,8 +17,8 @@ from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from pdray.cluster.messages import WorkerInfo
 from pdray.config import Config
+from pdray.wire.cluster_view import WorkerInfo
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pdray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pdray.cluster.messages import WorkerInfo
     from pdray.transfer.channel import Kind
+    from pdray.wire.cluster_view import WorkerInfo
 
 # By name, the fastest first: module and class. What joins any two workers stands last.
 KINDS = {

@@ -11,11 +11,11 @@ import pytest
 
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.prefill_worker import PrefillWorker
-from pdray.cluster.messages import PrefixUpdate, unpack_hashes
-from pdray.cluster.prefixes import PART
 from pdray.config import Config
+from pdray.control.prefixes import PART
 from pdray.engine.kv.block_pool import PrefixChanges
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.worker_news import PrefixUpdate, unpack_hashes
 
 CONFIG = Config(model="config.json", skip_tokenizer_init=True)
 

@@ -13,23 +13,16 @@ from typing import Any
 
 import pytest
 
-from pdray.cluster.messages import (
-    FirstTokens,
-    LeaseClosed,
-    LeaseDenied,
-    LeaseGranted,
-    LeaseRequest,
-    LegKey,
-    PrefillFailed,
-    PrefillRequest,
-    StepFailed,
-)
 from pdray.config import Config
 from pdray.engine.engine import Engine
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.errors import EngineHungError, StepFailedError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.lease_messages import LeaseClosed, LeaseDenied, LeaseGranted, LeaseRequest
+from pdray.wire.message import LegKey
+from pdray.wire.prefill_messages import FirstTokens, PrefillFailed, PrefillRequest
+from pdray.wire.worker_news import StepFailed
 
 _path = Path(__file__).with_name("test_workers.py")
 _spec = importlib.util.spec_from_file_location("worker_pairs", _path)

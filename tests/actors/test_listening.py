@@ -9,8 +9,8 @@ import pytest
 
 from pdray.actors import placement
 from pdray.actors.placement import ListenAddress, OneNode, listen_address
-from pdray.cluster.session import PeerName, SessionServer
 from pdray.config import Config
+from pdray.wire.session import PeerName, SessionServer
 
 
 @pytest.fixture

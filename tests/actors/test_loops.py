@@ -22,10 +22,11 @@ from pdray.actors import worker as worker_module
 from pdray.actors.coordinator import Coordinator
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.background import BackgroundTasks, LoopFailures, start_thread
-from pdray.cluster.messages import Heartbeat, LeaseRequest, WorkerIdentity, WorkerInfo
 from pdray.config import Config
 from pdray.testing.patience import PATIENCE_S
 from pdray.testing.tiny_model import TINY_CONFIG
+from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo
+from pdray.wire.lease_messages import LeaseRequest
 
 ROOT = Path(__file__).parents[2]
 

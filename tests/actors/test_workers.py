@@ -17,26 +17,6 @@ import torch
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.worker import Worker
-from pdray.cluster.messages import (
-    AnyMessage,
-    CancelPrefill,
-    CloseLease,
-    CreditUpdate,
-    CreditWanted,
-    EndCompletion,
-    FirstTokens,
-    LeaseClosed,
-    LeaseDenied,
-    LeaseGranted,
-    LeaseRequest,
-    LegKey,
-    PrefillFailed,
-    PrefillRequest,
-    RenewLeases,
-    Tokens,
-    WorkerInfo,
-)
-from pdray.cluster.session import PeerName, Session, connect
 from pdray.config import Config
 from pdray.errors import EngineHungError, HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
@@ -44,6 +24,23 @@ from pdray.testing.fault_injection import Fault, FaultInjectingSender
 from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import Put, Site
 from pdray.transfer.nccl.kind import NcclKind
+from pdray.wire.cluster_view import WorkerInfo
+from pdray.wire.lease_messages import (
+    CloseLease,
+    CreditUpdate,
+    CreditWanted,
+    EndCompletion,
+    LeaseClosed,
+    LeaseDenied,
+    LeaseGranted,
+    LeaseRequest,
+    RenewLeases,
+    Tokens,
+)
+from pdray.wire.message import LegKey
+from pdray.wire.messages import AnyMessage
+from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, PrefillFailed, PrefillRequest
+from pdray.wire.session import PeerName, Session, connect
 
 
 def load(name: str) -> Any:

@@ -17,10 +17,10 @@ from fastapi import FastAPI
 from paced_engine import Pace, PacedEngine
 
 from pdray.actors.decode_worker import DecodeWorker
-from pdray.cluster.messages import ClusterView, WorkerInfo
 from pdray.config import Config
 from pdray.router.router import Router
 from pdray.serve.api import create_app
+from pdray.wire.cluster_view import ClusterView, WorkerInfo
 
 MODEL = "paced"
 

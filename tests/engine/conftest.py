@@ -15,7 +15,7 @@ from pdray.config import Config
 from pdray.engine.build import make_pool
 from pdray.engine.engine import Engine
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate, Reservation
-from pdray.kernels.kv_store import gather_blocks, scatter_blocks
+from pdray.kernels.kv.blocks import gather_blocks, scatter_blocks
 from pdray.models import LoadedModel, load_model
 from pdray.outputs import SampledToken
 

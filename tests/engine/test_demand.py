@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdray.cluster.credit import covers
-from pdray.cluster.messages import Credit
+from pdray.control.credit import covers
 from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.demand import lease_demand
@@ -14,6 +13,7 @@ from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams
+from pdray.wire.lease_messages import Credit
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 60

@@ -9,7 +9,7 @@ import pytest
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule import rules
 from pdray.engine.schedule.rules import History, Rule
-from pdray.kernels.sampling_metadata import SamplingRow
+from pdray.kernels.sampling.metadata import SamplingRow
 from pdray.sampling_params import SamplingParams
 
 PROMPT = [(5 * i) % 190 for i in range(30)]

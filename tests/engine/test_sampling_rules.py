@@ -9,7 +9,7 @@ import torch
 
 from pdray.engine.request import EngineRequest
 from pdray.engine.step.lane import pack_samples, unpack_samples
-from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
+from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.sampling_params import SamplingParams
 
 PROMPT = list(range(10, 40))

@@ -13,12 +13,12 @@ import sys
 import torch
 from torch import Tensor
 
-from pdray.kernels.attention import AttentionMetadata, find_fresh, torch_paged_attention
-from pdray.kernels.attention_triton import choose_num_splits, triton_paged_attention
-from pdray.kernels.flash_attention import first_flash_sequence, is_available
-from pdray.kernels.kv_store_triton import triton_gather_blocks, triton_scatter_blocks
-from pdray.kernels.layernorm import rms_norm
-from pdray.kernels.layernorm_triton import triton_rms_norm
+from pdray.kernels.attention.flash import first_flash_sequence, is_available
+from pdray.kernels.attention.paged import AttentionMetadata, find_fresh, torch_paged_attention
+from pdray.kernels.attention.paged_triton import choose_num_splits, triton_paged_attention
+from pdray.kernels.elementwise.rms_norm import rms_norm
+from pdray.kernels.elementwise.rms_norm_triton import triton_rms_norm
+from pdray.kernels.kv.blocks_triton import triton_gather_blocks, triton_scatter_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from pdray.kernels.few_row_linear_triton import Config, triton_linear, triton_norm_linear
-from pdray.kernels.norm_linear import norm_linear
+from pdray.kernels.linear.few_rows_triton import Config, triton_linear, triton_norm_linear
+from pdray.kernels.linear.norm_linear import norm_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

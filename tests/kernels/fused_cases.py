@@ -11,21 +11,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdray.kernels.activation import silu_and_mul
-from pdray.kernels.activation_triton import triton_silu_and_mul
-from pdray.kernels.draw import draw, draw_filtered, gumbel
-from pdray.kernels.draw_triton import triton_draw_tokens
-from pdray.kernels.embedding import embed
-from pdray.kernels.embedding_triton import triton_embed
-from pdray.kernels.filtered_draw_triton import KEY_SHIFT, find_threshold, load_tile, to_key, triton_draw_filtered
-from pdray.kernels.philox import philox_uniform
-from pdray.kernels.philox_triton import gumbel as triton_gumbel
-from pdray.kernels.philox_triton import largest_gumbel
-from pdray.kernels.philox_triton import philox_uniform as triton_philox_uniform
-from pdray.kernels.rotary_store import rotate_and_store
-from pdray.kernels.rotary_store_triton import triton_rotate_and_store
-from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
-from pdray.kernels.sampling_metadata import RandomRows
+from pdray.kernels.attention.rotary_store import rotate_and_store
+from pdray.kernels.attention.rotary_store_triton import triton_rotate_and_store
+from pdray.kernels.elementwise.activation import silu_and_mul
+from pdray.kernels.elementwise.activation_triton import triton_silu_and_mul
+from pdray.kernels.elementwise.embedding import embed
+from pdray.kernels.elementwise.embedding_triton import triton_embed
+from pdray.kernels.sampling.draw import draw, draw_filtered, gumbel
+from pdray.kernels.sampling.draw_triton import triton_draw_tokens
+from pdray.kernels.sampling.filtered_draw_triton import (
+    KEY_SHIFT,
+    find_threshold,
+    load_tile,
+    to_key,
+    triton_draw_filtered,
+)
+from pdray.kernels.sampling.metadata import RandomRows
+from pdray.kernels.sampling.philox import philox_uniform
+from pdray.kernels.sampling.philox_triton import gumbel as triton_gumbel
+from pdray.kernels.sampling.philox_triton import largest_gumbel
+from pdray.kernels.sampling.philox_triton import philox_uniform as triton_philox_uniform
+from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.sampling_params import SamplingParams
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

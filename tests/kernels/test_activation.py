@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pdray.kernels.activation import silu_and_mul
+from pdray.kernels.elementwise.activation import silu_and_mul
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdray.kernels.attention import AttentionMetadata, paged_attention
+from pdray.kernels.attention.paged import AttentionMetadata, paged_attention
 
 
 class Sequence(NamedTuple):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pdray.kernels.draw import draw, draw_filtered, draw_tokens
-from pdray.kernels.embedding import embed
-from pdray.kernels.kv_store import store_kv
-from pdray.kernels.layernorm import rms_norm
-from pdray.kernels.rotary import apply_rotary
-from pdray.kernels.rotary_store import rotate_and_store
-from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
-from pdray.kernels.sampling_metadata import RandomRows
+from pdray.kernels.attention.rotary import apply_rotary
+from pdray.kernels.attention.rotary_store import rotate_and_store
+from pdray.kernels.elementwise.embedding import embed
+from pdray.kernels.elementwise.rms_norm import rms_norm
+from pdray.kernels.kv.blocks import store_kv
+from pdray.kernels.sampling.draw import draw, draw_filtered, draw_tokens
+from pdray.kernels.sampling.metadata import RandomRows
+from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.sampling_params import SamplingParams
 
 

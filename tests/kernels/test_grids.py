@@ -32,7 +32,7 @@ def copy_many_blocks(module: Any) -> None:
 
 
 def decode_many_sequences(module: Any) -> None:
-    from pdray.kernels.attention import AttentionMetadata
+    from pdray.kernels.attention.paged import AttentionMetadata
 
     ones = torch.ones(MANY, dtype=torch.int32)
     meta = AttentionMetadata(
@@ -53,14 +53,14 @@ def decode_many_sequences(module: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "kernels", "launch"),
     [
-        ("kv_store_triton", ["copy_kernel"], copy_many_blocks),
-        ("attention_triton", ["decode_kernel", "merge_kernel"], decode_many_sequences),
+        ("kv.blocks_triton", ["copy_kernel"], copy_many_blocks),
+        ("attention.paged_triton", ["decode_kernel", "merge_kernel"], decode_many_sequences),
     ],
 )
 def test_no_dimension_but_x_grows(
     name: str, kernels: list[str], launch: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = __import__(f"pdray.kernels.{name}", fromlist=[name])
+    module = __import__(f"pdray.kernels.{name}", fromlist=["launch"])
     recorders = [RecordingKernel() for _ in kernels]
     for kernel, recorder in zip(kernels, recorders, strict=True):
         monkeypatch.setattr(module, kernel, recorder)

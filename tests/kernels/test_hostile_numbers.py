@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdray.kernels.draw import clean_logits
-from pdray.kernels.sampling import SamplingMetadata, SamplingRow, keep_top_k, keep_top_p, sample
+from pdray.kernels.sampling.draw import clean_logits
+from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, keep_top_k, keep_top_p, sample
 
 NAN, INF = float("nan"), float("inf")
 VOCAB_SIZE = 1000

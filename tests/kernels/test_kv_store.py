@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdray.kernels.kv_store import copy_blocks, gather_blocks, scatter_blocks, store_kv
+from pdray.kernels.kv.blocks import copy_blocks, gather_blocks, scatter_blocks, store_kv
 
 
 def random_pool(num_layers: int = 3, num_blocks: int = 9, block_size: int = 16) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pdray.kernels.linear import linear, pack_weight
+from pdray.kernels.linear.linear import linear, pack_weight
 
 SHAPES = [(960, 576), (576, 1536), (96, 33), (7, 16), (2048, 1024)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pdray.kernels.philox import Words, _to_uniform, philox4x32, philox_uniform, philox_uniform_at
+from pdray.kernels.sampling.philox import Words, _to_uniform, philox4x32, philox_uniform, philox_uniform_at
 
 # Random123 1.14, tests/kat_vectors: philox4x32 10, counter, key, result.
 KNOWN_ANSWERS = [

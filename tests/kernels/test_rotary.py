@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pdray.kernels.rotary import apply_rotary
+from pdray.kernels.attention.rotary import apply_rotary
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdray.kernels.sampling import SamplingMetadata, SamplingRow, draw, keep_top_k, keep_top_p, sample
-from pdray.kernels.sampling_metadata import GREEDY_TEMPERATURE
+from pdray.kernels.sampling.metadata import GREEDY_TEMPERATURE
+from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, draw, keep_top_k, keep_top_p, sample
 from pdray.sampling_params import SamplingParams
 
 NUM_DRAWS = 20_000

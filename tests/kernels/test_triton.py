@@ -46,7 +46,7 @@ def test_on_the_gpu(name: str) -> None:
 
 def test_the_cpu_path_imports_no_triton() -> None:
     code = (
-        "import sys, pdray.models.decoder, pdray.kernels.sampling\n"
+        "import sys, pdray.models.decoder, pdray.kernels.sampling.sample\n"
         "assert not [name for name in sys.modules if name.startswith('pdray.kernels') and 'triton' in name]\n"
     )
     subprocess.run(

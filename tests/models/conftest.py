@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from pdray.kernels.attention import AttentionMetadata
+from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.models.decoder import Decoder
 from pdray.models.model_config import ModelConfig
 

@@ -11,32 +11,27 @@ from msgspec import structs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pdray.cluster.messages import (
-    AnyMessage,
-    ClusterView,
-    Credit,
-    CreditUpdate,
-    CreditWanted,
-    Draining,
-    FirstTokens,
-    LeaseDenied,
-    LeaseGranted,
-    LegKey,
-    LegTokens,
-    Pair,
-    Ping,
-    Pong,
-    RenewLeases,
-    Tokens,
-    WorkerInfo,
-)
-from pdray.cluster.session import PeerName, Session, SessionServer
 from pdray.config import Config
 from pdray.outputs import Logprob, RequestOutput, RequestTimings, SampledToken
 from pdray.router.request import RoutedRequest
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.cluster_view import ClusterView, Draining, Pair, WorkerInfo
+from pdray.wire.lease_messages import (
+    Credit,
+    CreditUpdate,
+    CreditWanted,
+    LeaseDenied,
+    LeaseGranted,
+    LegTokens,
+    RenewLeases,
+    Tokens,
+)
+from pdray.wire.message import LegKey
+from pdray.wire.messages import AnyMessage
+from pdray.wire.prefill_messages import FirstTokens, Ping, Pong
+from pdray.wire.session import PeerName, Session, SessionServer
 
 SECRET = b"secret of the test"
 EOS = 128

@@ -8,20 +8,15 @@ from typing import Any
 
 import pytest
 
-from pdray.cluster.losses import Loss, Losses, blame
-from pdray.cluster.messages import (
-    LeaseClosed,
-    LeaseDenied,
-    LeaseRequest,
-    LegKey,
-    PrefillFailed,
-    PrefillRequest,
-    StepFailed,
-)
+from pdray.control.losses import Loss, Losses, blame
 from pdray.errors import InvalidRequestError, RequestFailedError, WorkerDiedError
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.lease_messages import LeaseClosed, LeaseDenied, LeaseRequest
+from pdray.wire.message import LegKey
+from pdray.wire.prefill_messages import PrefillFailed, PrefillRequest
+from pdray.wire.worker_news import StepFailed
 
 MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

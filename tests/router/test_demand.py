@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import pytest
 
-from pdray.cluster.messages import Credit, CreditUpdate, CreditWanted, LeaseRequest, PrefillRequest
 from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.lease_messages import Credit, CreditUpdate, CreditWanted, LeaseRequest
+from pdray.wire.prefill_messages import PrefillRequest
 
 MakeCluster = Callable[..., Awaitable[Any]]
 PLENTY = Credit(free_blocks=1000, free_places=64, running=0, waiting=0, leases=0)

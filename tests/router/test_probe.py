@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
-from pdray.cluster.messages import (
-    CloseLease,
-    Credit,
-    CreditUpdate,
-    LeaseRequest,
-    PrefillFailed,
-    PrefillRequest,
-)
 from pdray.router.probe import BrokenPair
+from pdray.wire.lease_messages import CloseLease, Credit, CreditUpdate, LeaseRequest
+from pdray.wire.prefill_messages import PrefillFailed, PrefillRequest
 
 MakeCluster = Callable[..., Awaitable[Any]]
 TIMEOUT_S = 0.3

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from pdray.cluster.messages import CloseLease, LeaseClosed, LeaseRequest, PrefillFailed, PrefillRequest
 from pdray.errors import NoWorkerError, QueueFullError, RequestTimeoutError, WorkerDiedError
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.lease_messages import CloseLease, LeaseClosed, LeaseRequest
+from pdray.wire.prefill_messages import PrefillFailed, PrefillRequest
 
 MakeCluster = Callable[..., Awaitable[Any]]
 

@@ -8,23 +8,16 @@ from typing import Any
 
 import pytest
 
-from pdray.cluster.messages import (
-    CancelPrefill,
-    CloseLease,
-    Credit,
-    EndCompletion,
-    LeaseRequest,
-    LegKey,
-    PrefillRequest,
-    PrefixUpdate,
-    pack_hashes,
-)
 from pdray.engine.kv.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, NoWorkerError
 from pdray.router.completion import CompletionDelta
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.lease_messages import CloseLease, Credit, EndCompletion, LeaseRequest
+from pdray.wire.message import LegKey
+from pdray.wire.prefill_messages import CancelPrefill, PrefillRequest
+from pdray.wire.worker_news import PrefixUpdate, pack_hashes
 
 MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

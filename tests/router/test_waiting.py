@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from pdray.cluster.messages import CloseLease, Credit, CreditUpdate, Draining, LeaseRequest, LegKey, PrefillRequest
 from pdray.errors import InvalidRequestError, NoWorkerError, QueueFullError
 from pdray.router.request import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.cluster_view import Draining
+from pdray.wire.lease_messages import CloseLease, Credit, CreditUpdate, LeaseRequest
+from pdray.wire.message import LegKey
+from pdray.wire.prefill_messages import PrefillRequest
 
 MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.cluster.messages import LegKey
 from pdray.engine.kv.pool import KVPool
 from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import Put, PutResult
@@ -30,6 +29,7 @@ from pdray.transfer.nccl.receiver import NcclReceiver
 from pdray.transfer.nccl.sender import NcclSender
 from pdray.transfer.nccl.staging import INDEX_BYTES, MAX_PIECE_BLOCKS, RING_PIECES, Staging
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.wire.message import LegKey
 
 _spec = importlib.util.spec_from_file_location("fake_device", Path(__file__).with_name("fake_device.py"))
 assert _spec is not None and _spec.loader is not None

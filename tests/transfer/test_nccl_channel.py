@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.cluster.messages import LegKey
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import HandshakeError, TransferError
 from pdray.testing.patience import PATIENCE_S
@@ -29,6 +28,7 @@ from pdray.transfer.nccl.messages import (
 )
 from pdray.transfer.nccl.sender import NcclSender
 from pdray.transfer.nccl.staging import Staging
+from pdray.wire.message import LegKey
 
 fake_device = sys.modules["fake_device"]  # see conftest.py
 ALL_LAYERS = range(0, 6)

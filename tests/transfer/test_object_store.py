@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.cluster.messages import LegKey
 from pdray.transfer.object_store import kind
 from pdray.transfer.object_store.kind import ArrayHeader, ObjectStoreReceiver, blocks_to_array, encode
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.wire.message import LegKey
 
 _spec = importlib.util.spec_from_file_location("transfer_conftest", Path(__file__).with_name("conftest.py"))
 assert _spec is not None and _spec.loader is not None

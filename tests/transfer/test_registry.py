@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pdray.cluster.messages import WorkerInfo
 from pdray.config import Config
 from pdray.errors import ConfigError
 from pdray.testing.one_gpu import one_gpu_environment
 from pdray.transfer.nccl.transport import nccl_version
 from pdray.transfer.registry import KINDS, choose_kind, load_kind
+from pdray.wire.cluster_view import WorkerInfo
 
 
 def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "") -> WorkerInfo:

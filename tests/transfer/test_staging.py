@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
-from pdray.kernels.kv_store import gather_blocks
+from pdray.kernels.kv.blocks import gather_blocks
 from pdray.transfer.nccl.staging import MAX_PIECE_BLOCKS, Staging, StagingRing, split_put
 
 

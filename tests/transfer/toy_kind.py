@@ -12,11 +12,12 @@ from typing import Any
 import msgspec
 import torch
 
-from pdray.cluster.messages import LegKey, WorkerInfo
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.wire.cluster_view import WorkerInfo
+from pdray.wire.message import LegKey
 
 
 class ToySender(Sender):

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pdray.kernels.sampling_metadata import SamplingRow
+from pdray.kernels.sampling.metadata import SamplingRow
 from pdray.sampling_params import SamplingParams
 
 
@@ -47,7 +47,7 @@ class Rule(ABC):
 
 
 class Penalties(Rule):
-    """Repetition, presence and frequency penalties; see pdray.kernels.sampling.apply_penalties."""
+    """Repetition, presence and frequency penalties; see pdray.kernels.sampling.sample.apply_penalties."""
 
     def __init__(self, history: History) -> None:
         self._prompt_token_ids, self._output_token_ids = history.prompt_token_ids, history.output_token_ids

@@ -10,10 +10,10 @@ import torch
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import BlockCopy, StepPlan
 from pdray.engine.schedule.sequence import Sequence
-from pdray.kernels.attention import AttentionMetadata, find_fresh
-from pdray.kernels.embedding import pending_id
-from pdray.kernels.sampling import SamplingMetadata, SamplingRow
-from pdray.kernels.sampling_metadata import GREEDY_TEMPERATURE
+from pdray.kernels.attention.paged import AttentionMetadata, find_fresh
+from pdray.kernels.elementwise.embedding import pending_id
+from pdray.kernels.sampling.metadata import GREEDY_TEMPERATURE
+from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow
 
 GREEDY = SamplingMetadata()
 

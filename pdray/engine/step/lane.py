@@ -13,9 +13,9 @@ from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
 from pdray.engine.step.graphs import StepGraphs
 from pdray.engine.step.inputs import InputBuffers, StepInputs
-from pdray.kernels.draw import draw_tokens
-from pdray.kernels.kv_store import copy_blocks
-from pdray.kernels.sampling import SampleOutput, sample
+from pdray.kernels.kv.blocks import copy_blocks
+from pdray.kernels.sampling.draw import draw_tokens
+from pdray.kernels.sampling.sample import SampleOutput, sample
 from pdray.models.decoder import Decoder
 from pdray.outputs import Logprob
 

@@ -7,8 +7,8 @@ import torch
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
-from pdray.kernels.attention import AttentionMetadata
-from pdray.kernels.sampling import SamplingMetadata, SamplingRow, sample
+from pdray.kernels.attention.paged import AttentionMetadata
+from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.models.decoder import Decoder
 from pdray.sampling_params import SamplingParams
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from pdray.kernels.attention import AttentionMetadata, paged_attention
-from pdray.kernels.rotary_store import rotate_and_store
+from pdray.kernels.attention.paged import AttentionMetadata, paged_attention
+from pdray.kernels.attention.rotary_store import rotate_and_store
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.linear import Linear
 from pdray.models.parts.norm import RMSNorm

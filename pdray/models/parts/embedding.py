@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pdray.kernels.embedding import embed
-from pdray.kernels.linear import linear, pack_weight
+from pdray.kernels.elementwise.embedding import embed
+from pdray.kernels.linear.linear import linear, pack_weight
 from pdray.models.parts.part import Part, Placement
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pdray.kernels.linear import linear, pack_weight
-from pdray.kernels.norm_linear import norm_linear
+from pdray.kernels.linear.linear import linear, pack_weight
+from pdray.kernels.linear.norm_linear import norm_linear
 from pdray.models.parts.norm import RMSNorm
 from pdray.models.parts.part import Part, Placement
 
@@ -36,7 +36,7 @@ class Linear(Part):
         return linear(x, self.weight, self.bias, residual)
 
     def of_normed(self, x: torch.Tensor, norm: RMSNorm, *, gated: bool = False) -> torch.Tensor:
-        """The product with norm(x), and the gated activation of that; see pdray.kernels.norm_linear.norm_linear."""
+        """The product with norm(x), and the gated activation of that; see norm_linear()."""
         return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, gated=gated)
 
     def own_weights(self) -> dict[str, torch.Tensor]:

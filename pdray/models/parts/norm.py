@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pdray.kernels.layernorm import rms_norm
+from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.models.parts.part import Part, Placement
 
 

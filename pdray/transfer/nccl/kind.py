@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from pdray.cluster.messages import WorkerInfo
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import HandshakeError
 from pdray.transfer.channel import Kind, Link, Sink, Site
@@ -21,6 +20,7 @@ from pdray.transfer.nccl.sender import NcclSender
 from pdray.transfer.nccl.staging import Staging
 from pdray.transfer.nccl.transport import CudaTransport
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.wire.cluster_view import WorkerInfo
 
 HOST_VARIABLE = "NCCL_HOSTID"  # by which NCCL tells hosts apart, where it is set
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from pdray.cluster.messages import LegKey
 from pdray.errors import TransferError
 from pdray.transfer.nccl.communicator import GuardedCommunicator
 from pdray.transfer.nccl.staging import PROBE_BYTES, Piece, Region, Staging
 from pdray.transfer.nccl.threads import PollingThread, Watchdog
 from pdray.transfer.streams import DRAIN_TIMEOUT_S, Event, Stream
+from pdray.wire.message import LegKey
 
 
 @dataclass(eq=False, slots=True)

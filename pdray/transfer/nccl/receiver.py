@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from pdray.background import BackgroundTasks
-from pdray.cluster.messages import LegKey
 from pdray.errors import TransferError
 from pdray.transfer.channel import Receiver, Sink
 from pdray.transfer.nccl.communicator import RECEIVER_RANK, Communicator, Transport, open_communicator
@@ -36,6 +35,7 @@ from pdray.transfer.nccl.messages import (
 from pdray.transfer.nccl.receive_thread import Arrival, Link, ReceiveThread, Transfer
 from pdray.transfer.nccl.staging import RING_PIECES, Staging
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.wire.message import LegKey
 
 
 @dataclass(eq=False, slots=True)

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from pdray.cluster.messages import LegKey
 from pdray.errors import HandshakeError, TransferError
 from pdray.transfer.channel import Put, PutResult, Sender
 from pdray.transfer.nccl.communicator import GuardedCommunicator
@@ -35,6 +34,7 @@ from pdray.transfer.nccl.outgoing import NO_PUT, Outgoing, Packed
 from pdray.transfer.nccl.staging import PROBE_BYTES, Staging
 from pdray.transfer.nccl.threads import PollingThread, Watchdog
 from pdray.transfer.streams import Stream, drain
+from pdray.wire.message import LegKey
 
 GRANT_TIMEOUT_FACTOR = 4  # a receiver may have to give others up before it comes to a put
 

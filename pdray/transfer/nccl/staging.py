@@ -10,7 +10,7 @@ import torch
 
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
-from pdray.kernels.kv_pack import pack_blocks, unpack_blocks
+from pdray.kernels.kv.pack import pack_blocks, unpack_blocks
 
 ALIGNMENT = 512
 RING_PIECES = 4  # that fit at once, so that packing, sending and unpacking overlap

@@ -20,13 +20,14 @@ import msgspec
 import numpy as np
 import torch
 
-from pdray.cluster.messages import LegKey, WorkerInfo
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
-from pdray.kernels.kv_store import gather_blocks, scatter_blocks
+from pdray.kernels.kv.blocks import gather_blocks, scatter_blocks
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.streams import CudaStream
+from pdray.wire.cluster_view import WorkerInfo
+from pdray.wire.message import LegKey
 
 
 def blocks_to_array(blocks: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -1,0 +1,25 @@
+"""Sizes at which one kernel, or one shape of it, overtakes another.
+
+Measured on one H100 with Qwen3-0.6B and 8B in bfloat16. Elsewhere results are the same and may come later: to tune
+another device or model, change these and run ``pdray bench kernels``.
+"""
+
+# Products up to these stream the weight by kernels of ours; beyond them cuBLAS reads as fast as the memory gives.
+ONE_ROW_MAX_WEIGHT_ROWS = 65536
+FEW_ROWS_MAX = 16  # rows of the input; also the largest that the kernel takes
+FEW_ROWS_MAX_WEIGHT_ELEMENTS = 1 << 23
+FEW_ROWS_SPLIT_MAX_COLUMNS = 2048  # of the result; a tile for each of 132 SMs needs more
+
+# Attention of one query token: how finely a long sequence is split among programs.
+DECODE_MAX_SPLITS = 32
+DECODE_MIN_TOKENS_PER_SPLIT = 128
+
+# Prompts by FlashAttention-3: tokens of the sequence that an average token is in; below it Triton is as fast.
+FLASH_MIN_MEAN_LENGTH = 256
+
+# Rotary embedding: pairs of elements that a program rotates, enough for one token, or to keep the memory busy.
+ROTARY_PAIRS, ROTARY_MANY_PAIRS, ROTARY_MANY_TOKENS = 256, 512, 1024
+
+# The draw: token ids of a program of four warps, which take them at once (short latency), or of one warp, which needs
+# no barrier to skip tiles; the latter from so many programs on.
+DRAW_SHORT_SPAN, DRAW_LONG_SPAN, DRAW_MANY_PROGRAMS = 1024, 4096, 4096

@@ -1,0 +1,35 @@
+"""Rows of the embedding table, for tokens of which some were drawn by the step before and are known to the GPU only."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pending_id(draw: int) -> int:
+    """What stands in for a token that the step before draws, until the host knows it: an id below 0.
+
+    embed() looks it up; nothing else reads such an id.
+    """
+    return -1 - draw
+
+
+def embed(input_ids: Tensor, table: Tensor, sampled: Tensor) -> Tensor:
+    """table's row of each token.
+
+    Args:
+        input_ids: [T] int64; pending_id(i) stands for ``sampled[i]``.
+        table: [V, H].
+        sampled: [R] int64; may be empty where no id is below 0.
+
+    Returns:
+        [T, H], table's dtype.
+    """
+    if table.is_cuda:
+        from pdray.kernels.elementwise.embedding_triton import triton_embed
+
+        return triton_embed(input_ids, table, sampled)
+    late = input_ids < 0
+    if len(sampled):
+        input_ids = sampled[(-1 - input_ids).clamp(min=0)].where(late, input_ids)
+    return F.embedding(input_ids, table)

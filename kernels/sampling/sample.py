@@ -1,0 +1,152 @@
+"""Choosing the next token of each row: penalties, masks, temperature, filters, and a seeded draw.
+
+Order: penalties, banned ids, (greedy rows: argmax), and draw.py: temperature, min_p, top_k, top_p, Gumbel-max.
+
+Every operation works within a row, so that a row's result does not depend on the rest of the batch, and each
+group of parameters holds only the rows that need it: a batch of greedy rows costs one argmax.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdray.kernels.sampling.draw import clean_logits, draw, draw_filtered, draw_tokens, keep_top_k, keep_top_p
+from pdray.kernels.sampling.metadata import (
+    BannedTokens,
+    LogprobRows,
+    PenaltyRows,
+    RandomRows,
+    SamplingMetadata,
+    SamplingRow,
+)
+
+__all__ = [
+    "Logprobs",
+    "RandomRows",
+    "SampleOutput",
+    "SamplingMetadata",
+    "SamplingRow",
+    "draw",
+    "draw_tokens",
+    "keep_top_k",
+    "keep_top_p",
+    "sample",
+]
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities under the raw logits of the R rows that asked, in the order of ``rows``.
+
+    Attributes:
+        rows: [R] int64, batch rows.
+        sampled: [R] float32. sampled_rank: [R] int64, 1 + number of strictly larger logits.
+        top_token_ids: [R, K] int64, most likely first, ties by lowest id; K is the largest number asked for.
+        top_logprobs: [R, K] float32.
+    """
+
+    rows: Tensor
+    sampled: Tensor
+    sampled_rank: Tensor
+    top_token_ids: Tensor
+    top_logprobs: Tensor
+
+
+class SampleOutput(NamedTuple):
+    """token_ids: [B] int64. logprobs: None if no row asked."""
+
+    token_ids: Tensor
+    logprobs: Logprobs | None
+
+
+def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
+    """Choose one token for each row, of the vocabulary whatever the logits are: see draw.py for NaN and infinities.
+
+    On CUDA the host waits for nothing.
+
+    Args:
+        logits: [B, V], any float dtype; unchanged on return.
+    """
+    if not logits.is_cuda:
+        logits = logits.float()
+    raw_logits = logits
+    if meta.penalties is not None or meta.banned is not None:
+        logits = logits.to(torch.float32, copy=True)
+    if meta.penalties is not None:
+        apply_penalties(logits, meta.penalties)
+    if meta.banned is not None:
+        ban_tokens(logits, meta.banned)
+    if meta.random is None:
+        token_ids = clean_logits(logits).argmax(-1)
+    elif len(meta.random.rows) == len(logits):
+        token_ids = draw_rows(logits, meta.random)
+    else:
+        token_ids = clean_logits(logits).argmax(-1)
+        token_ids[meta.random.rows] = draw_rows(logits[meta.random.rows], meta.random)
+    logprobs = None if meta.logprobs is None else compute_logprobs(raw_logits, token_ids, meta.logprobs)
+    return SampleOutput(token_ids, logprobs)
+
+
+def draw_rows(logits: Tensor, random: RandomRows) -> Tensor:
+    """One token id [R] int64 for each of the R rows of [R, V] logits."""
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    _, temperature, seeds, positions, *filters = random
+    if all(limit is None for limit in filters):
+        draw_tokens(logits, temperature, seeds, positions, out)
+    else:
+        draw_filtered(logits, temperature, seeds, positions, out, *filters)
+    return out
+
+
+def apply_penalties(logits: Tensor, penalties: PenaltyRows) -> None:
+    """In place on [B, V]: repetition over prompt and output, frequency and presence over output only."""
+    selected = logits[penalties.rows]
+    num_rows, vocab_size = selected.shape
+    counts = _count(penalties.output_token_ids, num_rows, vocab_size)
+    seen = (_count(penalties.prompt_token_ids, num_rows, vocab_size) > 0) | (counts > 0)
+    repetition = penalties.repetition[:, None]
+    penalized = torch.where(selected > 0, selected / repetition, selected * repetition)
+    selected = torch.where(seen, penalized, selected)
+    selected -= penalties.frequency[:, None] * counts
+    selected -= penalties.presence[:, None] * (counts > 0)
+    logits[penalties.rows] = selected
+
+
+def ban_tokens(logits: Tensor, banned: BannedTokens) -> None:
+    """In place on [B, V]: -inf at each (row, token id)."""
+    logits.index_put_((banned.rows, banned.token_ids), logits.new_full((), float("-inf")))
+
+
+def compute_logprobs(logits: Tensor, token_ids: Tensor, asked: LogprobRows) -> Logprobs:
+    """Log-probabilities of the sampled and of the most likely tokens, under raw logits [B, V].
+
+    A row of nothing but NaN and -inf knows no probabilities: they are -inf.
+    """
+    rows = asked.rows
+    selected = clean_logits(logits[rows].float())
+    sampled = token_ids[rows, None]
+    logprobs = selected.log_softmax(-1)
+    logprobs = torch.where(logprobs.isnan(), float("-inf"), logprobs)
+    rank = (selected > selected.gather(1, sampled)).sum(-1) + 1
+    top_token_ids = _top_token_ids(selected, min(asked.num_logprobs, selected.shape[1]))
+    return Logprobs(rows, logprobs.gather(1, sampled)[:, 0], rank, top_token_ids, logprobs.gather(1, top_token_ids))
+
+
+def _top_token_ids(logits: Tensor, k: int) -> Tensor:
+    """[R, k] ids in the order (logit descending, id ascending), which topk alone leaves open among equals."""
+    bits = (logits + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 makes -0.0 equal to 0.0
+    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    vocab_size = logits.shape[1]
+    reversed_id = torch.arange(vocab_size - 1, -1, -1, device=logits.device)
+    keys = (ordered << 32) + reversed_id
+    return vocab_size - 1 - (keys.topk(k, -1).values & 0xFFFFFFFF)
+
+
+def _count(token_ids: Tensor, num_rows: int, vocab_size: int) -> Tensor:
+    """How often each id occurs in each row of [R, N] padded with -1: [R, V] float32."""
+    counts = torch.zeros(num_rows, vocab_size + 1, device=token_ids.device)
+    padded = torch.where(token_ids < 0, vocab_size, token_ids)
+    counts.scatter_add_(1, padded, torch.ones_like(padded, dtype=torch.float32))
+    return counts[:, :vocab_size]

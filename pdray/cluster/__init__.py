@@ -1,1 +1,0 @@
-"""Control logic without Ray: leases, legs, membership, admission and policy are pure; sessions are asyncio."""

@@ -1,0 +1,1 @@
+"""Control logic, pure: time and messages go in, effects come out."""

@@ -1,0 +1,71 @@
+"""What pure control code asks its owner to do. Effects are returned in the order to perform them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pdray.wire.cluster_view import WorkerInfo
+from pdray.wire.message import LegKey
+from pdray.wire.messages import AnyMessage
+
+
+class Send(NamedTuple):
+    """Send a message to a peer by its id. A peer without a session is gone: drop it."""
+
+    to: str
+    message: AnyMessage
+
+
+class StartCompute(NamedTuple):
+    """Give the leg to the prefill engine."""
+
+    key: LegKey
+
+
+class FlushPuts(NamedTuple):
+    """Issue the leg's puts that were held back, then call puts_flushed()."""
+
+    key: LegKey
+
+
+class Release(NamedTuple):
+    """Stop computing the leg and unpin its blocks: no put of it is in flight."""
+
+    key: LegKey
+
+
+LedgerEffect = Send | StartCompute | FlushPuts | Release
+
+
+class Start(NamedTuple):
+    """Create the worker's actor and load it; report ready() or start_failed()."""
+
+    worker_id: str
+    incarnation: str
+
+
+class Kill(NamedTuple):
+    """Make sure that this process is dead; report died() or kill_failed()."""
+
+    worker_id: str
+    incarnation: str
+
+
+class Connect(NamedTuple):
+    """Let the decode worker accept the epoch, then let the prefill worker connect; report connected() or
+    connect_failed()."""
+
+    prefill: WorkerInfo
+    decode: WorkerInfo
+    epoch: int
+
+
+class TellGone(NamedTuple):
+    """Tell this process of a worker that a peer's process was seen dead; report told() or tell_failed()."""
+
+    worker_id: str
+    incarnation: str
+    gone: WorkerInfo
+
+
+MembershipEffect = Start | Kill | Connect | TellGone

@@ -1,0 +1,1 @@
+"""What travels between processes: messages by conversation, frames, the handshake, sessions over TCP."""

@@ -1,0 +1,111 @@
+"""Structs that the Coordinator exchanges with workers and routers, through Ray actor calls."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """One live worker.
+
+    Attributes:
+        worker_id: stable name, e.g. "decode-0"; a restarted worker keeps it.
+        incarnation: changes with every process that takes the name.
+        fingerprint: of weights, dtype, block size and KV layout; peers must agree.
+        channels: what each channel kind of this worker must be known by; see pdray.transfer.channel.Kind.facts.
+        vocab_size: the model's; token ids are below it. None is not known.
+    """
+
+    worker_id: str
+    incarnation: str
+    role: Literal["prefill", "decode", "both"]
+    host: str
+    port: int
+    pid: int
+    node_id: str
+    device: str
+    fingerprint: str
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    channels: dict[str, dict[str, str]] = {}
+    vocab_size: int | None = None
+
+
+class ChannelOffer(msgspec.Struct, frozen=True):
+    """What a decode worker answers to a prefill worker that is to connect to it.
+
+    Attributes:
+        kind: of channel. data: what the kind's sender needs; opaque to everyone else.
+    """
+
+    kind: str
+    data: Any = None
+
+
+class WorkerIdentity(msgspec.Struct, frozen=True):
+    """What a started worker tells a Coordinator that knows nothing of it.
+
+    Attributes:
+        origin: of its configuration and the cluster's secret; a worker of another origin cannot be kept.
+        epochs: of its channels, by peer: those open from a prefill worker, those accepted by a decode worker.
+        writers: prefill workers, dead ones too, that may have been let into its blocks.
+    """
+
+    info: WorkerInfo
+    origin: str
+    epochs: dict[str, int]
+    writers: list[WorkerInfo]
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """What a worker tells the Coordinator, again and again.
+
+    Attributes:
+        epochs: of its channels, by peer, as in WorkerIdentity.
+        num_routers: whose sessions are open: their sign of life.
+        loop_failures: of its background loops: which, how often, and why the last time.
+    """
+
+    epochs: dict[str, int]
+    num_routers: int
+    loop_failures: dict[str, str]
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """A connected channel from a prefill worker to a decode worker."""
+
+    prefill_worker_id: str
+    decode_worker_id: str
+    epoch: int
+
+
+class Draining(msgspec.Struct, frozen=True):
+    """The workers are about to end: no new requests; what runs may go on for `left_s` seconds."""
+
+    reason: str
+    left_s: float
+
+
+class ClusterView(msgspec.Struct, frozen=True):
+    """The cluster at one moment. A higher version is newer.
+
+    Attributes:
+        error: what keeps a worker from starting or a pair from connecting, while it is not served.
+        draining: None in normal times.
+    """
+
+    version: int
+    workers: list[WorkerInfo]
+    pairs: list[Pair]
+    error: str | None = None
+    draining: Draining | None = None
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether a request could be served."""
+        return bool(self.pairs) or any(worker.role == "both" for worker in self.workers)

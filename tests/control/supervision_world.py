@@ -1,0 +1,340 @@
+"""A simulated application around the real control code of supervision: who is silent, who may act, who is ended.
+
+A Coordinator with its table, colocated workers, routers, and Ray, which starts a Coordinator again that died. Processes
+die, stop for good, or stop and wake up late; loops raise; effects fail; a node is given up while what runs there
+sleeps. Every decision is taken by the code under test; after each step violations() says what must never be.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdray.control.effects import Kill, Start
+from pdray.control.membership import Membership, Stray
+from pdray.control.suspicions import Suspicions
+from pdray.wire.cluster_view import WorkerIdentity, WorkerInfo
+
+STEP_S = 0.25
+WORKER_TIMEOUT_S = 2.0
+COORDINATOR_LIMIT_S = 5.0  # twice
+ORPHANED_AFTER_S = 60.0
+SESSION_TIMEOUT_S = 2.0
+RAY_RESTART_S = 1.5
+SETTLE_S = 150.0
+ROUND_TRIP_S = 4 * STEP_S  # of a question and its answer, at most: a limit less this is what makes a part sick
+NUM_WORKERS = 2
+
+
+@dataclass(eq=False)
+class Process:
+    """Attributes:
+    pause: steps for which its loops do not run, after an exception.
+    idle_s: since it ran last. longest_idle_s: what makes it sick.
+    """
+
+    name: str
+    incarnation: str
+    alive: bool = True
+    stopped_at: float | None = None
+    wakes_at: float | None = None
+    idle_s: float = 0.0
+    longest_idle_s: float = 0.0
+    pause: int = 0
+
+    @property
+    def runs(self) -> bool:
+        return self.alive and self.stopped_at is None
+
+
+@dataclass(eq=False)
+class Worker(Process):
+    info: WorkerInfo | None = None
+    masters: Suspicions = field(default_factory=lambda: Suspicions(STEP_S))
+    asked_by: list[Coordinator] = field(default_factory=list)  # heartbeats that wait to be answered
+
+
+@dataclass(eq=False)
+class Router(Process):
+    silent: Suspicions = field(default_factory=lambda: Suspicions(STEP_S))
+    suspect: Coordinator | None = None
+
+
+@dataclass(eq=False)
+class Coordinator(Process):
+    generation: int = 0
+    table: Membership = field(default_factory=lambda: Membership(0, NUM_WORKERS, 0.5))
+    suspicions: Suspicions = field(default_factory=lambda: Suspicions(STEP_S))
+    adopts_at: float | None = None
+    identified: set[Worker] = field(default_factory=set)  # that have answered who they are
+    asked: set[str] = field(default_factory=set)  # incarnations whose heartbeat is under way
+    answers: list[Worker] = field(default_factory=list)
+    watches: set[Router] = field(default_factory=set)
+    effects: list[tuple[float, Any]] = field(default_factory=list)
+    strays: dict[str, Worker] = field(default_factory=dict)
+
+
+class World:
+    """Args:
+    suspicions: the class under test, or a mutant of it.
+    fenced: a Coordinator asks Ray before it acts. vigilant: routers end a Coordinator that hangs.
+    orphans_ask_routers: a worker is no orphan while it has a session with a router.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        suspicions: Callable[[float], Suspicions] = Suspicions,
+        *,
+        fenced: bool = True,
+        vigilant: bool = True,
+        orphans_ask_routers: bool = True,
+    ) -> None:
+        self.rng = random.Random(seed)
+        self.now = 0.0
+        self._suspicions = suspicions
+        self._fenced, self._vigilant, self._orphans_ask_routers = fenced, vigilant, orphans_ask_routers
+        self.workers: dict[str, Worker] = {}  # by worker id: who has the name
+        self.routers = [Router(f"router-{i}", "1", silent=suspicions(STEP_S)) for i in range(2)]
+        self.former: list[Coordinator] = []
+        self.problems: list[str] = []
+        self.disturb = True
+        self._restart_at: float | None = None
+        self.coordinator = self._new_coordinator(1)
+
+    # Ray
+
+    def _new_coordinator(self, generation: int) -> Coordinator:
+        new = Coordinator("coordinator", str(generation), generation=generation)
+        new.table = Membership(0, NUM_WORKERS, 0.5, generation)
+        new.suspicions = self._suspicions(STEP_S)
+        new.adopts_at = self.now + WORKER_TIMEOUT_S
+        self._restart_at = None
+        return new
+
+    def _ray(self) -> None:
+        """Starts the actor again whose process died."""
+        if not self.coordinator.alive and self._restart_at is None:
+            self._restart_at = self.now + RAY_RESTART_S
+        if self._restart_at is not None and self._restart_at <= self.now:
+            self.former.append(self.coordinator)
+            self.coordinator = self._new_coordinator(self.coordinator.generation + 1)
+
+    def give_node_up(self) -> None:
+        """Ray starts a Coordinator elsewhere while this one sleeps on a node that does not answer."""
+        self._restart_at = self.now
+
+    # one step of everything
+
+    def step(self) -> None:
+        self.now += STEP_S
+        everybody: list[Process] = [*self.workers.values(), *self.routers, self.coordinator, *self.former]
+        for process in everybody:
+            if process.stopped_at is not None and process.wakes_at is not None and process.wakes_at <= self.now:
+                process.stopped_at = process.wakes_at = None
+            process.idle_s = process.idle_s + STEP_S if process.pause or not process.runs else 0.0
+            process.longest_idle_s = max(process.longest_idle_s, process.idle_s)
+        self._ray()
+        self.rng.shuffle(everybody)
+        for process in everybody:
+            if not process.runs:
+                continue
+            if process.pause:
+                process.pause -= 1
+                continue
+            match process:
+                case Worker():
+                    self._worker(process)
+                case Router():
+                    self._router(process)
+                case Coordinator():
+                    self._supervise(process)
+
+    def _worker(self, worker: Worker) -> None:
+        for coordinator in worker.asked_by:
+            worker.masters.heard(self.now, "masters", "")
+            coordinator.answers.append(worker)
+        worker.asked_by.clear()
+        if self._orphans_ask_routers and any(self._has_session(router) for router in self.routers):
+            worker.masters.heard(self.now, "masters", "")
+        if worker.masters.due(self.now):
+            if any(self._has_session(router) for router in self.routers):
+                self.problems.append(f"{worker.incarnation} ended as an orphan while routers used it")
+            worker.alive = False
+
+    def _has_session(self, router: Router) -> bool:
+        silent_since = router.stopped_at
+        return router.alive and (silent_since is None or self.now - silent_since < SESSION_TIMEOUT_S)
+
+    def _router(self, router: Router) -> None:
+        """As pdray.actors.vigil: the process that is silent twice in a row is ended."""
+        coordinator = self.coordinator
+        if router not in coordinator.watches:  # the last call was answered, or failed with its process
+            coordinator.watches.add(router)
+            router.suspect = None
+            router.silent.expect(self.now, "coordinator", "", COORDINATOR_LIMIT_S, sign="", next="")
+        if not self._vigilant or not router.silent.due(self.now) or not coordinator.alive:
+            return
+        if router.suspect is coordinator:
+            if coordinator.longest_idle_s < 2 * COORDINATOR_LIMIT_S - ROUND_TRIP_S:
+                self.problems.append(f"{coordinator.name} {coordinator.incarnation} was ended, and was not sick")
+            coordinator.alive = False
+        router.suspect = coordinator
+
+    def _supervise(self, me: Coordinator) -> None:
+        """A process that wakes up reads what lies ready before or after it looks at its table."""
+        parts = [self._read, self._look]
+        self.rng.shuffle(parts)
+        if me.adopts_at is None:
+            for part in parts:
+                part(me)
+        else:
+            me.identified |= {worker for worker in self.workers.values() if worker.runs and not worker.pause}
+            if me.adopts_at <= self.now:
+                self._adopt(me)
+        if me is self.coordinator:
+            me.watches.clear()  # answered
+        self._carry_out(me)
+
+    def _adopt(self, me: Coordinator) -> None:
+        if me is not self.coordinator and self._fenced:
+            me.alive = False
+            return
+        identities, strays = [], []
+        for worker in self.workers.values():
+            if not worker.alive:
+                continue
+            if worker in me.identified:
+                assert worker.info is not None
+                identities.append(WorkerIdentity(worker.info, "", {}, []))
+                self._expect(me, worker)
+            else:
+                strays.append(Stray(worker.name, f"{worker.name} of a former Coordinator"))
+                me.strays[strays[-1].incarnation] = worker
+        me.adopts_at = None
+        me.table.adopt(identities, strays)
+
+    def _expect(self, me: Coordinator, worker: Worker) -> None:
+        me.suspicions.expect(self.now, worker.name, worker.incarnation, WORKER_TIMEOUT_S, sign="", next="")
+
+    def _read(self, me: Coordinator) -> None:
+        for worker in me.answers:
+            me.asked.discard(worker.incarnation)
+            me.suspicions.heard(self.now, worker.name, worker.incarnation)
+        me.answers.clear()
+
+    def _look(self, me: Coordinator) -> None:
+        for suspicion in me.suspicions.due(self.now):
+            me.suspicions.forget(suspicion.who, suspicion.incarnation)
+            me.table.suspect(suspicion.who, suspicion.incarnation)
+        for worker in self.workers.values():
+            if me.table.is_current(worker.name, worker.incarnation) and me.table.states()[worker.name] == "ready":
+                if worker.alive and worker.incarnation not in me.asked:
+                    me.asked.add(worker.incarnation)
+                    worker.asked_by.append(me)
+                elif not worker.alive:  # join() has ended
+                    me.suspicions.forget(worker.name, worker.incarnation)
+                    me.table.suspect(worker.name, worker.incarnation)
+        for effect in me.table.tick(self.now):
+            me.effects.append((self.now + STEP_S * self.rng.randint(1, 4), effect))
+
+    def _carry_out(self, me: Coordinator) -> None:
+        due = [effect for at, effect in me.effects if at <= self.now]
+        me.effects = [(at, effect) for at, effect in me.effects if at > self.now]
+        for effect in due:
+            if me is not self.coordinator:
+                if self._fenced:
+                    me.alive = False
+                    return
+                self.problems.append(f"a former Coordinator carried out {effect}")
+            match effect:
+                case Start(worker_id, incarnation):
+                    self._start(me, worker_id, incarnation)
+                case Kill(worker_id, incarnation):
+                    self._kill(me, worker_id, incarnation)
+
+    def _start(self, me: Coordinator, worker_id: str, incarnation: str) -> None:
+        if self._fails() or ((taken := self.workers.get(worker_id)) is not None and taken.alive):
+            me.table.start_failed(worker_id, incarnation, "injected")
+            return
+        info = WorkerInfo(worker_id, incarnation, "both", "", 0, 0, "", "", "", 8, 16, 1024, 8, 64)
+        worker = Worker(worker_id, incarnation, info=info, masters=self._suspicions(STEP_S))
+        worker.masters.expect(self.now, "masters", "", ORPHANED_AFTER_S, sign="", next="")
+        self.workers[worker_id] = worker
+        me.table.ready(info)
+        self._expect(me, worker)
+
+    def _kill(self, me: Coordinator, worker_id: str, incarnation: str) -> None:
+        if self._fails():
+            me.table.kill_failed(self.now, incarnation, "injected")
+            return
+        worker = me.strays.get(incarnation, self.workers.get(worker_id))
+        if worker is not None and worker.alive and (incarnation in me.strays or worker.incarnation == incarnation):
+            if worker.longest_idle_s < WORKER_TIMEOUT_S - ROUND_TRIP_S and not worker.stopped_at:
+                self.problems.append(f"{worker.incarnation} was killed, and was not sick")
+            worker.alive = False
+        me.table.died(self.now, worker_id, incarnation)
+
+    def _fails(self) -> bool:
+        return self.disturb and self.rng.random() < 0.2
+
+    # disturbances
+
+    def disturbances(self) -> list[Callable[[], None]]:
+        result: list[Callable[[], None]] = []
+        for process in (*self.workers.values(), *self.routers, self.coordinator):
+            if process.runs:
+                result += [
+                    lambda p=process: self.stop(p, None),
+                    lambda p=process: self.stop(p, self.rng.uniform(0.3, 3.0)),
+                    lambda p=process: self.stop(p, 10.0),
+                    lambda p=process: self.stop(p, 90.0),
+                    lambda p=process: setattr(p, "pause", self.rng.randint(1, 3)),
+                ]
+            if process.alive and not isinstance(process, Router):
+                result.append(lambda p=process: setattr(p, "alive", False))
+        if self.coordinator.stopped_at is not None and self.coordinator.alive:
+            result += [self.give_node_up] * 3
+        return result
+
+    def stop(self, process: Process, seconds: float | None) -> None:
+        """SIGSTOP; and SIGCONT after so long, or never. Serve replaces a router that hangs: it comes back."""
+        if isinstance(process, Router):
+            seconds = min(seconds or 15.0, 15.0)
+        process.stopped_at, process.wakes_at = self.now, None if seconds is None else self.now + seconds
+
+    @property
+    def whole(self) -> bool:
+        """Whether every part is there and answers."""
+        return (
+            self.coordinator.runs
+            and self.coordinator.adopts_at is None
+            and self.coordinator.table.serving
+            and len(self.workers) == NUM_WORKERS
+            and all(worker.runs for worker in self.workers.values())
+        )
+
+    def settle(self) -> list[str]:
+        """No more disturbances; what is stopped for good stays so. Then all is whole again, and stays so."""
+        self.disturb = False
+        until = self.now + SETTLE_S
+        while self.now < until and not self.problems:
+            self.step()
+        if not self.whole:
+            states = self.coordinator.table.states()
+            self.problems.append(f"not whole {SETTLE_S:g} s after the last disturbance: {states}")
+        return self.problems
+
+
+def walk(seed: int, steps: int, disturbance_rate: float = 0.05, **options: Any) -> list[str]:
+    """One random interleaving; what was violated, if anything."""
+    world = World(seed, **options)
+    for _ in range(steps):
+        if world.rng.random() < disturbance_rate and (choices := world.disturbances()):
+            world.rng.choice(choices)()
+        world.step()
+        if world.problems:
+            return world.problems
+    return world.settle()

@@ -1,0 +1,219 @@
+"""The control code against thousands of interleavings of death, stop, delay, loss, abort and reconnection.
+
+The Coordinator dies too, and is started again without a memory.
+
+PDRAY_MODEL_WALKS sets how many random walks are made (default: a few thousand, some seconds).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from pdray.control.credit import CreditWaiters
+from pdray.control.effects import LedgerEffect, Release, Send
+from pdray.control.lease import LeaseState, LeaseTable
+from pdray.control.membership import Membership
+from pdray.control.prefill_ledger import PrefillLedger
+from pdray.wire.cluster_view import WorkerInfo
+from pdray.wire.lease_messages import Credit
+from pdray.wire.message import LegKey
+from pdray.wire.put_messages import PutAborted
+
+_spec = importlib.util.spec_from_file_location("protocol_world", Path(__file__).with_name("protocol_world.py"))
+assert _spec is not None and _spec.loader is not None
+protocol_world = sys.modules["protocol_world"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(protocol_world)
+
+NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "2400"))
+WALK_STEPS = 300
+TOPOLOGIES = [
+    {"num_prefill": 2, "num_decode": 2},
+    {"num_prefill": 1, "num_decode": 1},
+    {"num_prefill": 0, "num_decode": 2},
+]
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    """Hypothesis chooses among whatever can happen next, and shrinks what goes wrong."""
+
+    @initialize(topology=st.sampled_from(TOPOLOGIES))
+    def start(self, topology: dict[str, int]) -> None:
+        self.world = protocol_world.World(**topology)
+
+    @rule(choice=st.integers(0, 2**16))
+    def act(self, choice: int) -> None:
+        actions = self.world.actions()
+        actions[choice % len(actions)]()
+
+    @invariant()
+    def nothing_is_violated(self) -> None:
+        if hasattr(self, "world"):
+            assert self.world.violations() == []
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            assert self.world.settle(random.Random(0)) == []
+
+
+ProtocolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=120, deadline=None)
+TestProtocol = ProtocolMachine.TestCase
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=["2P2D", "1P1D", "colocated"])
+def test_random_walks_violate_nothing(topology: dict[str, int]) -> None:
+    for seed in range(NUM_WALKS // len(TOPOLOGIES)):
+        assert protocol_world.walk(seed, WALK_STEPS, **topology) == [], f"seed {seed}"
+
+
+def test_walks_reach_every_state_and_outcome() -> None:
+    """The walks mean little if they never get anywhere: every lease state, replays and all outcomes are visited."""
+    states: set[str] = set()
+    outcomes: set[str] = set()
+    attempts = 0
+    end = protocol_world.World._end
+
+    def noting_end(world: Any, router: Any, request: Any, outcome: str) -> None:
+        nonlocal attempts
+        attempts = max(attempts, request.tracker._next_attempt)
+        outcomes.add(outcome)
+        end(world, router, request, outcome)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol_world.World, "_end", noting_end)
+        for seed in range(60):
+            rng, world = random.Random(seed), protocol_world.World(**TOPOLOGIES[seed % 2])
+            for _ in range(WALK_STEPS):
+                rng.choice(world.actions())()
+                for decode in world.workers(protocol_world.DecodeProcess):
+                    states |= {info.state for info in decode.table.leases(world.now)}
+            world.settle(rng)
+    assert states == {str(state) for state in LeaseState}
+    assert outcomes == {"finished", "aborted", "rejected", "failed", "blamed"}
+    assert attempts >= 3  # a second failure during recovery
+
+
+class FreesFillingLeases(LeaseTable):
+    """The bug of bugs: a timeout or a close frees what another process may still write."""
+
+    def _end(self, key: LegKey, lease: Any) -> list[Send]:
+        self._free(key)
+        return []
+
+
+class ExpiresQuarantine(LeaseTable):
+    """A timeout alone frees: the stopped writer that wakes up finds another request in its target."""
+
+    def expire(self, now: float) -> list[Send]:
+        for key, lease in list(self._leases.items()):
+            if lease.state is LeaseState.QUARANTINE and lease.expires <= now:
+                self._free(key)
+        return super().expire(now)
+
+
+class AcknowledgesTooEarly(PrefillLedger):
+    """PutAborted while a put is in flight."""
+
+    def abort_put(self, decode_worker_id: str, key: LegKey) -> list[LedgerEffect]:
+        return [Send(decode_worker_id, PutAborted(*key)), *super().abort_put(decode_worker_id, key)]
+
+
+class NeverAcknowledges(PrefillLedger):
+    """Quarantine never ends."""
+
+    def _leave_if_idle(self, key: LegKey, leg: Any) -> list[LedgerEffect]:
+        return [effect for effect in super()._leave_if_idle(key, leg) if isinstance(effect, Release)]
+
+
+class ForgetsFailedKills(Membership):
+    """A worker whose kill has failed once stays DYING for ever."""
+
+    def kill_failed(self, now: float, incarnation: str, reason: str) -> None:
+        return
+
+
+class ForgetsFailedNews(Membership):
+    """Who could not be told of a death once never hears of it: quarantine never ends."""
+
+    def tell_failed(self, now: float, worker_id: str, incarnation: str, gone: WorkerInfo, reason: str) -> None:
+        return
+
+
+class StartsBesideStrays(Membership):
+    """A process that was not seen dead does not keep another from its name, nor its writes from being forgotten."""
+
+    def adopt(self, identities: Any, strays: Any = ()) -> None:
+        super().adopt(identities, strays)
+        self._strays.clear()
+
+
+class TellsNobody(CreditWaiters):
+    """Who waits for credit is never told that it has come back."""
+
+    def announce(self, credit: Credit) -> list[Send]:
+        super().announce(credit)
+        return []
+
+
+class KeepsWhatNobodyDecodes(PrefillLedger):
+    """A leg without a decode worker waits for its word."""
+
+    def _finish_if_pushed(self, now: float, key: LegKey, leg: Any) -> list[LedgerEffect]:
+        return [] if leg.request.decode_worker_id is None else super()._finish_if_pushed(now, key, leg)
+
+
+class ForgetsWhoIsAlone(LeaseTable):
+    """A suspect is computed with others again, and nobody learns who is to blame."""
+
+    def request(self, now: float, router_id: str, message: Any) -> list[Send]:
+        return super().request(now, router_id, msgspec.structs.replace(message, alone=False))
+
+
+def blames_everybody(suspects: list[LegKey]) -> str:
+    """Whoever was in the step fails at once."""
+    return "failed"
+
+
+def blames_nobody(suspects: list[LegKey]) -> str:
+    """The guilty one is replayed for ever."""
+    return "suspect"
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        {"table": ForgetsWhoIsAlone, "num_prefill": 0, "num_decode": 1},
+        {"blame": blames_everybody},
+        {"blame": blames_nobody},
+        {"table": FreesFillingLeases},
+        {"table": ExpiresQuarantine},
+        {"ledger": AcknowledgesTooEarly},
+        {"ledger": NeverAcknowledges},
+        {"members": ForgetsFailedKills},
+        {"members": ForgetsFailedNews},
+        {"members": StartsBesideStrays},
+        {"ledger": KeepsWhatNobodyDecodes},
+        {"waiters": TellsNobody},
+    ],
+    ids=lambda mutant: next(iter(mutant.values())).__name__,
+)
+def test_the_check_has_teeth(mutant: dict[str, Any]) -> None:
+    """Each seeded bug is found within some hundred walks."""
+
+    def finds(seed: int) -> bool:
+        try:
+            return bool(protocol_world.walk(seed, WALK_STEPS, **mutant))
+        except (AssertionError, KeyError):
+            return True
+
+    assert any(finds(seed) for seed in range(600))

@@ -1,0 +1,83 @@
+"""Supervision against thousands of interleavings of death, hang, late wake, exception and failed effects.
+
+No healthy worker and no healthy Coordinator is ever ended, no two Coordinators act, and whatever is sick is replaced.
+
+PDRAY_MODEL_WALKS sets how many random walks are made (default: some hundred, some seconds).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdray.control.suspicions import Suspicion, Suspicions
+
+_spec = importlib.util.spec_from_file_location("supervision_world", Path(__file__).with_name("supervision_world.py"))
+assert _spec is not None and _spec.loader is not None
+supervision_world = sys.modules["supervision_world"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(supervision_world)
+
+NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "2400")) // 12
+WALK_STEPS = 400
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
+def test_random_walks_violate_nothing(rate: float) -> None:
+    for seed in range(NUM_WALKS // 3):
+        assert supervision_world.walk(seed, WALK_STEPS, rate) == [], f"seed {seed}"
+
+
+@pytest.mark.parametrize("name", ["coordinator", "decode-0", "router-0"])
+@pytest.mark.parametrize("seconds", [None, 10.0, 90.0])
+def test_one_part_hangs(name: str, seconds: float | None) -> None:
+    """Within 20 s all is whole again, and only the part that hung was replaced."""
+    world = supervision_world.World(0)
+    while not world.whole:
+        world.step()
+    workers = dict(world.workers)
+    victim = next(p for p in (*workers.values(), *world.routers, world.coordinator) if p.name == name)
+    world.disturb = False
+    world.stop(victim, seconds)
+    began = world.now
+    while world.now < began + 20.0:
+        world.step()
+    assert world.problems == [] and world.whole
+    assert {n for n, worker in world.workers.items() if worker is not workers[n]} == {name} & workers.keys()
+    assert world.coordinator.incarnation == "1" or name == "coordinator"
+    assert world.settle() == []
+
+
+class TrustsTheClock(Suspicions):
+    """Time in which the owner itself was stopped counts as others' silence."""
+
+    def _look(self, now: float) -> None:
+        self._looked_at = now
+        self._awake_s = now
+
+
+class SuspectsNobody(Suspicions):
+    """A sick part is never replaced."""
+
+    def due(self, now: float) -> list[Suspicion]:
+        return []
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        {"suspicions": TrustsTheClock},
+        {"suspicions": SuspectsNobody},
+        {"fenced": False},
+        {"vigilant": False},
+        {"vigilant": False, "orphans_ask_routers": False},
+    ],
+    ids=str,
+)
+def test_the_check_has_teeth(mutant: dict[str, Any]) -> None:
+    """Each seeded bug is found within some hundred walks."""
+    assert any(supervision_world.walk(seed, WALK_STEPS, 0.1, **mutant) for seed in range(400))
