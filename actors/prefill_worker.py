@@ -24,11 +24,13 @@ from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate
 from pdray.errors import InvalidRequestError, RequestFailedError, TransferError
 from pdray.transfer.channel import Link, Put, PutResult
 from pdray.wire.cluster_view import ChannelOffer, WorkerInfo
+from pdray.wire.dial import connect
+from pdray.wire.handshake import PeerName
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, Ping, Pong, PrefillRequest
 from pdray.wire.put_messages import AbortPut, BeginPutReply, ChannelMessage
-from pdray.wire.session import PeerName, Session, connect
+from pdray.wire.session import Session
 
 if TYPE_CHECKING:
     from pdray.transfer.channel import Sender

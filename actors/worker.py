@@ -35,10 +35,12 @@ from pdray.logs import log_to_stderr
 from pdray.metrics import LoopMetrics, WorkerMetrics
 from pdray.transfer.registry import allowed_kinds, load_kind
 from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo
+from pdray.wire.handshake import PeerName
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.put_messages import ChannelMessage
-from pdray.wire.session import PeerName, Session, SessionServer
+from pdray.wire.server import SessionServer
+from pdray.wire.session import Session
 from pdray.wire.worker_news import PrefixUpdate, StepFailed
 
 if TYPE_CHECKING:

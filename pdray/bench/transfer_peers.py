@@ -21,10 +21,13 @@ from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender,
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.registry import load_kind
 from pdray.wire.cluster_view import ChannelOffer
+from pdray.wire.dial import connect
+from pdray.wire.handshake import PeerName
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.put_messages import ChannelMessage
-from pdray.wire.session import PeerName, Session, SessionServer, connect
+from pdray.wire.server import SessionServer
+from pdray.wire.session import Session
 
 HOST = "127.0.0.1"
 

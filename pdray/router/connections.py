@@ -12,10 +12,12 @@ from pdray.background import BackgroundTasks, LoopFailures
 from pdray.errors import HandshakeError, WorkerDiedError
 from pdray.router.link import WorkerLink
 from pdray.wire.cluster_view import ClusterView, Draining, WorkerInfo
+from pdray.wire.dial import connect
+from pdray.wire.handshake import PeerName
 from pdray.wire.lease_messages import RenewLeases
 from pdray.wire.messages import AnyMessage
 from pdray.wire.prefill_messages import Ping
-from pdray.wire.session import PeerName, Session, connect
+from pdray.wire.session import Session
 
 logger = logging.getLogger(__name__)
 

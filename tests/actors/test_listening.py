@@ -10,7 +10,8 @@ import pytest
 from pdray.actors import placement
 from pdray.actors.placement import ListenAddress, OneNode, listen_address
 from pdray.config import Config
-from pdray.wire.session import PeerName, SessionServer
+from pdray.wire.handshake import PeerName
+from pdray.wire.server import SessionServer
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import Put, Site
 from pdray.transfer.nccl.kind import NcclKind
 from pdray.wire.cluster_view import WorkerInfo
+from pdray.wire.dial import connect
+from pdray.wire.handshake import PeerName
 from pdray.wire.lease_messages import (
     CloseLease,
     CreditUpdate,
@@ -40,7 +42,7 @@ from pdray.wire.lease_messages import (
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, PrefillFailed, PrefillRequest
-from pdray.wire.session import PeerName, Session, connect
+from pdray.wire.session import Session
 
 
 def load(name: str) -> Any:

@@ -18,6 +18,7 @@ from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.cluster_view import ClusterView, Draining, Pair, WorkerInfo
+from pdray.wire.handshake import PeerName
 from pdray.wire.lease_messages import (
     Credit,
     CreditUpdate,
@@ -31,7 +32,8 @@ from pdray.wire.lease_messages import (
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.prefill_messages import FirstTokens, Ping, Pong
-from pdray.wire.session import PeerName, Session, SessionServer
+from pdray.wire.server import SessionServer
+from pdray.wire.session import Session
 
 SECRET = b"secret of the test"
 EOS = 128

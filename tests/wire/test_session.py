@@ -13,12 +13,14 @@ import pytest
 from pdray.errors import HandshakeError
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire import session as session_module
+from pdray.wire.dial import connect
 from pdray.wire.frames import MAX_FRAME_BYTES, Data, encode_frame, read_frame
-from pdray.wire.handshake import Challenge, Welcome, initiate
+from pdray.wire.handshake import Challenge, PeerName, Welcome, initiate
 from pdray.wire.lease_messages import RenewLeases
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
-from pdray.wire.session import PeerName, Session, SessionServer, connect
+from pdray.wire.server import SessionServer
+from pdray.wire.session import Session
 
 SECRET = b"secret of the test"
 SERVER = PeerName("decode-0", "d1")
@@ -514,7 +516,7 @@ async def test_nothing_is_delivered_after_the_end(link: Connect) -> None:
     protocol = session._writer.transport.get_protocol()
     assert isinstance(protocol, asyncio.StreamReaderProtocol)
     protocol.data_received(encode_frame(Data(1, 0, numbered(1))))
-    session._end("ended here", tell=True)
+    session.end("ended here", tell=True)
     await each.client_side.wait(lambda: each.client_side.closed)
     assert each.server_side.closed == ["ended here"] and delivered == []
 
