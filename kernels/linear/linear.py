@@ -67,11 +67,11 @@ def streaming_kernels(x: torch.Tensor, weight: torch.Tensor) -> StreamingKernels
     if not x.is_cuda or x.element_size() != 2:
         return None
     if len(x) == 1 and len(weight) <= ONE_ROW_MAX_WEIGHT_ROWS:
-        from pdray.kernels.linear.linear import one_row_triton
+        from pdray.kernels.linear import one_row_triton
 
         return StreamingKernels(one_row_triton.triton_linear, one_row_triton.triton_norm_linear)
     if 2 <= len(x) <= FEW_ROWS_MAX and weight.numel() <= FEW_ROWS_MAX_WEIGHT_ELEMENTS and weight.shape[1] % 16 == 0:
-        from pdray.kernels.linear.linear import few_rows_triton
+        from pdray.kernels.linear import few_rows_triton
 
         return StreamingKernels(few_rows_triton.triton_linear, few_rows_triton.triton_norm_linear)
     return None

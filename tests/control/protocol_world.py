@@ -18,7 +18,7 @@ from typing import Any
 
 from pdray.control.credit import CreditWaiters, covers
 from pdray.control.effects import Connect, FlushPuts, Kill, Release, Send, Start, StartCompute, TellGone
-from pdray.control.lease import LeaseTable
+from pdray.control.lease_table import LeaseTable
 from pdray.control.losses import Loss, Losses, blame
 from pdray.control.membership import Membership, Stray
 from pdray.control.prefill_ledger import PrefillLedger

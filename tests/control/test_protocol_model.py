@@ -22,7 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pdray.control.credit import CreditWaiters
 from pdray.control.effects import LedgerEffect, Release, Send
-from pdray.control.lease import LeaseState, LeaseTable
+from pdray.control.lease import LeaseState
+from pdray.control.lease_table import LeaseTable
 from pdray.control.membership import Membership
 from pdray.control.prefill_ledger import PrefillLedger
 from pdray.wire.cluster_view import WorkerInfo

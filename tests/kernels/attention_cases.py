@@ -13,9 +13,10 @@ import sys
 import torch
 from torch import Tensor
 
+from pdray.kernels.attention.decode_triton import choose_num_splits
 from pdray.kernels.attention.flash import first_flash_sequence, is_available
 from pdray.kernels.attention.paged import AttentionMetadata, find_fresh, torch_paged_attention
-from pdray.kernels.attention.paged_triton import choose_num_splits, triton_paged_attention
+from pdray.kernels.attention.paged_triton import triton_paged_attention
 from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.kernels.elementwise.rms_norm_triton import triton_rms_norm
 from pdray.kernels.kv.blocks_triton import triton_gather_blocks, triton_scatter_blocks

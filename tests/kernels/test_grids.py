@@ -54,7 +54,7 @@ def decode_many_sequences(module: Any) -> None:
     ("name", "kernels", "launch"),
     [
         ("kv.blocks_triton", ["copy_kernel"], copy_many_blocks),
-        ("attention.paged_triton", ["decode_kernel", "merge_kernel"], decode_many_sequences),
+        ("attention.decode_triton", ["decode_kernel", "merge_kernel"], decode_many_sequences),
     ],
 )
 def test_no_dimension_but_x_grows(

@@ -21,24 +21,12 @@ from pdray.engine.kv.allocator import KVAllocator
 from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
 from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.order import batch_order, may_go_on, num_known_tokens, queue_order
 from pdray.engine.schedule.plan import StepPlan
 from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.engine.schedule.turns import Turn, Turns
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
-
-
-def batch_order(sequence: Sequence) -> tuple[int, int, int]:
-    """Rank in the batch; the last is preempted first."""
-    return sequence.order
-
-
-def queue_order(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
-    """Rank in the queue: preempted ones, then by priority, then by arrival.
-
-    Preempted ones hold places: behind a request that waits for places they would wait for each other.
-    """
-    return not sequence.preempted, sequence.order
 
 
 class Counters(NamedTuple):
@@ -211,14 +199,14 @@ class Scheduler:
             may_overtake: admit also those that are queued behind one that is to be alone.
         """
         plan = StepPlan(alone=turn)
-        decoding = [s for s in self.turns.of(self.running, turn) if s.num_uncomputed_tokens == 1 and _may_go_on(s)]
+        decoding = [s for s in self.turns.of(self.running, turn) if s.num_uncomputed_tokens == 1 and may_go_on(s)]
         num_needed = sum(self.allocator.needs_block(s) for s in decoding)
         if self.plans_in_flight and num_needed > self.pool.num_free:
             return plan  # to preempt is to compute again, from tokens that are all known
         num_preemptions = self.counters.num_preemptions
         ready = [s for s in decoding if s.status is SequenceStatus.RUNNING and self._make_room(s)]
         # The longest first: attention takes them in this order, and a long one that begins last ends long after all.
-        for sequence in sorted(ready, key=_length, reverse=True):
+        for sequence in sorted(ready, key=num_known_tokens, reverse=True):
             plan.add(sequence, 1)
         # Who gave blocks back in this step would only take them again, unless nobody else can use them.
         has_preempted = self.counters.num_preemptions > num_preemptions
@@ -344,17 +332,3 @@ class Scheduler:
             live.scheduled_at = now
         if live.started_at is not None and live.joined_at is None:
             live.joined_at = now
-
-
-def _length(sequence: Sequence) -> int:
-    return len(sequence.token_ids)
-
-
-def _may_go_on(sequence: Sequence) -> bool:
-    """Whether its next token can be computed while the one before it is pending."""
-    if not sequence.num_pending:
-        return True
-    live = sequence.request
-    has_forks_to_wait_for = not live.forked and len(live.sequences) > 1
-    will_end = sequence.num_tokens >= sequence.max_total_tokens or live.prefill_only
-    return not (will_end or has_forks_to_wait_for or live.needs_history)

@@ -1,0 +1,33 @@
+"""Who comes first in the batch and in the queue, and who may go on while a token is pending."""
+
+from __future__ import annotations
+
+from pdray.engine.schedule.sequence import Sequence
+
+
+def batch_order(sequence: Sequence) -> tuple[int, int, int]:
+    """Rank in the batch; the last is preempted first."""
+    return sequence.order
+
+
+def queue_order(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
+    """Rank in the queue: preempted ones, then by priority, then by arrival.
+
+    Preempted ones hold places: behind a request that waits for places they would wait for each other.
+    """
+    return not sequence.preempted, sequence.order
+
+
+def num_known_tokens(sequence: Sequence) -> int:
+    """Tokens of prompt and output that the host knows."""
+    return len(sequence.token_ids)
+
+
+def may_go_on(sequence: Sequence) -> bool:
+    """Whether its next token can be computed while the one before it is pending."""
+    if not sequence.num_pending:
+        return True
+    live = sequence.request
+    has_forks_to_wait_for = not live.forked and len(live.sequences) > 1
+    will_end = sequence.num_tokens >= sequence.max_total_tokens or live.prefill_only
+    return not (will_end or has_forks_to_wait_for or live.needs_history)
