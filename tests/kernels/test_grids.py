@@ -45,9 +45,8 @@ def decode_many_sequences(module: Any) -> None:
         kv_lens=[1] * MANY,
     )
     for num_splits in (1, 2):
-        module.triton_paged_attention(
-            torch.zeros(MANY, 2, 8), torch.zeros(2, 2, 16, 1, 8), meta, 1.0, num_splits=num_splits
-        )
+        q = torch.zeros(MANY, 2, 8)
+        module.launch_decode(q, torch.zeros(2, 2, 16, 1, 8), meta, 1.0, torch.empty_like(q), num_splits, None)
 
 
 @pytest.mark.parametrize(
