@@ -27,8 +27,9 @@ demo: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/pdray serve $(ARGS)
 
+# Two processes: one for whatever starts a Ray cluster, which mostly waits, and one for the rest.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 # Real processes and the default model through kills, stops, storms and overload; about half an hour.
 chaos: $(STAMP)

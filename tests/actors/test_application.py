@@ -24,6 +24,8 @@ from pdray.config import Config
 from pdray.serve import build
 from pdray.testing.patience import PATIENCE_S
 
+pytestmark = pytest.mark.ray
+
 APP = "pdray-test"
 QUEUE_BOUND = 8
 CONFIG = Config(

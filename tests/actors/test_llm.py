@@ -21,6 +21,8 @@ from pdray.errors import InvalidRequestError
 
 COMMON: dict[str, Any] = {"device": "cpu", "max_model_len": 1024, "num_kv_blocks": 256, "max_num_batched_tokens": 256}
 
+pytestmark = pytest.mark.ray
+
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
