@@ -41,7 +41,8 @@ class NcclKind(Kind):
         self._transport = transport
         size, number = site.config.transfer_staging_bytes, site.num_peers if self.facts.get("version") else 0
         self._buffers = [torch.zeros(size, dtype=torch.uint8, device=site.device) for _ in range(number)]
-        self._buffer_of: dict[str, torch.Tensor] = {}  # by peer, for every epoch
+        self._stagings: list[Staging] = []  # that no peer has
+        self._staging_of: dict[str, Staging] = {}  # by peer, for every epoch
 
     @property
     def facts(self) -> dict[str, str]:
@@ -68,15 +69,15 @@ class NcclKind(Kind):
 
     def attach(self, pool: KVPool) -> None:
         """See Kind."""
-        self._pool = pool
-        for buffer in self._buffers:
-            Staging(pool, buffer).warm_up()
+        self._stagings = [Staging(pool, buffer) for buffer in self._buffers]
+        for staging in self._stagings:
+            staging.warm_up()
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> NcclReceiver:
         """See Kind."""
         assert self._transport is not None
         return NcclReceiver(
-            Staging(self._pool, self._buffers[0]),
+            self._stagings[0],
             self._transport,
             sink,
             writes,
@@ -89,8 +90,8 @@ class NcclKind(Kind):
         """See Kind. Enters the communicator together with the decode worker."""
         transport, loop = self._transport, asyncio.get_running_loop()
         assert transport is not None
-        if link.peer not in self._buffer_of:
-            self._buffer_of[link.peer] = self._buffers.pop()
+        if link.peer not in self._staging_of:
+            self._staging_of[link.peer] = self._stagings.pop()
 
         def soon(call: Callable[[Any], None], argument: Any) -> None:
             if not loop.is_closed():  # else it belonged to a worker that has ended
@@ -100,7 +101,7 @@ class NcclKind(Kind):
         communicator = await open_communicator(partial(transport.connect, offer.unique_id, SENDER_RANK))
         try:
             return NcclSender(
-                Staging(self._pool, self._buffer_of[link.peer]),
+                self._staging_of[link.peer],
                 communicator,
                 transport.new_stream,
                 name=link.peer,
