@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
 from pdray.kernels.kv.blocks import gather_blocks
-from pdray.transfer.nccl.staging import MAX_SPAN_BLOCKS, NUM_SLOTS, IdArea, Staging, split_put
+from pdray.transfer.nccl.staging import ID_AREA_BYTES, MAX_SPAN_BLOCKS, NUM_SLOTS, IdArea, Staging, split_put
 
 
 @given(st.data())
@@ -89,7 +89,7 @@ def test_warming_up_changes_only_the_dummy_block() -> None:
 
 def test_too_little_staging_names_the_setting() -> None:
     with pytest.raises(ConfigError, match="transfer_staging_bytes is 1024"):
-        Staging(KVPool.of(torch.zeros(5, 12, 2, 4, 2, 8)), torch.zeros(1024, dtype=torch.uint8))
+        Staging(KVPool.of(torch.zeros(5, 12, 2, 4, 2, 8)), torch.zeros(ID_AREA_BYTES + 1024, dtype=torch.uint8))
 
 
 def test_probes_of_two_epochs_differ() -> None:

@@ -17,7 +17,7 @@ from pdray.transfer.nccl.communicator import SENDER_RANK, Transport, open_commun
 from pdray.transfer.nccl.messages import OpenCommunicator, encode
 from pdray.transfer.nccl.receiver import NcclReceiver, Offer
 from pdray.transfer.nccl.sender import NcclSender
-from pdray.transfer.nccl.staging import Staging
+from pdray.transfer.nccl.staging import ID_AREA_BYTES, Staging
 from pdray.transfer.nccl.transport import CudaTransport
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.cluster_view import WorkerInfo
@@ -39,7 +39,10 @@ class NcclKind(Kind):
         if transport is None and site.device.type == "cuda":
             transport = CudaTransport(site.device)
         self._transport = transport
-        size, number = site.config.transfer_staging_bytes, site.num_peers if self.facts.get("version") else 0
+        size, number = (
+            ID_AREA_BYTES + site.config.transfer_staging_bytes,
+            site.num_peers if self.facts.get("version") else 0,
+        )
         self._buffers = [torch.zeros(size, dtype=torch.uint8, device=site.device) for _ in range(number)]
         self._stagings: list[Staging] = []  # that no peer has
         self._staging_of: dict[str, Staging] = {}  # by peer, for every epoch

@@ -14,7 +14,7 @@ import torch
 
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
-from pdray.kernels.kv.pack import pack_blocks, unpack_blocks
+from pdray.kernels.kv.pack import PackedBlocks, pack_blocks, unpack_blocks
 from pdray.transfer.streams import Event
 
 ALIGNMENT = 512
@@ -124,7 +124,7 @@ class Staging:
 
     Args:
         pool: see KVPool.
-        buffer: [num_bytes] uint8 on the pool's device.
+        buffer: [num_bytes] uint8 on the pool's device: ID_AREA_BYTES, and the slots.
 
     Raises:
         ConfigError: the buffer is too small for this pool's blocks.
@@ -134,13 +134,15 @@ class Staging:
         self.layout = pool.layout
         self.kv = pool.tensor
         self.buffer = buffer
+        self._elements = buffer[: len(buffer) // ALIGNMENT * ALIGNMENT].view(pool.layout.dtype)
+        self._block_ids = buffer[:ID_AREA_BYTES].view(torch.int64)
         self.bytes_per_block = pool.layout.layer_block_bytes
         self.piece_bytes = (len(buffer) - ID_AREA_BYTES) // NUM_SLOTS // ALIGNMENT * ALIGNMENT
         if self.piece_bytes < max(self.bytes_per_block, PROBE_BYTES):
-            least = ID_AREA_BYTES + NUM_SLOTS * (max(self.bytes_per_block, PROBE_BYTES) + ALIGNMENT)
+            least = NUM_SLOTS * (max(self.bytes_per_block, PROBE_BYTES) + ALIGNMENT)
             raise ConfigError(
-                f"transfer_staging_bytes is {len(buffer)}, too little for blocks of {self.bytes_per_block} bytes a "
-                f"layer; it must be at least {least}"
+                f"transfer_staging_bytes is {max(0, len(buffer) - ID_AREA_BYTES)}, too little for blocks of "
+                f"{self.bytes_per_block} bytes a layer; it must be at least {least}"
             )
         self._probes = torch.zeros(PROBE_ROWS, PROBE_BYTES, dtype=torch.uint8, pin_memory=buffer.is_cuda)
         self._num_probes = 0
@@ -179,15 +181,16 @@ class Staging:
         The host's copy is read before copy_() returns: it is pageable.
         """
         host = torch.tensor(block_ids[span.start : span.stop], dtype=torch.int64)
-        self._ids(ids, 0, len(host)).copy_(host, non_blocking=True)
+        first = ids.offset // ID_BYTES
+        self._block_ids[first : first + len(host)].copy_(host, non_blocking=True)
 
     def pack(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> None:
         """Copy the piece out of the pool, on the current stream."""
-        pack_blocks(self.kv, piece.layers, self._ids_of(piece, span, ids), self._data(slot, piece))
+        pack_blocks(self.kv, piece.layers, self._packed(slot, piece, span, ids))
 
     def unpack(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> None:
         """Copy the piece into the pool, on the current stream."""
-        unpack_blocks(self.kv, piece.layers, self._ids_of(piece, span, ids), self._data(slot, piece))
+        unpack_blocks(self.kv, piece.layers, self._packed(slot, piece, span, ids))
 
     def write_probe(self, slot: Slot, epoch: int) -> None:
         self._bytes(slot.offset, PROBE_BYTES).copy_(_probe(epoch), non_blocking=True)
@@ -219,15 +222,9 @@ class Staging:
             torch.cuda.synchronize(self.kv.device)
         self.reset()
 
-    def _data(self, slot: Slot, piece: Piece) -> torch.Tensor:
-        shape = (len(piece.layers), piece.stop - piece.start, *self.layout.block_shape)
-        return self._bytes(slot.offset, self.num_bytes(piece)).view(self.layout.dtype).view(shape)
-
-    def _ids_of(self, piece: Piece, span: Span, ids: Ids) -> torch.Tensor:
-        return self._ids(ids, piece.start - span.start, piece.stop - span.start)
-
-    def _ids(self, ids: Ids, start: int, stop: int) -> torch.Tensor:
-        return self._bytes(ids.offset + start * ID_BYTES, (stop - start) * ID_BYTES).view(torch.int64)
+    def _packed(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> PackedBlocks:
+        offset, first_id = slot.offset // self._elements.itemsize, ids.offset // ID_BYTES + piece.start - span.start
+        return PackedBlocks(self._elements, offset, self._block_ids, first_id, piece.stop - piece.start)
 
     def _bytes(self, start: int, num_bytes: int) -> torch.Tensor:
         return self.buffer[start : start + num_bytes]
