@@ -1,4 +1,4 @@
-"""The Triton counterparts of gather_blocks and scatter_blocks: one program for each piece of a block."""
+"""The Triton counterparts of what blocks.py and pack.py move: one program for each piece of a block."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
@@ -11,53 +11,71 @@ from torch import Tensor
 PIECE = 4096  # elements of a block that one program copies
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_layer", "first_id", "num_blocks"])
 def copy_kernel(
-    source_ptr,
-    destination_ptr,
-    block_ids_ptr,
-    source_stride_layer,
-    destination_stride_layer,
+    pool_ptr,
+    flat_ptr,
+    ids_ptr,
+    stride_layer,  # of the pool
+    first_layer,
+    flat_offset,
+    first_id,
     num_blocks,
     NUMEL: tl.constexpr,  # elements of a block
     PIECE: tl.constexpr,
     SCATTER: tl.constexpr,
 ):
-    """Block i of one layer, from pool block block_ids[i] (gather) or into it (scatter)."""
+    """Block i of one layer, from pool block ids[i] (gather) or into it (scatter)."""
     PIECES: tl.constexpr = (NUMEL + PIECE - 1) // PIECE
     program = tl.program_id(0)  # y and z end at 65,535, and a prompt may have more blocks
     piece = program % PIECES
     i = (program // PIECES % num_blocks).to(tl.int64)
     layer = (program // PIECES // num_blocks).to(tl.int64)
-    block = tl.load(block_ids_ptr + i)
-    source, destination = block, i
-    if SCATTER:
-        source, destination = i, block
+    block = tl.load(ids_ptr + first_id + i)
     element = piece * PIECE + tl.arange(0, PIECE)
     mask = element < NUMEL
-    data = tl.load(source_ptr + layer * source_stride_layer + source * NUMEL + element, mask=mask)
-    tl.store(destination_ptr + layer * destination_stride_layer + destination * NUMEL + element, data, mask=mask)
+    in_pool = pool_ptr + (first_layer + layer) * stride_layer + block * NUMEL + element
+    in_flat = flat_ptr + flat_offset + (layer * num_blocks + i) * NUMEL + element
+    if SCATTER:
+        tl.store(in_pool, tl.load(in_flat, mask=mask), mask=mask)
+    else:
+        tl.store(in_flat, tl.load(in_pool, mask=mask), mask=mask)
 
 
 def triton_gather_blocks(layers: Tensor, block_ids: Tensor) -> Tensor:
     """layers [L, num_blocks, ...], block_ids [n] int64 → [L, n, ...], contiguous."""
     data = torch.empty(len(layers), len(block_ids), *layers.shape[2:], dtype=layers.dtype, device=layers.device)
-    copy_pieces(layers, data, block_ids, scatter=False)
+    copy_pieces(layers, data, block_ids, len(block_ids), len(layers), scatter=False)
     return data
 
 
 def triton_scatter_blocks(layers: Tensor, block_ids: Tensor, data: Tensor) -> None:
     """Write data [L, n, ...] into layers [L, num_blocks, ...]."""
-    copy_pieces(data.contiguous(), layers, block_ids, scatter=True)
+    copy_pieces(layers, data.contiguous(), block_ids, len(block_ids), len(layers), scatter=True)
 
 
-def copy_pieces(source: Tensor, destination: Tensor, block_ids: Tensor, *, scatter: bool) -> None:
-    """Blocks of a pool [L, num_blocks, ...] to or from [L, n, ...], either of which may be a part of a larger one."""
-    assert source[0].is_contiguous() and destination[0].is_contiguous()
-    numel = source[0, 0].numel()
-    if len(block_ids) == 0 or len(source) == 0:
+def copy_pieces(
+    pool: Tensor,
+    flat: Tensor,
+    ids: Tensor,
+    num_blocks: int,
+    num_layers: int,
+    *,
+    first_layer: int = 0,
+    flat_offset: int = 0,
+    first_id: int = 0,
+    scatter: bool,
+) -> None:
+    """Blocks of a pool [L, num_pool_blocks, ...] to or from a contiguous [num_layers, num_blocks, ...].
+
+    Args:
+        flat: holds it from element flat_offset on, which is a multiple of 16. ids: [n] int64, from first_id on.
+    """
+    if not num_blocks or not num_layers:
         return
-    copy_kernel[(triton.cdiv(numel, PIECE) * len(block_ids) * len(source),)](
-        source, destination, block_ids, source.stride(0), destination.stride(0), len(block_ids),
+    numel = pool.stride(1)
+    assert flat_offset % 16 == 0, flat_offset
+    copy_kernel[(triton.cdiv(numel, PIECE) * num_blocks * num_layers,)](
+        pool, flat, ids, pool.stride(0), first_layer, flat_offset, first_id, num_blocks,
         NUMEL=numel, PIECE=PIECE, SCATTER=scatter,
     )  # fmt: skip

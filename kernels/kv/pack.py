@@ -1,37 +1,61 @@
 """Packing blocks of the KV pool into memory that is already there, and unpacking them.
 
 Unlike gather_blocks() and scatter_blocks(), neither allocates on the device nor makes the host wait: a channel calls
-them while a transfer is in flight.
+them while a transfer is in flight. Both take whole buffers and places in them: a view costs the host as much as a call.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
 
-def pack_blocks(kv: Tensor, layers: range, block_ids: Tensor, out: Tensor) -> None:
+class PackedBlocks(NamedTuple):
+    """Some blocks of some layers, side by side in a flat buffer: [num_layers, num_blocks, *block_shape].
+
+    Attributes:
+        flat: [num_elements], of the pool's dtype and on its device. offset: of their first element there.
+        ids: [n] int64, on the device. first_id: of the first block's id there. num_blocks: how many.
+    """
+
+    flat: Tensor
+    offset: int
+    ids: Tensor
+    first_id: int
+    num_blocks: int
+
+
+def pack_blocks(kv: Tensor, layers: range, packed: PackedBlocks) -> None:
     """Copy blocks of some layers out of the pool, on the current stream.
 
     Args:
         kv: the pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
         layers: consecutive layers of it.
-        block_ids: [n] int64 on the pool's device.
-        out: [len(layers), n, 2, block_size, num_kv_heads, head_dim], contiguous; written.
+        packed: where they go; written.
     """
-    source = kv[layers.start : layers.stop]
+    _copy(kv, layers, packed, scatter=False)
+
+
+def unpack_blocks(kv: Tensor, layers: range, packed: PackedBlocks) -> None:
+    """Write what pack_blocks() made into blocks of the same layers of this pool, on the current stream."""
+    _copy(kv, layers, packed, scatter=True)
+
+
+def _copy(kv: Tensor, layers: range, packed: PackedBlocks, *, scatter: bool) -> None:
+    flat, offset, ids, first_id, num_blocks = packed
     if kv.is_cuda:
         from pdray.kernels.kv.blocks_triton import copy_pieces
 
-        return copy_pieces(source, out, block_ids, scatter=False)
-    torch.index_select(source, 1, block_ids, out=out)
-
-
-def unpack_blocks(kv: Tensor, layers: range, block_ids: Tensor, data: Tensor) -> None:
-    """Write what pack_blocks() made into blocks of the same layers of this pool, on the current stream."""
-    target = kv[layers.start : layers.stop]
-    if kv.is_cuda:
-        from pdray.kernels.kv.blocks_triton import triton_scatter_blocks
-
-        return triton_scatter_blocks(target, block_ids, data)
-    target.index_copy_(1, block_ids, data)
+        return copy_pieces(
+            kv, flat, ids, num_blocks, len(layers),
+            first_layer=layers.start, flat_offset=offset, first_id=first_id, scatter=scatter,
+        )  # fmt: skip
+    shape = (len(layers), num_blocks, *kv.shape[2:])
+    pool = kv[layers.start : layers.stop]
+    data = flat[offset : offset + len(layers) * num_blocks * kv[0, 0].numel()].view(shape)
+    block_ids = ids[first_id : first_id + num_blocks]
+    if scatter:
+        pool.index_copy_(1, block_ids, data)
+    else:
+        data.copy_(pool.index_select(1, block_ids))

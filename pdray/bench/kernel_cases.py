@@ -18,7 +18,7 @@ from pdray.kernels.attention.rotary_store import rotate_and_store
 from pdray.kernels.elementwise.activation import silu_and_mul
 from pdray.kernels.elementwise.embedding import embed
 from pdray.kernels.elementwise.rms_norm import rms_norm
-from pdray.kernels.kv.pack import pack_blocks, unpack_blocks
+from pdray.kernels.kv.pack import PackedBlocks, pack_blocks, unpack_blocks
 from pdray.kernels.linear.linear import linear, pack_weight
 from pdray.kernels.linear.norm_linear import norm_linear
 from pdray.kernels.sampling.draw import draw_filtered, draw_tokens
@@ -247,9 +247,9 @@ class KernelCases:
     def _packs(self) -> Iterator[Case]:
         num_layers, num_blocks = min(4, self.model.num_layers), min(512, self.max_len // self.block_size)
         kv = self._pool(num_layers, 4 * num_blocks)
-        out = torch.empty((num_layers, num_blocks, *kv.shape[2:]), dtype=self.dtype, device=self.device)
+        out = torch.empty(num_layers * num_blocks * kv.stride(1), dtype=self.dtype, device=self.device)
         ids = [torch.randperm(4 * num_blocks, device=self.device)[:num_blocks] for _ in range(MAX_CALLS)]
         layers = range(num_layers)
         for name, operation in (("pack", pack_blocks), ("unpack", unpack_blocks)):
-            calls = [partial(operation, kv, layers, i, out) for i in ids]
+            calls = [partial(operation, kv, layers, PackedBlocks(out, 0, i, 0, num_blocks)) for i in ids]
             yield Case(f"{name} {num_blocks} blocks of {num_layers} layers", calls, 2 * self._size(out))

@@ -35,7 +35,7 @@ class Stream(Protocol):
         """Enqueue what ``work`` launches."""
 
     def wait(self, event: Event) -> None:
-        """What follows begins after the event. Never an event that a peer must bring about."""
+        """What follows begins after the event. One that a peer must bring about: only if an abort ends it."""
 
     def record(self) -> Event:
         """An event after all that was enqueued so far."""

@@ -19,7 +19,7 @@ from pdray.kernels.attention.paged import AttentionMetadata, find_fresh, torch_p
 from pdray.kernels.attention.paged_triton import triton_paged_attention
 from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.kernels.elementwise.rms_norm_triton import triton_rms_norm
-from pdray.kernels.kv.blocks_triton import triton_gather_blocks, triton_scatter_blocks
+from pdray.kernels.kv.blocks_triton import copy_pieces, triton_gather_blocks, triton_scatter_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -185,12 +185,30 @@ def check_gather_and_scatter() -> None:
     assert triton_gather_blocks(kv, ids[:0]).shape == (4, 0, 2, 16, 3, 64)
 
 
+def check_packing() -> None:
+    """Into the midst of a buffer, with ids from the midst of another; nothing around them changes."""
+    kv = torch.randn(4, 9, 2, 16, 3, 64).to(DEVICE)
+    size, offset = 2 * 2 * kv.stride(1), 256
+    flat = torch.randn(offset + size + 256).to(DEVICE)
+    expected = flat.clone()
+    expected[offset : offset + size] = kv[1:3, [2, 5]].flatten()
+    ids = torch.tensor([7, 2, 5, 1], device=DEVICE)
+    copy_pieces(kv, flat, ids, 2, 2, first_layer=1, flat_offset=offset, first_id=1, scatter=False)
+    assert torch.equal(flat, expected)
+    target = torch.zeros_like(kv)
+    copy_pieces(target, flat, ids, 2, 2, first_layer=2, flat_offset=offset, first_id=2, scatter=True)
+    assert torch.equal(target[2:4, [5, 1]], kv[1:3, [2, 5]])
+    target[2:4, [5, 1]] = 0
+    assert not target.any()
+
+
 CHECKS = {
     "fresh": check_fresh,
     "attention": check_all_attention,
     "num_splits": check_num_splits,
     "norms": check_norms,
     "gather_and_scatter": check_gather_and_scatter,
+    "packing": check_packing,
 }
 
 if DEVICE == "cuda" and is_available(torch.device("cuda"), torch.bfloat16):

@@ -27,7 +27,7 @@ from pdray.transfer.nccl.messages import (
 )
 from pdray.transfer.nccl.receiver import NcclReceiver
 from pdray.transfer.nccl.sender import NcclSender
-from pdray.transfer.nccl.staging import INDEX_BYTES, MAX_PIECE_BLOCKS, RING_PIECES, Staging
+from pdray.transfer.nccl.staging import ID_AREA_BYTES, NUM_SLOTS, Staging
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.message import LegKey
 
@@ -40,7 +40,7 @@ NUM_LAYERS, NUM_BLOCKS = 6, 60
 BLOCK = (2, 4, 2, 8)  # keys and values, block_size, heads, head_dim
 BLOCK_BYTES = 2 * 4 * 2 * 8 * 4
 PIECE_BYTES = 16 * BLOCK_BYTES
-STAGING_BYTES = RING_PIECES * (PIECE_BYTES + MAX_PIECE_BLOCKS * INDEX_BYTES + 1024)
+STAGING_BYTES = ID_AREA_BYTES + NUM_SLOTS * PIECE_BYTES
 TIMEOUT_S = 5.0
 
 
@@ -170,7 +170,7 @@ class World:
             await asyncio.to_thread(sender.channel.close)
             await self.receiver.close_link(sender.name)
         async with asyncio.timeout(PATIENCE_S):
-            while len(self.staging.ring):  # else staging leaks
+            while len(self.staging.ids):  # else staging leaks
                 await asyncio.sleep(0.002)
         await self.receiver.close()
 

@@ -17,7 +17,7 @@ from pdray.transfer.nccl.communicator import SENDER_RANK, Transport, open_commun
 from pdray.transfer.nccl.messages import OpenCommunicator, encode
 from pdray.transfer.nccl.receiver import NcclReceiver, Offer
 from pdray.transfer.nccl.sender import NcclSender
-from pdray.transfer.nccl.staging import Staging
+from pdray.transfer.nccl.staging import ID_AREA_BYTES, Staging
 from pdray.transfer.nccl.transport import CudaTransport
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.cluster_view import WorkerInfo
@@ -39,9 +39,13 @@ class NcclKind(Kind):
         if transport is None and site.device.type == "cuda":
             transport = CudaTransport(site.device)
         self._transport = transport
-        size, number = site.config.transfer_staging_bytes, site.num_peers if self.facts.get("version") else 0
+        size, number = (
+            ID_AREA_BYTES + site.config.transfer_staging_bytes,
+            site.num_peers if self.facts.get("version") else 0,
+        )
         self._buffers = [torch.zeros(size, dtype=torch.uint8, device=site.device) for _ in range(number)]
-        self._buffer_of: dict[str, torch.Tensor] = {}  # by peer, for every epoch
+        self._stagings: list[Staging] = []  # that no peer has
+        self._staging_of: dict[str, Staging] = {}  # by peer, for every epoch
 
     @property
     def facts(self) -> dict[str, str]:
@@ -68,15 +72,15 @@ class NcclKind(Kind):
 
     def attach(self, pool: KVPool) -> None:
         """See Kind."""
-        self._pool = pool
-        for buffer in self._buffers:
-            Staging(pool, buffer).warm_up()
+        self._stagings = [Staging(pool, buffer) for buffer in self._buffers]
+        for staging in self._stagings:
+            staging.warm_up()
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> NcclReceiver:
         """See Kind."""
         assert self._transport is not None
         return NcclReceiver(
-            Staging(self._pool, self._buffers[0]),
+            self._stagings[0],
             self._transport,
             sink,
             writes,
@@ -89,8 +93,8 @@ class NcclKind(Kind):
         """See Kind. Enters the communicator together with the decode worker."""
         transport, loop = self._transport, asyncio.get_running_loop()
         assert transport is not None
-        if link.peer not in self._buffer_of:
-            self._buffer_of[link.peer] = self._buffers.pop()
+        if link.peer not in self._staging_of:
+            self._staging_of[link.peer] = self._stagings.pop()
 
         def soon(call: Callable[[Any], None], argument: Any) -> None:
             if not loop.is_closed():  # else it belonged to a worker that has ended
@@ -100,7 +104,7 @@ class NcclKind(Kind):
         communicator = await open_communicator(partial(transport.connect, offer.unique_id, SENDER_RANK))
         try:
             return NcclSender(
-                Staging(self._pool, self._buffer_of[link.peer]),
+                self._staging_of[link.peer],
                 communicator,
                 transport.new_stream,
                 name=link.peer,

@@ -1,18 +1,23 @@
-"""The nccl receiver on the device: receives the pieces of one grant at a time, and unpacks what it is told to."""
+"""The nccl receiver on the device: receives what one link was granted, and unpacks it.
+
+Everything of a grant is enqueued at once: a receive into a slot on the link's stream, and behind it the unpacking,
+which frees the slot. An abort of the link's communicator ends its receives, and what is unpacked then goes to blocks of
+leases that are held until it has (PendingWrites), and that never count.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pdray.errors import TransferError
 from pdray.transfer.nccl.communicator import GuardedCommunicator
-from pdray.transfer.nccl.staging import PROBE_BYTES, Piece, Region, Staging
+from pdray.transfer.nccl.staging import PROBE_BYTES, Ids, Slot, Span, Staging
 from pdray.transfer.nccl.threads import PollingThread, Watchdog
 from pdray.transfer.streams import DRAIN_TIMEOUT_S, Event, Stream
 from pdray.wire.message import LegKey
@@ -32,10 +37,11 @@ class Link:
 
 @dataclass(eq=False, slots=True)
 class Transfer:
-    """A put, or a probe (which has no pieces), that was granted.
+    """A put, or a probe (which has no spans), that was granted.
 
     Attributes:
         layers, positions: as the sender named them. blocks: of the pool, for each position.
+        arrived: all of it is where it should be; probe: where it lies on the host. Set by the thread.
     """
 
     link: Link
@@ -44,35 +50,37 @@ class Transfer:
     layers: range
     positions: range
     blocks: list[int] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-    num_left: int = 0  # pieces that are neither written nor dropped; the receiver's
-    refused: bool = False
+    spans: list[Span] = field(default_factory=list)
+    arrived: bool = False
+    probe: int | None = None
 
 
-@dataclass(eq=False, slots=True)
-class Arrival:
-    """A piece of a transfer in staging; None: a probe. done: after its receive, then after its unpacking."""
+class Receiving(NamedTuple):
+    """A receive, or the end of a grant, which ends nothing else."""
 
-    transfer: Transfer
-    piece: Piece | None
-    region: Region
+    link: Link
     done: Event
+    ends_grant: bool = False
+
+
+class Unpacking(NamedTuple):
+    """Attributes:
+    ids: that nothing needs after it. transfer: which is over with it.
+    """
+
+    done: Event
+    ids: Ids | None = None
+    transfer: Transfer | None = None
 
 
 class ReceiveEvents(Protocol):
     """What the thread tells, on the event loop's thread and in order."""
 
-    def arrived(self, arrival: Arrival) -> None:
-        """A piece lies in staging: unpack() or discard() it."""
-
-    def written(self, arrival: Arrival) -> None:
-        """A piece is in the pool."""
-
-    def probed(self, arrival: Arrival) -> None:
-        """A probe came; refused if it was another pattern."""
+    def transfer_ended(self, transfer: Transfer) -> None:
+        """Nothing of it is written any more. Comes once for each transfer that was granted, also of a failed link."""
 
     def grant_ended(self) -> None:
-        """Everything of the grant has been received, or its link was given up and nothing of it is in flight."""
+        """Everything of one receive() has been received, or its link was given up and nothing of it is in flight."""
 
     def link_failed(self, link: Link, reason: str) -> None:
         """A link was given up by this thread or its watchdog."""
@@ -106,26 +114,21 @@ class ReceiveThread:
         self._timeout_s = timeout_s
         self._call_soon = call_soon
         self._lock = threading.Lock()  # of links' errors
+        self._active: Link | None = None  # whose receives are under way; for the watchdog
 
-        self._link: Link | None = None  # that has the grant; the rest is the thread's own
-        self._to_receive: deque[tuple[Transfer, Piece | None]] = deque()
-        self._receiving: deque[Arrival] = deque()
-        self._unpacking: deque[Arrival] = deque()
+        # the thread's own
+        self._grants: deque[list[Transfer]] = deque()
+        self._work: Iterator[None] | None = None  # enqueues the next grant
+        self._receiving: deque[Receiving] = deque()  # all of one link
+        self._unpacking: deque[Unpacking] = deque()
         self._progress_at = 0.0
 
         self._thread = PollingThread(f"nccl-receive-{name}", self._poll, self._thread_failed)
         self._watchdog = Watchdog(f"nccl-receive-watch-{name}", self._expired)
 
     def receive(self, transfers: list[Transfer]) -> None:
-        """Receive these puts of one link; not before the last grant has ended."""
-        self._thread.post(lambda: self._begin(transfers))
-
-    def unpack(self, arrival: Arrival) -> None:
-        """Write the piece into the pool."""
-        self._thread.post(lambda: self._unpack(arrival))
-
-    def discard(self, arrival: Arrival) -> None:
-        self._thread.post(lambda: self._staging.ring.free(arrival.region))
+        """Receive these puts of one link. Another link's: not before the grants before have ended."""
+        self._thread.post(lambda: self._grants.append(transfers))
 
     def give_up(self, link: Link, reason: str) -> bool:
         """Abort a link; False if it was given up before. Takes about half a second."""
@@ -144,87 +147,85 @@ class ReceiveThread:
 
     # the thread
 
-    def _begin(self, transfers: list[Transfer]) -> None:
-        assert self._link is None and not self._receiving, "two grants at a time"
-        self._link, self._progress_at = transfers[0].link, time.monotonic()
-        for transfer in transfers:
-            pieces: list[Piece | None] = [*transfer.pieces] or [None]
-            self._to_receive.extend((transfer, piece) for piece in pieces)
-
     def _poll(self) -> bool:
         while self._receiving and self._receiving[0].done.query():
-            self._on_received(self._receiving.popleft())
+            if self._receiving.popleft().ends_grant:
+                self._call_soon(self._events.grant_ended)
+            self._progress_at = time.monotonic()
         while self._unpacking and self._unpacking[0].done.query():
-            arrival = self._unpacking.popleft()
-            self._staging.ring.free(arrival.region)
-            self._tell(self._events.written if arrival.piece else self._events.probed, arrival)
+            self._unpacked(self._unpacking.popleft())
         self._watch()  # a receive can hang
-        while self._receive_next():
-            pass
-        if self._link is not None and not self._to_receive and not self._receiving:
-            self._link = None
-            self._call_soon(self._events.grant_ended)
+        while self._work is not None or self._grants:
+            if self._work is None:
+                self._progress_at = time.monotonic()
+                self._work = self._receive_all(self._grants.popleft())
+            if next(self._work, self) is not self:
+                break
+            self._work = None
         self._watch()
         return bool(self._receiving or self._unpacking)
 
-    def _receive_next(self) -> bool:
-        """Post one more receive; False if there is none, or no room."""
-        link = self._link
-        if link is None or not self._to_receive:
-            return False
+    def _receive_all(self, transfers: list[Transfer]) -> Iterator[None]:
+        """Enqueue a grant. Yields while there is no room for block ids."""
+        link = transfers[0].link
+        assert all(receiving.link is link for receiving in self._receiving), "two links' receives at a time"
+        for transfer in transfers:
+            if not transfer.spans:
+                self._receive_probe(transfer)
+            for span in transfer.spans:
+                while (ids := self._staging.allocate_ids(span)) is None:
+                    yield
+                self._receive_span(transfer, span, ids)
+            self._unpacking.append(Unpacking(self._unpack_stream.record(), transfer=transfer))
+        self._receiving.append(Receiving(link, link.stream.record(), ends_grant=True))
+
+    def _receive_span(self, transfer: Transfer, span: Span, ids: Ids) -> None:
+        staging, stream = self._staging, self._unpack_stream
+        stream.run(partial(staging.load_ids, ids, span, transfer.blocks))
+        for piece in span.pieces:
+            slot = staging.next_slot()
+            if self._receive(transfer.link, slot, staging.num_bytes(piece)):
+                stream.run(partial(staging.unpack, slot, piece, span, ids))
+                slot.free_after = stream.record()
+        self._unpacking.append(Unpacking(stream.record(), ids))
+
+    def _receive_probe(self, transfer: Transfer) -> None:
+        slot, transfer.probe = self._staging.next_slot(), self._staging.next_probe()
+        if self._receive(transfer.link, slot, PROBE_BYTES):
+            self._unpack_stream.run(partial(self._staging.read_probe, slot, transfer.probe))
+            slot.free_after = self._unpack_stream.record()
+
+    def _receive(self, link: Link, slot: Slot, num_bytes: int) -> bool:
+        """Enqueue a receive, and let the unpacking wait for it. False if the link has been given up."""
         if link.error is not None:
-            self._to_receive.clear()
             return False
-        transfer, piece = self._to_receive[0]
-        staging = self._staging
-        region = staging.allocate_probe() if piece is None else staging.allocate(piece)
-        if region is None:
-            return False
-        num_bytes = PROBE_BYTES if piece is None else staging.num_bytes(piece)
+        if slot.free_after is not None:
+            link.stream.wait(slot.free_after)
         try:
-            link.communicator.recv(staging.pointer(region), num_bytes, link.stream)
-        except Exception as error:  # NCCL's, or the watchdog's abort; what was posted before ends with it
+            link.communicator.recv(self._staging.pointer(slot), num_bytes, link.stream)
+        except Exception as error:  # NCCL's, or the watchdog's abort; what was enqueued before ends with it
             self._fail(link, f"{type(error).__name__}: {error}")
-            self._to_receive.clear()
-            # the region stays in use until the stream has passed: the call may have enqueued something
-        else:
-            self._to_receive.popleft()
-        self._receiving.append(Arrival(transfer, piece, region, link.stream.record()))
-        return True
+        slot.free_after = link.stream.record()  # also of a call that failed: it may have enqueued something
+        self._receiving.append(Receiving(link, slot.free_after))
+        self._unpack_stream.wait(slot.free_after)
+        return link.error is None
 
-    def _on_received(self, arrival: Arrival) -> None:
-        link, self._progress_at = arrival.transfer.link, time.monotonic()
-        if link.error is not None:
-            self._staging.ring.free(arrival.region)
-        elif arrival.piece is not None:
-            self._tell(self._events.arrived, arrival)
-        else:
-            self._unpack_stream.run(partial(self._check_probe, arrival))
-            self._unpacked_later(arrival)
-
-    def _check_probe(self, arrival: Arrival) -> None:
-        transfer = arrival.transfer
-        transfer.refused = not self._staging.is_probe(arrival.region, transfer.link.epoch)
-
-    def _unpack(self, arrival: Arrival) -> None:
-        piece, blocks = arrival.piece, arrival.transfer.blocks
-        assert piece is not None
-        self._unpack_stream.run(partial(self._staging.unpack, arrival.region, piece, blocks))
-        self._unpacked_later(arrival)
-
-    def _unpacked_later(self, arrival: Arrival) -> None:
-        arrival.done = self._unpack_stream.record()
-        self._unpacking.append(arrival)
-
-    def _tell(self, event: Callable[[Arrival], None], arrival: Arrival) -> None:
-        self._call_soon(lambda: event(arrival))
+    def _unpacked(self, unpacking: Unpacking) -> None:
+        if unpacking.ids is not None:
+            self._staging.ids.free(unpacking.ids)
+        transfer = unpacking.transfer
+        if transfer is not None:
+            link, row = transfer.link, transfer.probe
+            transfer.arrived = link.error is None and (row is None or self._staging.is_probe(row, link.epoch))
+            self._call_soon(partial(self._events.transfer_ended, transfer))
 
     def _watch(self) -> None:
-        link, now = self._link, time.monotonic()
-        if link is not None and link.error is not None and self._receiving and now > link.failed_at + DRAIN_TIMEOUT_S:
+        link = self._receiving[0].link if self._receiving else None
+        now = time.monotonic()
+        if link is not None and link.error is not None and now > link.failed_at + DRAIN_TIMEOUT_S:
             raise TransferError(f"{link.name}: its stream has not drained {DRAIN_TIMEOUT_S:g} s after the abort")
-        active = link is not None and link.error is None
-        self._watchdog.set(self._progress_at + self._timeout_s if active else None)
+        self._active = link if link is not None and link.error is None else None
+        self._watchdog.set(None if self._active is None else self._progress_at + self._timeout_s)
 
     # failures
 
@@ -234,7 +235,7 @@ class ReceiveThread:
 
     def _expired(self) -> None:
         """The watchdog's thread."""
-        link = self._link
+        link = self._active
         if link is not None and time.monotonic() >= self._progress_at + self._timeout_s:
             self._fail(link, f"a transfer did not get on for {self._timeout_s:g} s (worker_timeout_s)")
 

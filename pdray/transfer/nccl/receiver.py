@@ -1,11 +1,12 @@
 """The decode worker's half of the nccl channels: one receiver for all its prefill workers.
 
-Senders say what they have staged; the receiver grants one sender's puts at a time, posts the receives with the
-grant, and grants again when it has them. So no device ever holds two receives that wait for different senders, and
+Senders say what is ready; the receiver grants one sender's puts at a time, posts the receives with the grant, and
+turns to another sender when it has them. So no device ever holds two receives that wait for different senders, and
 whatever is posted has its data on the way: nothing can wait in a circle, however many pairs share a GPU.
 
-This class belongs to the event loop's thread, where the leases are; the device belongs to a ReceiveThread. Each piece
-goes thread → loop (may it be written?) → thread (unpack) → loop (it is written).
+This class belongs to the event loop's thread, where the leases are; the device belongs to a ReceiveThread. A put is
+checked against its lease when it is granted, and the lease's blocks are held (PendingWrites) from then until nothing of
+the put is written any more; whether it counts is asked again at its end.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from pdray.transfer.nccl.messages import (
     decode_to_receiver,
     encode,
 )
-from pdray.transfer.nccl.receive_thread import Arrival, Link, ReceiveThread, Transfer
-from pdray.transfer.nccl.staging import RING_PIECES, Staging
+from pdray.transfer.nccl.receive_thread import Link, ReceiveThread, Transfer
+from pdray.transfer.nccl.staging import Staging
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.message import LegKey
+
+GRANT_BYTES = 256 << 20  # about as many are granted to one sender while another waits: a millisecond of the link
 
 
 @dataclass(eq=False, slots=True)
@@ -68,8 +71,8 @@ class NcclReceiver(Receiver):
 
     Args:
         staging: this receiver's alone.
-        sink: asked before a put is granted, and again before each piece of it is written.
-        writes: is told of each piece that is being written.
+        sink: asked before a put is granted, and told when it has arrived.
+        writes: is told of each put from its grant to its end.
         timeout_s: a granted transfer that does not get on for so long ends its channel.
         on_fatal: called if the device cannot be relied on any more.
 
@@ -101,6 +104,7 @@ class NcclReceiver(Receiver):
         self._senders: dict[str, _Sender] = {}
         self._turns: deque[str] = deque()  # worker ids; whose turn is next stands first
         self._granted: Link | None = None
+        self._num_grants = 0  # of that link that have not ended
         loop = asyncio.get_running_loop()
         self._thread = ReceiveThread(
             staging,
@@ -193,25 +197,29 @@ class NcclReceiver(Receiver):
     # grants
 
     def _grant_next(self) -> None:
-        """Grant the puts of the sender whose turn it is, if nothing is granted."""
-        if self._granted is not None:
-            return
+        """Grant the puts of the sender whose turn it is, or more of the one that has its turn while no other waits."""
         for _ in range(len(self._turns)):
             sender = self._senders[self._turns[0]]
+            if self._granted is not None and (sender.link is not self._granted or self._others_wait(sender)):
+                return
             self._turns.rotate(-1)
             transfers = self._take_waiting(sender)
             if transfers:
                 self._granted = sender.link
+                self._num_grants += 1
                 self._thread.receive(transfers)
                 sender.send(GrantTransfers([transfer.seq for transfer in transfers]))
                 return
 
+    def _others_wait(self, sender: _Sender) -> bool:
+        return any(other.waiting for other in self._senders.values() if other is not sender and other.link is not None)
+
     def _take_waiting(self, sender: _Sender) -> list[Transfer]:
-        """The sender's next puts that may be written, about as many bytes as the staging holds; refuses the others."""
+        """The sender's next puts that may be written, of about GRANT_BYTES; refuses the others."""
         transfers: list[Transfer] = []
         if sender.link is None:
             return transfers
-        room = RING_PIECES * self.piece_bytes
+        room = GRANT_BYTES
         while sender.waiting and (room > 0 or not transfers):
             staged = sender.waiting.popleft()
             transfer = Transfer(
@@ -227,9 +235,9 @@ class NcclReceiver(Receiver):
                     sender.send(RefuseTransfer(staged.seq))
                     continue
                 transfer.blocks = blocks
-                transfer.pieces = self._staging.split(transfer.layers, len(blocks), self.piece_bytes)
-                transfer.num_left = len(transfer.pieces)
-            room -= sum(self._staging.num_bytes(piece) for piece in transfer.pieces)
+                transfer.spans = self._staging.split(transfer.layers, len(blocks), self.piece_bytes)
+                room -= len(transfer.layers) * len(blocks) * self._staging.bytes_per_block
+                self._writes.begin(transfer.key)
             transfers.append(transfer)
         return transfers
 
@@ -239,25 +247,21 @@ class NcclReceiver(Receiver):
 
     # what the thread tells
 
-    def arrived(self, arrival: Arrival) -> None:
-        transfer, link = arrival.transfer, arrival.transfer.link
-        if link.error is None and not transfer.refused and self._resolve(transfer) == transfer.blocks:
-            self._writes.begin(transfer.key)
-            self._thread.unpack(arrival)
-        else:
-            transfer.refused = True
-            self._thread.discard(arrival)
-            self._piece_done(transfer)
-
-    def written(self, arrival: Arrival) -> None:
-        self._piece_done(arrival.transfer)
-        self._writes.end(arrival.transfer.key)
-
-    def probed(self, arrival: Arrival) -> None:
-        self._done(arrival.transfer, not arrival.transfer.refused)
+    def transfer_ended(self, transfer: Transfer) -> None:
+        """See ReceiveEvents."""
+        link, counts = transfer.link, transfer.arrived
+        if transfer.spans:
+            counts = counts and self._sink.put_received(transfer.key, link.name, link.epoch)
+            self._writes.end(transfer.key)
+        sender = self._senders.get(link.name)
+        if sender is not None and sender.link is link:
+            sender.send(TransferDone(transfer.seq, counts))
 
     def grant_ended(self) -> None:
-        self._granted = None
+        """See ReceiveEvents."""
+        self._num_grants -= 1
+        if not self._num_grants:
+            self._granted = None
         self._grant_next()
 
     def link_failed(self, link: Link, reason: str) -> None:
@@ -269,18 +273,6 @@ class NcclReceiver(Receiver):
     def failed(self, error: BaseException) -> None:
         self._on_fatal(error)
         self._writes.abandon()
-
-    def _piece_done(self, transfer: Transfer) -> None:
-        transfer.num_left -= 1
-        if not transfer.num_left:
-            link = transfer.link
-            counts = not transfer.refused and self._sink.put_received(transfer.key, link.name, link.epoch)
-            self._done(transfer, counts)
-
-    def _done(self, transfer: Transfer, written: bool) -> None:
-        sender = self._senders.get(transfer.link.name)
-        if sender is not None and sender.link is transfer.link:
-            sender.send(TransferDone(transfer.seq, written))
 
     def _is_current(self, sender: _Sender) -> bool:
         return self._senders.get(sender.worker_id) is sender

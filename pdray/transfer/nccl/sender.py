@@ -1,8 +1,8 @@
 """The prefill worker's half of the nccl channel.
 
-A put is cut into pieces that fit the staging ring. Each is packed there as soon as its KV is final and there is room;
-when the first one lies there the receiver is told (Staged), and once it has granted the put the pieces are sent, in
-order, while the next ones are packed. Puts are staged, granted and sent in the order in which they were made.
+As soon as a put's KV is final the receiver is told (Staged), and once it has granted the put everything is enqueued at
+once: its pieces are packed into slots of the staging on one stream and sent on another, each slot again as soon as the
+device has sent what it held. Puts are told, granted and sent in the order in which they were made.
 
 Threads: put() and on_message() belong to the event loop; one thread does everything on the device; a watchdog aborts
 the communicator when a transfer does not get on. Nothing waits for a peer on the compute stream, or on the host.
@@ -14,8 +14,9 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 
 from pdray.errors import HandshakeError, TransferError
@@ -30,13 +31,34 @@ from pdray.transfer.nccl.messages import (
     decode_to_sender,
     encode,
 )
-from pdray.transfer.nccl.outgoing import NO_PUT, Outgoing, Packed
-from pdray.transfer.nccl.staging import PROBE_BYTES, Staging
+from pdray.transfer.nccl.staging import PROBE_BYTES, Ids, Staging
 from pdray.transfer.nccl.threads import PollingThread, Watchdog
-from pdray.transfer.streams import Stream, drain
+from pdray.transfer.streams import Event, Stream, drain
 from pdray.wire.message import LegKey
 
 GRANT_TIMEOUT_FACTOR = 4  # a receiver may have to give others up before it comes to a put
+NO_PUT = Put(("", 0), range(0), [], 0)  # what a probe says that it is
+
+
+@dataclass(eq=False, slots=True)
+class Outgoing:
+    """A put from put() until its future is done; put is None for a probe.
+
+    Attributes:
+        num_bytes: set when it is sent. told_at: when the receiver was told.
+    """
+
+    seq: int
+    put: Put | None
+    future: Future[PutResult]
+    started: float
+    num_bytes: int = 0
+    told_at: float = 0.0
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the device has computed what is to be sent."""
+        return self.put is None or self.put.ready is None or self.put.ready.query()
 
 
 class NcclSender(Sender):
@@ -90,11 +112,11 @@ class NcclSender(Sender):
         self._next_seq = 0
 
         # the channel's thread only
-        self._to_pack: deque[Outgoing] = deque()
-        self._packing: deque[tuple[Outgoing, Packed]] = deque()
+        self._to_tell: deque[Outgoing] = deque()  # not final yet
+        self._told: dict[int, Outgoing] = {}  # not answered yet
         self._granted: deque[Outgoing] = deque()
-        self._sending: deque[Packed] = deque()
-        self._announced: dict[int, Outgoing] = {}  # not answered yet
+        self._work: Iterator[None] | None = None  # enqueues what is granted
+        self._sending: deque[tuple[Event, Ids | None]] = deque()  # by piece; ids that nothing needs after it
         self._undone: set[int] = set()  # granted, and not said to have arrived
         self._progress_at = 0.0
 
@@ -134,126 +156,104 @@ class NcclSender(Sender):
         if ended is not None:
             future.set_exception(TransferError(ended))
         else:
-            self._thread.post(lambda: self._begin(outgoing))
+            self._thread.post(lambda: self._to_tell.append(outgoing))
         return future
 
     # channel's thread
-
-    def _begin(self, outgoing: Outgoing) -> None:
-        put = outgoing.put
-        if put is not None:
-            outgoing.pieces = self._staging.split(put.layers, len(put.source_blocks), self._piece_bytes)
-        self._to_pack.append(outgoing)
 
     def _take(self, message: ToSender) -> None:
         match message:
             case GrantTransfers():
                 for seq in message.seqs:
-                    outgoing = self._announced.pop(seq)
-                    outgoing.granted = True
-                    self._granted.append(outgoing)
+                    self._granted.append(self._told.pop(seq))
                     self._undone.add(seq)
                 self._progress_at = time.monotonic()
             case RefuseTransfer():
-                self._refuse(self._announced.pop(message.seq))
+                self._settle(self._told.pop(message.seq), False)
             case ChannelFailed():
                 raise TransferError(f"the receiver gave up: {message.reason}")
             case _:
                 self._undone.remove(message.seq)
                 self._progress_at = time.monotonic()
-                self._settle(message.seq, message.written)
+                with self._lock:
+                    outgoing = self._pending.get(message.seq)
+                if outgoing is not None:
+                    self._settle(outgoing, message.written)
 
     def _poll(self) -> bool:
-        while self._packing and self._packing[0][1].done.query():
-            self._on_packed(self._packing.popleft()[0])
-        while self._sending and self._sending[0].done.query():
-            self._staging.ring.free(self._sending.popleft().region)
+        while self._sending and self._sending[0][0].query():
+            _, ids = self._sending.popleft()
+            if ids is not None:
+                self._staging.ids.free(ids)
             self._progress_at = time.monotonic()
+        while self._to_tell and self._to_tell[0].is_final:
+            self._tell(self._to_tell.popleft())
         self._watchdog.set(self._deadline())  # a send can hang
-        while self._send_next() or self._pack_next():
-            pass
+        self._send_granted()
         self._watchdog.set(self._deadline())
-        return bool(self._packing or self._sending)
+        return bool(self._to_tell or self._sending)
 
     def _deadline(self) -> float | None:
         if self._undone:
             return self._progress_at + self._timeout_s
-        if self._announced:
-            first = next(iter(self._announced.values()))
-            assert first.announced_at is not None
-            return max(first.announced_at, self._progress_at) + GRANT_TIMEOUT_FACTOR * self._timeout_s
+        if self._told:
+            first = next(iter(self._told.values()))
+            return max(first.told_at, self._progress_at) + GRANT_TIMEOUT_FACTOR * self._timeout_s
         return None
 
-    def _pack_next(self) -> bool:
-        """Enqueue the packing of one more piece; False if there is none, or no room."""
-        if not self._to_pack:
-            return False
-        outgoing, staging, stream = self._to_pack[0], self._staging, self._pack_stream
-        put, number = outgoing.put, outgoing.num_packed
-        if put is None:
-            region, num_bytes = staging.allocate_probe(), PROBE_BYTES
-        else:
-            region, num_bytes = staging.allocate(outgoing.pieces[number]), staging.num_bytes(outgoing.pieces[number])
-        if region is None:
-            return False
-        if put is None:
-            stream.run(partial(staging.write_probe, region, self.epoch))
-        else:
-            if put.ready is not None:
-                stream.wait(put.ready)
-            stream.run(partial(staging.pack, region, outgoing.pieces[number], put.source_blocks))
-        packed = Packed(region, num_bytes, stream.record())
-        outgoing.num_packed += 1
-        outgoing.packed.append(packed)
-        self._packing.append((outgoing, packed))
-        if outgoing.num_packed == outgoing.num_pieces:
-            self._to_pack.popleft()
-        return True
+    def _tell(self, outgoing: Outgoing) -> None:
+        """Ask for a grant. What is granted depends on nothing any more but on the grants before it."""
+        outgoing.told_at = time.monotonic()
+        self._told[outgoing.seq] = outgoing
+        put = outgoing.put or NO_PUT
+        key, layers = LegKey(*put.key), put.layers  # type: ignore[misc]
+        where = layers.start, layers.stop, put.first_position, len(put.source_blocks)
+        self._send(encode(Staged(outgoing.seq, *key, *where)))
 
-    def _on_packed(self, outgoing: Outgoing) -> None:
-        """One more of its pieces lies in staging."""
-        if outgoing.refused:
-            self._drop_if_packed(outgoing)
-        elif outgoing.announced_at is None:
-            outgoing.announced_at = time.monotonic()
-            self._announced[outgoing.seq] = outgoing
-            put = outgoing.put or NO_PUT
-            key, layers = LegKey(*put.key), put.layers  # type: ignore[misc]
-            where = layers.start, layers.stop, put.first_position, len(put.source_blocks)
-            self._send(encode(Staged(outgoing.seq, *key, *where)))
+    def _send_granted(self) -> None:
+        """Enqueue all that was granted, or as much as there is room for block ids."""
+        while self._work is not None or self._granted:
+            if self._work is None:
+                outgoing = self._granted.popleft()
+                self._work = self._send_probe() if outgoing.put is None else self._send_put(outgoing, outgoing.put)
+            if next(self._work, self) is not self:
+                return
+            self._work = None
 
-    def _send_next(self) -> bool:
-        """Enqueue the send of the oldest granted put's next piece; False if there is none in staging."""
-        if not self._granted or not self._granted[0].packed:
-            return False
-        outgoing = self._granted[0]
-        packed = outgoing.packed.popleft()
-        self._send_stream.wait(packed.done)
-        self._communicator.send(self._staging.pointer(packed.region), packed.num_bytes, self._send_stream)
-        self._sending.append(Packed(packed.region, packed.num_bytes, self._send_stream.record()))
-        if outgoing.num_packed == outgoing.num_pieces and not outgoing.packed:
-            self._granted.popleft()
-        return True
+    def _send_put(self, outgoing: Outgoing, put: Put) -> Iterator[None]:
+        """Yields while there is no room."""
+        staging, stream = self._staging, self._pack_stream
+        for span in staging.split(put.layers, len(put.source_blocks), self._piece_bytes):
+            while (ids := staging.allocate_ids(span)) is None:
+                yield
+            stream.run(partial(staging.load_ids, ids, span, put.source_blocks))
+            for piece in span.pieces:
+                slot, num_bytes = staging.next_slot(), staging.num_bytes(piece)
+                if slot.free_after is not None:
+                    stream.wait(slot.free_after)
+                stream.run(partial(staging.pack, slot, piece, span, ids))
+                self._send_stream.wait(stream.record())
+                self._communicator.send(staging.pointer(slot), num_bytes, self._send_stream)
+                slot.free_after = self._send_stream.record()
+                self._sending.append((slot.free_after, ids if piece is span.pieces[-1] else None))
+                outgoing.num_bytes += num_bytes
 
-    def _refuse(self, outgoing: Outgoing) -> None:
-        outgoing.refused = True
-        if self._to_pack and self._to_pack[0] is outgoing:
-            self._to_pack.popleft()
-        self._drop_if_packed(outgoing)
+    def _send_probe(self) -> Iterator[None]:
+        slot, stream = self._staging.next_slot(), self._pack_stream
+        if slot.free_after is not None:
+            stream.wait(slot.free_after)
+        stream.run(partial(self._staging.write_probe, slot, self.epoch))
+        self._send_stream.wait(stream.record())
+        self._communicator.send(self._staging.pointer(slot), PROBE_BYTES, self._send_stream)
+        slot.free_after = self._send_stream.record()
+        self._sending.append((slot.free_after, None))
+        yield from ()
 
-    def _drop_if_packed(self, outgoing: Outgoing) -> None:
-        """A refused put is over once nothing reads its source any more."""
-        if not any(other is outgoing for other, _ in self._packing):
-            for packed in outgoing.packed:
-                self._staging.ring.free(packed.region)
-            outgoing.packed.clear()
-            self._settle(outgoing.seq, False)
-
-    def _settle(self, seq: int, accepted: bool) -> None:
+    def _settle(self, outgoing: Outgoing, accepted: bool) -> None:
         with self._lock:
-            outgoing = self._pending.pop(seq, None)
-        if outgoing is not None:
-            num_bytes = sum(self._staging.num_bytes(piece) for piece in outgoing.pieces) if accepted else 0
+            pending = self._pending.pop(outgoing.seq, None)
+        if pending is not None:
+            num_bytes = outgoing.num_bytes if accepted else 0
             outgoing.future.set_result(PutResult(accepted, num_bytes, time.monotonic() - outgoing.started))
 
     # the end, from any thread
@@ -290,3 +290,4 @@ class NcclSender(Sender):
         self._thread.stop()
         self._watchdog.stop()
         drain([self._pack_stream, self._send_stream], self._name)
+        self._staging.reset()

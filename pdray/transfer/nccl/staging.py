@@ -1,4 +1,8 @@
-"""A channel's staging memory: a ring of bytes through which the pieces of puts go, and what is copied into it."""
+"""A channel's staging memory: slots through which the pieces of puts go in turn, and block ids beside them.
+
+Who may use a slot next is decided by the device, not by the host: a slot carries the event after which its bytes are
+free, and the stream that fills it next waits for that. So a put of any size can be enqueued at once.
+"""
 
 from __future__ import annotations
 
@@ -10,91 +14,117 @@ import torch
 
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
-from pdray.kernels.kv.pack import pack_blocks, unpack_blocks
+from pdray.kernels.kv.pack import PackedBlocks, pack_blocks, unpack_blocks
+from pdray.transfer.streams import Event
 
 ALIGNMENT = 512
-RING_PIECES = 4  # that fit at once, so that packing, sending and unpacking overlap
-MAX_PIECE_BLOCKS = 4096  # their ids are 32 KiB: CUDA takes up to 64 KiB of pageable memory without waiting
-INDEX_BYTES = 8
+NUM_SLOTS = 4  # so that packing, sending and unpacking overlap
+MAX_SPAN_BLOCKS = 4096  # their ids are 32 KiB: CUDA takes up to 64 KiB of pageable memory without waiting
+ID_BYTES = 8
+ID_AREA_BYTES = 4 * MAX_SPAN_BLOCKS * ID_BYTES
 PROBE_BYTES = 4096
+PROBE_ROWS = 16  # on the host: one grant at a time brings one or two
 
 
 class Piece(NamedTuple):
-    """Part of a put that goes through staging at once: some layers of blocks [start, stop) of its lists."""
+    """Part of a put that goes through a slot at once: some layers of blocks [start, stop) of its lists."""
 
     layers: range
     start: int
     stop: int
 
 
-def split_put(layers: range, num_blocks: int, bytes_per_block: int, piece_bytes: int) -> list[Piece]:
-    """The pieces of a put, in the order in which both sides handle them: whole layers while they fit.
+class Span(NamedTuple):
+    """Blocks [start, stop) of a put's lists, whose ids are uploaded together; its pieces cover them in all layers."""
+
+    start: int
+    stop: int
+    pieces: list[Piece]
+
+
+def split_put(layers: range, num_blocks: int, bytes_per_block: int, piece_bytes: int) -> list[Span]:
+    """The spans of a put, in the order in which both sides handle them; pieces of whole layers while those fit.
 
     Args:
         bytes_per_block: of one layer. piece_bytes: a piece's limit; must hold one such block.
     """
-    blocks = min(num_blocks, piece_bytes // bytes_per_block, MAX_PIECE_BLOCKS)
-    per_piece = max(1, piece_bytes // (num_blocks * bytes_per_block)) if blocks == num_blocks else 1
-    return [
-        Piece(range(layer, min(layer + per_piece, layers.stop)), start, min(start + blocks, num_blocks))
-        for layer in range(layers.start, layers.stop, per_piece)
-        for start in range(0, num_blocks, blocks)
-    ]
+    spans = []
+    for first in range(0, num_blocks, MAX_SPAN_BLOCKS):
+        last = min(first + MAX_SPAN_BLOCKS, num_blocks)
+        per_piece = max(1, piece_bytes // ((last - first) * bytes_per_block))
+        blocks = min(last - first, piece_bytes // bytes_per_block)
+        pieces = [
+            Piece(range(layer, min(layer + per_piece, layers.stop)), start, min(start + blocks, last))
+            for layer in range(layers.start, layers.stop, per_piece)
+            for start in range(first, last, blocks)
+        ]
+        spans.append(Span(first, last, pieces))
+    return spans
 
 
 @dataclass(eq=False, slots=True)
-class Region:
-    """Bytes of a ring in use."""
+class Slot:
+    """Attributes:
+    offset: of its bytes in the staging. free_after: the event after which they may be overwritten; None: now.
+    """
+
+    offset: int
+    free_after: Event | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Ids:
+    """Bytes of the area for block ids that are in use."""
 
     offset: int
     num_bytes: int
     freed: bool = False
 
 
-class StagingRing:
-    """Hands out regions of [0, capacity) around and around; they may come back in any order."""
+class IdArea:
+    """Hands out bytes of [0, capacity) around and around; they may come back in any order."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._regions: deque[Region] = deque()  # by age
+        self._used: deque[Ids] = deque()  # by age
         self._head = 0
 
     def __len__(self) -> int:
-        """Regions in use."""
-        return sum(not region.freed for region in self._regions)
+        """Parts in use."""
+        return sum(not ids.freed for ids in self._used)
 
-    def allocate(self, num_bytes: int) -> Region | None:
+    def allocate(self, num_bytes: int) -> Ids | None:
         """None while there is no room."""
         num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         assert 0 < num_bytes <= self.capacity, num_bytes
-        if not self._regions:
+        if not self._used:
             self._head = 0
-        tail = self._regions[0].offset if self._regions else self.capacity
-        wrapped = bool(self._regions) and self._head <= tail
+        tail = self._used[0].offset if self._used else self.capacity
+        wrapped = bool(self._used) and self._head <= tail
         if wrapped and tail - self._head < num_bytes:
             return None
         if not wrapped and self.capacity - self._head < num_bytes:
             if tail < num_bytes:
                 return None
             self._head = 0
-        region = Region(self._head, num_bytes)
+        ids = Ids(self._head, num_bytes)
         self._head += num_bytes
-        self._regions.append(region)
-        return region
+        self._used.append(ids)
+        return ids
 
-    def free(self, region: Region) -> None:
-        assert not region.freed
-        region.freed = True
-        while self._regions and self._regions[0].freed:
-            self._regions.popleft()
+    def free(self, ids: Ids) -> None:
+        assert not ids.freed
+        ids.freed = True
+        while self._used and self._used[0].freed:
+            self._used.popleft()
 
 
 class Staging:
-    """Staging for blocks of one pool. Each region holds a piece's data, and behind them its block ids.
+    """Staging for blocks of one pool: NUM_SLOTS slots, and an area for block ids. One thread at a time.
 
     Args:
         pool: see KVPool.
-        buffer: [num_bytes] uint8 on the pool's device.
+        buffer: [num_bytes] uint8 on the pool's device: ID_AREA_BYTES, and the slots.
 
     Raises:
         ConfigError: the buffer is too small for this pool's blocks.
@@ -104,17 +134,27 @@ class Staging:
         self.layout = pool.layout
         self.kv = pool.tensor
         self.buffer = buffer
-        self.ring = StagingRing(len(buffer) // ALIGNMENT * ALIGNMENT)
+        self._elements = buffer[: len(buffer) // ALIGNMENT * ALIGNMENT].view(pool.layout.dtype)
+        self._block_ids = buffer[:ID_AREA_BYTES].view(torch.int64)
         self.bytes_per_block = pool.layout.layer_block_bytes
-        self.piece_bytes = len(buffer) // RING_PIECES - MAX_PIECE_BLOCKS * INDEX_BYTES - 2 * ALIGNMENT
+        self.piece_bytes = (len(buffer) - ID_AREA_BYTES) // NUM_SLOTS // ALIGNMENT * ALIGNMENT
         if self.piece_bytes < max(self.bytes_per_block, PROBE_BYTES):
-            least = RING_PIECES * (self.bytes_per_block + MAX_PIECE_BLOCKS * INDEX_BYTES + PROBE_BYTES)
+            least = NUM_SLOTS * (max(self.bytes_per_block, PROBE_BYTES) + ALIGNMENT)
             raise ConfigError(
-                f"transfer_staging_bytes is {len(buffer)}, too little for blocks of {self.bytes_per_block} bytes a "
-                f"layer; it must be at least {least}"
+                f"transfer_staging_bytes is {max(0, len(buffer) - ID_AREA_BYTES)}, too little for blocks of "
+                f"{self.bytes_per_block} bytes a layer; it must be at least {least}"
             )
+        self._probes = torch.zeros(PROBE_ROWS, PROBE_BYTES, dtype=torch.uint8, pin_memory=buffer.is_cuda)
+        self._num_probes = 0
+        self.reset()
 
-    def split(self, layers: range, num_blocks: int, piece_bytes: int) -> list[Piece]:
+    def reset(self) -> None:
+        """Everything is free. Nothing that was enqueued may use it any more."""
+        self.ids = IdArea(ID_AREA_BYTES)
+        self._slots = [Slot(ID_AREA_BYTES + number * self.piece_bytes) for number in range(NUM_SLOTS)]
+        self._next = 0
+
+    def split(self, layers: range, num_blocks: int, piece_bytes: int) -> list[Span]:
         """See split_put()."""
         return split_put(layers, num_blocks, self.bytes_per_block, piece_bytes)
 
@@ -122,53 +162,69 @@ class Staging:
         """Of its data."""
         return len(piece.layers) * (piece.stop - piece.start) * self.bytes_per_block
 
-    def allocate(self, piece: Piece) -> Region | None:
-        index_at = -(-self.num_bytes(piece) // ALIGNMENT) * ALIGNMENT
-        return self.ring.allocate(index_at + (piece.stop - piece.start) * INDEX_BYTES)
+    def next_slot(self) -> Slot:
+        """Slots in turn. Whoever fills it waits for ``free_after``, and sets it anew."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % NUM_SLOTS
+        return slot
 
-    def allocate_probe(self) -> Region | None:
-        return self.ring.allocate(PROBE_BYTES)
+    def pointer(self, slot: Slot) -> int:
+        return self.buffer.data_ptr() + slot.offset
 
-    def pointer(self, region: Region) -> int:
-        return self.buffer.data_ptr() + region.offset
+    def allocate_ids(self, span: Span) -> Ids | None:
+        """Room for the span's block ids; None until other ids are freed."""
+        return self.ids.allocate((span.stop - span.start) * ID_BYTES)
 
-    def pack(self, region: Region, piece: Piece, block_ids: list[int]) -> None:
-        """Copy the piece out of the pool's ``block_ids`` (the whole put's), on the current stream."""
-        pack_blocks(self.kv, piece.layers, self._index(region, piece, block_ids), self._data(region, piece))
+    def load_ids(self, ids: Ids, span: Span, block_ids: list[int]) -> None:
+        """Upload the span's part of the whole put's ``block_ids``, on the current stream.
 
-    def unpack(self, region: Region, piece: Piece, block_ids: list[int]) -> None:
-        """Copy the piece into the pool's ``block_ids`` (the whole put's), on the current stream."""
-        unpack_blocks(self.kv, piece.layers, self._index(region, piece, block_ids), self._data(region, piece))
+        The host's copy is read before copy_() returns: it is pageable.
+        """
+        host = torch.tensor(block_ids[span.start : span.stop], dtype=torch.int64)
+        first = ids.offset // ID_BYTES
+        self._block_ids[first : first + len(host)].copy_(host, non_blocking=True)
 
-    def write_probe(self, region: Region, epoch: int) -> None:
-        self._bytes(region.offset, PROBE_BYTES).copy_(_probe(epoch), non_blocking=True)
+    def pack(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> None:
+        """Copy the piece out of the pool, on the current stream."""
+        pack_blocks(self.kv, piece.layers, self._packed(slot, piece, span, ids))
 
-    def is_probe(self, region: Region, epoch: int) -> bool:
-        """Whether the region holds the epoch's probe. Waits for the current stream."""
-        return torch.equal(self._bytes(region.offset, PROBE_BYTES).cpu(), _probe(epoch))
+    def unpack(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> None:
+        """Copy the piece into the pool, on the current stream."""
+        unpack_blocks(self.kv, piece.layers, self._packed(slot, piece, span, ids))
+
+    def write_probe(self, slot: Slot, epoch: int) -> None:
+        self._bytes(slot.offset, PROBE_BYTES).copy_(_probe(epoch), non_blocking=True)
+
+    def next_probe(self) -> int:
+        """Where on the host a probe that is received may lie, until PROBE_ROWS more have come."""
+        self._num_probes += 1
+        return self._num_probes % PROBE_ROWS
+
+    def read_probe(self, slot: Slot, row: int) -> None:
+        """Copy what the slot holds to the host, on the current stream."""
+        self._probes[row].copy_(self._bytes(slot.offset, PROBE_BYTES), non_blocking=True)
+
+    def is_probe(self, row: int, epoch: int) -> bool:
+        """Whether what was read is the epoch's probe; once the stream has passed read_probe()."""
+        return torch.equal(self._probes[row], _probe(epoch))
 
     def warm_up(self) -> None:
         """Compile and load the kernels; leaves the pool as it was, but for its dummy block. Waits for the device."""
-        piece = Piece(range(0, self.layout.num_layers), 0, 1)
-        for each in self.split(piece.layers, 1, self.piece_bytes):
-            region = self.allocate(each)
-            assert region is not None
-            self.pack(region, each, [0])
-            self.unpack(region, each, [0])
-            self.ring.free(region)
+        for span in self.split(range(0, self.layout.num_layers), 1, self.piece_bytes):
+            ids = self.allocate_ids(span)
+            assert ids is not None
+            self.load_ids(ids, span, [0])
+            for piece in span.pieces:
+                slot = self.next_slot()
+                self.pack(slot, piece, span, ids)
+                self.unpack(slot, piece, span, ids)
         if self.kv.is_cuda:
             torch.cuda.synchronize(self.kv.device)
+        self.reset()
 
-    def _data(self, region: Region, piece: Piece) -> torch.Tensor:
-        shape = (len(piece.layers), piece.stop - piece.start, *self.layout.block_shape)
-        return self._bytes(region.offset, self.num_bytes(piece)).view(self.layout.dtype).view(shape)
-
-    def _index(self, region: Region, piece: Piece, block_ids: list[int]) -> torch.Tensor:
-        """The piece's block ids on the device. The host's copy is read before copy_() returns: it is pageable."""
-        ids = torch.tensor(block_ids[piece.start : piece.stop], dtype=torch.int64)
-        size = -(-self.num_bytes(piece) // ALIGNMENT) * ALIGNMENT
-        index = self._bytes(region.offset + size, len(ids) * INDEX_BYTES).view(torch.int64)
-        return index.copy_(ids, non_blocking=True)
+    def _packed(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> PackedBlocks:
+        offset, first_id = slot.offset // self._elements.itemsize, ids.offset // ID_BYTES + piece.start - span.start
+        return PackedBlocks(self._elements, offset, self._block_ids, first_id, piece.stop - piece.start)
 
     def _bytes(self, start: int, num_bytes: int) -> torch.Tensor:
         return self.buffer[start : start + num_bytes]

@@ -12,7 +12,7 @@ from pdray.background import start_thread
 logger = logging.getLogger(__name__)
 
 MIN_POLL_S = 50e-6
-MAX_POLL_S = 400e-6  # each poll takes Python's lock from the engine's thread
+MAX_POLL_S = 100e-6  # each poll takes Python's lock from the engine's thread
 
 
 class PollingThread:
