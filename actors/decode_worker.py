@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Hashable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from pdray.wire.cluster_view import ChannelOffer, WorkerInfo
 from pdray.wire.lease_messages import CloseLease, Credit, EndCompletion, LeaseRequest, LegTokens, RenewLeases, Tokens
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import Role
 from pdray.wire.put_messages import BeginPut, ChannelMessage, PutAborted, PutDone
 from pdray.wire.session import Session
 
@@ -44,7 +45,7 @@ class DecodeWorker(Worker):
         self._waiters = CreditWaiters()
         self._writes = PendingWrites()
         self._receivers: dict[str, Receiver] = {}  # by kind of channel
-        self.role: Literal["decode", "both"] = "both" if config.mode == "colocated" else "decode"
+        self.role = Role.BOTH if config.mode == "colocated" else Role.DECODE
 
     async def start(self) -> WorkerInfo:
         info = await super().start()
