@@ -199,7 +199,9 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
         share = self.config.prefill_num_gpus if self.role == "prefill" else self.config.decode_num_gpus
-        engine = build_engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
+        lent = [kind.spare_bytes for kind in self.kinds.values() if self.role == "decode"]
+        model = load_model(self.config, self.device)
+        engine = build_engine(self.config, model, self.device, gpu_share=share, spare_bytes=max(lent, default=0))
         for kind in self.kinds.values():
             kind.attach(engine.pool)
         return engine
