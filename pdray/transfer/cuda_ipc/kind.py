@@ -8,14 +8,15 @@ import torch
 
 from pdray.cluster.messages import WorkerInfo
 from pdray.engine.kv.pool import KVPool
-from pdray.errors import TransferError, describe_error
+from pdray.errors import describe_error
 from pdray.kernels.kv_peer_write import PeerBlocks, write_peer_blocks
 from pdray.transfer.channel import Kind, Link, Sink, Site
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
-from pdray.transfer.cuda_ipc.messages import PROBE_BYTES, SPARE_BYTES, CannotMap, Offer, encode
+from pdray.transfer.cuda_ipc.messages import PROBE_BYTES, SPARE_BYTES, Offer
 from pdray.transfer.cuda_ipc.receiver import CudaIpcReceiver
 from pdray.transfer.cuda_ipc.sender import CudaIpcSender, write_probe
 from pdray.transfer.cuda_ipc.transport import CudaTransport, Transport, has_cupy
+from pdray.transfer.cuda_ipc.unmapped import UnmappedSender
 from pdray.transfer.pending_writes import PendingWrites
 
 
@@ -84,15 +85,14 @@ class CudaIpcKind(Kind):
         assert self._transport is not None
         return CudaIpcReceiver(self._pool, self._transport, sink, self._site.on_fatal)
 
-    async def open(self, link: Link, offer: Offer) -> CudaIpcSender:
+    async def open(self, link: Link, offer: Offer) -> CudaIpcSender | UnmappedSender:
         """See Kind. Maps the decode worker's pool."""
         transport = self._transport
         assert transport is not None
         try:
             mapping = await asyncio.to_thread(transport.borrow, offer.handle)
-        except Exception as error:  # whatever the driver says; the decode worker is to choose another kind
-            link.send(encode(CannotMap(describe_error(error))))
-            raise TransferError(f"{link.peer}'s pool cannot be mapped here: {describe_error(error)}") from error
+        except Exception as error:  # whatever the driver says
+            return UnmappedSender(link, describe_error(error), self._site.config.worker_timeout_s)
         if link.peer not in self._block_ids_of:
             self._block_ids_of[link.peer] = self._block_ids.pop()
         return CudaIpcSender(

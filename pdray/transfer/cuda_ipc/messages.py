@@ -77,7 +77,7 @@ class Proven(CudaIpcMessage, frozen=True):
 
 
 class Unfit(CudaIpcMessage, frozen=True):
-    """It is not."""
+    """It is not, or cannot be: the two need another kind of channel."""
 
     reason: str
 

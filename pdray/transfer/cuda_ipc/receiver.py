@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,17 +48,25 @@ class _Sender:
 
     Attributes:
         probe: where in the spare memory its test write goes.
-        send_bytes: None until its test write has come.
+        send_bytes: hands it a message.
+        is_proven: its test write has come.
     """
 
     worker_id: str
     epoch: int
     probe: int
-    send_bytes: Callable[[bytes], None] | None = None
+    send_bytes: Callable[[bytes], None]
+    is_proven: bool = False
 
     def send(self, message: CudaIpcMessage) -> None:
-        assert self.send_bytes is not None
         self.send_bytes(encode(message))
+
+
+class _Offered(NamedTuple):
+    """A prefill worker that was accepted, and has not written yet."""
+
+    epoch: int
+    probe: int
 
 
 class CudaIpcReceiver(Receiver):
@@ -84,6 +92,7 @@ class CudaIpcReceiver(Receiver):
         self._stream = transport.new_stream()
         self._sink = sink
         self._tasks = BackgroundTasks(on_fatal)
+        self._offered: dict[str, _Offered] = {}  # these and the next by prefill worker
         self._senders: dict[str, _Sender] = {}
         self._failures: dict[str, str] = {}
 
@@ -91,13 +100,15 @@ class CudaIpcReceiver(Receiver):
         """See Receiver.
 
         Raises:
-            TransferError: too many senders are connected.
+            TransferError: too many senders are connecting.
         """
-        taken = {sender.probe for sender in self._senders.values()}
+        self._offered.pop(worker_id, None)
+        taken = {offered.probe for offered in self._offered.values()}
+        taken |= {sender.probe for sender in self._senders.values() if not sender.is_proven}
         probe = next((number for number in range(NUM_PROBES) if number not in taken), None)
         if probe is None:
-            raise TransferError(f"{len(taken)} prefill workers are connected over cuda_ipc already, as many as can be")
-        self._senders[worker_id] = _Sender(worker_id, epoch, probe)
+            raise TransferError(f"{len(taken)} prefill workers are connecting over cuda_ipc already, as many as can be")
+        self._offered[worker_id] = _Offered(epoch, probe)
         await self._read_probe(probe, clear=True)
         return Offer(self._handle, self._num_blocks, self._probes_at + probe * PROBE_BYTES)
 
@@ -108,28 +119,41 @@ class CudaIpcReceiver(Receiver):
             msgspec.DecodeError: the bytes are no message.
         """
         message = decode_to_receiver(payload)
-        sender = self._senders.get(worker_id)
-        if sender is None or sender.epoch != epoch:
-            return
         match message:
-            case CannotMap():
-                self._failures[worker_id] = message.reason
-            case Probe():
-                self._tasks.spawn(self._prove(sender, send))
-            case Ask() if sender.send_bytes is not None:
-                blocks = self._resolve(sender, message.places)
-                key, first = self._key(message.places), message.places.first_position
-                answer = Refuse(message.seq) if blocks is None else Lend(message.seq, *key, first, blocks)
-                sender.send(answer)
-            case Written() if sender.send_bytes is not None:
-                for places in message.puts:
+            case CannotMap() | Probe():
+                offered = self._offered.get(worker_id)
+                if offered is not None and offered.epoch == epoch:
+                    del self._offered[worker_id]
+                    self._begin(message, _Sender(worker_id, epoch, offered.probe, send))
+            case Ask():
+                sender = self._find(worker_id, epoch)
+                if sender is not None:
+                    blocks = self._resolve(sender, message.places)
+                    key, first = self._key(message.places), message.places.first_position
+                    answer = Refuse(message.seq) if blocks is None else Lend(message.seq, *key, first, blocks)
+                    sender.send(answer)
+            case Written():
+                sender = self._find(worker_id, epoch)
+                for places in message.puts if sender is not None else []:
                     if self._resolve(sender, places) is not None:
                         self._sink.put_received(self._key(places), worker_id, epoch)
 
+    def _find(self, worker_id: str, epoch: int) -> _Sender | None:
+        """A sender that may say something."""
+        sender = self._senders.get(worker_id)
+        return sender if sender is not None and sender.epoch == epoch and sender.is_proven else None
+
+    def _begin(self, message: CannotMap | Probe, sender: _Sender) -> None:
+        if isinstance(message, CannotMap):
+            self._refuse(sender, message.reason)
+        else:
+            self._senders[sender.worker_id] = sender
+            self._tasks.spawn(self._prove(sender))
+
     def let_in(self, key: Hashable, worker_id: str, epoch: int, positions: range) -> None:
         """See Receiver."""
-        sender = self._senders.get(worker_id)
-        if sender is None or sender.epoch != epoch or sender.send_bytes is None or not positions:
+        sender = self._find(worker_id, epoch)
+        if sender is None or not positions:
             return
         blocks = self._sink.resolve(key, worker_id, epoch, self._layers, positions)
         if blocks is not None:
@@ -142,7 +166,7 @@ class CudaIpcReceiver(Receiver):
 
     def senders(self) -> list[str]:
         """See Receiver."""
-        return [sender.worker_id for sender in self._senders.values() if sender.send_bytes is not None]
+        return [sender.worker_id for sender in self._senders.values() if sender.is_proven]
 
     def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
         """See Receiver. What the sender has begun goes on, into blocks that are held for it."""
@@ -151,20 +175,23 @@ class CudaIpcReceiver(Receiver):
 
     async def close(self) -> None:
         """See Receiver. The pool's memory lives on while a sender has it mapped."""
+        self._offered.clear()
         self._senders.clear()
         await self._tasks.stop()
 
-    async def _prove(self, sender: _Sender, send: Callable[[bytes], None]) -> None:
+    async def _prove(self, sender: _Sender) -> None:
         found = await self._read_probe(sender.probe)
         if self._senders.get(sender.worker_id) is not sender:
             return
         if torch.equal(found, probe_pattern(sender.epoch)):
-            sender.send_bytes = send
+            sender.is_proven = True
             sender.send(Proven())
         else:
-            reason = f"a test write of {sender.worker_id} did not arrive as it was sent"
-            self._failures[sender.worker_id] = reason
-            send(encode(Unfit(reason)))
+            self._refuse(sender, f"a test write of {sender.worker_id} did not arrive as it was sent")
+
+    def _refuse(self, sender: _Sender, reason: str) -> None:
+        self._failures[sender.worker_id] = reason
+        sender.send(Unfit(reason))
 
     async def _read_probe(self, probe: int, *, clear: bool = False) -> torch.Tensor:
         """What lies there, on the host; on a stream of its own, so that no step is waited for."""
