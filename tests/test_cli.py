@@ -138,7 +138,8 @@ def test_bad_sampling_value_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline", "bench transfer"]
+    "command",
+    ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline", "bench transfer", "bench handover"],
 )
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
