@@ -70,8 +70,8 @@ class Answer(NamedTuple):
         assert times.first_gap is not None and times.first_decode_step is not None
         step = (times.e2e - times.ttft - times.first_gap) / (len(token_ids) - 2)
         wait = None if times.transfer_wait is None else 1e3 * times.transfer_wait
-        figures = (1e3 * seconds for seconds in (times.ttft, times.first_gap, step))
-        return cls(*figures, wait, 1e3 * times.first_decode_step, token_ids)
+        ttft, first_gap, decode_step = 1e3 * times.ttft, 1e3 * times.first_gap, 1e3 * times.first_decode_step
+        return cls(ttft, first_gap, 1e3 * step, wait, decode_step, token_ids)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,8 +154,8 @@ def name_of(workers: list[dict[str, Any]]) -> str:
 
 
 HEADER = (
-    "| prompt | way | TTFT ms | first gap | step | **gap less step** | transfer wait | first decode step | unexplained |"
-    " same |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| prompt | way | TTFT ms | first gap | step | **gap less step** | transfer wait | first decode step "
+    "| unexplained | same |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 

@@ -134,9 +134,13 @@ class CudaIpcReceiver(Receiver):
                     sender.send(answer)
             case Written():
                 sender = self._find(worker_id, epoch)
-                for places in message.puts if sender is not None else []:
-                    if self._resolve(sender, places) is not None:
-                        self._sink.put_received(self._key(places), worker_id, epoch)
+                if sender is not None:
+                    self._count(sender, message.puts)
+
+    def _count(self, sender: _Sender, puts: list[Places]) -> None:
+        for places in puts:
+            if self._resolve(sender, places) is not None:
+                self._sink.put_received(self._key(places), sender.worker_id, sender.epoch)
 
     def _find(self, worker_id: str, epoch: int) -> _Sender | None:
         """A sender that may say something."""
