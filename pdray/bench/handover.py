@@ -34,7 +34,7 @@ Ask = Callable[[list[int], int], RequestOutput]
 
 
 class Row(NamedTuple):
-    """Medians of one way at one prompt length, in milliseconds.
+    """Medians of one way at one prompt length, in milliseconds. What a colocated worker does not tell is None.
 
     Attributes:
         cost: the first gap less a normal step.
@@ -48,8 +48,8 @@ class Row(NamedTuple):
     step: float
     cost: float
     transfer_wait: float | None
-    first_decode_step: float
-    unexplained: float
+    first_decode_step: float | None
+    unexplained: float | None
     same_answers: str
 
 
@@ -60,18 +60,23 @@ class Answer(NamedTuple):
     first_gap: float
     step: float
     transfer_wait: float | None
-    first_decode_step: float
+    first_decode_step: float | None
     token_ids: list[int]
+
+    @property
+    def unexplained(self) -> float | None:
+        """The first gap less its parts."""
+        if self.transfer_wait is None or self.first_decode_step is None:
+            return None
+        return self.first_gap - self.transfer_wait - self.first_decode_step
 
     @classmethod
     def of(cls, output: RequestOutput) -> Answer:
         times, token_ids = output.timings, output.outputs[0].token_ids
-        assert times.ttft is not None and times.e2e is not None
-        assert times.first_gap is not None and times.first_decode_step is not None
+        assert times.ttft is not None and times.first_gap is not None and times.e2e is not None
         step = (times.e2e - times.ttft - times.first_gap) / (len(token_ids) - 2)
-        wait = None if times.transfer_wait is None else 1e3 * times.transfer_wait
-        ttft, first_gap, decode_step = 1e3 * times.ttft, 1e3 * times.first_gap, 1e3 * times.first_decode_step
-        return cls(ttft, first_gap, 1e3 * step, wait, decode_step, token_ids)
+        parts = [None if s is None else 1e3 * s for s in (times.transfer_wait, times.first_decode_step)]
+        return cls(1e3 * times.ttft, 1e3 * times.first_gap, 1e3 * step, *parts, token_ids)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +122,6 @@ def measure(name: str, ask: Ask, input_len: int, args: argparse.Namespace, expec
     answers = [Answer.of(ask(prompt.tolist(), args.output_len)) for prompt in prompts][NUM_WARM_UPS:]
     token_ids = [answer.token_ids for answer in answers]
     same = sum(a == b for a, b in zip(token_ids, expected.setdefault(input_len, token_ids), strict=True))
-    waits = [answer.transfer_wait for answer in answers if answer.transfer_wait is not None]
-    unexplained = [a.first_gap - (a.transfer_wait or 0.0) - a.first_decode_step for a in answers]
     return Row(
         way=name,
         input_len=input_len,
@@ -126,11 +129,16 @@ def measure(name: str, ask: Ask, input_len: int, args: argparse.Namespace, expec
         first_gap=statistics.median(answer.first_gap for answer in answers),
         step=statistics.median(answer.step for answer in answers),
         cost=statistics.median(answer.first_gap - answer.step for answer in answers),
-        transfer_wait=statistics.median(waits) if waits else None,
-        first_decode_step=statistics.median(answer.first_decode_step for answer in answers),
-        unexplained=statistics.median(unexplained),
+        transfer_wait=_median([answer.transfer_wait for answer in answers]),
+        first_decode_step=_median([answer.first_decode_step for answer in answers]),
+        unexplained=_median([answer.unexplained for answer in answers]),
         same_answers=f"{same}/{len(answers)}",
     )
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 @contextlib.contextmanager
@@ -160,7 +168,7 @@ HEADER = (
 
 
 def format_row(row: Row) -> str:
-    wait = "-" if row.transfer_wait is None else f"{row.transfer_wait:.2f}"
-    figures = [f"{value:.2f}" for value in (row.ttft, row.first_gap, row.step)]
-    figures += [f"**{row.cost:.2f}**", wait, f"{row.first_decode_step:.2f}", f"{row.unexplained:.2f}"]
+    figures = [f"{value:.2f}" for value in (row.ttft, row.first_gap, row.step)] + [f"**{row.cost:.2f}**"]
+    parts = (row.transfer_wait, row.first_decode_step, row.unexplained)
+    figures += ["-" if part is None else f"{part:.2f}" for part in parts]
     return f"| {row.input_len} | {row.way} | {' | '.join(figures)} | {row.same_answers} |"
