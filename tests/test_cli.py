@@ -378,6 +378,16 @@ def test_status_table() -> None:
     assert format_status([]) == "no pdray application is running"
 
 
+def test_status_says_which_channel_a_pair_has_and_why() -> None:
+    worker = {"worker_id": "prefill-0", "channels": {"decode-0": "cuda_ipc", "decode-1": "object_store"}}
+    worker["passed_over"] = {"decode-0": {}, "decode-1": {"cuda_ipc": "different machines", "nccl": "no NCCL"}}
+    lines = format_status([{"name": "pdray", "workers": [worker]}]).splitlines()
+    assert "channel prefill-0 to decode-0: cuda_ipc" in lines
+    assert lines[-1] == (
+        "channel prefill-0 to decode-1: object_store (not cuda_ipc: different machines; not nccl: no NCCL)"
+    )
+
+
 def test_advice_names_options_that_exist() -> None:
     """Whatever the command line and its helpers tell to set."""
     parser = cli.build_parser()

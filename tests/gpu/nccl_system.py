@@ -1,4 +1,4 @@
-"""The whole system over each channel: on one GPU (two hosts to NCCL, or lent memory), and on two as it is meant to be."""
+"""The whole system over each channel: on one GPU (two hosts to NCCL, or lent memory), and on two as it is meant."""
 
 from __future__ import annotations
 
