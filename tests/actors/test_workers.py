@@ -25,6 +25,7 @@ from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import Kind, Put, Site
 from pdray.transfer.cuda_ipc.kind import CudaIpcKind
 from pdray.transfer.nccl.kind import NcclKind
+from pdray.transfer.registry import KINDS, load_kind
 from pdray.wire.cluster_view import WorkerInfo
 from pdray.wire.dial import connect
 from pdray.wire.handshake import PeerName
@@ -44,7 +45,6 @@ from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, PrefillFailed, PrefillRequest
 from pdray.wire.session import Session
-from pdray.transfer.registry import KINDS, load_kind
 
 
 def load(name: str) -> Any:

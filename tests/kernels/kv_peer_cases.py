@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from pdray.kernels.kv_peer_write import PeerBlocks, write_peer_blocks
-from pdray.kernels.kv_peer_write_triton import MAX_PIECE, triton_write_peer_blocks
+from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
+from pdray.kernels.kv.peer_write_triton import MAX_PIECE, triton_write_peer_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -16,7 +16,6 @@ import msgspec
 import pytest
 import torch
 
-from pdray.cluster.messages import LegKey
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
@@ -44,6 +43,7 @@ from pdray.transfer.cuda_ipc.messages import (
 )
 from pdray.transfer.cuda_ipc.sender import CudaIpcSender
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.wire.message import LegKey
 
 _spec = importlib.util.spec_from_file_location("transfer_conftest", Path(__file__).with_name("conftest.py"))
 assert _spec is not None and _spec.loader is not None

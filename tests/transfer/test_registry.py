@@ -12,8 +12,8 @@ from pdray.config import Config
 from pdray.errors import ConfigError
 from pdray.testing.one_gpu import one_gpu_environment
 from pdray.transfer.nccl.transport import nccl_version
-from pdray.wire.cluster_view import WorkerInfo
 from pdray.transfer.registry import KINDS, Choice, choose_kind, load_kind
+from pdray.wire.cluster_view import WorkerInfo
 
 
 def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "", **channels: dict[str, str]) -> WorkerInfo:

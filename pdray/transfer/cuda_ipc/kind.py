@@ -6,10 +6,9 @@ import asyncio
 
 import torch
 
-from pdray.cluster.messages import WorkerInfo
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import describe_error
-from pdray.kernels.kv_peer_write import PeerBlocks, write_peer_blocks
+from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
 from pdray.transfer.channel import Kind, Link, Sink, Site
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.cuda_ipc.messages import PROBE_BYTES, SPARE_BYTES, Offer
@@ -18,6 +17,7 @@ from pdray.transfer.cuda_ipc.sender import CudaIpcSender, write_probe
 from pdray.transfer.cuda_ipc.transport import CudaTransport, Transport, has_cupy
 from pdray.transfer.cuda_ipc.unmapped import UnmappedSender
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.wire.cluster_view import WorkerInfo
 
 
 class CudaIpcKind(Kind):

@@ -7,12 +7,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pdray.cluster.messages import LegKey
 from pdray.transfer.channel import Put, PutResult
 from pdray.transfer.cuda_ipc.block_ids import MAX_BLOCKS
 from pdray.transfer.cuda_ipc.messages import Places
 from pdray.transfer.nccl.staging import Region
 from pdray.transfer.streams import Event
+from pdray.wire.message import LegKey
 
 
 @dataclass(eq=False, slots=True)

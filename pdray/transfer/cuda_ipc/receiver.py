@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 
 from pdray.background import BackgroundTasks
-from pdray.cluster.messages import LegKey
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
 from pdray.transfer.channel import Receiver, Sink
@@ -38,6 +37,7 @@ from pdray.transfer.cuda_ipc.messages import (
     probe_pattern,
 )
 from pdray.transfer.cuda_ipc.transport import Transport
+from pdray.wire.message import LegKey
 
 POLL_S = 1e-3
 

@@ -25,10 +25,9 @@ from functools import partial
 import msgspec
 import torch
 
-from pdray.cluster.messages import LegKey
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError, describe_error
-from pdray.kernels.kv_peer_write import PeerBlocks, write_peer_blocks
+from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
 from pdray.transfer.channel import Link, Put, PutResult, Sender
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.cuda_ipc.messages import (
@@ -49,6 +48,7 @@ from pdray.transfer.cuda_ipc.messages import (
 from pdray.transfer.cuda_ipc.outgoing import Outgoing, Part, Write, cut, take_alike
 from pdray.transfer.cuda_ipc.transport import Mapping
 from pdray.transfer.streams import Stream, drain
+from pdray.wire.message import LegKey
 
 POLL_S = 1e-3  # while the device has not come to a write, or is long at it
 SPIN_S = 2e-3  # a write takes as long at most, nearly always: 600 MB

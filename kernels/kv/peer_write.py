@@ -40,7 +40,7 @@ def write_peer_blocks(
     """
     assert kv.is_contiguous() and block_ids.shape[0] == 2 and peer.address % 16 == 0
     if kv.is_cuda:
-        from pdray.kernels.kv_peer_write_triton import triton_write_peer_blocks
+        from pdray.kernels.kv.peer_write_triton import triton_write_peer_blocks
 
         return triton_write_peer_blocks(kv, layers, block_ids, peer, num_programs)
     num_bytes = kv.shape[0] * peer.num_blocks * kv[0, 0].numel() * kv.element_size()

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdray.kernels.kv_peer_write import PeerBlocks
+from pdray.kernels.kv.peer_write import PeerBlocks
 
 WORD_BYTES = 8
 MAX_PIECE = 4096  # words that a program moves at once: 8 loads of 16 bytes for each of its threads
