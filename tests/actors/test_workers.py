@@ -18,6 +18,7 @@ from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.worker import Worker
 from pdray.config import Config
+from pdray.engine.request import RequestUpdate
 from pdray.errors import EngineHungError, HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.fault_injection import Fault, FaultInjectingSender
@@ -448,6 +449,39 @@ async def finish(pair: Pair, name: str, epoch: int) -> list[int]:
     await pair.start_prefill(key, PROMPT, params, epoch=epoch)
     await pair.router.wait(lambda: len(pair.router.tokens(key)) == 6)
     return pair.router.tokens(key)
+
+
+class ListeningWorker(Worker):
+    """Notes the updates that its loop has come to."""
+
+    role = "decode"
+
+    def __init__(self) -> None:
+        super().__init__(Config(), "decode-0", "1", SECRET)
+        self._loop = asyncio.get_running_loop()
+        self.heard: list[RequestUpdate] = []
+
+    def _on_updates(self, updates: list[RequestUpdate]) -> None:
+        self.heard += updates
+
+
+@pytest.mark.parametrize("first", [{"prefill": 0.1}, {"join_wait": 0.0}])
+async def test_first_tokens_leave_before_the_next_step(
+    first: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread goes on once the loop has told of them; for any other it does not wait."""
+    monkeypatch.setattr("pdray.actors.worker.TELL_FIRST_TIMEOUT_S", PATIENCE_S)
+    worker = ListeningWorker()
+    told, later = RequestUpdate("r", **first), RequestUpdate("r")
+    heard = await asyncio.to_thread(lambda: (worker._updates_from_engine([later, told]), list(worker.heard))[1])
+    assert heard == [later, told]
+    worker._updates_from_engine([later])  # by the loop's own thread, which would wait for itself
+    assert worker.heard == heard
+    monkeypatch.setattr("pdray.actors.worker.TELL_FIRST_TIMEOUT_S", 0.001)
+    worker._updates_from_engine([told])
+    assert worker.heard == heard, "a loop that does not come to it is not waited for"
+    await asyncio.sleep(0)
+    assert worker.heard == [*heard, later, told]
 
 
 @pytest.mark.parametrize("pair", ["nccl"], indirect=True)
