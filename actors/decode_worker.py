@@ -45,6 +45,7 @@ class DecodeWorker(Worker):
         self._waiters = CreditWaiters()
         self._writes = PendingWrites()
         self._receivers: dict[str, Receiver] = {}  # by kind of channel
+        self._failures_by_kind: dict[str, dict[str, str]] = {}  # that were seen, by prefill worker's incarnation
         self.role = Role.BOTH if config.mode == "colocated" else Role.DECODE
 
     async def start(self) -> WorkerInfo:
@@ -91,13 +92,23 @@ class DecodeWorker(Worker):
                 f"{prefill.worker_id} ({prefill.fingerprint}) and {self.worker_id} ({self.info.fingerprint}) differ in "
                 "weights, dtype, block size or KV layout; start both from one configuration"
             )
-        kind = choose_kind(self.config.channel, prefill, self.info)
+        failures = self._failures_of(prefill)
+        kind, passed_over = choose_kind(self.config.channel, prefill, self.info, failures)
         await self._close_links(prefill.worker_id)
         self._writers[prefill.incarnation] = prefill
         self._send(self.leases.set_writer(prefill.worker_id, prefill.incarnation, epoch))
         if kind not in self._receivers:
             self._receivers[kind] = self.kinds[kind].make_receiver(self, self._writes)
-        return ChannelOffer(kind, await self._receivers[kind].accept(prefill.worker_id, epoch))
+        return ChannelOffer(kind, await self._receivers[kind].accept(prefill.worker_id, epoch), passed_over)
+
+    def _failures_of(self, prefill: WorkerInfo) -> dict[str, str]:
+        """Kinds of channel that were tried with that process, and why they do not work."""
+        failures = self._failures_by_kind.setdefault(prefill.incarnation, {})
+        for kind, receiver in self._receivers.items():
+            reason = receiver.take_failure(prefill.worker_id)
+            if reason is not None:
+                failures[kind] = reason
+        return failures
 
     def _close_links(self, worker_id: str) -> Coroutine[Any, Any, None]:
         """End that prefill worker's channel: at once for what it says, and with the coroutine's end for what was being
@@ -116,6 +127,9 @@ class DecodeWorker(Worker):
         if session is None or session.peer.incarnation == incarnation:
             await self._close_links(worker_id)
         await self._writes.settle()
+        for receiver in self._receivers.values():
+            receiver.take_failure(worker_id)
+        self._failures_by_kind.pop(incarnation, None)
         self._writers.pop(incarnation, None)
         self._send(self.leases.worker_gone(worker_id, incarnation))
         self._announce_credit()
@@ -184,7 +198,10 @@ class DecodeWorker(Worker):
             case EndCompletion():
                 self.engine.end_completion(message.key, message.index)
             case BeginPut():
-                self._send(self.leases.begin_put(peer, message))
+                effects = self.leases.begin_put(peer, message)
+                for receiver in self._receivers.values():  # ahead of the reply
+                    receiver.let_in(message.key, peer, message.epoch, self.leases.writable(message.key))
+                self._send(effects)
             case PutDone():
                 self._send(self.leases.put_done(now, peer, message))
                 self._announce_credit()

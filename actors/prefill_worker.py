@@ -49,6 +49,7 @@ class PrefillWorker(Worker):
         super().__init__(config, worker_id, incarnation, secret, app_name=app_name)
         self.ledger = PrefillLedger()
         self._channels: dict[str, Sender] = {}
+        self._passed_over: dict[str, dict[str, str]] = {}  # by decode worker: faster kinds of channel, and why not
         # By decode worker: what is opened or closed there is so one after the other.
         self._links: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._held: dict[LegKey, list[LayerGroupReady]] = {}
@@ -98,6 +99,7 @@ class PrefillWorker(Worker):
             on_failed=partial(self._channel_failed, peer, epoch),
         )
         self._channels[peer] = channel = await self.kinds[offer.kind].open(link, offer.data)
+        self._passed_over[peer] = offer.passed_over
         await channel.check()
 
     def _channel_failed(self, decode_worker_id: str, epoch: int, reason: str) -> None:
@@ -126,7 +128,10 @@ class PrefillWorker(Worker):
             self._perform(self.ledger.decode_worker_gone(decode_worker_id))
 
     async def describe(self) -> dict[str, Any]:
-        return await super().describe() | {"channels": {peer: channel.kind for peer, channel in self._channels.items()}}
+        return await super().describe() | {
+            "channels": {peer: channel.kind for peer, channel in self._channels.items()},
+            "passed_over": {peer: self._passed_over[peer] for peer in self._channels},
+        }
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
         """That decode worker's process was seen dead."""
@@ -189,6 +194,8 @@ class PrefillWorker(Worker):
 
     def _on_updates(self, updates: list[RequestUpdate]) -> None:
         now = self._now()
+        for channel in self._channels.values():
+            channel.step_ended()
         for update in updates:
             key = LegKey(*update.key)  # type: ignore[misc]
             if update.failure is not None:
@@ -215,6 +222,8 @@ class PrefillWorker(Worker):
                     self._perform(self.ledger.puts_flushed(self._now(), key))
                 case Release(key):
                     self._held.pop(key, None)
+                    for channel in self._channels.values():
+                        channel.end_leg(key)
                     self.engine.release(key)
 
     def _start_compute(self, key: LegKey) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
@@ -57,6 +58,7 @@ IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
 TELL_TIMEOUT_S = 0.5  # a router that does not acknowledge the last word for so long has itself to blame
 TELL_POLL_S = 0.01
+TELL_FIRST_TIMEOUT_S = 1e-3  # a loop that is longer at it has other things to do
 HUNG_CHECK_INTERVAL_S = 1.0
 ORPHAN_CHECK_INTERVAL_S = 1.0
 ORPHANED_AFTER_S = 60.0  # without heartbeat and router; longer than Ray needs to start a Coordinator again
@@ -215,7 +217,9 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
         share = self.config.prefill_num_gpus if self.role is Role.PREFILL else self.config.decode_num_gpus
-        engine = build_engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
+        lent = [kind.spare_bytes for kind in self.kinds.values() if self.role is Role.DECODE]
+        model = load_model(self.config, self.device)
+        engine = build_engine(self.config, model, self.device, gpu_share=share, spare_bytes=max(lent, default=0))
         for kind in self.kinds.values():
             kind.attach(engine.pool)
         return engine
@@ -299,7 +303,21 @@ class Worker:
     # engine's thread
 
     def _updates_from_engine(self, updates: list[RequestUpdate]) -> None:
-        self._loop.call_soon_threadsafe(self._on_updates, updates)
+        """First tokens, and the first of a leg that has come from elsewhere, leave before the next step is planned: it
+        would hold Python's lock, and the device has the step that was launched before this one was read."""
+        if not any(update.prefill is not None or update.join_wait is not None for update in updates):
+            self._loop.call_soon_threadsafe(self._on_updates, updates)
+            return
+        told = threading.Event()
+
+        def tell() -> None:
+            try:
+                self._on_updates(updates)
+            finally:
+                told.set()
+
+        self._loop.call_soon_threadsafe(tell)
+        told.wait(TELL_FIRST_TIMEOUT_S)
 
     def _layer_group_from_engine(self, ready: LayerGroupReady) -> None:
         self._loop.call_soon_threadsafe(self._on_layer_group, ready)

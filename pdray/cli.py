@@ -93,7 +93,7 @@ def _add_address(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from pdray.bench import kernels, offline, serve, transfer
+    from pdray.bench import handover, kernels, offline, serve, transfer
 
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     online_parser = kinds.add_parser("serve", help="load a running OpenAI-compatible server")
@@ -108,6 +108,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     transfer_parser = kinds.add_parser("transfer", help="how fast KV blocks get from one worker to another")
     transfer.add_arguments(transfer_parser)
     transfer_parser.set_defaults(run=transfer.main)
+    handover_parser = kinds.add_parser("handover", help="what it costs an answer that its prompt ran on another device")
+    handover.add_arguments(handover_parser)
+    handover_parser.set_defaults(run=handover.main)
 
 
 def _serve(args: argparse.Namespace) -> int:

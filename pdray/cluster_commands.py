@@ -92,6 +92,7 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
         if error := application.get("error"):
             lines.append(f"error: {error}")
         lines += [f"trouble: {row['worker_id']}: {row['trouble']}" for row in workers if row.get("trouble")]
+        lines += [line for worker in workers for line in _channel_lines(worker)]
         lines += [f"suspicion: {suspicion}" for suspicion in application.get("suspicions", [])]
         lines += [f"loop failed: {name}: {text}" for name, text in application.get("loop_failures", {}).items()]
         if coming := application.get("next"):
@@ -107,6 +108,16 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
             lines += _lease_lines(workers)
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _channel_lines(worker: dict[str, Any]) -> list[str]:
+    """Which kind of channel each pair has, and why not a faster one."""
+    lines = []
+    for peer, kind in worker.get("channels", {}).items():
+        reasons = worker.get("passed_over", {}).get(peer, {})
+        faster = f" (not {'; not '.join(f'{name}: {why}' for name, why in reasons.items())})" if reasons else ""
+        lines.append(f"channel {worker['worker_id']} to {peer}: {kind}{faster}")
+    return lines
 
 
 def _lease_lines(workers: list[dict[str, Any]]) -> list[str]:

@@ -98,7 +98,11 @@ class Config(BaseModel):
     worker_resources: dict[str, float] = Field(
         {}, description='other Ray resources that each worker reserves, as {"memory": 2e9, "fast_disk": 1}'
     )
-    channel: Channel = Field("auto", description="how KV blocks travel; auto: nccl between two GPUs, else object_store")
+    channel: Channel = Field(
+        "auto",
+        description="how KV blocks travel; auto: for each pair of workers the first of cuda_ipc (one GPU, or two of one"
+        " machine that can write to each other), nccl (two GPUs) and object_store that can join them",
+    )
     transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
     transfer_staging_bytes: Positive = Field(
         128 * 1024 * 1024,

@@ -138,7 +138,8 @@ def test_bad_sampling_value_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline", "bench transfer"]
+    "command",
+    ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline", "bench transfer", "bench handover"],
 )
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
@@ -375,6 +376,16 @@ def test_status_table() -> None:
     assert listed[:2] == ["integrity decode-0: ok", "integrity prefill-0: block 3 is lost"]
     assert listed[-1].split() == ["r1", "2", "quarantine", "router-a", "prefill-0", "3", "decode-0", "4.2", "s"]
     assert format_status([]) == "no pdray application is running"
+
+
+def test_status_says_which_channel_a_pair_has_and_why() -> None:
+    worker = {"worker_id": "prefill-0", "channels": {"decode-0": "cuda_ipc", "decode-1": "object_store"}}
+    worker["passed_over"] = {"decode-0": {}, "decode-1": {"cuda_ipc": "different machines", "nccl": "no NCCL"}}
+    lines = format_status([{"name": "pdray", "workers": [worker]}]).splitlines()
+    assert "channel prefill-0 to decode-0: cuda_ipc" in lines
+    assert lines[-1] == (
+        "channel prefill-0 to decode-1: object_store (not cuda_ipc: different machines; not nccl: no NCCL)"
+    )
 
 
 def test_advice_names_options_that_exist() -> None:

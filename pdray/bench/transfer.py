@@ -3,8 +3,9 @@
 Each row pushes the same number of blocks of one group of layers per put, from random places of one pool to random
 places of the other: alone (latency), and several at once (rate). What arrived is compared with what was sent.
 
-On GPUs it is the nccl channel between two processes, and the share of what cudaMemcpyPeer reaches between the two;
-with one GPU they share it, through the loopback device, which says nothing about speed. On CPU it is the object store.
+On GPUs it is the channel that two workers would get (--channel: another) between two processes, and the share of what
+cudaMemcpyPeer reaches between the two; with one GPU they share it, and nccl goes through the loopback device, which
+says nothing about speed. On CPU it is the object store.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 START_TIMEOUT_S = 120.0
+GPU_KINDS = ["cuda_ipc", "nccl"]
 
 # (source blocks, destination blocks, seconds, puts at once) -> rate
 Send = Callable[[list[int], list[int], float, int], "Rate"]
@@ -63,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `pdray bench transfer`."""
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: CUDA where it is")
     parser.add_argument(
+        "--channel", nargs="+", choices=GPU_KINDS, default=GPU_KINDS[:1], help="on GPUs (default: cuda_ipc)"
+    )
+    parser.add_argument(
         "--block-kib", type=int, nargs="+", default=[16, 64], help="a block's KiB in one layer (default: 16 64)"
     )
     parser.add_argument(
@@ -79,19 +84,21 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print a table, save it; 1 if something arrived wrong."""
     if min(*args.block_kib, *args.num_blocks, args.num_layers, args.window, args.staging_mib) < 1:
         raise ConfigError("--block-kib, --num-blocks, --num-layers, --window and --staging-mib must be at least 1")
-    rows: list[Row] = []
-    for block_kib in args.block_kib:
-        with _way(args, block_kib) as way:
-            if not rows:
-                print(way.name)
-                print(format_row(TITLES))
-            for num_blocks in args.num_blocks:
-                rows.append(measure(way, block_kib, num_blocks, args))
-                print(format_row(cells(rows[-1])), flush=True)
+    results: list[dict[str, Any]] = []
+    for channel in args.channel:
+        rows: list[Row] = []
+        for block_kib in args.block_kib:
+            with _way(args, channel, block_kib) as way:
+                if not rows:
+                    print(way.name)
+                    print(format_row(TITLES))
+                for num_blocks in args.num_blocks:
+                    rows.append(measure(way, block_kib, num_blocks, args))
+                    print(format_row(cells(rows[-1])), flush=True)
+        results.append({"way": way.name, "rows": [row._asdict() for row in rows]})
     if args.save_result:
-        result = {"way": way.name, "rows": [row._asdict() for row in rows]}
-        args.save_result.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(row.is_right for row in rows) else 1
+        args.save_result.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if all(row["is_right"] for result in results for row in result["rows"]) else 1
 
 
 def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace) -> Row:
@@ -128,7 +135,7 @@ def pool_blocks(args: argparse.Namespace) -> int:
     return 2 * max(args.num_blocks) + 1
 
 
-def _way(args: argparse.Namespace, block_kib: int) -> contextlib.AbstractContextManager[Way]:
+def _way(args: argparse.Namespace, channel: str, block_kib: int) -> contextlib.AbstractContextManager[Way]:
     import torch
 
     from pdray.bench.transfer_peers import PoolSpec
@@ -145,8 +152,9 @@ def _way(args: argparse.Namespace, block_kib: int) -> contextlib.AbstractContext
         staging_bytes=args.staging_mib * MIB,
         timeout_s=10.0,
         device="cuda" if use_cuda else "cpu",
+        kind=channel if use_cuda else "object_store",
     )
-    return nccl_way(spec) if use_cuda else object_store_way(spec)
+    return gpu_way(spec) if use_cuda else object_store_way(spec)
 
 
 def visible_gpus() -> list[str]:
@@ -167,7 +175,7 @@ def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def nccl_way(spec: PoolSpec) -> Iterator[Way]:
+def gpu_way(spec: PoolSpec) -> Iterator[Way]:
     """Two processes, each on its own GPU where there are two."""
     from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
 
@@ -178,8 +186,8 @@ def nccl_way(spec: PoolSpec) -> Iterator[Way]:
         receiver = PeerProcess(ReceivingPeer, spec, environment=environments[1])
         stack.callback(receiver.stop)
         ours, theirs = (peer.call("describe", timeout_s=START_TIMEOUT_S) for peer in (sender, receiver))
-        if not ours["version"]:
-            raise PdrayError("cupy.cuda.nccl is not there: install pdray[cuda12] or pdray[cuda13]")
+        if not ours.get("version", ours.get("gpu")):
+            raise PdrayError("cupy is not there: install pdray[cuda12] or pdray[cuda13]")
         port = receiver.call("start")
         offer = receiver.call("accept", "sender", 1)
         sender.call("connect", "receiver", port, 1, offer)
@@ -189,7 +197,8 @@ def nccl_way(spec: PoolSpec) -> Iterator[Way]:
             copier = PeerProcess(PeerCopy)
             peer_copy = copier.call("measure", timeout_s=START_TIMEOUT_S)
             copier.stop()
-        name = f"nccl {ours['version']}, " + ("two GPUs" if two_gpus else "one GPU, through the loopback device")
+        shared = "one GPU, through the loopback device" if spec.kind == "nccl" else "one GPU"
+        name = f"{spec.kind} {ours.get('version', '')}".rstrip() + ", " + ("two GPUs" if two_gpus else shared)
         if peer_copy is not None:
             name += f", cudaMemcpyPeer {peer_copy / 1e9:.0f} GB/s"
 
@@ -233,7 +242,6 @@ def object_store_way(spec: PoolSpec) -> Iterator[Way]:
 
     if not ray.is_initialized():
         start_local(include_dashboard=False)
-    spec = spec._replace(kind="object_store")
     actor: Any = ray.remote(ReceivingPeer).options(num_cpus=0).remote(spec)
     offer = ray.get(actor.accept.remote("sender", 1))
     sender = SendingPeer(spec._replace(name="sender"))

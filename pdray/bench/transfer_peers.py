@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from pdray.wire.server import SessionServer
 from pdray.wire.session import Session
 
 HOST = "127.0.0.1"
+ACKNOWLEDGED = "acknowledged"  # stands where a kind of channel does
 
 
 class PoolSpec(NamedTuple):
@@ -51,15 +52,15 @@ class PoolSpec(NamedTuple):
     timeout_s: float = 2.0
     device: str = "cuda"
 
-    def allocate(self) -> KVPool:
+    def allocate(self, spare_bytes: int) -> KVPool:
         """Blocks of 16 tokens with one head of block_bytes / 64."""
         layout = KVLayout(self.num_layers, 16, 1, self.block_bytes // 64, torch.bfloat16)
-        return KVPool.allocate(layout, self.num_blocks, torch.device(self.device))
+        return KVPool.allocate(layout, self.num_blocks, torch.device(self.device), spare_bytes=spare_bytes)
 
 
 class Rate(NamedTuple):
     """Attributes:
-    num_bytes, seconds: of all puts together. latency_s: median of one put.
+    num_bytes, seconds: of all puts together. latency_s: median of one put, until its sender knows that it is usable.
     """
 
     num_puts: int
@@ -70,14 +71,19 @@ class Rate(NamedTuple):
 
 async def send_puts(
     channel: Sender,
+    leg: str,
     layers: range,
     source: list[int],
     seconds: float,
     window: int,
     *,
     on_arrival: Callable[[], None] = lambda: None,
+    usable: Callable[[], Awaitable[float]] | None = None,
 ) -> Rate:
-    """Put these blocks again and again, ``window`` times at once; at least once.
+    """Put these blocks of one leg again and again, ``window`` times at once; at least once.
+
+    Args:
+        usable: waits until the receiver has said that it counts one more put; returns the time. One put at a time.
 
     Raises:
         TransferError: a put failed, or was refused.
@@ -88,14 +94,15 @@ async def send_puts(
     try:
         while flying or not latencies or time.monotonic() - started < seconds:
             while len(flying) < window and (not latencies or time.monotonic() - started < seconds):
-                put = Put(LegKey("put", len(latencies)), layers, source, 0)
+                put = Put(LegKey(leg, 0), layers, source, 0)
+                began = time.monotonic()
                 flying.add(asyncio.wrap_future(channel.put(put)))
             done, flying = await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
             for result in await asyncio.gather(*done):
                 if not result.accepted:
                     raise TransferError("a put was refused")
                 num_bytes += result.num_bytes
-                latencies.append(result.seconds)
+                latencies.append(result.seconds if usable is None else await usable() - began)
                 on_arrival()
     finally:
         await asyncio.gather(*flying, return_exceptions=True)
@@ -123,7 +130,7 @@ class _Peer:
         device = torch.device(spec.device)
         site = Site(config, spec.name, device, 1, lambda error: self.fatal.append(repr(error)))
         self.kind = (make_kind or load_kind(spec.kind))(site)
-        pool = spec.allocate()
+        pool = spec.allocate(self.kind.spare_bytes)
         self.kind.attach(pool)
         self.pool = pool.tensor
 
@@ -156,6 +163,7 @@ class ReceivingPeer(_Peer):
         self._receiver: Receiver | None = None
         self._server = SessionServer(self.me, spec.secret, self, timeout_s=spec.timeout_s)
         self._destination: list[int] = []
+        self._session: Session | None = None
         self.num_received = 0
         self._tasks = BackgroundTasks(lambda error: self.fatal.append(repr(error)))
 
@@ -209,9 +217,12 @@ class ReceivingPeer(_Peer):
 
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         self.num_received += 1
+        if self._session is not None:
+            self._session.send(ChannelMessage(ACKNOWLEDGED, epoch, b""))
         return True
 
-    def on_open(self, session: Session) -> None: ...
+    def on_open(self, session: Session) -> None:
+        self._session = session
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
         assert isinstance(message, ChannelMessage)
@@ -232,6 +243,8 @@ class SendingPeer(_Peer):
         self._channel: Sender | None = None
         self._session: Session | None = None
         self.failures: list[str] = []
+        self._num_legs = 0
+        self._usable_at: asyncio.Queue[float] = asyncio.Queue()
 
     async def connect(self, receiver: str, port: int, epoch: int, offer: ChannelOffer) -> float:
         """As a prefill worker does; returns the seconds that it took."""
@@ -271,7 +284,15 @@ class SendingPeer(_Peer):
             TransferError: one of them failed.
         """
         assert self._channel is not None
-        return await send_puts(self._channel, range(self.spec.num_layers), source, seconds, window)
+        self._usable_at = asyncio.Queue()
+        usable = self._usable_at.get if window == 1 and self._session is not None else None
+        layers = range(self.spec.num_layers)
+        return await send_puts(self._channel, self._next_leg(), layers, source, seconds, window, usable=usable)
+
+    def _next_leg(self) -> str:
+        """Each has destinations of its own; see ReceivingPeer.aim()."""
+        self._num_legs += 1
+        return f"leg {self._num_legs}"
 
     async def send_until_it_fails(self, source: list[int], limit_s: float) -> tuple[str, float]:
         """Returns the failure's text, and the seconds since the last put that arrived.
@@ -284,6 +305,7 @@ class SendingPeer(_Peer):
         try:
             await send_puts(
                 self._channel,
+                self._next_leg(),
                 range(self.spec.num_layers),
                 source,
                 limit_s,
@@ -300,7 +322,10 @@ class SendingPeer(_Peer):
     def on_open(self, session: Session) -> None: ...
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
-        if self._channel is not None and isinstance(message, ChannelMessage):
+        assert isinstance(message, ChannelMessage)
+        if message.kind == ACKNOWLEDGED:
+            self._usable_at.put_nowait(time.monotonic())
+        elif self._channel is not None:
             self._channel.on_message(message.epoch, message.payload)
 
     def on_closed(self, session: Session, reason: str) -> None: ...

@@ -230,6 +230,14 @@ class LeaseTable:
             else None
         )
 
+    def writable(self, key: LegKey) -> range:
+        """Places of a leg that is being filled which are its writer's to fill: those that were not cached."""
+        lease = self._leases.get(key)
+        if lease is None or lease.state is not LeaseState.FILLING:
+            return range(0)
+        blocks, num_cached_tokens = lease.reservation
+        return range(num_cached_tokens // self._block_size, len(blocks))
+
     def refuse(self, key: LegKey, reason: str) -> list[Send]:
         """A put named what the lease does not hold: whoever fills it cannot be trusted with it."""
         lease = self._leases[key]

@@ -13,11 +13,14 @@ from pdray.engine.step.profile import profile_model
 from pdray.models.load import LoadedModel
 
 
-def make_pool(config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0) -> KVPool:
+def make_pool(
+    config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0, spare_bytes: int = 0
+) -> KVPool:
     """A pool as large as the configuration says, or as the device allows.
 
     Args:
         gpu_share: part of the GPU that its worker may use (CUDA, measured pool).
+        spare_bytes: see KVPool.allocate().
 
     Raises:
         OutOfMemoryError: the measured pool cannot hold one sequence of max_model_len.
@@ -32,9 +35,11 @@ def make_pool(config: Config, model: LoadedModel, device: torch.device, *, gpu_s
         gpu_share=gpu_share,
         profile=lambda: profile_model(config, model.decoder),
     )
-    return KVPool.allocate(layout, num_blocks, device)
+    return KVPool.allocate(layout, num_blocks, device, spare_bytes=spare_bytes)
 
 
-def build_engine(config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0) -> Engine:
+def build_engine(
+    config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0, spare_bytes: int = 0
+) -> Engine:
     """An engine with a pool of its own; see make_pool()."""
-    return Engine(config, model, make_pool(config, model, device, gpu_share=gpu_share))
+    return Engine(config, model, make_pool(config, model, device, gpu_share=gpu_share, spare_bytes=spare_bytes))

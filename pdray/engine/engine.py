@@ -20,7 +20,7 @@ from pdray.engine.schedule.plan import StepPlan
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import LiveRequest, SequenceStatus
 from pdray.engine.step.lane import Draws, Lane
-from pdray.engine.step.layer_groups import layer_callback
+from pdray.engine.step.layer_groups import OnGroup, group_callback
 from pdray.engine.step.times import StepSpread, StepTimes
 from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
@@ -45,7 +45,7 @@ class Engine:
     Attributes:
         max_model_len: tokens of prompt and output: the configured limit, or what the pool holds of one sequence.
         on_layer_group: called by the engine's thread in the midst of a step, for prefill_only requests, after each
-            group of transfer_layer_group layers; over a request's life, each block of each layer once.
+            group of layers (see layer_groups()); over a request's life, each block of each layer once.
         on_work: called, without the lock, after anything that may have given step() something to do.
     """
 
@@ -84,7 +84,8 @@ class Engine:
         if self.overlap is None:
             self.overlap = device.type == "cuda"
         capture = device.type == "cuda" and not config.enforce_eager
-        self.lane = Lane(model.decoder, pool, limits, capture=capture)
+        group = config.transfer_layer_group
+        self.lane = Lane(model.decoder, pool, limits, largest_group=group, capture=capture)
         self._scheduler = Scheduler(limits, BlockPool(self.num_blocks, config.enable_prefix_caching))
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
@@ -221,9 +222,9 @@ class Engine:
         launching, lane = False, self._lane_for(plan)
         try:
             with self._lock:
-                inputs, on_layer = lane.prepare(plan), self._layer_callback(plan)
+                inputs, on_group = lane.prepare(plan), self._group_callback(plan)
             launching = True
-            self._in_flight = plan, lane.launch(inputs, on_layer)
+            self._in_flight = plan, lane.launch(inputs, on_group)
         except Exception as error:
             if self.device.type != "cpu" and (launching or isinstance(error, RuntimeError)):
                 raise
@@ -260,13 +261,9 @@ class Engine:
     def _lane_for(self, plan: StepPlan) -> Lane:
         return self.lane
 
-    def _layer_callback(self, plan: StepPlan) -> Callable[[int], None] | None:
-        """What the model calls after each layer, if anyone is to hear of it."""
-        if self.on_layer_group is None:
-            return None
-        num_layers, group = self.model.config.num_layers, self.config.transfer_layer_group
-        on_cuda = self.device.type == "cuda"
-        return layer_callback(plan, num_layers, group, self.block_size, self.on_layer_group, on_cuda=on_cuda)
+    def _group_callback(self, plan: StepPlan) -> OnGroup | None:
+        """What the lane calls after each group of layers, if anyone is to hear of it."""
+        return None if self.on_layer_group is None else group_callback(plan, self.block_size, self.on_layer_group)
 
     def has_work(self) -> bool:
         """Whether step() would do something. Requests that wait for others to end are no work."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -60,6 +60,12 @@ class FaultInjectingSender(Sender):
 
     def on_message(self, epoch: int, payload: bytes) -> None:
         self._inner.on_message(epoch, payload)
+
+    def step_ended(self) -> None:
+        self._inner.step_ended()
+
+    def end_leg(self, key: Hashable) -> None:
+        self._inner.end_leg(key)
 
     def _forward(self, put: Put, future: Future[PutResult]) -> None:
         def settle(inner: Future[PutResult]) -> None:

@@ -121,6 +121,14 @@ class Sender(ABC):
         """What the receiver says over the pair's session. Event loop's thread only."""
         raise TypeError(f"a channel of kind {self.kind} takes no messages")
 
+    def step_ended(self) -> None:
+        """The engine has seen a step end: a put that waited for it may be done. A hint; event loop's thread only."""
+        return
+
+    def end_leg(self, key: Hashable) -> None:
+        """No put of this leg will follow, and none is in flight. Event loop's thread only."""
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Fail what is in flight and refuse what follows. Idempotent; returns when this end does nothing any more.
@@ -145,6 +153,15 @@ class Receiver(ABC):
     async def on_array(self, worker_id: str, epoch: int, payload: bytes, array: np.ndarray[Any, Any]) -> bool:
         """What a sender passes to Link.call(). Returns whether it counts."""
         raise TypeError(f"a channel of kind {self.kind} takes no arrays")
+
+    def let_in(self, key: Hashable, worker_id: str, epoch: int, positions: range) -> None:
+        """From now on that worker may write into these places of the leg: a kind may say where they are before it is
+        asked. The leg's blocks are held until the worker has said that it has stopped, or was seen dead."""
+        return
+
+    def take_failure(self, worker_id: str) -> str | None:
+        """Why this kind does not join that worker, as its last connection has shown; told once. None: it has not."""
+        return None
 
     def senders(self) -> list[str]:
         """Prefill workers whose channels are open here, of kinds that keep something open."""
@@ -187,6 +204,11 @@ class Kind(ABC):
 
     @abstractmethod
     def __init__(self, site: Site) -> None: ...
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory behind the blocks of a decode worker's pool, of a kind that lends that pool to prefill workers."""
+        return 0
 
     @property
     def facts(self) -> dict[str, str]:

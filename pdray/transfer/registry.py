@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pdray.errors import ConfigError
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 # By name, the fastest first: module and class. What joins any two workers stands last.
 KINDS = {
+    "cuda_ipc": "pdray.transfer.cuda_ipc.kind:CudaIpcKind",
     "nccl": "pdray.transfer.nccl.kind:NcclKind",
     "object_store": "pdray.transfer.object_store.kind:ObjectStoreKind",
 }
@@ -30,15 +32,29 @@ def allowed_kinds(channel: str) -> list[str]:
     return list(KINDS) if channel == "auto" else [channel]
 
 
-def choose_kind(channel: str, prefill: WorkerInfo, decode: WorkerInfo) -> str:
+class Choice(NamedTuple):
+    """The kind that a pair gets, and why not one that would be faster: by kind."""
+
+    kind: str
+    passed_over: dict[str, str]
+
+
+def choose_kind(
+    channel: str, prefill: WorkerInfo, decode: WorkerInfo, failures: Mapping[str, str] | None = None
+) -> Choice:
     """The configured kind, or by itself the first that can join the two.
+
+    Args:
+        failures: kinds that have been tried between the two, and why they do not work.
 
     Raises:
         ConfigError: the kind that was asked for cannot.
     """
-    obstacle = None
+    passed_over: dict[str, str] = {}
     for name in allowed_kinds(channel):
-        obstacle = load_kind(name).obstacle(prefill, decode)
+        obstacle = load_kind(name).obstacle(prefill, decode) or (failures or {}).get(name)
         if obstacle is None:
-            return name
-    raise ConfigError(f"channel is {channel}, but {obstacle}; set channel to auto or object_store")
+            return Choice(name, passed_over)
+        passed_over[name] = obstacle
+    reasons = ", and ".join(passed_over.values())
+    raise ConfigError(f"channel is {channel}, but {reasons}; set channel to auto or object_store")

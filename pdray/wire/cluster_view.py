@@ -43,10 +43,12 @@ class ChannelOffer(msgspec.Struct, frozen=True):
 
     Attributes:
         kind: of channel. data: what the kind's sender needs; opaque to everyone else.
+        passed_over: kinds that would be faster, and why they cannot join the two.
     """
 
     kind: str
     data: Any = None
+    passed_over: dict[str, str] = {}
 
 
 class WorkerIdentity(msgspec.Struct, frozen=True):

@@ -18,12 +18,15 @@ from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.worker import Worker
 from pdray.config import Config
+from pdray.engine.request import RequestUpdate
 from pdray.errors import EngineHungError, HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.fault_injection import Fault, FaultInjectingSender
 from pdray.testing.patience import PATIENCE_S
-from pdray.transfer.channel import Put, Site
+from pdray.transfer.channel import Kind, Put, Site
+from pdray.transfer.cuda_ipc.kind import CudaIpcKind
 from pdray.transfer.nccl.kind import NcclKind
+from pdray.transfer.registry import KINDS, load_kind
 from pdray.wire.cluster_view import WorkerInfo
 from pdray.wire.dial import connect
 from pdray.wire.lease_messages import (
@@ -96,6 +99,11 @@ class LocalActor:
 def host_kind(site: Site) -> NcclKind:
     """The nccl channel over a fake device."""
     return NcclKind(site, fake_device.HostTransport(gpu=site.worker_id))
+
+
+def host_memory_kind(site: Site) -> CudaIpcKind:
+    """The cuda_ipc channel over memory of this process."""
+    return CudaIpcKind(site, fake_device.HostMemory(gpu=site.worker_id))
 
 
 def transport_of(worker: Worker) -> Any:
@@ -224,36 +232,41 @@ class Pair:
         assert await self.prefill.check_integrity() == [] and await self.decode.check_integrity() == []
 
 
-@pytest.fixture(params=["object_store", "nccl", "toy"])
+@pytest.fixture(params=["object_store", "nccl", "cuda_ipc", "toy"])
 async def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    """Two workers over the real object store's half, over the nccl channel with a fake device under it, or over a
-    channel kind that only this fixture knows."""
+    """Two workers over the real object store's half, over the nccl or cuda_ipc channel with a fake device under it, or
+    over a channel kind that only this fixture knows."""
     if request.param == "toy":
         monkeypatch.setattr("pdray.transfer.registry.KINDS", {"toy": "toy_kind:ToyKind"})
     if request.param == "nccl":
         monkeypatch.setattr("pdray.actors.worker.load_kind", lambda name: host_kind)
-    model = tmp_path / "config.json"
-    model.write_text(json.dumps(TINY))
-    pair = Pair(
-        Config(
-            channel="auto" if request.param == "toy" else request.param,
-            transfer_staging_bytes=160_000,
-            model=str(model),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            device="cpu",
-            num_kv_blocks=40,
-            max_num_seqs=4,
-            max_num_batched_tokens=32,
-            decode_headroom_tokens=16,
-            transfer_layer_group=2,
-            lease_timeout_s=60,
-            worker_timeout_s=5,
-        )
-    )
+    if request.param == "cuda_ipc":
+        monkeypatch.setattr("pdray.actors.worker.load_kind", lambda name: host_memory_kind)
+    pair = Pair(make_config(tmp_path, "auto" if request.param == "toy" else request.param))
     await pair.start()
     yield pair
     await pair.stop()
+
+
+def make_config(tmp_path: Path, channel: str) -> Config:
+    """Of a tiny model; its prompts go in several groups of layers."""
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(TINY))
+    return Config(
+        channel=channel,
+        transfer_staging_bytes=160_000,
+        model=str(model),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        device="cpu",
+        num_kv_blocks=40,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        decode_headroom_tokens=16,
+        transfer_layer_group=2,
+        lease_timeout_s=60,
+        worker_timeout_s=5,
+    )
 
 
 async def test_the_log_tells_once_what_a_worker_serves_with_what(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
@@ -438,6 +451,39 @@ async def finish(pair: Pair, name: str, epoch: int) -> list[int]:
     return pair.router.tokens(key)
 
 
+class ListeningWorker(Worker):
+    """Notes the updates that its loop has come to."""
+
+    role = "decode"
+
+    def __init__(self) -> None:
+        super().__init__(Config(), "decode-0", "1", SECRET)
+        self._loop = asyncio.get_running_loop()
+        self.heard: list[RequestUpdate] = []
+
+    def _on_updates(self, updates: list[RequestUpdate]) -> None:
+        self.heard += updates
+
+
+@pytest.mark.parametrize("first", [{"prefill": 0.1}, {"join_wait": 0.0}])
+async def test_first_tokens_leave_before_the_next_step(
+    first: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread goes on once the loop has told of them; for any other it does not wait."""
+    monkeypatch.setattr("pdray.actors.worker.TELL_FIRST_TIMEOUT_S", PATIENCE_S)
+    worker = ListeningWorker()
+    told, later = RequestUpdate("r", **first), RequestUpdate("r")
+    heard = await asyncio.to_thread(lambda: (worker._updates_from_engine([later, told]), list(worker.heard))[1])
+    assert heard == [later, told]
+    worker._updates_from_engine([later])  # by the loop's own thread, which would wait for itself
+    assert worker.heard == heard
+    monkeypatch.setattr("pdray.actors.worker.TELL_FIRST_TIMEOUT_S", 0.001)
+    worker._updates_from_engine([told])
+    assert worker.heard == heard, "a loop that does not come to it is not waited for"
+    await asyncio.sleep(0)
+    assert worker.heard == [*heard, later, told]
+
+
 @pytest.mark.parametrize("pair", ["nccl"], indirect=True)
 async def test_a_channel_that_hangs_is_given_up_and_connected_again(pair: Pair) -> None:
     """The bytes of a put never come: its leg fails, the workers go on, and the next epoch works."""
@@ -496,6 +542,101 @@ async def test_a_probe_that_does_not_arrive_is_no_connection(pair: Pair) -> None
     await pair.connect(3)
     await finish(pair, "after", 3)
     await pair.quiet()
+
+
+def hold_writes(pair: Pair) -> tuple[threading.Event, threading.Event]:
+    """The prefill worker's writes wait for the first event; the second says that one does."""
+    gate, entered = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        assert gate.wait(PATIENCE_S)
+
+    pair.prefill.kinds["cuda_ipc"]._transport.streams[-1].before_work = hold  # type: ignore[attr-defined]
+    return gate, entered
+
+
+async def held(pair: Pair) -> int:
+    """Blocks of the decode worker that somebody may use or write."""
+    stats = pair.decode.engine.stats()
+    return stats.num_blocks - 1 - stats.free_blocks
+
+
+@pytest.mark.parametrize("pair", ["cuda_ipc"], indirect=True)
+async def test_blocks_that_are_being_written_are_nobody_elses(pair: Pair) -> None:
+    """Neither a closed lease nor a lost session, nor time, frees them: only the writer's word."""
+    expected = await finish(pair, "before", 1)
+    other = [token + 1 for token in PROMPT]
+    gate, entered = hold_writes(pair)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    key = pair.lease("lost", other, params)
+    await pair.start_prefill(key, other, params)
+    assert await asyncio.to_thread(entered.wait, PATIENCE_S)
+    pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
+    closing = pair.prefill.disconnect("decode-0")
+    closed = asyncio.ensure_future(closing)
+    await asyncio.sleep(0.1)
+    assert await held(pair) == 5 and not closed.done()
+    connecting = asyncio.ensure_future(pair.connect(2))
+    await asyncio.sleep(0.1)
+    assert await held(pair) == 5 and not connecting.done(), "the old channel ends first"
+    gate.set()
+    await connecting
+    await pair.quiet()
+    assert await finish(pair, "after", 2) == expected
+    await pair.quiet()
+
+
+@pytest.mark.parametrize("pair", ["cuda_ipc"], indirect=True)
+async def test_a_writer_that_is_seen_dead_holds_no_blocks(pair: Pair) -> None:
+    gate, entered = hold_writes(pair)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    key = pair.lease("lost", PROMPT, params)
+    await pair.start_prefill(key, PROMPT, params)
+    assert await asyncio.to_thread(entered.wait, PATIENCE_S)
+    pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
+    stopping = asyncio.ensure_future(pair.prefill.stop())
+    await asyncio.sleep(0.1)
+    assert await held(pair) == 5
+    gate.set()  # a process that is gone writes nothing any more
+    await stopping
+    await pair.decode.worker_gone("prefill-0", "p1")
+    assert await held(pair) == 0
+    pair.prefill = PrefillWorker(pair.config, "prefill-0", "p2", SECRET)
+    await pair.prefill.start()
+    await pair.connect(2)
+    await pair.router.open(pair.prefill.info)
+    await finish(pair, "after", 2)
+    await pair.quiet()
+
+
+async def test_a_kind_that_turns_out_not_to_work_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto: one connection fails, the next one has another kind; status says which, and why."""
+    makers: dict[str, Callable[[Site], Kind]] = {name: load_kind(name) for name in KINDS}
+    monkeypatch.setattr("pdray.actors.worker.load_kind", lambda name: (makers | {"cuda_ipc": host_memory_kind})[name])
+    pair = Pair(make_config(tmp_path, "auto"))
+    await pair.prefill.start()
+    await pair.decode.start()
+    pair.prefill.kinds["cuda_ipc"]._transport.refuses = "no peer access"  # type: ignore[attr-defined]
+    with pytest.raises(TransferError, match="cannot be mapped"):
+        await pair.connect(1)
+    await pair.connect(2)
+    state = await pair.prefill.describe()
+    assert state["channels"] == {"decode-0": "object_store"}
+    assert state["passed_over"]["decode-0"] == {
+        "cuda_ipc": "RuntimeError: no peer access",
+        "nccl": "prefill-0 runs on cpu",
+    }
+    await pair.router.open(pair.prefill.info)
+    await pair.router.open(pair.decode.info)
+    await finish(pair, "works", 2)
+    await pair.quiet()
+    pair.prefill.kinds["cuda_ipc"]._transport.refuses = None  # type: ignore[attr-defined]
+    await pair.connect(3)
+    assert (await pair.prefill.describe())["channels"] == {"decode-0": "object_store"}, "of this process it is known"
+    await pair.stop()
 
 
 FORGERIES: dict[str, Callable[[Put], Put]] = {

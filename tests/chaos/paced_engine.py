@@ -7,7 +7,6 @@ measures admission and back-pressure and not the cores.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from pdray.engine.engine import Engine
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Draws, Lane
+from pdray.engine.step.layer_groups import OnGroup
 from pdray.models.decoder import Decoder
 from pdray.models.load import LoadedModel
 from pdray.models.model_config import ModelConfig
@@ -59,14 +59,14 @@ class PacedLane(Lane):
         super().__init__(lane.decoder, lane.pool, limits)
         self.pace = pace
 
-    def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
+    def launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws:
         """Tokens as next_token() says; their log-probabilities are never there."""
         ends_at = time.perf_counter() + self.pace.seconds(inputs.attention.query_lens)
         rows = inputs.logit_rows.numpy()
         token_ids = next_token(inputs.input_ids.numpy()[rows], inputs.positions.numpy()[rows])
-        if on_layer is not None:
-            for layer in range(self.decoder.config.num_layers):
-                on_layer(layer)
+        if on_group is not None:
+            for layers in self.groups(inputs.shape):
+                on_group(layers, None)
         time.sleep(max(0.0, ends_at - time.perf_counter()))
         return Draws(torch.from_numpy(token_ids), inputs.num_logprobs, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rows import Row
 from pdray.engine.request import EngineRequest
 from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Draws, Lane
+from pdray.engine.step.layer_groups import OnGroup
 from pdray.sampling_params import SamplingParams
 
 NUM_REQUESTS = 40
@@ -35,16 +36,16 @@ class Comparison:
         lane.launch = self.launch  # type: ignore[method-assign]
 
     @torch.inference_mode()
-    def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
+    def launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws:
         if self.lane.graphs is None or inputs.shape not in self.lane.graphs:
-            return self._launch(inputs, on_layer)
+            return self._launch(inputs, on_group)
         sampled = self.lane.sampled.clone()
         num_decodes = inputs.shape.num_seqs if inputs.shape.is_decode else 0
         captured = replace(inputs.attention, query_lens=[], kv_lens=[], num_decodes=num_decodes)  # as a graph knows it
         logits = self.lane.compute(inputs._replace(attention=captured)).clone()
         drawn = self.lane.sampled.clone()
         self.lane.sampled.copy_(sampled)
-        draws = self._launch(inputs, on_layer)
+        draws = self._launch(inputs, on_group)
         num = len(inputs.num_logprobs)
         graph = self.lane.graphs.logits
         name = str(tuple(inputs.shape))

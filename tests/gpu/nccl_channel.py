@@ -30,9 +30,9 @@ SPEC = PoolSpec("receiver", 8, NUM_BLOCKS, 64 * 1024, b"", staging_bytes=16 * MI
 class Pair:
     """A sender and a receiver in processes of their own. Epochs rise with every connection."""
 
-    def __init__(self, environments: list[dict[str, str]]) -> None:
+    def __init__(self, environments: list[dict[str, str]], kind: str = "nccl") -> None:
         self.environments = [e | {"NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN")} for e in environments]
-        self.spec = SPEC._replace(secret=secrets.token_bytes(32))
+        self.spec = SPEC._replace(secret=secrets.token_bytes(32), kind=kind)
         self.epoch = 0
         self.rng = random.Random(1)
         self.start_sender()

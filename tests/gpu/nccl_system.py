@@ -1,4 +1,4 @@
-"""The whole system over NCCL: on one GPU as two hosts to NCCL, and on two GPUs as it is meant to be."""
+"""The whole system over each channel: on one GPU (two hosts to NCCL, or lent memory), and on two as it is meant."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from cuda_ipc_channel import check_cuda_ipc
 from nccl_channel import check_channel
 from rows import Row
 from shared_gpu import PARAMS, QUESTIONS
@@ -69,8 +70,8 @@ def memory_mib() -> list[int]:
     return [int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()]
 
 
-def compare(name: str, whole: Answers, apart: Answers) -> Iterator[Row]:
-    yield Row(f"{name}: channel", str(apart.channels), "nccl", apart.channels == {"decode-0": "nccl"})
+def compare(name: str, whole: Answers, apart: Answers, kind: str = "nccl") -> Iterator[Row]:
+    yield Row(f"{name}: channel", str(apart.channels), kind, apart.channels == {"decode-0": kind})
     same = sum(a == b for a, b in zip(whole.texts, apart.texts, strict=True))
     yield Row(f"{name}: answers", f"{same} of {len(whole.texts)} the same", "as colocated", same == len(whole.texts))
     clean = not any(apart.lost_blocks)
@@ -90,6 +91,17 @@ def check_nccl(gguf: Path | None) -> Iterator[Row]:
     yield from compare("two halves of a GPU over nccl", whole, ask(gguf, mixed=NUM_MIXED, **halves))
 
 
+def check_lent(gguf: Path | None) -> Iterator[Row]:
+    """The cuda_ipc channel alone, then two half-GPU actors with it."""
+    yield from check_cuda_ipc()
+    if gguf is None:
+        yield Row("two halves of a GPU over cuda_ipc", "no --gguf FILE given", "as colocated", None)
+        return
+    whole = ask(gguf, mode="colocated")
+    apart = ask(gguf, mixed=NUM_MIXED, prefill_num_gpus=0.5, decode_num_gpus=0.5)
+    yield from compare("two halves of a GPU over cuda_ipc", whole, apart, "cuda_ipc")
+
+
 def check_two(gguf: Path | None) -> Iterator[Row]:
     """Prefill on one GPU, decode on another."""
     if torch.cuda.device_count() < 2 or gguf is None:
@@ -98,8 +110,9 @@ def check_two(gguf: Path | None) -> Iterator[Row]:
         return
     before = memory_mib()
     whole = ask(gguf, mode="colocated")
+    yield from compare("two GPUs, nccl", whole, ask(gguf, mixed=NUM_MIXED, channel="nccl"))
     apart = ask(gguf, mixed=NUM_MIXED)
-    yield from compare("two GPUs", whole, apart)
+    yield from compare("two GPUs", whole, apart, "cuda_ipc")
     added = [now - then for now, then in zip(apart.mib, before, strict=True)][:2]
     ok = all(mib >= MIB_AT_LEAST for mib in added)
     yield Row("two GPUs: memory", f"{added} MiB more", f">= {MIB_AT_LEAST} on each", ok)

@@ -15,7 +15,7 @@ import torch
 from failures import check_failures
 from graphs import check_graphs
 from models import check_models
-from nccl_system import check_nccl, check_two
+from nccl_system import check_lent, check_nccl, check_two
 from rows import Row, print_header, print_rows
 from shared_gpu import check_shared
 from text import check_memory, check_text
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--rows",
         nargs="+",
-        choices=["kernels", "models", "graphs", "failures", "text", "memory", "shared", "nccl", "two"],
+        choices=["kernels", "models", "graphs", "failures", "text", "memory", "shared", "nccl", "cuda_ipc", "two"],
     )
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -61,6 +61,7 @@ def main() -> int:
         "memory": lambda: check_memory(args.gguf),
         "shared": lambda: check_shared(args.gguf),
         "nccl": lambda: check_nccl(args.gguf),
+        "cuda_ipc": lambda: check_lent(args.gguf),
         "two": lambda: check_two(args.gguf),
     }
     print_header()

@@ -34,12 +34,12 @@ def answers(gguf: Path, **config: Any) -> list[list[str]]:
 
 
 def check_shared(gguf: Path | None) -> Iterator[Row]:
-    """Two half-GPU actors with the object store between them."""
+    """Two half-GPU actors with the object store between them, as where memory cannot be lent."""
     if gguf is None:
         yield Row("two halves of a GPU", "no --gguf FILE given", "as colocated", None)
         return
     whole = answers(gguf, mode="colocated")
     yield Row("colocated actor", repr(whole[0][0]), "Paris", "Paris" in whole[0][0])
-    halves = answers(gguf, prefill_num_gpus=0.5, decode_num_gpus=0.5)
+    halves = answers(gguf, prefill_num_gpus=0.5, decode_num_gpus=0.5, channel="object_store")
     same = sum(a == b for a, b in zip(whole, halves, strict=True))
     yield Row("two halves of a GPU", f"{same} of {len(whole)} the same", "as colocated", same == len(whole))

@@ -159,3 +159,45 @@ class HostTransport:
         with self._lock:
             self.posted[communicator] = self.posted.get(communicator, 0) + change
             self.most_at_once = max(self.most_at_once, sum(count > 0 for count in self.posted.values()))
+
+
+class HostMapping:
+    """A tensor of another end, which lives as long as this does."""
+
+    def __init__(self, memory: Any) -> None:
+        self._memory = memory
+        self.address: int = memory.data_ptr()
+        self.closed = False
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+class HostMemory:
+    """A Transport of the cuda_ipc channel; all of one process can map what they lend each other."""
+
+    lent: dict[bytes, Any] = {}
+
+    def __init__(self, gpu: str = "host", host: str = "here", peers: list[str] | None = None) -> None:
+        self.gpu = gpu
+        self.host = host
+        self.peers = peers
+        self.mappings: list[HostMapping] = []
+        self.streams: list[HostStream] = []
+        self.refuses: str | None = None  # what the driver says to whoever maps
+
+    def lend(self, memory: Any) -> bytes:
+        handle = uuid.uuid4().bytes
+        self.lent[handle] = memory
+        return handle
+
+    def borrow(self, handle: bytes) -> HostMapping:
+        if self.refuses is not None:
+            raise RuntimeError(self.refuses)
+        self.mappings.append(HostMapping(self.lent[handle]))
+        return self.mappings[-1]
+
+    def new_stream(self) -> HostStream:
+        self.streams.append(HostStream())
+        return self.streams[-1]

@@ -6,7 +6,7 @@ import asyncio
 import io
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ import torch
 from pdray.bench.peer_process import PeerProcess
 from pdray.bench.transfer_peers import PoolSpec, ReceivingPeer, SendingPeer
 from pdray.errors import PdrayError, TransferError
+from pdray.transfer.channel import Kind, Site
+from pdray.transfer.cuda_ipc.kind import CudaIpcKind
 from pdray.transfer.nccl.kind import NcclKind
 
 fake_device = sys.modules["fake_device"]  # see conftest.py
@@ -28,10 +30,16 @@ class Ends(NamedTuple):
     port: int
 
 
-@pytest.fixture
-async def ends() -> AsyncIterator[Ends]:
-    receiver = ReceivingPeer(SPEC, partial(NcclKind, transport=fake_device.HostTransport("one")))
-    sender = SendingPeer(SPEC._replace(name="sender"), partial(NcclKind, transport=fake_device.HostTransport("two")))
+def make_kind(name: str, gpu: str) -> Callable[[Site], Kind]:
+    if name == "nccl":
+        return partial(NcclKind, transport=fake_device.HostTransport(gpu))
+    return partial(CudaIpcKind, transport=fake_device.HostMemory(gpu))
+
+
+@pytest.fixture(params=["nccl", "cuda_ipc"])
+async def ends(request: pytest.FixtureRequest) -> AsyncIterator[Ends]:
+    receiver = ReceivingPeer(SPEC._replace(kind=request.param), make_kind(request.param, "one"))
+    sender = SendingPeer(SPEC._replace(name="sender", kind=request.param), make_kind(request.param, "two"))
     ends = Ends(sender, receiver, await receiver.start())
     yield ends
     await sender.close()
@@ -55,6 +63,7 @@ async def test_what_was_sent_is_held(ends: Ends) -> None:
     assert sender.works()
 
 
+@pytest.mark.parametrize("ends", ["nccl"], indirect=True)
 async def test_a_failure_is_timed_and_the_next_epoch_works(ends: Ends) -> None:
     sender, receiver, port = ends
     await sender.connect("receiver", port, 1, await receiver.accept("sender", 1))

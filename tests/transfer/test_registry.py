@@ -12,14 +12,19 @@ from pdray.config import Config
 from pdray.errors import ConfigError
 from pdray.testing.one_gpu import one_gpu_environment
 from pdray.transfer.nccl.transport import nccl_version
-from pdray.transfer.registry import KINDS, choose_kind, load_kind
+from pdray.transfer.registry import KINDS, Choice, choose_kind, load_kind
 from pdray.wire.cluster_view import WorkerInfo
 
 
-def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "") -> WorkerInfo:
+def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "", **channels: dict[str, str]) -> WorkerInfo:
     device = "cuda" if gpu else "cpu"
     facts = {"gpu": gpu, "version": nccl, "host": host} if gpu else {}
-    return WorkerInfo(name, "1", "both", "", 0, 0, "", device, "f", 1, 16, 64, 8, 64, {"nccl": facts})
+    return WorkerInfo(name, "1", "both", "", 0, 0, "", device, "f", 1, 16, 64, 8, 64, {"nccl": facts} | channels)
+
+
+def lender(name: str, gpu: str, peers: str = "", machine: str = "here") -> WorkerInfo:
+    """A worker that can lend and borrow memory, too."""
+    return worker(name, gpu, cuda_ipc={"gpu": gpu, "host": machine, "peers": peers})
 
 
 CASES: list[tuple[Any, Any, str | None]] = [
@@ -34,19 +39,52 @@ CASES: list[tuple[Any, Any, str | None]] = [
 
 @pytest.mark.parametrize(("prefill", "decode", "obstacle"), CASES)
 def test_choice(prefill: WorkerInfo, decode: WorkerInfo, obstacle: str | None) -> None:
-    assert choose_kind("object_store", prefill, decode) == "object_store"
-    assert choose_kind("auto", prefill, decode) == ("object_store" if obstacle else "nccl")
+    assert choose_kind("object_store", prefill, decode) == Choice("object_store", {})
+    assert choose_kind("auto", prefill, decode).kind == ("object_store" if obstacle else "nccl")
     if obstacle is None:
-        assert choose_kind("nccl", prefill, decode) == "nccl"
+        assert choose_kind("nccl", prefill, decode) == Choice("nccl", {})
     else:
         with pytest.raises(ConfigError, match=re.escape(obstacle) + ".*set channel to auto or object_store"):
             choose_kind("nccl", prefill, decode)
 
 
 def test_two_hosts_to_nccl_may_share_a_gpu() -> None:
-    assert choose_kind("nccl", worker("p", "A", host="p"), worker("d", "A", host="d")) == "nccl"
+    assert choose_kind("nccl", worker("p", "A", host="p"), worker("d", "A", host="d")).kind == "nccl"
     with pytest.raises(ConfigError, match="share A"):
         choose_kind("nccl", worker("p", "A", host="p"), worker("d", "A", host="p"))
+
+
+LENDERS: list[tuple[Any, Any, str | None]] = [
+    (lender("p", "A", "B,C"), lender("d", "B"), None),
+    (lender("p", "A"), lender("d", "A"), None),
+    (lender("p", "A", "?"), lender("d", "B"), None),
+    (lender("p", "A", "C"), lender("d", "B", "A"), "p's GPU A cannot write to d's B"),
+    (lender("p", "A"), lender("d", "B"), "cannot write"),
+    (lender("p", "A", "B"), lender("d", "B", machine="there"), "different machines"),
+    (lender("p", "A", "B"), worker("d", "B", cuda_ipc={"cupy": ""}), "d has no cupy: install"),
+    (lender("p", "A", "B"), worker("d"), "d runs on cpu"),
+    (worker("p"), lender("d", "B"), "p runs on cpu"),
+]
+
+
+@pytest.mark.parametrize(("prefill", "decode", "obstacle"), LENDERS)
+def test_memory_is_lent_where_it_can_be_written(prefill: WorkerInfo, decode: WorkerInfo, obstacle: str | None) -> None:
+    """The fastest kind, and the reason why a pair has another."""
+    chosen = choose_kind("auto", prefill, decode)
+    if obstacle is None:
+        assert chosen == choose_kind("cuda_ipc", prefill, decode) == Choice("cuda_ipc", {})
+    else:
+        assert chosen.kind in ("nccl", "object_store") and obstacle in chosen.passed_over["cuda_ipc"]
+        with pytest.raises(ConfigError, match=f"channel is cuda_ipc, but .*{re.escape(obstacle)}"):
+            choose_kind("cuda_ipc", prefill, decode)
+
+
+def test_a_kind_that_has_failed_is_passed_over() -> None:
+    prefill, decode = lender("p", "A", "B"), lender("d", "B")
+    failures = {"cuda_ipc": "the test write was lost"}
+    assert choose_kind("auto", prefill, decode, failures) == Choice("nccl", failures)
+    with pytest.raises(ConfigError, match="but the test write was lost"):
+        choose_kind("cuda_ipc", prefill, decode, failures)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -7,25 +7,37 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pdray.engine.kv.device_memory import allocate_alone
 from pdray.engine.kv.layout import KVLayout
 
 
 class KVPool(NamedTuple):
     """Attributes:
     tensor: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; block 0 is a dummy for padding.
+    spare: [n] uint8 behind the blocks, of a pool that can be lent to other processes; else None.
     """
 
     layout: KVLayout
     tensor: torch.Tensor
+    spare: torch.Tensor | None = None
 
     @classmethod
-    def allocate(cls, layout: KVLayout, num_blocks: int, device: torch.device) -> KVPool:
-        """Zeros. On CPU pages are taken when they are used."""
-        shape = layout.shape(num_blocks)
-        if device.type != "cpu":
-            return cls(layout, torch.zeros(shape, dtype=layout.dtype, device=device))
-        pages = np.zeros(num_blocks * layout.block_bytes, dtype=np.uint8)
-        return cls(layout, torch.from_numpy(pages).view(layout.dtype).view(shape))
+    def allocate(cls, layout: KVLayout, num_blocks: int, device: torch.device, *, spare_bytes: int = 0) -> KVPool:
+        """Zeros. On CPU pages are taken when they are used.
+
+        Args:
+            spare_bytes: for a pool that is to be lent: blocks and spare are then one allocation, which begins with the
+                blocks and holds nothing else.
+        """
+        num_bytes = num_blocks * layout.block_bytes
+        if device.type == "cpu":
+            pages = torch.from_numpy(np.zeros(num_bytes + spare_bytes, dtype=np.uint8))
+        elif spare_bytes:
+            pages = allocate_alone(num_bytes + spare_bytes, device).zero_()
+        else:
+            pages = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        tensor = pages[:num_bytes].view(layout.dtype).view(layout.shape(num_blocks))
+        return cls(layout, tensor, pages[num_bytes:] if spare_bytes else None)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> KVPool:

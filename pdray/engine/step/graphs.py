@@ -9,7 +9,8 @@ first needed, and waits for all work on the device to end; so every size's kerne
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -25,9 +26,21 @@ LAUNCHED_TOKENS = 512
 
 
 class Compute(Protocol):
-    """Launches a step on the current stream, and puts the logits of its draws into [num_draws, vocab_size]."""
+    """Launches a step on the current stream, and puts the logits of its draws into [num_draws, vocab_size].
 
-    def __call__(self, inputs: StepInputs, *, logits_out: torch.Tensor) -> torch.Tensor: ...
+    Calls on_layer after each layer's KV is stored.
+    """
+
+    def __call__(
+        self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None, *, logits_out: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+class Stored(NamedTuple):
+    """A group of layers, and the event that each replay of its graph records once their KV is stored."""
+
+    layers: range
+    event: torch.cuda.Event
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -67,10 +80,23 @@ class StepGraphs:
         self._decode_sizes = decode_sizes(len(logits))
         self._prefill_shapes = prefill_shapes(max_num_batched_tokens, len(logits))
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._stored: dict[StepShape, list[Stored]] = {}
 
-    def capture(self, compute: Compute, decode_buffers: InputBuffers, buffers: InputBuffers) -> None:
-        """Make all graphs; the buffers hold the inputs of decode steps, and of all others, from now on."""
+    def capture(
+        self,
+        compute: Compute,
+        decode_buffers: InputBuffers,
+        buffers: InputBuffers,
+        groups: Callable[[StepShape], list[range]],
+    ) -> None:
+        """Make all graphs; the buffers hold the inputs of decode steps, and of all others, from now on.
+
+        Args:
+            groups: layers of a step with prompts that get an event when their KV is stored.
+        """
         pool = torch.cuda.graph_pool_handle()
+        for shape in self._prefill_shapes:
+            self._stored[shape] = [Stored(layers, torch.cuda.Event(external=True)) for layers in groups(shape)]
         self._capture(compute, buffers, self._prefill_shapes, pool)
         self._capture(compute, decode_buffers, [StepShape(n, n, n, True) for n in self._decode_sizes], pool)
 
@@ -84,11 +110,24 @@ class StepGraphs:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool)
                 try:
-                    compute(inputs, logits_out=self.logits[: shape.num_draws])
+                    compute(inputs, self._record_stored(shape), logits_out=self.logits[: shape.num_draws])
                 finally:
                     graph.capture_end()
             self._graphs[shape] = graph
         torch.cuda.current_stream().wait_stream(stream)
+
+    def _record_stored(self, shape: StepShape) -> Callable[[int], None]:
+        events = {group.layers.stop - 1: group.event for group in self.stored(shape)}
+
+        def on_layer(layer: int) -> None:
+            if layer in events:
+                events[layer].record()  # external: a node of the graph
+
+        return on_layer
+
+    def stored(self, shape: StepShape) -> list[Stored]:
+        """Of a step with prompts, in order. The events are of the last replay that was launched."""
+        return self._stored.get(shape, [])
 
     def __contains__(self, shape: StepShape) -> bool:
         return shape in self._graphs

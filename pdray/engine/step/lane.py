@@ -12,7 +12,8 @@ from pdray.engine.kv.pool import KVPool
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
 from pdray.engine.step.graphs import StepGraphs
-from pdray.engine.step.inputs import InputBuffers, StepInputs
+from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
+from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw import draw_tokens
 from pdray.kernels.sampling.sample import SampleOutput, sample
@@ -51,6 +52,7 @@ class Lane:
 
     Args:
         sampled: [max_num_seqs] int64 on the device; default: its own.
+        largest_group: layers that are told of together at most; see layer_groups().
         capture: make CUDA graphs, and load what launched steps need.
 
     Attributes:
@@ -66,6 +68,7 @@ class Lane:
         limits: EngineLimits,
         *,
         sampled: torch.Tensor | None = None,
+        largest_group: int = 16,
         capture: bool = False,
     ) -> None:
         self.decoder = decoder
@@ -76,6 +79,8 @@ class Lane:
         )
         self.graphs: StepGraphs | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
+        self._largest_group = largest_group
+        self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device)
         self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device)
         if capture:
@@ -85,7 +90,7 @@ class Lane:
         shape = (len(self.sampled), self.decoder.config.vocab_size)
         logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.pool.device)
         self.graphs = StepGraphs(logits, max_num_batched_tokens)
-        self.graphs.capture(self.compute, self._decode_buffers, self._buffers)
+        self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups)
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
 
@@ -94,18 +99,29 @@ class Lane:
         padded = None if self.graphs is None else self.graphs.shape_for(plan)
         return (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
 
+    def groups(self, shape: StepShape) -> list[range]:
+        """Layers of such a step that are told of together."""
+        layout = self.pool.layout
+        worth_bytes = 0 if self._relay is None else WORTH_BYTES  # a CPU takes longer for a layer than for a message
+        layer_bytes = shape.num_tokens * layout.token_bytes // layout.num_layers
+        return layer_groups(layout.num_layers, layer_bytes, self._largest_group, worth_bytes)
+
     @torch.inference_mode()
-    def launch(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Draws:
-        """Start the step, which reads ``sampled`` and then overwrites it; on CPU, compute it."""
+    def launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws:
+        """Start the step, which reads ``sampled`` and then overwrites it; on CPU, compute it.
+
+        Args:
+            on_group: called when a group's KV is stored; on CUDA, when the work is launched that does so.
+        """
         copy_blocks(self.pool.tensor, list(inputs.copies))
         num_draws = len(inputs.num_logprobs)
         if self.graphs is not None and inputs.shape in self.graphs:
             logits = self.graphs.replay(inputs.shape)
-            if on_layer is not None:
-                for layer in range(self.decoder.config.num_layers):
-                    on_layer(layer)
+            if on_group is not None:
+                for layers, stored in self.graphs.stored(inputs.shape):
+                    on_group(layers, self._event_after(stored))
         else:
-            logits = self.compute(inputs, on_layer)
+            logits = self.compute(inputs, None if on_group is None else self._on_layer(inputs.shape, on_group))
         if self.on_logits is not None and num_draws:
             self.on_logits(logits[:num_draws].float())
         if inputs.sampling is None:
@@ -113,6 +129,31 @@ class Lane:
         output = sample(logits[:num_draws], inputs.sampling)
         self.sampled[:num_draws] = output.token_ids
         return self._to_host(pack_samples(output), inputs, output)
+
+    def _on_layer(self, shape: StepShape, on_group: OnGroup) -> Callable[[int], None]:
+        by_last_layer = {group.stop - 1: group for group in self.groups(shape)}
+
+        def on_layer(layer: int) -> None:
+            if layer in by_last_layer:
+                on_group(by_last_layer[layer], self._event_after(None))
+
+        return on_layer
+
+    def _event_after(self, stored: torch.cuda.Event | None) -> torch.cuda.Event | None:
+        """An event of this launch alone, after ``stored`` or else after what was launched so far; None on CPU.
+
+        A graph's own event is recorded again by its next replay, which may be launched before whoever hears of this one
+        has made a stream wait. The relay stream waits at once, and records what can be waited for at any time.
+        """
+        if self._relay is None:
+            return None
+        event = torch.cuda.Event()
+        if stored is None:
+            event.record()
+        else:
+            self._relay.wait_event(stored)
+            event.record(self._relay)
+        return event
 
     @torch.inference_mode()
     def compute(

@@ -1,14 +1,39 @@
-"""Tells the outside, during a step, which KV blocks have become final."""
+"""Tells the outside, during a step, which KV blocks have become final: a group of layers after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from pdray.engine.request import LayerGroupReady
 from pdray.engine.schedule.plan import Chunk, StepPlan
+
+# What a group must hold to be worth a message and a kernel: 50 us of NVLink. So much may be left when the last layer's
+# attention is done; the output head takes longer.
+WORTH_BYTES = 16 * 1024 * 1024
+
+# Called after each group of layers, with the event after which its KV is final (CUDA).
+OnGroup = Callable[[range, Any], None]
+
+
+def layer_groups(num_layers: int, layer_bytes: int, largest: int, worth_bytes: int = WORTH_BYTES) -> list[range]:
+    """Layers of a step that are told of together, in order.
+
+    The last group is the smallest that is worth it, for nothing computes beside its transfer; the others are alike and
+    have at most ``largest`` layers, unless so few are not worth it. A small step is one group.
+
+    Args:
+        layer_bytes: KV of the step's tokens in one layer.
+    """
+    worth = min(num_layers, -(-worth_bytes // max(1, layer_bytes)))
+    last = max(1, worth)
+    rest = num_layers - last
+    if rest < worth or rest == 0:
+        return [range(num_layers)]
+    number = -(-rest // max(largest, worth))
+    size = -(-rest // number)
+    starts = [*range(0, rest, size), rest, num_layers]
+    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
 
 
 class FinalBlocks(NamedTuple):
@@ -31,16 +56,8 @@ def find_final_blocks(chunk: Chunk, num_cached_tokens: int, block_size: int) -> 
     return FinalBlocks(chunk, first, table[first:last])
 
 
-def layer_callback(
-    plan: StepPlan,
-    num_layers: int,
-    layer_group: int,
-    block_size: int,
-    notify: Callable[[LayerGroupReady], None],
-    *,
-    on_cuda: bool,
-) -> Callable[[int], None] | None:
-    """What the decoder is to call after each layer; None if no request of the plan is prefill_only.
+def group_callback(plan: StepPlan, block_size: int, notify: Callable[[LayerGroupReady], None]) -> OnGroup | None:
+    """What the lane is to call after each group of layers; None if no request of the plan is prefill_only.
 
     Call it under the engine's lock; the result needs no lock, for blocks of a step in flight stay where they are.
     """
@@ -53,16 +70,8 @@ def layer_callback(
     if not final:
         return None
 
-    def on_layer(layer: int) -> None:
-        end = layer + 1
-        if end % layer_group and end != num_layers:
-            return
-        layers = range((layer // layer_group) * layer_group, end)
-        ready = None
-        if on_cuda:
-            ready = torch.cuda.Event()
-            ready.record()
+    def on_group(layers: range, ready: Any) -> None:
         for chunk, first_block, block_ids in final:
             notify(LayerGroupReady(chunk.sequence.request.key, layers, first_block, block_ids, ready))
 
-    return on_layer
+    return on_group

@@ -47,23 +47,23 @@ def fault_of(plan: Any) -> Fault | None:
 
 def patch(module: ModuleType) -> None:
     """Let the engine's steps fail."""
-    callback_of = module.Engine._layer_callback
+    callback_of = module.Engine._group_callback
 
-    def layer_callback(engine: Any, plan: Any) -> Callable[[int], None] | None:
-        tell: Callable[[int], None] | None = callback_of(engine, plan)
+    def group_callback(engine: Any, plan: Any) -> Callable[[range, Any], None] | None:
+        tell: Callable[[range, Any], None] | None = callback_of(engine, plan)
         fault = fault_of(plan)
         if fault is None:
             return tell
 
-        def on_layer(layer: int) -> None:
-            if layer == AT_LAYER:
+        def on_group(layers: range, ready: Any) -> None:
+            if AT_LAYER in layers:
                 raise fault.error
             if tell is not None:
-                tell(layer)
+                tell(layers, ready)
 
-        return on_layer
+        return on_group
 
-    module.Engine._layer_callback = layer_callback
+    module.Engine._group_callback = group_callback
 
 
 class PatchesEngine(importlib.abc.MetaPathFinder):
