@@ -1,4 +1,4 @@
-"""How to be sure that an actor's process is gone, wherever it ran."""
+"""End an actor's process, on whatever node it runs, and make sure that it is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This process's one connection to Ray: who opened it, who uses it, and when it ends."""
+"""The one connection of this process to Ray: its owner, its users, and its end."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def serve(config: Config, *, name: str, host: str, port: int, address: str | Non
 
 
 class DisplacedError(PdrayError):
-    """Somebody else has deleted the application, or put another in its place."""
+    """The application was deleted or replaced by another user or process."""
 
 
 def _stay_for_others() -> None:
@@ -121,7 +121,7 @@ def _end(deployment: Deployment, cluster: str | None) -> None:
 
 
 class Deployment:
-    """What this process has deployed under a name, told apart from what others deploy under it."""
+    """An application deployed by this process, told apart from others of the same name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -152,7 +152,7 @@ class Deployment:
         return found is not None and found.deployed_by == self.id
 
     def end(self) -> None:
-        """Take it out of the cluster, if it is there and nobody else's.
+        """Delete it from the cluster, if it is there and still this process's.
 
         Raises:
             PdrayError: it is still there after STOP_TIMEOUT_S.
@@ -164,7 +164,7 @@ class Deployment:
             print(f"pdray serve: Ray has ended before {self.name!r}: {brief(str(error))}", file=sys.stderr, flush=True)
 
     def why_not_running(self) -> str | None:
-        """None once it runs. Until then a former application of the name may answer in its place.
+        """The reason why it does not run yet, or None. A former application of the name may still answer until it runs.
 
         Raises:
             DisplacedError: somebody else's has taken its place. PdrayError: its deployment has failed.
@@ -179,7 +179,7 @@ class Deployment:
         return f"application {self.name!r} is {found.status}: {found.message}".rstrip(": ")
 
     def watch(self) -> NoReturn:
-        """Tell how Serve finds it, whenever that changes.
+        """Print Serve's status of it whenever that changes.
 
         Raises:
             DisplacedError: in the end.

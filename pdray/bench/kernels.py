@@ -44,7 +44,7 @@ NUM_REPLAYS = 5
 
 
 class Rates(NamedTuple):
-    """Of a device: reading memory, and large matrix products."""
+    """A device's measured rates: reading memory, and large matrix products."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Rates]:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Of copies of a large tensor, which read as much as they write, and of a large product of random numbers."""
+    """Rates of copying a large tensor (which reads as much as it writes) and of a large product of random numbers."""
     import torch
 
     on_gpu = device.type == "cuda"

@@ -139,7 +139,7 @@ def _rows_of(
 
 
 def time_requests(generate: Generate, requests: Requests) -> Timed:
-    """How long the requests took, whose answers must be as long as asked for."""
+    """Seconds that the requests took. Checks that every answer has the requested length."""
     generation = generate(requests.prompts, requests.params)
     assert [len(tokens) for tokens in generation.token_ids] == requests.output_lens
     return Timed(generation.seconds, generation.steps)
@@ -184,7 +184,7 @@ def greedy(output_len: int) -> SamplingParams:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The machine and versions that the figures depend on."""
     import platform
 
     import torch

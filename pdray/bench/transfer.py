@@ -124,7 +124,7 @@ def format_row(texts: list[str]) -> str:
 
 
 def pool_blocks(args: argparse.Namespace) -> int:
-    """Of each pool: as many again as the largest put, so that they lie scattered, and the dummy block."""
+    """Blocks of each pool: twice the largest put, so that its blocks lie scattered, and the dummy block."""
     return 2 * max(args.num_blocks) + 1
 
 
@@ -150,7 +150,7 @@ def _way(args: argparse.Namespace, block_kib: int) -> contextlib.AbstractContext
 
 
 def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them."""
+    """Names of the visible GPUs, as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     everything = ",".join(str(index) for index in range(torch.cuda.device_count()))
@@ -158,7 +158,7 @@ def visible_gpus() -> list[str]:
 
 
 def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
-    """For a sender and a receiver: each sees one GPU, its own if there are two."""
+    """Environments of a sender and a receiver, each of which sees one GPU, its own if there are two."""
     from pdray.testing.one_gpu import one_gpu_environment
 
     if len(gpus) >= 2:
@@ -168,7 +168,7 @@ def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def nccl_way(spec: PoolSpec) -> Iterator[Way]:
-    """Two processes, each on its own GPU where there are two."""
+    """The nccl channel between two processes, each on its own GPU where there are two."""
     from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
 
     environments = peer_environments(visible_gpus())
@@ -224,7 +224,7 @@ class PeerCopy:
 
 @contextlib.contextmanager
 def object_store_way(spec: PoolSpec) -> Iterator[Way]:
-    """This process sends to a Ray actor."""
+    """The object store channel from this process to a Ray actor."""
     import ray
 
     from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer

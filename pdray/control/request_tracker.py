@@ -76,7 +76,7 @@ class RequestTracker:
         return fresh
 
     def finish(self, index: int) -> None:
-        """This completion has ended: by its last token, or by a stop string that only the router sees."""
+        """End a completion: by its last token, or by a stop string that only the router sees."""
         self._finished.add(index)
 
     def ended_legs(self) -> list[Leg]:

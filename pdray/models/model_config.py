@@ -1,4 +1,4 @@
-"""What the decoder must know about a model, read from a Hugging Face config.json."""
+"""A model's shape and constants for the decoder, read from a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How one architecture reads its config.
+    """The rules by which one architecture reads its config.
 
     Attributes:
         qkv_bias, o_bias: fixed by the architecture, or None where attention_bias decides.

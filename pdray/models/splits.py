@@ -1,4 +1,4 @@
-"""How byte-level vocabularies split a text before merging: GGUF's tokenizer.ggml.pre as regular expressions.
+"""Splits of a text before merging, for byte-level vocabularies: GGUF's tokenizer.ggml.pre as regular expressions.
 
 The expressions are those that the model families publish in their tokenizer.json; which name means which is listed in
 llama.cpp's llama-vocab.cpp, as is what a file means that does not say whether texts begin with a special token.

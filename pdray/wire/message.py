@@ -1,4 +1,4 @@
-"""What every message between processes is made of.
+"""The base of every message between processes.
 
 msgspec structs, tagged, array-like, encoded as msgpack. A *leg* is one attempt to run some of a
 request's completions on one decode worker; the pair (request_id, attempt) names it, and every

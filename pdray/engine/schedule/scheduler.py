@@ -1,4 +1,4 @@
-"""Continuous batching: which tokens of which sequences the next step computes.
+"""Continuous batching: chooses the tokens that the next step computes.
 
 Decoding sequences come first, one token each; what is left of the token budget goes to prompts, in chunks, in the
 same forward pass (Agrawal et al. 2024, "Sarathi-Serve"). All blocks of a prompt are allocated when it is admitted, so
@@ -6,7 +6,7 @@ only decoding can run out of them; then the youngest sequence of the lowest prio
 computed again later, from prompt and outputs. Pure: no tensors, no clock, no lock.
 
 A step may be planned while the one before it is in flight: its tokens are pending then, and taken for tokens that end
-nothing. Where that is wrong, the step computes one token too many, which nobody hears of.
+nothing. Where that is wrong, the step computes one token too many, which is dropped.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def layer_callback(
     *,
     on_cuda: bool,
 ) -> Callable[[int], None] | None:
-    """What the decoder is to call after each layer; None if no request of the plan is prefill_only.
+    """The decoder's callback after each layer; None if no request of the plan is prefill_only.
 
     Call it under the engine's lock; the result needs no lock, for blocks of a step in flight stay where they are.
     """

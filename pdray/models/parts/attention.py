@@ -53,7 +53,7 @@ class Attention(Part):
         kv_layer: torch.Tensor,
         meta: AttentionMetadata,
     ) -> torch.Tensor:
-        """What every token attends to, before the output product; writes the tokens' keys and values into the pool.
+        """Attention of every token, before the output product; writes the tokens' keys and values into the pool.
 
         Args:
             hidden: [T, hidden_size]; ``norm`` is applied to it first.
