@@ -88,7 +88,7 @@ class CoordinatorClient:
         """See Coordinator.watch. A Coordinator that hangs meanwhile is ended, and Ray starts it again.
 
         Raises:
-            WorkerDiedError: the Coordinator is gone, for now or (see `gone`) for ever.
+            WorkerDiedError: the Coordinator is gone, for now or (see `gone`) forever.
         """
         if router is not None:
             router = router | {"opened_at": self._opened_at}
@@ -206,7 +206,7 @@ async def routers_alive(app_name: str, config: Config) -> RoutersAlive:
             async with asyncio.timeout(ROUTERS_TIMEOUT_S):
                 number = await actor.num_routers.remote()
         except (ValueError, RayActorError, TimeoutError):
-            continue  # it has ended, or knows of nobody
+            continue  # it has ended, or knows no router
         same, former = same + number * (name == own), former + number * (name != own)
     return RoutersAlive(same, former)
 

@@ -117,7 +117,7 @@ class PrefillWorker(Worker):
             try:
                 if channel is not None:
                     await asyncio.to_thread(channel.close)
-            except TransferError as error:  # its staging is in use for ever
+            except TransferError as error:  # its staging buffer stays in use
                 self._fail(error)
                 raise
             if session is not None:

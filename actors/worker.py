@@ -55,7 +55,7 @@ METRICS_INTERVAL_S = 1.0
 PREFIX_INTERVAL_S = 0.5
 IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
-TELL_TIMEOUT_S = 0.5  # a router that does not acknowledge the last word for so long has itself to blame
+TELL_TIMEOUT_S = 0.5  # for routers to acknowledge the last message; one that does not may lose it
 TELL_POLL_S = 0.01
 HUNG_CHECK_INTERVAL_S = 1.0
 ORPHAN_CHECK_INTERVAL_S = 1.0
@@ -84,7 +84,7 @@ class Worker:
         self.metrics: WorkerMetrics | None = None
         self._failures = LoopFailures()
         self._tasks = BackgroundTasks(self._fail, self._failures)
-        self._masters = Suspicions(ORPHAN_CHECK_INTERVAL_S)  # whoever this worker works for
+        self._masters = Suspicions(ORPHAN_CHECK_INTERVAL_S)  # the Coordinator and the routers
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
         self._prefixes = ToldPrefixes()
         self.kinds: dict[str, Kind] = {}  # of channels, by name
@@ -356,7 +356,7 @@ class Worker:
             async with asyncio.timeout(TELL_TIMEOUT_S):
                 while not all(session.delivered for session in routers):
                     await asyncio.sleep(TELL_POLL_S)
-        await self._server.stop()  # nobody asks for a lease here any more
+        await self._server.stop()  # no router asks for a lease here any more
         self._fail(error)
 
     def _fail(self, error: BaseException) -> None:

@@ -28,7 +28,7 @@ from pdray.serve_applications import ServeApplication, applications, brief, requ
 
 POLL_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 60.0
-LEAVE_S = 2.0  # for whoever has ended the last application to leave the cluster
+LEAVE_S = 2.0  # for the process that has ended the last application to leave the cluster
 DELETE_TIMEOUT_S = 60.0
 ROUTE_PREFIX = "/"
 
@@ -36,9 +36,9 @@ ROUTE_PREFIX = "/"
 def serve(config: Config, *, name: str, host: str, port: int, address: str | None, replace: bool = False) -> int:
     """Deploy the application, wait until it answers, and keep it until Ctrl-C or SIGTERM.
 
-    What was started here ends here: the application, and Ray if it was not running before. Returns 1 if somebody else
-    has deleted or replaced the application; what has taken its place stays, and so does this process while what it
-    has started Ray for is in use.
+    Ends everything that it started: the application, and Ray if it was not running before. Returns 1 if the
+    application was deleted or replaced from elsewhere; the replacement stays, and so does this process while the Ray
+    that it started is in use.
 
     Args:
         replace: take the place of an application of pdray's with the same name.
@@ -167,7 +167,7 @@ class Deployment:
         """The reason why it does not run yet, or None. A former application of the name may still answer until it runs.
 
         Raises:
-            DisplacedError: somebody else's has taken its place. PdrayError: its deployment has failed.
+            DisplacedError: another one has taken its place. PdrayError: its deployment has failed.
         """
         found = applications().get(self.name)
         if found is None or found.deployed_by not in (None, self._former, self.id):

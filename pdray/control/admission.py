@@ -77,7 +77,7 @@ class AdmissionQueue(Generic[T]):
         self.drain_rate = DrainRate()
         self._line: list[Waiting[T]] = []  # sorted
         self._order = itertools.count()
-        self._congested_since: float | None = None  # since when somebody has always waited
+        self._congested_since: float | None = None  # since when the queue has never been empty
         self._num_admitted = 0  # since then
 
     def __len__(self) -> int:

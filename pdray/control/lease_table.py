@@ -5,7 +5,7 @@
        └──close──▶ closed     └──close──▶ QUARANTINE ──put_aborted / worker_gone──▶ closed
 
 Blocks that another process may still write are never freed by a timeout: they stay in
-QUARANTINE until that process has said that it stopped, or was seen dead. Before begin_put nobody
+QUARANTINE until that process has said that it stopped, or was seen dead. Before begin_put no process
 may write, so a lease closed while GRANTED frees at once, and a begin_put that comes later is refused.
 
 Pure: time and messages go in, effects come out. Single-threaded.
@@ -306,7 +306,7 @@ class LeaseTable:
         return [Send(lease.router_id, Tokens([LegTokens(*key, tokens)], self._credit()))]
 
     def _end(self, key: LegKey, lease: Lease) -> list[Send]:
-        """Close: at once, or through quarantine if somebody may be writing."""
+        """Close: at once, or through quarantine if a prefill worker may be writing."""
         if lease.state is LeaseState.QUARANTINE:
             return []
         if lease.state is LeaseState.FILLING:

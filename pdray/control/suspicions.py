@@ -91,8 +91,8 @@ class Suspicions:
         ]
 
     def _look(self, now: float) -> None:
-        """Let the table's own time go on. A grace ends at twice the limit, or an owner that always lags would never
-        suspect anybody."""
+        """Advance the table's own time. A grace ends at twice the limit, or an owner that always lags would never have
+        a suspicion."""
         gap = 0.0 if self._looked_at is None else max(0.0, now - self._looked_at)
         self._looked_at = now
         self._awake_s += min(gap, self.interval_s)

@@ -30,7 +30,7 @@ SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _words(digits: str, contraction: str = CONTRACTION + "|") -> str:
-    """The split of GPT-4 and its heirs: a letter, sign or space before a word belongs to it."""
+    """The split of GPT-4 and later models: a letter, sign or space before a word belongs to it."""
     return rf"{contraction}[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
 
 

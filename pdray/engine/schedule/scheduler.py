@@ -177,7 +177,7 @@ class Scheduler:
         turns = self.turns.choose(self.running, self.waiting, [plan.alone for plan in self.plans_in_flight])
         for turn in turns:
             self.turns.last = turn
-            # One that is to be alone and cannot begin waits for room, which nobody behind it may take meanwhile.
+            # One that is to be alone and cannot begin waits for blocks, which those behind it must not take meanwhile.
             plan = self._plan(turn, may_overtake=turn is turns[0])
             if plan.chunks:
                 break
@@ -208,7 +208,7 @@ class Scheduler:
         # The longest first: attention takes them in this order, and a long one that begins last ends long after all.
         for sequence in sorted(ready, key=num_known_tokens, reverse=True):
             plan.add(sequence, 1)
-        # Who gave blocks back in this step would only take them again, unless nobody else can use them.
+        # A sequence that gave blocks back in this step would only take them again, unless no other can use them.
         has_preempted = self.counters.num_preemptions > num_preemptions
         self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks, may_overtake=may_overtake)
         return plan
