@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-# Why a leg cannot go on where it is. lost: no leg's fault, it goes on elsewhere. innocent: another leg's step has broken
-# the worker. suspect: it was in that step, with others. failed: it was in that step alone. invalid: it can never be
-# served.
+# Why a leg cannot go on where it is. lost: no leg's fault, it goes on elsewhere. innocent: another leg's step has
+# broken the worker. suspect: it was in that step, with others. failed: it was in that step alone. invalid: it can never
+# be served.
 Verdict = Literal["lost", "innocent", "suspect", "failed", "invalid"]
 
 
