@@ -30,7 +30,7 @@ from pdray.options import add_config_arguments, config_from_args
 from pdray.sampling_params import SamplingParams
 
 
-class Row(NamedTuple):
+class OfflineRow(NamedTuple):
     """Medians of one way to generate at one batch size.
 
     Attributes:
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(config: Config, args: argparse.Namespace) -> list[Row]:
+def run(config: Config, args: argparse.Namespace) -> list[OfflineRow]:
     """Rows by batch size, in the order engine, transformers, llm."""
     import torch
 
@@ -145,7 +145,7 @@ def time_requests(generate: Generate, requests: Requests) -> Timed:
     return Timed(generation.seconds, generation.steps)
 
 
-def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: argparse.Namespace) -> list[Row]:
+def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: argparse.Namespace) -> list[OfflineRow]:
     """A row for each way; its answers of the last turn are compared with those of the first way."""
     timed: dict[str, list[Generation]] = {name: [] for name in ways}
     for turn in range(args.repeat + 1):
@@ -164,7 +164,7 @@ def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: a
         seconds = statistics.median(g.seconds for g in counted)
         decode_s = statistics.median(g.seconds - g.first_token_s for g in counted)
         rows.append(
-            Row(
+            OfflineRow(
                 name=name,
                 batch_size=batch_size,
                 input_len=args.input_len,
@@ -200,7 +200,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def format_rows(rows: list[Row]) -> str:
+def format_rows(rows: list[OfflineRow]) -> str:
     """One line per row."""
     titles = ("", "batch", "in", "out", "seconds", "output tok/s", "decode tok/s", "first token ms", "same answers")
     lines = [f"{titles[0]:<14}" + "".join(f"{title:>{max(8, len(title) + 2)}}" for title in titles[1:])]

@@ -45,7 +45,7 @@ class Way(NamedTuple):
     peer_copy: float | None = None
 
 
-class Row(NamedTuple):
+class TransferRow(NamedTuple):
     """Attributes:
     block_kib: of one layer. put_mib: of one put. share: of cudaMemcpyPeer's rate.
     """
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print a table, save it; 1 if something arrived wrong."""
     if min(*args.block_kib, *args.num_blocks, args.num_layers, args.window, args.staging_mib) < 1:
         raise ConfigError("--block-kib, --num-blocks, --num-layers, --window and --staging-mib must be at least 1")
-    rows: list[Row] = []
+    rows: list[TransferRow] = []
     for block_kib in args.block_kib:
         with _way(args, block_kib) as way:
             if not rows:
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
     return 0 if all(row.is_right for row in rows) else 1
 
 
-def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace) -> Row:
+def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace) -> TransferRow:
     """Warm up, then latency, then rate, then see what has arrived."""
     rng = random.Random(num_blocks)
     total = pool_blocks(args)
@@ -106,14 +106,14 @@ def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace)
     bytes_per_s = rate.num_bytes / rate.seconds
     put_mib = rate.num_bytes / rate.num_puts / MIB
     share = None if way.peer_copy is None else bytes_per_s / way.peer_copy
-    return Row(block_kib, num_blocks, put_mib, 1e3 * latency, bytes_per_s / 1e9, share, is_right)
+    return TransferRow(block_kib, num_blocks, put_mib, 1e3 * latency, bytes_per_s / 1e9, share, is_right)
 
 
 SEED = 5
 TITLES = ["block KiB", "blocks", "put MiB", "latency ms", "GB/s", "of peer copy", "right"]
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: TransferRow) -> list[str]:
     share = "-" if row.share is None else f"{100 * row.share:.0f} %"
     figures = [f"{row.put_mib:.2f}", f"{row.latency_ms:.2f}", f"{row.gb_per_s:.2f}", share]
     return [str(row.block_kib), str(row.num_blocks), *figures, "yes" if row.is_right else "NO"]

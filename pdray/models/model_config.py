@@ -141,11 +141,6 @@ class ModelConfig:
             return max(self.max_position_embeddings, stretched)
         return int(self.max_position_embeddings * max(1.0, scaling["factor"]))
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
-
     @staticmethod
     def from_hf(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
         """Read a config.json, as transformers 4 or 5 writes it, and its generation_config.json if there is one.
