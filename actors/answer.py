@@ -11,7 +11,7 @@ from ray.util.client.common import ClientObjectRef
 
 
 async def answer_of(ref: Any) -> Any:
-    """What awaiting it gives.
+    """The result of awaiting an actor's answer.
 
     Through Ray Client, cancelling the await would cancel Ray's own future, and when the answer comes Ray prints a
     traceback from a thread of its own: there the future is left alone, and its answer is dropped.

@@ -1,4 +1,4 @@
-"""What drivers, router replicas and the command line call: find, start and end Coordinators."""
+"""Find, start and end Coordinators: for drivers, router replicas and the command line."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ RETRY_S = 0.2
 
 
 class CoordinatorClient:
-    """A Coordinator as a router sees it.
+    """A router's handle on its Coordinator.
 
     Attributes:
-        secret: the cluster's; whoever knows it may open sessions to the workers.
-        gone: it was ended, and does not come back.
+        secret: the cluster's; with it a process may open sessions to the workers.
+        gone: it has ended and will not be started again.
     """
 
     def __init__(self, actor: ActorHandle, secret: bytes, opened_at: float) -> None:
@@ -88,7 +88,7 @@ class CoordinatorClient:
         """See Coordinator.watch. A Coordinator that hangs meanwhile is ended, and Ray starts it again.
 
         Raises:
-            WorkerDiedError: the Coordinator is gone, for now or (see `gone`) for ever.
+            WorkerDiedError: the Coordinator is gone, for now or (see `gone`) forever.
         """
         if router is not None:
             router = router | {"opened_at": self._opened_at}
@@ -148,7 +148,7 @@ class CoordinatorClient:
             ) from None
 
     async def report_broken(self, pair: BrokenPair) -> None:
-        """See Coordinator.report_broken. A Coordinator that does not answer hears of it at the next probe."""
+        """See Coordinator.report_broken. Dropped if the Coordinator does not answer: the next probe reports again."""
         try:
             async with asyncio.timeout(ROUTERS_TIMEOUT_S):
                 await self._actor.report_broken.remote(pair)
@@ -196,7 +196,7 @@ class RoutersAlive(NamedTuple):
 
 
 async def routers_alive(app_name: str, config: Config) -> RoutersAlive:
-    """Who serves an application already, as its Coordinators know it."""
+    """Routers that serve an application already, as its Coordinators know them."""
     own, same, former = coordinator_name(app_name, config.fingerprint()), 0, 0
     for name in await asyncio.to_thread(coordinator_names):
         if application_of(name) != app_name:
@@ -206,7 +206,7 @@ async def routers_alive(app_name: str, config: Config) -> RoutersAlive:
             async with asyncio.timeout(ROUTERS_TIMEOUT_S):
                 number = await actor.num_routers.remote()
         except (ValueError, RayActorError, TimeoutError):
-            continue  # it has ended, or knows of nobody
+            continue  # it has ended, or knows no router
         same, former = same + number * (name == own), former + number * (name != own)
     return RoutersAlive(same, former)
 

@@ -111,8 +111,8 @@ class DecodeWorker(Worker):
         return failures
 
     def _close_links(self, worker_id: str) -> Coroutine[Any, Any, None]:
-        """End that prefill worker's channel: at once for what it says, and with the coroutine's end for what was being
-        written for it."""
+        """End that prefill worker's channel. Its messages are ignored at once; writes on its behalf have ended when the
+        coroutine returns."""
         closing = [receiver.close_link(worker_id) for receiver in self._receivers.values()]
 
         async def settle() -> None:
@@ -122,7 +122,7 @@ class DecodeWorker(Worker):
         return settle()
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
-        """That process was seen dead: nothing can write on its behalf any more, once what had arrived is written."""
+        """A prefill worker's process was seen dead: finish the writes that had arrived, then free its leases."""
         session = self.sessions.get(worker_id)
         if session is None or session.peer.incarnation == incarnation:
             await self._close_links(worker_id)
@@ -146,7 +146,7 @@ class DecodeWorker(Worker):
     async def receive_array(
         self, kind: str, worker_id: str, epoch: int, payload: bytes, array: np.ndarray[Any, Any]
     ) -> bool:
-        """What a prefill worker's channel passes through an actor call; see pdray.transfer.channel.Link.call."""
+        """Receive an array that a prefill worker's channel sends; see pdray.transfer.channel.Link.call."""
         return await self._receivers[kind].on_array(worker_id, epoch, payload, array)
 
     def resolve(self, key: Hashable, worker_id: str, epoch: int, layers: range, positions: range) -> list[int] | None:
@@ -241,7 +241,7 @@ class DecodeWorker(Worker):
         self._send(self._waiters.announce(credit))
 
     def _announce_credit(self) -> None:
-        """After what may have freed blocks or places outside a step."""
+        """Tell waiting routers of credit, after anything that may have freed blocks or places outside a step."""
         if self._waiters:
             self._send(self._waiters.announce(self._credit()))
 

@@ -1,4 +1,4 @@
-"""Only one process acts as an application's Coordinator, whatever became of those before it."""
+"""The check that only one process acts as an application's Coordinator."""
 
 from __future__ import annotations
 

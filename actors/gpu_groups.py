@@ -1,7 +1,8 @@
 """Reserves the GPUs of one application: placement groups with one bundle for each physical GPU.
 
-Workers that share a GPU share a bundle: two bundles of half a GPU might lie on two. Ray lets nobody choose a GPU; where
-the configuration names some, groups of one GPU are taken until they are those, and the others are given back.
+Workers that share a GPU share a bundle: two bundles of half a GPU might lie on two. Ray does not let a caller choose a
+GPU; where the configuration names some, groups of one GPU are taken until they are those, and the others are given
+back.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class GpuGroups:
         self._groups |= {wanted[device_id]: (group, 0) for device_id, group in kept.items()}
 
     def held(self) -> list[Held]:
-        """What this application's groups reserve. Asks Ray's GCS."""
+        """Resources that this application's groups reserve. Asks Ray's GCS."""
         return [
             Held(row["bundles_to_node_id"].get(number) or "", bundle)
             for row in placement_group_table().values()
@@ -134,7 +135,7 @@ class GpuGroups:
         ]
 
     def _beside(self, num_workers: int) -> dict[str, float]:
-        """What so many workers reserve besides their GPU."""
+        """Resources that so many workers reserve besides their GPU."""
         return {name: amount * num_workers for name, amount in worker_resources(self._config).items()}
 
     def _group(self, kind: str, bundles: list[dict[str, float]]) -> PlacementGroup:
@@ -163,7 +164,7 @@ class GpuGroups:
         return await ask(self._find, what="which placement groups there are")
 
     def _find(self) -> dict[str, PlacementGroup]:
-        """This application's groups that were not removed, by name."""
+        """The groups of this application that were not removed, by name."""
         return {
             row["name"]: PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
             for group_id, row in placement_group_table().items()

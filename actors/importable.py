@@ -9,7 +9,7 @@ from pdray.actors.placement import OUTSIDE_PLACEMENT_GROUPS
 
 
 async def why_not_importable(module: str = "pdray") -> str | None:
-    """None if a process of the cluster can import the module; else what to do.
+    """The remedy if a process of the cluster cannot import the module; None if it can.
 
     Ray pickles an actor's class by its name: where that cannot be imported, the actor only ever dies.
     """

@@ -1,4 +1,4 @@
-"""Where worker actors go."""
+"""Placement of worker actors: nodes, Ray options, addresses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
     Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS. Without an environment of its
     own an actor gets a process that Ray has ready: on a GPU, where threads do not matter, that saves a start.
     The scheduling strategy is named because the default is the creator's placement group, where that captures child
-    tasks: its bundles have no room for a worker, which would be pending for ever.
+    tasks: its bundles have no room for a worker, which would stay pending.
     """
     options: dict[str, Any] = {
         "name": f"{app_name}:{config.fingerprint()}:{worker_id}",
@@ -66,7 +66,7 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
 
 
 def worker_resources(config: Config) -> dict[str, float]:
-    """What each worker reserves besides a GPU, in Ray's names; empty if nothing."""
+    """Resources that each worker reserves besides a GPU, in Ray's names; may be empty."""
     resources = {"CPU": config.worker_num_cpus} | dict(config.worker_resources)
     return {name: amount for name, amount in resources.items() if amount > 0}
 
@@ -81,7 +81,7 @@ class ListenAddress(NamedTuple):
 
 
 def listen_address(config: Config) -> ListenAddress:
-    """As configured, else the node's address, by which nodes that join the cluster later reach it too.
+    """The configured address, else the node's, by which nodes that join the cluster later reach it too.
 
     Without Ray it is loopback. An address that stands for all of them (0.0.0.0) is none to dial: peers get the node's.
     """
@@ -100,10 +100,10 @@ def is_wildcard(host: str) -> bool:
 
 
 class OneNode:
-    """Lets only this machine connect while Ray's cluster is this one node: no other has any business here.
+    """Admits connections only from this machine while Ray's cluster is this one node.
 
     Args:
-        config: a `host` that is set is the user's word, and lets everybody connect.
+        config: if `host` is set, any machine may connect.
         address: where the worker listens.
     """
 
@@ -124,5 +124,5 @@ def _num_nodes() -> int:
 
 
 def origin(config: Config, secret: bytes) -> str:
-    """The same in two processes only if they share configuration and secret, neither of which it gives away."""
+    """A digest of configuration and secret, by which two processes see that they share both. Reveals neither."""
     return hmac.new(secret, config.fingerprint().encode(), "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Where an application's workers may run: finds room in Ray's cluster, and says what it waits for if there is none.
+"""Room for an application's workers in Ray's cluster: finds it, or says what it waits for.
 
 On GPUs the room is reserved first (GpuGroups); on CPU each worker's actor reserves its own.
 """
@@ -25,7 +25,7 @@ PATIENCE_S = 1.0  # resources that are being freed are no reason to speak of
 
 
 def demands(config: Config) -> list[Resources]:
-    """What each worker, or on GPUs each bundle of workers that share one, reserves."""
+    """Resources that each worker reserves, or on GPUs each bundle of workers that share one."""
     each = worker_resources(config)
     if uses_cuda(config):
         return [
@@ -83,7 +83,7 @@ class WorkerPlaces:
         return options
 
     def started(self, worker_id: str) -> None:
-        """Its actor runs, or has gone again: Ray's count is right."""
+        """The worker's actor runs, or has ended: Ray's own count includes it from now on."""
         self._starting.discard(worker_id)
 
     async def _wait_for_room(self, worker_id: str, demand: Resources) -> None:
@@ -106,7 +106,7 @@ class WorkerPlaces:
             await asyncio.sleep(RETRY_S)
 
     def held(self, workers: Iterable[WorkerInfo], num_starting: int) -> list[Held]:
-        """What this application reserves now. On GPUs asks Ray's GCS."""
+        """Resources that this application reserves now. On GPUs asks Ray's GCS."""
         if self._gpus is not None:
             return self._gpus.held()
         demand = worker_resources(self._config)

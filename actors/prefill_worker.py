@@ -1,8 +1,7 @@
-"""The prefill side: computes prompts, pushes their KV while it computes, and hands over one token.
+"""The prefill side: computes prompts, pushes their KV, and hands over one token.
 
 The ledger decides what happens to each leg; this class carries it out. Layer groups come from the
-engine's thread in order, and leave through the leg's channel as soon as the ledger has the decode
-worker's word that the lease stands.
+engine's thread in order, and leave through the leg's channel once the decode worker has confirmed the lease.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ class PrefillWorker(Worker):
             try:
                 if channel is not None:
                     await asyncio.to_thread(channel.close)
-            except TransferError as error:  # its staging is in use for ever
+            except TransferError as error:  # its staging buffer stays in use
                 self._fail(error)
                 raise
             if session is not None:
@@ -134,7 +133,7 @@ class PrefillWorker(Worker):
         }
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
-        """That decode worker's process was seen dead."""
+        """A decode worker's process was seen dead: close its channel and session."""
         session = self.sessions.get(worker_id)
         if session is None or session.peer.incarnation == incarnation:
             await self.disconnect(worker_id)

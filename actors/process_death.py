@@ -1,4 +1,4 @@
-"""How to be sure that an actor's process is gone, wherever it ran."""
+"""End an actor's process, on whatever node it runs, and make sure that it is gone."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def _outcome(killed: ray.ObjectRef[None]) -> bool:
 
 
 def _kill_and_wait(pid: int, grace_s: float) -> None:
-    """Blocks until the process has ended. A pid that is no Ray worker's belongs to somebody else by now."""
+    """Kill a process and block until it has ended. A pid that is not a Ray worker's has been used again: left alone."""
     try:
         process = psutil.Process(pid)
         if not any(part.startswith("ray::") for part in process.cmdline()):

@@ -29,7 +29,7 @@ class NoAnswerError(PdrayError):
 
 
 async def ask(question: Callable[[], T], *, what: str, timeout_s: float = ASK_TIMEOUT_S) -> T:
-    """Its result, from a thread of its own: one that hangs keeps no other from being asked.
+    """Answer a blocking question on a thread of its own, so that one that hangs does not hold up others.
 
     Raises:
         NoAnswerError: there is none within timeout_s; the thread is left to itself. What the question raises.
@@ -90,7 +90,7 @@ class ActorProcess(NamedTuple):
 
 
 async def find_process(actor_id: str) -> ActorProcess:
-    """Where an actor runs, or ran last.
+    """The process in which an actor runs, or ran last.
 
     Raises:
         NoAnswerError: Ray's GCS does not say.
@@ -102,11 +102,11 @@ async def find_process(actor_id: str) -> ActorProcess:
 
 
 async def node_is_alive(node_id: str) -> bool:
-    """What Ray's GCS says of a node. Raises NoAnswerError."""
+    """Whether Ray's GCS counts a node as alive. Raises NoAnswerError."""
     nodes = await ask(ray.nodes, what="which nodes are alive")
     return any(node["NodeID"] == node_id and node["Alive"] for node in nodes)
 
 
 def own_process() -> ActorProcess:
-    """This process, as find_process() would tell it of an actor that runs here."""
+    """This process, in the form in which find_process() describes an actor's."""
     return ActorProcess("ALIVE", os.getpid(), ray.get_runtime_context().get_node_id())

@@ -1,4 +1,4 @@
-"""What Serve says of an application, to other processes than its replicas."""
+"""Questions to Serve about an application."""
 
 from __future__ import annotations
 

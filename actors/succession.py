@@ -34,7 +34,7 @@ ANSWER_TIMEOUT_S = 2.0
 
 
 class Standing(msgspec.Struct, frozen=True):
-    """How a generation stands.
+    """The state of one generation, as it tells the others.
 
     Attributes:
         held: node id and resources of each worker or bundle.
@@ -55,7 +55,7 @@ class SuccessionOwner(Protocol):
         """Requests on its workers."""
 
     async def held(self) -> list[Held]:
-        """What it reserves now."""
+        """Resources that it reserves now."""
 
     async def stop_workers(self) -> None:
         """End the workers, and free what they reserve."""
@@ -78,7 +78,7 @@ def coordinator_name(app_name: str, fingerprint: str) -> str:
 
 
 def coordinator_names() -> list[str]:
-    """Of all applications in this Ray cluster. Asks Ray's GCS."""
+    """Names of the Coordinators of all applications in this Ray cluster. Asks Ray's GCS."""
     actors = list_named_actors(all_namespaces=True)
     return [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(PREFIX)]
 
@@ -108,7 +108,7 @@ class Succession:
         self._others: dict[str, ActorHandle] = {}
 
     async def standing(self, name: str, opened_at: float, needs_room: bool) -> Standing:
-        """Another generation announces itself, and hears how this one stands."""
+        """Take another generation's announcement; return this one's state."""
         now = time.monotonic()
         phase = self.generation.announced(now, name, opened_at, needs_room=needs_room)
         held = [(each.node_id, dict(each.resources)) for each in await self._owner.held()]
@@ -145,7 +145,7 @@ class Succession:
             self._owner.phase_changed()
 
     async def withdraw(self) -> None:
-        """This generation has failed for good: whoever made room for it may have it back."""
+        """Give up this generation's claim after a permanent failure, so that others may take their room back."""
         if self._needs_room:
             self._needs_room, self.may_start, self._withdrawn = False, False, True
             await self._owner.stop_workers()

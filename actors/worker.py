@@ -1,4 +1,4 @@
-"""What prefill and decode workers share: an engine on its thread, and sessions on the event loop.
+"""The base of prefill and decode workers: an engine on its thread, and sessions on the event loop.
 
 A worker is a plain class: the Coordinator makes it a Ray actor, tests make it an object. Threads:
 the event loop's (everything public here), and the engine's (steps only). Updates cross from the
@@ -56,7 +56,7 @@ METRICS_INTERVAL_S = 1.0
 PREFIX_INTERVAL_S = 0.5
 IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
-TELL_TIMEOUT_S = 0.5  # a router that does not acknowledge the last word for so long has itself to blame
+TELL_TIMEOUT_S = 0.5  # for routers to acknowledge the last message; one that does not may lose it
 TELL_POLL_S = 0.01
 TELL_FIRST_TIMEOUT_S = 1e-3  # a loop that is longer at it has other things to do
 HUNG_CHECK_INTERVAL_S = 1.0
@@ -86,7 +86,7 @@ class Worker:
         self.metrics: WorkerMetrics | None = None
         self._failures = LoopFailures()
         self._tasks = BackgroundTasks(self._fail, self._failures)
-        self._masters = Suspicions(ORPHAN_CHECK_INTERVAL_S)  # whoever this worker works for
+        self._masters = Suspicions(ORPHAN_CHECK_INTERVAL_S)  # the Coordinator and the routers
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
         self._prefixes = ToldPrefixes()
         self.kinds: dict[str, Kind] = {}  # of channels, by name
@@ -181,7 +181,7 @@ class Worker:
             self._tasks.keep_running("publish prefixes", self._publish_prefixes)
 
     def _log_start(self) -> None:
-        """Once: what this process serves, with what."""
+        """Log once which model this process serves, and with which settings."""
         info, config = self.info, self.config
         given = ", ".join(f"{name}={value!r}" for name, value in config.model_dump(exclude_unset=True).items())
         logger.info(
@@ -208,7 +208,8 @@ class Worker:
         return {name: load_kind(name)(site) for name in allowed_kinds(self.config.channel)}
 
     def _build_engine(self) -> Engine:
-        """All that makes the whole device wait, or takes its memory, happens here, before any channel is open."""
+        """Build the engine. Whatever synchronises the device or takes its memory is done here, before any channel is
+        open."""
         import torch
 
         from pdray.engine.build import build_engine
@@ -255,7 +256,7 @@ class Worker:
         return sorted(session.peer.id for session in self._routers())
 
     async def identify(self) -> WorkerIdentity | WorkerLoading:
-        """For a Coordinator that was started again."""
+        """Describe this worker to a Coordinator that was started again."""
         if not self._started:
             return WorkerLoading(self.worker_id, self.incarnation, origin(self.config, self.secret))
         writers = list(self._writers.values())
@@ -265,7 +266,7 @@ class Worker:
         raise NotImplementedError
 
     async def check_integrity(self) -> list[str]:
-        """What is wrong with the block accounting; empty if nothing is.
+        """Problems of the block accounting; empty if there are none.
 
         The engine must hold blocks for leases, or legs, and for nothing else. News of a step takes a moment to arrive,
         so only what stays odd counts.
@@ -278,7 +279,7 @@ class Worker:
         return problems + [f"{key} is known to the engine or to the control code, not to both" for key in odd]
 
     def _live_keys(self) -> set[Hashable]:
-        """Of leases or legs that hold blocks."""
+        """Keys of the leases or legs that hold blocks."""
         raise NotImplementedError
 
     async def describe(self) -> dict[str, Any]:
@@ -362,14 +363,14 @@ class Worker:
             await asyncio.sleep(0)
 
     async def _end_if_hung(self, step_timeout_s: float) -> None:
-        """A device that hangs holds the engine's thread; this loop, and so the heartbeat, would go on for ever."""
+        """End the process if the device hangs: only the engine's thread hangs then, and heartbeats would go on."""
         while (seconds := self._engine_loop.seconds_since_progress()) <= step_timeout_s:
             await asyncio.sleep(min(step_timeout_s / 4, HUNG_CHECK_INTERVAL_S))
         error = EngineHungError(f"a step has taken {seconds:.1f} s (step_timeout_s is {step_timeout_s:g})")
         self._end_with_step(error, self.engine.suspects())
 
     async def _end_if_orphaned(self) -> None:
-        """A detached actor outlives its Coordinator; it must not do so for ever."""
+        """End the process if no Coordinator or router speaks to it: a detached actor outlives its Coordinator."""
         while True:
             now = self._now()
             if self._routers():
@@ -393,11 +394,11 @@ class Worker:
             async with asyncio.timeout(TELL_TIMEOUT_S):
                 while not all(session.delivered for session in routers):
                     await asyncio.sleep(TELL_POLL_S)
-        await self._server.stop()  # nobody asks for a lease here any more
+        await self._server.stop()  # no router asks for a lease here any more
         self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """The worker cannot go on: whoever waits in join() learns why, and the process is replaced."""
+        """Stop for good: join() raises the reason, and the process is replaced."""
         logger.error("%s cannot go on", self.worker_id, exc_info=error)
         self._fatal = error
         self._stopped.set()

@@ -28,7 +28,7 @@ MakeLoop = Callable[[], Coroutine[Any, Any, None]]
 
 @dataclass(slots=True)
 class LoopFailures:
-    """What the loops of one process have raised.
+    """Exceptions of one process's loops.
 
     Attributes:
         counts: by name of the loop.
@@ -47,7 +47,7 @@ class LoopFailures:
             self.on_failure(name)
 
     def describe(self) -> dict[str, str]:
-        """By loop that has failed: how often, and why the last time."""
+        """For each loop that has failed: the number of failures and the last reason."""
         return {name: f"{count} times, last: {self.last[name]}" for name, count in self.counts.items()}
 
 

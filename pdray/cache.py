@@ -1,4 +1,4 @@
-"""Where pdray keeps what it need not make twice."""
+"""The folder in which pdray caches files that are expensive to make."""
 
 from __future__ import annotations
 

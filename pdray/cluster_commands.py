@@ -45,8 +45,8 @@ LEASE_COLUMNS = {
 def cluster_status() -> list[dict[str, Any]]:
     """One dict for each application of the cluster: name, model, mode, workers, routers.
 
-    `workers` holds what each worker's describe() says. Of one that has no Coordinator, as when its deployment failed,
-    there is Serve's word alone.
+    `workers` holds each worker's describe(). An application without a Coordinator, as after a failed deployment, has
+    only Serve's status.
     """
     from pdray.actors.client import describe, list_applications
 
@@ -192,7 +192,7 @@ def stop_applications(name: str | None, timeout_s: float) -> list[str]:
 
 
 def _wait_until_gone(names: list[str], present: Callable[[], Iterable[str]], deadline: float) -> set[str]:
-    """Those of `names` that are still present at the deadline."""
+    """Names that are still present at the deadline."""
     while (remaining := set(names) & set(present())) and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_S)
     return remaining

@@ -32,7 +32,7 @@ Channel = Annotated[str, Field(pattern=f"^({'|'.join(CHANNELS)})$", json_schema_
 
 
 class Config(BaseModel):
-    """Everything that a deployment can be told. Fields are documented where they stand."""
+    """All settings of a deployment. Fields are documented where they are declared."""
 
     # An error's text would show all that was given, and so the key.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -221,7 +221,7 @@ class Config(BaseModel):
         return self.served_model_name or self.model
 
     def with_absolute_paths(self) -> Config:
-        """With `model` and `tokenizer` found from this process's working directory; workers have others.
+        """A copy in which `model` and `tokenizer` are absolute, because workers have other working directories.
 
         The model's name in the API stays as it was given. What is no path here is left: a Hugging Face id, or a path
         on the cluster's nodes.
@@ -246,7 +246,7 @@ class Config(BaseModel):
         return self.model_copy(update=changes) if changes else self
 
     def for_device(self, device_type: str) -> Config:
-        """With that kind of device's defaults, where this one's depend on it and nothing was given."""
+        """A copy with the defaults of that kind of device, where defaults depend on it and nothing was given."""
         if device_type != "cuda":
             return self
         given = self.model_fields_set

@@ -101,5 +101,5 @@ class HandshakeError(PdrayError):
 
 
 def describe_error(error: BaseException) -> str:
-    """Its kind and the first line of what it says."""
+    """The error's class and the first line of its text."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

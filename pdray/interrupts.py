@@ -54,10 +54,10 @@ def interrupts_ignored() -> Iterator[None]:
 
 @contextmanager
 def interrupts_end_the_process() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, and without a word: for imports, during which there is nothing to clean up.
+    """Let Ctrl-C end the process at once and silently: for imports, during which there is nothing to clean up.
 
     A KeyboardInterrupt would come out of the middle of a library's import, where some print it and some swallow it.
-    Where Ctrl-C is ignored, or handled by somebody else, it stays so.
+    Where Ctrl-C is ignored, or has another handler, it stays so.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -110,7 +110,7 @@ class LLM:
             ) from None
 
     def _thread_failed(self, error: BaseException) -> None:
-        """The router is gone: whoever waits for it now, or later, hears so instead of waiting for ever."""
+        """Fail every call that waits for the router, now or later, because its thread has ended."""
         logger.critical("the router's thread has ended", exc_info=error)
         self._failure = error
         pending, self._pending = self._pending, set()
@@ -166,7 +166,7 @@ class LLM:
         return self._run(self._generate_all(many, params, default_max_tokens, use_tqdm))
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What generate() and chat() use where they get no parameters: the model's, see Config.generation_config."""
+        """Parameters that generate() and chat() use by default: the model's, see Config.generation_config."""
         return self._sampling_defaults.params()
 
     def chat(

@@ -1,4 +1,4 @@
-"""Logging in the processes of an application: what Ray and Serve leave out, and what they say too often."""
+"""Logging in the processes of an application: adds messages that Ray leaves out, and drops Serve's repeated ones."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ FIRST_GAP_PARTS = ("transfer_wait", "first_decode_step", "first_gap_unexplained"
 
 
 class RouterMetrics:
-    """What one router measures. Called on its event loop."""
+    """Metrics of one router. Called on its event loop."""
 
     def __init__(self, router_id: str, *, application: str, model: str) -> None:
         tags = {"application": application, "model": model, "router": router_id}
@@ -109,7 +109,7 @@ class RouterMetrics:
 
 
 class WorkerMetrics:
-    """What one worker measures. Called on its event loop, never from the engine's thread."""
+    """Metrics of one worker. Called on its event loop, never from the engine's thread."""
 
     _COUNTERS = {
         "prefix_cache_queries": ("pdray_prefix_cache_queries", "Tokens looked up in the prefix cache"),
@@ -182,8 +182,8 @@ def _gauge(name: str, description: str, tags: dict[str, str]) -> Gauge:
 def _counter(
     name: str, description: str, tags: dict[str, str], more: dict[str, Sequence[str]] | None = None
 ) -> Counter:
-    """At 0 for each value of each further tag: what is absent until it counts cannot be told from what nobody measures,
-    and has no rate at its first increase.
+    """A counter that starts at 0 for each value of each further tag. One that appears with its first increase has no
+    rate then, and cannot be told from one that is not measured.
     """
     more = more or {}
     metric = Counter(name, description, tag_keys=(*tags, *more))

@@ -1,4 +1,4 @@
-"""What a request returns. Names follow vLLM's RequestOutput; the timings are pdray's own."""
+"""Results of a request. Names follow vLLM's RequestOutput; the timings are pdray's own."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestTimings:
-    """Where one request's time went, in seconds, each measured by the process that spent it.
+    """The parts of one request's time, in seconds, each measured by the process that spent it.
 
     queue + lease_wait + prefill_queue + prefill = ttft, and transfer_wait + first_decode_step =
     first_gap, but for the two remainders (messages, event loops), which are never hidden.

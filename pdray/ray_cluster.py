@@ -69,7 +69,7 @@ def join(address: str | None) -> None:
 
 
 def _init(*, hold: bool = False, **options: Any) -> None:
-    """ray.init() without its talk, and with SIGTERM's handler as it was if there is one.
+    """ray.init() without its messages, and with SIGTERM's handler as it was if there is one.
 
     Ray would put its own in its place, and at once: it ends the process by SystemExit, also in the midst of ray.init().
 

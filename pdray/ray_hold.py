@@ -1,4 +1,4 @@
-"""This process's one connection to Ray: who opened it, who uses it, and when it ends."""
+"""The one connection of this process to Ray: its owner, its users, and its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdray.errors import ConfigError
 from pdray.ray_cluster import join_or_start
 
 _lock = threading.Lock()
-_holds: set[RayHold] = set()  # of the connection that was opened here; empty if the driver opened it, or nobody
+_holds: set[RayHold] = set()  # of the connection that was opened here; empty if there is none, or the driver opened it
 
 
 class RayHold:

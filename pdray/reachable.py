@@ -33,7 +33,7 @@ class ClusterEndedError(PdrayError):
 
 
 def while_reachable(address: str | None, work: Callable[[], T]) -> T:
-    """What `work` returns; it runs on a thread of its own, which a cluster that has ended would hold for a minute.
+    """Run `work` on a thread of its own, and stop waiting if the cluster ends: the thread may hang for a minute then.
 
     Args:
         address: of the cluster that `work` calls; None if it cannot be asked, as through Ray Client.

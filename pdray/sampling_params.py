@@ -1,4 +1,4 @@
-"""How to sample one request. Names, defaults and meaning follow vLLM's SamplingParams."""
+"""Sampling parameters. Names, defaults and meaning follow vLLM's SamplingParams."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def wrap_seed(seed: int) -> int:
 
 
 def _shown(value: Any) -> str:
-    """For an error's text; Python writes no integer of more than some thousand digits."""
+    """The value for an error's text; Python writes no integer of more than some thousand digits."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     return repr(value)

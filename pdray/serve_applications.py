@@ -1,4 +1,4 @@
-"""What Ray Serve says of its applications: which are pdray's, how they are, and where Serve listens."""
+"""Ray Serve's applications: which are pdray's, their status, and where Serve listens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_MESSAGE_CHARS = 1000
 @dataclass(frozen=True, slots=True)
 class ServeApplication:
     """Attributes:
-    status: Serve's word: DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING, ...
+    status: Serve's status: DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING, ...
     message: why, as Serve tells it; may be empty.
     is_pdrays: it was made by pdray.serve.build; False for other people's applications.
     deployed_by: id of the `pdray serve` that has deployed it; "" for other ways, None before Serve knows.
@@ -46,7 +46,7 @@ class ServeState:
 
 
 def serve_state() -> ServeState | None:
-    """None if Serve does not run."""
+    """The running Serve; None if Serve does not run."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return None
@@ -58,7 +58,7 @@ def serve_state() -> ServeState | None:
 
 
 def applications() -> dict[str, ServeApplication]:
-    """All of Serve's, by name."""
+    """All of Serve's applications, by name."""
     state = serve_state()
     return {} if state is None else state.applications
 

@@ -28,7 +28,7 @@ from pdray.serve_applications import ServeApplication, applications, brief, requ
 
 POLL_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 60.0  # beyond the time for which requests may go on
-LEAVE_S = 2.0  # for whoever has ended the last application to leave the cluster
+LEAVE_S = 2.0  # for the process that has ended the last application to leave the cluster
 DELETE_TIMEOUT_S = 60.0
 ROUTE_PREFIX = "/"
 
@@ -36,9 +36,9 @@ ROUTE_PREFIX = "/"
 def serve(config: Config, *, name: str, host: str, port: int, address: str | None, replace: bool = False) -> int:
     """Deploy the application, wait until it answers, and keep it until Ctrl-C or SIGTERM.
 
-    What was started here ends here: the application, and Ray if it was not running before. Returns 1 if somebody else
-    has deleted or replaced the application; what has taken its place stays, and so does this process while what it
-    has started Ray for is in use.
+    Ends everything that it started: the application, and Ray if it was not running before. Returns 1 if the
+    application was deleted or replaced from elsewhere; the replacement stays, and so does this process while the Ray
+    that it started is in use.
 
     Args:
         replace: take the place of an application of pdray's with the same name.
@@ -90,7 +90,7 @@ def serve(config: Config, *, name: str, host: str, port: int, address: str | Non
 
 
 class DisplacedError(PdrayError):
-    """Somebody else has deleted the application, or put another in its place."""
+    """The application was deleted or replaced by another user or process."""
 
 
 def _stay_for_others() -> None:
@@ -121,7 +121,7 @@ def _end(deployment: Deployment, cluster: str | None) -> None:
 
 
 class Deployment:
-    """What this process has deployed under a name, told apart from what others deploy under it."""
+    """An application deployed by this process, told apart from others of the same name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -152,7 +152,7 @@ class Deployment:
         return found is not None and found.deployed_by == self.id
 
     def end(self) -> None:
-        """Take it out of the cluster, if it is there and nobody else's.
+        """Delete it from the cluster, if it is there and still this process's.
 
         Raises:
             PdrayError: it is still there after STOP_TIMEOUT_S.
@@ -164,10 +164,10 @@ class Deployment:
             print(f"pdray serve: Ray has ended before {self.name!r}: {brief(str(error))}", file=sys.stderr, flush=True)
 
     def why_not_running(self) -> str | None:
-        """None once it runs. Until then a former application of the name may answer in its place.
+        """The reason why it does not run yet, or None. A former application of the name may still answer until it runs.
 
         Raises:
-            DisplacedError: somebody else's has taken its place. PdrayError: its deployment has failed.
+            DisplacedError: another one has taken its place. PdrayError: its deployment has failed.
         """
         found = applications().get(self.name)
         if found is None or found.deployed_by not in (None, self._former, self.id):
@@ -179,7 +179,7 @@ class Deployment:
         return f"application {self.name!r} is {found.status}: {found.message}".rstrip(": ")
 
     def watch(self) -> NoReturn:
-        """Tell how Serve finds it, whenever that changes.
+        """Print Serve's status of it whenever that changes.
 
         Raises:
             DisplacedError: in the end.

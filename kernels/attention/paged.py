@@ -78,14 +78,14 @@ class DecodeCall(NamedTuple):
 
 
 class CpuPlan(NamedTuple):
-    """What the CPU path derives from the metadata once, for all layers."""
+    """Values that the CPU path derives from the metadata once for all layers."""
 
     prefills: list[PrefillCall]
     decodes: list[DecodeCall]
 
 
 class KvShape(NamedTuple):
-    """What a plan depends on besides the metadata. group: query heads to a KV head."""
+    """The shape that a plan depends on besides the metadata. group: query heads per KV head."""
 
     block_size: int
     num_kv_heads: int
@@ -96,7 +96,7 @@ class KvShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionMetadata:
-    """Which rows of a flat batch of T tokens belong to which of B sequences, and where their KV lives.
+    """The layout of a flat batch of T tokens of B sequences, and the location of their KV.
 
     The KV of this step's tokens is in the cache before attention runs, so kv_lens include it.
 
@@ -122,7 +122,7 @@ class AttentionMetadata:
 
 
 def find_fresh(query_lens: list[int], kv_lens: list[int], num_decodes: int) -> int:
-    """Where the last sequences that have no cached prefix begin: AttentionMetadata.fresh_from."""
+    """Index of the first of the trailing sequences without a cached prefix: AttentionMetadata.fresh_from."""
     first = len(query_lens)
     while first > num_decodes and query_lens[first - 1] == kv_lens[first - 1]:
         first -= 1
@@ -278,7 +278,7 @@ def _plan_decode(
 
 
 def _gather(block_tables: Tensor, kv_lens: Tensor, padded_len: int, shape: KvShape, scratch: Tensor) -> Gather:
-    """Of the first kv_len tokens of each sequence, and its first token again up to padded_len."""
+    """Gather the first kv_len tokens of each sequence, padded to padded_len with its first token."""
     batch = len(kv_lens)
     token = torch.arange(padded_len)
     token = torch.where(token < kv_lens[:, None], token, 0)  # [B, padded_len]

@@ -100,7 +100,7 @@ def launch_prefill(
     out: Tensor,
     tiles: Tiles | None,
 ) -> None:
-    """Of the sequences between the decodes and ``num_sequences``."""
+    """Attention of the sequences between the decodes and ``num_sequences``."""
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
     group = q.shape[1] // num_kv_heads
     if tiles is None:

@@ -1,4 +1,4 @@
-"""Between the query-key-value product and attention: norms of the heads, rotary embedding, and the KV store."""
+"""The operations between the query-key-value product and attention: head norms, rotary embedding, KV store."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pending_id(draw: int) -> int:
-    """What stands in for a token that the step before draws, until the host knows it: an id below 0.
+    """The id below 0 that stands for a token drawn by the step before, until the host knows it.
 
     embed() looks it up; nothing else reads such an id.
     """

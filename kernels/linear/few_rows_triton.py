@@ -24,7 +24,7 @@ from pdray.kernels.crossover import FEW_ROWS_MAX, FEW_ROWS_SPLIT_MAX_COLUMNS
 from pdray.kernels.dependent_launch import begin, dependent_launch
 
 
-class Config(NamedTuple):
+class Tiling(NamedTuple):
     """block_n: weight rows of a program, gated: half of them up's. block_k: columns at a time, a part for each warp.
     split_k: programs that share the columns. prefetch: tiles in flight. weight_first: the weight is the MMA's M side,
     which is 16 or more; its N side can be 8.
@@ -201,20 +201,20 @@ def few_row_kernel(
             )  # fmt: skip
 
 
-def choose_config(rows: int, n: int, gated: bool) -> Config:
+def choose_tiling(rows: int, n: int, gated: bool) -> Tiling:
     """n: columns of the result. Found by a sweep on one H100, with the projections of Qwen3-0.6B."""
     if gated:
-        return Config(16, 256, 1, 3, 4, weight_first=True)
+        return Tiling(16, 256, 1, 3, 4, weight_first=True)
     if n <= FEW_ROWS_SPLIT_MAX_COLUMNS:
-        return Config(16, 512, 2, 3, 4, weight_first=rows <= 8)
-    return Config(16, 512, 1, 2, 4, weight_first=True)
+        return Tiling(16, 512, 2, 3, 4, weight_first=rows <= 8)
+    return Tiling(16, 512, 1, 2, 4, weight_first=True)
 
 
 def triton_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, config: Config | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, tiling: Tiling | None = None
 ) -> Tensor:
     """x [M, K] @ weight [N, K]^T + bias [N], rounded, + residual [M, N], all contiguous, on the current stream."""
-    return _launch(x, None, 0.0, weight, bias, residual, False, config)
+    return _launch(x, None, 0.0, weight, bias, residual, False, tiling)
 
 
 def triton_norm_linear(
@@ -225,10 +225,10 @@ def triton_norm_linear(
     bias: Tensor | None = None,
     *,
     gated: bool = False,
-    config: Config | None = None,
+    tiling: Tiling | None = None,
 ) -> Tensor:
     """See norm_linear.norm_linear, all contiguous. The norm's factor of a row is not rounded."""
-    return _launch(x, norm_weight, eps, weight, bias, None, gated, config)
+    return _launch(x, norm_weight, eps, weight, bias, None, gated, tiling)
 
 
 def _launch(
@@ -239,24 +239,24 @@ def _launch(
     bias: Tensor | None,
     residual: Tensor | None,
     gated: bool,
-    config: Config | None,
+    tiling: Tiling | None,
 ) -> Tensor:
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     assert x.is_contiguous() and weight.is_contiguous() and (residual is None or residual.is_contiguous())
     assert 2 <= m <= FEW_ROWS_MAX and k % 16 == 0
-    config = config or choose_config(m, n, gated)
-    rows = 8 if config.weight_first and m <= 8 else 16
-    tiles = triton.cdiv(n, config.block_n // (2 if gated else 1))
+    tiling = tiling or choose_tiling(m, n, gated)
+    rows = 8 if tiling.weight_first and m <= 8 else 16
+    tiles = triton.cdiv(n, tiling.block_n // (2 if gated else 1))
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     partial = counter = None
-    if config.split_k > 1:
-        partial, counter = _workspace(x.device, tiles, tiles * config.split_k * rows * (config.block_n + 1))
-    few_row_kernel[(config.split_k, tiles)](
+    if tiling.split_k > 1:
+        partial, counter = _workspace(x.device, tiles, tiles * tiling.split_k * rows * (tiling.block_n + 1))
+    few_row_kernel[(tiling.split_k, tiles)](
         x, norm_weight, weight, bias, residual, out, partial, counter, m, eps,
-        N=n, K=k, ROWS=rows, BLOCK_N=config.block_n, BLOCK_K=config.block_k, NUM_WARPS=config.num_warps,
-        SPLIT_K=config.split_k, PREFETCH=config.prefetch, WEIGHT_FIRST=config.weight_first,
+        N=n, K=k, ROWS=rows, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, NUM_WARPS=tiling.num_warps,
+        SPLIT_K=tiling.split_k, PREFETCH=tiling.prefetch, WEIGHT_FIRST=tiling.weight_first,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, GATED=gated,
-        num_warps=config.num_warps, **dependent_launch(x.device),
+        num_warps=tiling.num_warps, **dependent_launch(x.device),
     )  # fmt: skip
     return out
 

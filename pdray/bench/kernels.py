@@ -44,13 +44,13 @@ NUM_REPLAYS = 5
 
 
 class Rates(NamedTuple):
-    """Of a device: reading memory, and large matrix products."""
+    """A device's measured rates: reading memory, and large matrix products."""
 
     bytes_per_s: float
     flops_per_s: float
 
 
-class Row(NamedTuple):
+class KernelRow(NamedTuple):
     """Attributes:
     us: of one call. limit: "bytes" or "operations". share: of the floor's speed.
     """
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> tuple[list[Row], Rates]:
+def run(args: argparse.Namespace) -> tuple[list[KernelRow], Rates]:
     """Rows in the order of KERNELS, and the device's own rates."""
     import torch
 
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Rates]:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Of copies of a large tensor, which read as much as they write, and of a large product of random numbers."""
+    """Rates of copying a large tensor (which reads as much as it writes) and of a large product of random numbers."""
     import torch
 
     on_gpu = device.type == "cuda"
@@ -141,12 +141,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(2 * source.numel() / copy_s, 2 * size**3 / seconds_per_call([lambda: a @ b], device))
 
 
-def measure(name: str, case: Case, limits: Rates, device: torch.device) -> Row:
+def measure(name: str, case: Case, limits: Rates, device: torch.device) -> KernelRow:
     """One case against its floor."""
     seconds = seconds_per_call(case.calls, device)
     by_bytes, by_operations = case.num_bytes / limits.bytes_per_s, case.operations / limits.flops_per_s
     floor, limit = max((by_bytes, "bytes"), (by_operations, "operations"))
-    return Row(name, case.shape, seconds * 1e6, limit, floor * 1e6, floor / seconds)
+    return KernelRow(name, case.shape, seconds * 1e6, limit, floor * 1e6, floor / seconds)
 
 
 def seconds_per_call(calls: Sequence[Call], device: torch.device) -> float:
@@ -188,5 +188,5 @@ def _cuda_seconds(calls: Sequence[Call]) -> float:
     return statistics.median(taken) / len(calls)
 
 
-def format_row(row: Row) -> str:
+def format_row(row: KernelRow) -> str:
     return f"| {row.kernel} | {row.shape} | {row.us:,.1f} | {row.limit} | {row.floor_us:,.1f} | {row.share:.0%} |"

@@ -30,7 +30,7 @@ from pdray.options import add_config_arguments, config_from_args
 from pdray.sampling_params import SamplingParams
 
 
-class Row(NamedTuple):
+class OfflineRow(NamedTuple):
     """Medians of one way to generate at one batch size.
 
     Attributes:
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(config: Config, args: argparse.Namespace) -> list[Row]:
+def run(config: Config, args: argparse.Namespace) -> list[OfflineRow]:
     """Rows by batch size, in the order engine, transformers, llm."""
     import torch
 
@@ -139,13 +139,13 @@ def _rows_of(
 
 
 def time_requests(generate: Generate, requests: Requests) -> Timed:
-    """How long the requests took, whose answers must be as long as asked for."""
+    """Seconds that the requests took. Checks that every answer has the requested length."""
     generation = generate(requests.prompts, requests.params)
     assert [len(tokens) for tokens in generation.token_ids] == requests.output_lens
     return Timed(generation.seconds, generation.steps)
 
 
-def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: argparse.Namespace) -> list[Row]:
+def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: argparse.Namespace) -> list[OfflineRow]:
     """A row for each way; its answers of the last turn are compared with those of the first way."""
     timed: dict[str, list[Generation]] = {name: [] for name in ways}
     for turn in range(args.repeat + 1):
@@ -164,7 +164,7 @@ def measure(ways: dict[str, Generate], batch_size: int, vocab_size: int, args: a
         seconds = statistics.median(g.seconds for g in counted)
         decode_s = statistics.median(g.seconds - g.first_token_s for g in counted)
         rows.append(
-            Row(
+            OfflineRow(
                 name=name,
                 batch_size=batch_size,
                 input_len=args.input_len,
@@ -184,7 +184,7 @@ def greedy(output_len: int) -> SamplingParams:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The machine and versions that the figures depend on."""
     import platform
 
     import torch
@@ -200,7 +200,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def format_rows(rows: list[Row]) -> str:
+def format_rows(rows: list[OfflineRow]) -> str:
     """One line per row."""
     titles = ("", "batch", "in", "out", "seconds", "output tok/s", "decode tok/s", "first token ms", "same answers")
     lines = [f"{titles[0]:<14}" + "".join(f"{title:>{max(8, len(title) + 2)}}" for title in titles[1:])]

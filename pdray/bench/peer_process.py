@@ -97,7 +97,7 @@ def _serve(pipe: Connection, factory: Callable[..., Any], args: tuple[Any, ...])
 
 
 async def _answer(pipe: Connection, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Until the pipe is closed; then target.close()."""
+    """Answer calls until the pipe is closed; then target.close()."""
     target = factory(*args)
     while True:
         try:

@@ -22,7 +22,7 @@ class Series(NamedTuple):
 
 
 def line_plot(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
-    """Both axes begin at 0; every point has a mark."""
+    """An SVG of the series. Both axes begin at 0; every point has a mark."""
     x_ticks = ticks(max(x for each in series for x, _ in each.points))
     y_ticks = ticks(max(y for each in series for _, y in each.points))
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -56,7 +56,7 @@ def line_plot(title: str, x_label: str, y_label: str, series: Sequence[Series]) 
 
 
 def ticks(highest: float) -> list[float]:
-    """From 0 to at least ``highest``, at most NUM_TICKS + 1 of them, a round number apart."""
+    """Axis ticks from 0 to at least ``highest``: at most NUM_TICKS + 1, a round number apart."""
     highest = highest or 1.0
     rough = highest / NUM_TICKS
     power = 10.0 ** math.floor(math.log10(rough))

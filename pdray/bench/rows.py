@@ -53,7 +53,7 @@ class Workload:
     unit: str = "output tok/s"
 
     def requests(self, vocab_size: int, seed: int) -> Requests:
-        """The same lengths for every seed; other prompts, so that no cache helps a repetition."""
+        """Requests of the same lengths for every seed, with other prompts, so that no cache helps a repetition."""
         lengths = np.random.default_rng(0)
         inputs, outputs = (self._draw(lengths, length) for length in (self.input_len, self.output_len))
         tokens = np.random.default_rng((1, seed))
@@ -67,7 +67,7 @@ class Workload:
         return [int(n) for n in rng.integers(low, high + 1, size=self.num_requests)]
 
     def figure(self, requests: Requests, seconds: float) -> float:
-        """In the workload's unit."""
+        """The measured figure in the workload's unit."""
         if self.unit == "ms":
             return seconds * 1000
         counted = requests.prompts if self.unit == "prompt tok/s" else [range(n) for n in requests.output_lens]

@@ -31,7 +31,7 @@ from pdray.bench.workload import (
 from pdray.errors import ConfigError, PdrayError
 
 
-class Workload(NamedTuple):
+class ServingWorkload(NamedTuple):
     """Requests in order of arrival, and what the result file should say of where they came from."""
 
     requests: list[BenchRequest]
@@ -141,7 +141,7 @@ async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[RequestRec
     return result, records
 
 
-def build_workload(args: argparse.Namespace) -> Workload:
+def build_workload(args: argparse.Namespace) -> ServingWorkload:
     """Requests from the options; a trace if one is named, random prompts otherwise."""
     if not 0 <= args.min_token_id < args.max_token_id:
         raise ConfigError(
@@ -162,10 +162,12 @@ def build_workload(args: argparse.Namespace) -> Workload:
         "range_ratio": args.random_range_ratio,
         "prefix_len": args.random_prefix_len,
     }
-    return Workload(random_requests(arrivals, **lengths, token_ids=token_ids, rng=rng), {"dataset": "random"} | lengths)
+    return ServingWorkload(
+        random_requests(arrivals, **lengths, token_ids=token_ids, rng=rng), {"dataset": "random"} | lengths
+    )
 
 
-def _trace_workload(args: argparse.Namespace, token_ids: range) -> Workload:
+def _trace_workload(args: argparse.Namespace, token_ids: range) -> ServingWorkload:
     rows = read_trace(args.trace, args.num_prompts)
     capped = scale_trace(
         rows, time_scale=args.trace_scale, max_input_len=args.max_input_len, max_output_len=args.max_output_len
@@ -183,7 +185,7 @@ def _trace_workload(args: argparse.Namespace, token_ids: range) -> Workload:
         "num_inputs_cut": capped.num_inputs_cut,
         "num_outputs_cut": capped.num_outputs_cut,
     }
-    return Workload(trace_requests(capped.rows, token_ids, args.seed), description)
+    return ServingWorkload(trace_requests(capped.rows, token_ids, args.seed), description)
 
 
 async def send_all(

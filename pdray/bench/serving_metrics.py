@@ -26,7 +26,7 @@ METRIC_TITLES = {
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the client saw of one request; durations in seconds.
+    """One request as the client saw it; durations in seconds.
 
     Attributes:
         outcome: "rejected" is HTTP 429; "failed" is everything else that is not a full answer.
@@ -114,7 +114,7 @@ def _meets(record: RequestRecord, goodput: dict[str, float]) -> bool:
 
 
 def _distribution(name: str, seconds: list[float]) -> dict[str, float | None]:
-    """None where nothing was measured."""
+    """Mean, median and percentiles; None where nothing was measured."""
     milliseconds = np.asarray(seconds) * 1000
     keys = [f"mean_{name}_ms", f"std_{name}_ms", f"median_{name}_ms", *(f"p{p}_{name}_ms" for p in PERCENTILES)]
     if not len(milliseconds):

@@ -1,4 +1,4 @@
-"""The per-request timing breakdown as a table: where TTFT and the first gap went, and what nobody accounts for."""
+"""The per-request timing breakdown as a table: the parts of TTFT and of the first gap, and the remainders."""
 
 from __future__ import annotations
 

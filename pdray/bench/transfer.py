@@ -47,7 +47,7 @@ class Way(NamedTuple):
     peer_copy: float | None = None
 
 
-class Row(NamedTuple):
+class TransferRow(NamedTuple):
     """Attributes:
     block_kib: of one layer. put_mib: of one put. share: of cudaMemcpyPeer's rate.
     """
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("--block-kib, --num-blocks, --num-layers, --window and --staging-mib must be at least 1")
     results: list[dict[str, Any]] = []
     for channel in args.channel:
-        rows: list[Row] = []
+        rows: list[TransferRow] = []
         for block_kib in args.block_kib:
             with _way(args, channel, block_kib) as way:
                 if not rows:
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
     return 0 if all(row["is_right"] for result in results for row in result["rows"]) else 1
 
 
-def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace) -> Row:
+def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace) -> TransferRow:
     """Warm up, then latency, then rate, then see what has arrived."""
     rng = random.Random(num_blocks)
     total = pool_blocks(args)
@@ -113,14 +113,14 @@ def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace)
     bytes_per_s = rate.num_bytes / rate.seconds
     put_mib = rate.num_bytes / rate.num_puts / MIB
     share = None if way.peer_copy is None else bytes_per_s / way.peer_copy
-    return Row(block_kib, num_blocks, put_mib, 1e3 * latency, bytes_per_s / 1e9, share, is_right)
+    return TransferRow(block_kib, num_blocks, put_mib, 1e3 * latency, bytes_per_s / 1e9, share, is_right)
 
 
 SEED = 5
 TITLES = ["block KiB", "blocks", "put MiB", "latency ms", "GB/s", "of peer copy", "right"]
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: TransferRow) -> list[str]:
     share = "-" if row.share is None else f"{100 * row.share:.0f} %"
     figures = [f"{row.put_mib:.2f}", f"{row.latency_ms:.2f}", f"{row.gb_per_s:.2f}", share]
     return [str(row.block_kib), str(row.num_blocks), *figures, "yes" if row.is_right else "NO"]
@@ -131,7 +131,7 @@ def format_row(texts: list[str]) -> str:
 
 
 def pool_blocks(args: argparse.Namespace) -> int:
-    """Of each pool: as many again as the largest put, so that they lie scattered, and the dummy block."""
+    """Blocks of each pool: twice the largest put, so that its blocks lie scattered, and the dummy block."""
     return 2 * max(args.num_blocks) + 1
 
 
@@ -158,7 +158,7 @@ def _way(args: argparse.Namespace, channel: str, block_kib: int) -> contextlib.A
 
 
 def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them."""
+    """Names of the visible GPUs, as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     everything = ",".join(str(index) for index in range(torch.cuda.device_count()))
@@ -166,7 +166,7 @@ def visible_gpus() -> list[str]:
 
 
 def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
-    """For a sender and a receiver: each sees one GPU, its own if there are two."""
+    """Environments of a sender and a receiver, each of which sees one GPU, its own if there are two."""
     from pdray.testing.one_gpu import one_gpu_environment
 
     if len(gpus) >= 2:
@@ -233,7 +233,7 @@ class PeerCopy:
 
 @contextlib.contextmanager
 def object_store_way(spec: PoolSpec) -> Iterator[Way]:
-    """This process sends to a Ray actor."""
+    """The object store channel from this process to a Ray actor."""
     import ray
 
     from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer

@@ -135,7 +135,7 @@ class _Peer:
         self.pool = pool.tensor
 
     def describe(self) -> dict[str, str]:
-        """What the kind says of this end."""
+        """The channel kind's facts about this end."""
         return self.kind.facts
 
     def _send(self, session: Session, epoch: int, payload: bytes) -> None:
@@ -179,12 +179,12 @@ class ReceivingPeer(_Peer):
         return await self._server.start(HOST)
 
     async def accept(self, sender: str, epoch: int) -> ChannelOffer:
-        """As a decode worker does."""
+        """Accept a sender's channel, as a decode worker does."""
         await self.receiver.close_link(sender)
         return ChannelOffer(self.kind.name, await self.receiver.accept(sender, epoch))
 
     def aim(self, destination: list[int]) -> None:
-        """Where the blocks of every put go from now on, in order."""
+        """Set the destination blocks of every following put, in order."""
         self._destination = destination
 
     def holds(self, seed: int, source: list[int], destination: list[int]) -> bool:
@@ -209,7 +209,7 @@ class ReceivingPeer(_Peer):
     async def receive_array(
         self, kind: str, worker_id: str, epoch: int, payload: bytes, array: np.ndarray[Any, Any]
     ) -> bool:
-        """As a decode worker's."""
+        """Receive an array, as a decode worker does."""
         return await self.receiver.on_array(worker_id, epoch, payload, array)
 
     def resolve(self, key: Hashable, worker_id: str, epoch: int, layers: range, positions: range) -> list[int] | None:
@@ -247,7 +247,7 @@ class SendingPeer(_Peer):
         self._usable_at: asyncio.Queue[float] = asyncio.Queue()
 
     async def connect(self, receiver: str, port: int, epoch: int, offer: ChannelOffer) -> float:
-        """As a prefill worker does; returns the seconds that it took."""
+        """Connect as a prefill worker does; returns the seconds that it took."""
         started = time.monotonic()
         await self.disconnect()
         self._session = await connect(
@@ -278,7 +278,7 @@ class SendingPeer(_Peer):
             await session.close()
 
     async def send(self, source: list[int], seconds: float, window: int) -> Rate:
-        """All layers of these blocks, again and again, ``window`` puts at a time; at least one.
+        """Put all layers of these blocks repeatedly, ``window`` puts at a time; at least one put.
 
         Raises:
             TransferError: one of them failed.

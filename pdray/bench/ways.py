@@ -138,7 +138,7 @@ def make_llm(config: Config) -> Iterator[Generate]:
 
 
 def slowest_steps(status: dict[str, Any]) -> StepSpread | None:
-    """Of the workers in LLM.status()."""
+    """Step times of the worker with the slowest steps in LLM.status()."""
     steps = [worker["step_ms"] for worker in status["workers"] if worker.get("step_ms")]
     spreads = [StepSpread(Spread(**entry["step"]), Spread(**entry["host"])) for entry in steps]
     return max(spreads, key=lambda spread: spread.step.p50, default=None)

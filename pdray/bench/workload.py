@@ -1,4 +1,4 @@
-"""What a benchmark sends, and when: random prompts with Poisson arrivals, or a recorded trace."""
+"""Requests of a benchmark and their arrival times: random prompts with Poisson arrivals, or a recorded trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may wait at a router, in which order, and what those who may not are told.
+"""The router's bounded queue: order, limits, and the Retry-After of those it refuses.
 
 Pure: time is passed in. Single-threaded.
 """
@@ -33,7 +33,7 @@ class DrainRate:
         self._weight += 1.0
 
     def per_second(self, now: float) -> float | None:
-        """None before the first admission."""
+        """Admissions per second; None before the first one."""
         if self._since is None:
             return None
         self._decay(now)
@@ -67,7 +67,7 @@ class AdmissionQueue(Generic[T]):
     """A bounded queue, FIFO within a priority.
 
     Args:
-        max_size: entries that may wait; 0 lets nobody wait.
+        max_size: entries that may wait; with 0 none may.
         max_wait_s: entries that wait longer are handed out by expired().
     """
 
@@ -77,7 +77,7 @@ class AdmissionQueue(Generic[T]):
         self.drain_rate = DrainRate()
         self._line: list[Waiting[T]] = []  # sorted
         self._order = itertools.count()
-        self._congested_since: float | None = None  # since when somebody has always waited
+        self._congested_since: float | None = None  # since when the queue has never been empty
         self._num_admitted = 0  # since then
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class AdmissionQueue(Generic[T]):
         self.push_back(entry)
 
     def _line_text(self) -> str:
-        """Who had left the line and came back, denied by a worker or lost with one, stands beyond the bound."""
+        """Describe the queue for an error. Requests that come back after a denial or a loss are not bounded."""
         beyond = len(self) - self.max_size
         back = f", {beyond} of them back from a worker" if beyond > 0 else ""
         return f"max_queue_size is {self.max_size}, and {len(self)} requests are waiting{back}"
@@ -122,7 +122,7 @@ class AdmissionQueue(Generic[T]):
     def expected_wait_s(self, now: float) -> float | None:
         """Seconds until the turn of a request that came now, from what was admitted since requests began to wait.
 
-        None before that can be said: rates of a time in which nobody waited tell what came, not what could be taken.
+        None before that is known: admissions while no request waits measure arrivals, not capacity.
         """
         if self._congested_since is None or (congested_s := now - self._congested_since) < self.max_wait_s / 4:
             return None
@@ -135,7 +135,7 @@ class AdmissionQueue(Generic[T]):
         bisect.insort(self._line, entry)
 
     def peek(self, position: int = 0) -> Waiting[T] | None:
-        """Who is next, or stands so many places behind."""
+        """The entry that is next, or so many places behind it."""
         return self._line[position] if position < len(self._line) else None
 
     def remove(self, entry: Waiting[T]) -> None:

@@ -19,7 +19,7 @@ def covers(credit: Credit, blocks: int, places: int) -> bool:
 
 
 class CreditWaiters:
-    """What each router has said last, until it was told that it is there."""
+    """The credit that each router waits for, until it was told that it is there."""
 
     def __init__(self) -> None:
         self._wanted: dict[str, CreditWanted] = {}

@@ -1,4 +1,4 @@
-"""What pure control code asks its owner to do. Effects are returned in the order to perform them."""
+"""Requests of pure control code to its owner, returned in the order in which to perform them."""
 
 from __future__ import annotations
 

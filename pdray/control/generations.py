@@ -1,4 +1,4 @@
-"""Who serves while an application changes its configuration: one generation's part in the hand-over.
+"""One generation's part in the hand-over when an application changes its configuration.
 
 Every configuration of an application has a Coordinator and workers of its own: a generation. The one that a router
 replica opened last is the one that Serve wants; it is the newest. It starts beside the older ones where there is room.
@@ -6,7 +6,7 @@ Where there is none it asks them to make room, again and again for as long as it
 
     SERVING ──asked for room──▶ DRAINING ──idle, or the grace is over──▶ YIELDED
        ▲                            │                                       │
-       └──── whoever asked has withdrawn, given up, or is silent ◀──────────┘
+       └──── the asker has withdrawn, given up, or is silent ◀──────────────┘
 
 A generation that has yielded has no workers but remembers its configuration: should the newest one fail, it starts its
 workers again. It ends once it is superseded (or has failed for good) and none of its routers is left.
@@ -103,7 +103,7 @@ class Generation:
         return sum(bool(name) and now - seen <= UNWATCHED_S for name, seen in self._routers.items())
 
     def announced(self, now: float, name: str, opened_at: float, *, needs_room: bool) -> Phase:
-        """Another generation says when it was opened, and whether it needs this one's place. Returns the phase."""
+        """Note another generation: when it was opened, and whether it needs this one's place. Returns the phase."""
         self._successors[name] = _Successor(opened_at, now, needs_room)
         return self.phase
 
@@ -112,11 +112,11 @@ class Generation:
         return (self.opened_at, self.name) > (opened_at, name)
 
     def drain_left_s(self, now: float) -> float:
-        """For how long requests may go on; 0 once the grace is over."""
+        """Seconds for which requests may go on; 0 once the grace is over."""
         return max(0.0, self._asked_at + self.grace_s - now)
 
     def tick(self, now: float, *, idle: bool) -> list[GenerationEffect]:
-        """What is due now. Call it often.
+        """Effects that are due now. Call it often.
 
         Args:
             idle: no request runs on this generation's workers.

@@ -1,4 +1,4 @@
-"""Which workers share a GPU. Pure."""
+"""Assignment of workers to GPUs. Pure."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class LeaseState(StrEnum):
 
 
 class Allocator(Protocol):
-    """What the table needs of an engine."""
+    """The part of an engine that the table needs."""
 
     def reserve(self, request: EngineRequest) -> Reservation | None: ...
     def start_prefill(self, key: LegKey) -> None: ...
@@ -52,7 +52,7 @@ class LeaseInfo(NamedTuple):
 
 @dataclass(slots=True)
 class Lease:
-    """What the table knows of one leg."""
+    """One leg's entry in the table."""
 
     router_id: str
     request: LeaseRequest

@@ -4,9 +4,8 @@
        │                      │
        └──close──▶ closed     └──close──▶ QUARANTINE ──put_aborted / worker_gone──▶ closed
 
-READY is the moment between the last arrival and the engine's start_decode(), and never outlives a
-call. Blocks that another process may still write are never freed by a timeout: they stay in
-QUARANTINE until that process has said that it stopped, or was seen dead. Before begin_put nobody
+Blocks that another process may still write are never freed by a timeout: they stay in
+QUARANTINE until that process has said that it stopped, or was seen dead. Before begin_put no process
 may write, so a lease closed while GRANTED frees at once, and a begin_put that comes later is refused.
 
 Pure: time and messages go in, effects come out. Single-threaded.
@@ -62,7 +61,7 @@ class LeaseTable:
         return list(self._leases)
 
     def router_of(self, key: LegKey) -> str | None:
-        """Who is to hear of this leg's tokens; None once its lease is closed or quarantined."""
+        """The router that gets this leg's tokens; None once its lease is closed or quarantined."""
         lease = self._leases.get(key)
         return None if lease is None or lease.state is LeaseState.QUARANTINE else lease.router_id
 
@@ -184,7 +183,7 @@ class LeaseTable:
         )
 
     def epochs(self) -> dict[str, int]:
-        """Of the channels accepted, by prefill worker."""
+        """Epochs of the accepted channels, by prefill worker."""
         return {worker_id: writer.epoch for worker_id, writer in self._writers.items()}
 
     def begin_put(self, worker_id: str, message: BeginPut) -> list[Send]:
@@ -239,7 +238,7 @@ class LeaseTable:
         return range(num_cached_tokens // self._block_size, len(blocks))
 
     def refuse(self, key: LegKey, reason: str) -> list[Send]:
-        """A put named what the lease does not hold: whoever fills it cannot be trusted with it."""
+        """Close a lease whose writer named blocks that it does not hold, and so cannot be trusted."""
         lease = self._leases[key]
         return [*self._end(key, lease), Send(lease.router_id, LeaseClosed(*key, reason))]
 
@@ -258,7 +257,7 @@ class LeaseTable:
         return self._start_if_ready(now, message.key, lease)
 
     def put_aborted(self, worker_id: str, key: LegKey) -> list[Send]:
-        """That worker has no put of this leg in flight and will start none: a quarantine ends."""
+        """End a quarantine: that worker has no put of this leg in flight and will start none."""
         lease = self._leases.get(key)
         if lease is None or lease.request.prefill_worker_id != worker_id:
             return []
@@ -271,7 +270,7 @@ class LeaseTable:
         return []
 
     def worker_gone(self, worker_id: str, incarnation: str) -> list[Send]:
-        """That process was seen dead: what it was filling is closed, what it held in quarantine is free."""
+        """Close the leases that a dead process was filling, and free those it kept in quarantine."""
         effects = []
         for key, lease in list(self._leases.items()):
             if (
@@ -315,7 +314,7 @@ class LeaseTable:
         return [Send(lease.router_id, Tokens([LegTokens(*key, tokens)], self._credit()))]
 
     def _end(self, key: LegKey, lease: Lease) -> list[Send]:
-        """Close: at once, or through quarantine if somebody may be writing."""
+        """Close: at once, or through quarantine if a prefill worker may be writing."""
         if lease.state is LeaseState.QUARANTINE:
             return []
         if lease.state is LeaseState.FILLING:

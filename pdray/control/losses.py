@@ -1,11 +1,11 @@
-"""What a request has lost, and whether it may be tried again.
+"""Losses of one request: their causes, and whether it may be tried again.
 
 A worker's engine that fails says whose step it was. Those legs are suspects: each is replayed alone, and if the engine
-fails on it again, its request fails, and costs no further worker. Whoever else was on that worker is replayed as if
-nothing had happened. Both are bounded: a suspect that is not to blame gets on, or the one to blame is found.
+fails on it again, its request fails, and costs no further worker. Other legs of that worker are replayed as if
+nothing had happened. Both are bounded: an innocent suspect makes progress, or the faulty one is found.
 
-What nobody can be blamed for (a worker was killed, or hung) counts: once for each event, however many of the request's
-legs it hit.
+Losses without a culprit (a worker was killed, or hung) count once for each event, however many of the request's legs
+it hit.
 
 Pure: single-threaded, no time.
 """
@@ -19,7 +19,7 @@ from pdray.wire.message import Verdict
 
 
 class Loss(NamedTuple):
-    """Why a leg cannot go on.
+    """The reason why a leg cannot go on.
 
     Attributes:
         source: the worker, or what else, whose end it is; legs that are lost with it have the same.
@@ -33,7 +33,7 @@ class Loss(NamedTuple):
 
 
 class Losses:
-    """What counts against one request.
+    """The events that count against one request.
 
     Attributes:
         num: events that counted.
@@ -56,6 +56,6 @@ class Losses:
 
 
 def blame(suspects: Iterable[Hashable]) -> Verdict:
-    """Of a leg, by the keys (request_id, attempt) of all legs that its failed step computed."""
+    """The verdict on a leg, by the keys (request_id, attempt) of all legs that its failed step computed."""
     requests = {key[0] if isinstance(key, tuple) else key for key in suspects}
     return "failed" if len(requests) == 1 else "suspect"

@@ -108,7 +108,7 @@ class Membership:
 
     @property
     def view(self) -> ClusterView:
-        """What routers see: ready workers and connected pairs."""
+        """The view for routers: ready workers and connected pairs."""
         return ClusterView(
             self._version,
             [w.info for w in self._workers.values() if w.state is WorkerState.READY and w.info is not None],
@@ -124,12 +124,12 @@ class Membership:
         )
 
     def note_error(self, text: str) -> None:
-        """Something kept a worker from starting or a pair from connecting."""
+        """Note what kept a worker from starting or a pair from connecting."""
         self._error = text
         self._version += 1
 
     def changed(self) -> None:
-        """Something has changed that is told with the view but is no part of this table."""
+        """Raise the view's version for a change of something that is told with it but is not in this table."""
         self._version += 1
 
     @property
@@ -143,7 +143,7 @@ class Membership:
         return self._workers[worker_id].incarnation == incarnation
 
     def troubles(self) -> dict[str, str]:
-        """What is being tried again, and why, by worker id."""
+        """Operations that are being retried, and their reasons, by worker id."""
         found = {stray.worker_id: work.trouble for stray, work in self._strays.values() if work.trouble}
         for worker_id, worker in self._workers.items():
             owed = [work for _, work in worker.to_tell.values()] + ([] if worker.kill is None else [worker.kill])
@@ -153,8 +153,8 @@ class Membership:
         return found
 
     def tick(self, now: float, *, may_start: bool = True) -> list[MembershipEffect]:
-        """What is due: processes to end, workers to start, pairs to connect, deaths to tell. Call it after every event
-        and from time to time.
+        """Effects that are due: processes to end, workers to start, pairs to connect, deaths to tell. Call after every
+        event and from time to time.
 
         Args:
             may_start: there is room for workers; without it none is started.
@@ -223,7 +223,7 @@ class Membership:
         self._version += 1
 
     def start_failed(self, worker_id: str, incarnation: str, reason: str) -> None:
-        """It did not come about: what there is of it is ended, and after a backoff it is tried again."""
+        """Note a failed start: the remains of the process are ended, and after a backoff it is tried again."""
         if self.is_current(worker_id, incarnation) and self._workers[worker_id].state is WorkerState.STARTING:
             self.note_error(f"{worker_id} did not start: {reason}")
         self.suspect(worker_id, incarnation)
@@ -239,7 +239,7 @@ class Membership:
         self._version += 1
 
     def died(self, now: float, worker_id: str, incarnation: str) -> None:
-        """Its process was seen dead: peers may free what it could have written; another is started."""
+        """Note that its process was seen dead: peers may free what it could have written; another is started."""
         worker = self._workers[worker_id]
         stray, _ = self._strays.pop(incarnation, (None, None))
         if stray is not None and stray.info is not None:
@@ -257,7 +257,7 @@ class Membership:
             self._tell_peers(gone)
 
     def kill_failed(self, now: float, incarnation: str, reason: str) -> None:
-        """Its process was not seen dead: it stays DYING, and the kill comes again."""
+        """Note that its process was not seen dead: it stays DYING, and the kill is repeated."""
         for worker in self._workers.values():
             if worker.incarnation == incarnation and worker.kill is not None:
                 worker.kill.failed(now, reason)
@@ -265,7 +265,7 @@ class Membership:
             self._strays[incarnation][1].failed(now, reason)
 
     def told(self, worker_id: str, incarnation: str, gone: WorkerInfo) -> None:
-        """That process knows of the death now."""
+        """Note that the peer's process knows of the death."""
         if self.is_current(worker_id, incarnation):
             self._workers[worker_id].to_tell.pop(gone.incarnation, None)
 

@@ -1,4 +1,4 @@
-"""What follows when a prefill and a decode worker, each alive, cannot serve a request between them. Pure.
+"""Remedies for a prefill and a decode worker that live but cannot serve a request between them. Pure.
 
 The first time their channel is opened anew. If they fail again after that, a worker is replaced: the one of the two
 that fails with every partner it was tried with; where both do, one after the other.

@@ -1,4 +1,4 @@
-"""Which workers serve a request: pure functions of what a router knows.
+"""The choice of workers for a request: pure functions of a router's knowledge.
 
 Among decode workers with credit the least loaded is taken, where a prompt that is cached there counts as
 CACHED_PROMPT_WORTH sequences less: it need not be sent, or, by a worker that prefills too, computed. With it goes the
@@ -69,7 +69,7 @@ def choose(
     *,
     local_prefill_max_tokens: int,
 ) -> Choice | None:
-    """The workers for a request, or None if nobody has credit now.
+    """The workers for a request, or None if no worker has credit now.
 
     Args:
         pairs: connected (prefill, decode) ids.
@@ -87,7 +87,7 @@ def choose(
 
 
 def choose_prefill(prefill: Sequence[PrefillState]) -> str | None:
-    """Which of these prefill workers would be done first; None if all their queues are too long."""
+    """The prefill worker that would be done first; None if all their queues are too long."""
     open_queues = [p for p in prefill if p.queued_tokens <= MAX_QUEUED_BATCHES * p.batch_tokens]
     first = min(open_queues, key=lambda p: (p.queued_tokens - p.cached_tokens, p.worker_id), default=None)
     return None if first is None else first.worker_id

@@ -114,7 +114,7 @@ class PrefillLedger:
         return self._stop(key, leg)
 
     def decode_worker_gone(self, worker_id: str) -> list[LedgerEffect]:
-        """That process was seen dead, or the channel to it was closed: its legs fail."""
+        """Fail the legs of a decode worker that was seen dead, or whose channel was closed."""
 
         def lose(key: LegKey) -> list[LedgerEffect]:
             leg = self._legs[key]

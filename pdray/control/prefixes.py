@@ -1,4 +1,4 @@
-"""What a worker has told routers of its prefix cache, kept so that no step of telling it takes long.
+"""The prefix hashes that a worker has told its routers, kept so that no single step of telling takes long.
 
 Half a million hashes are copied, packed or rehashed in tens to hundreds of milliseconds. Here they lie in small sets,
 changed in place and sent in parts, between which the event loop goes on and the sets may change.

@@ -32,7 +32,7 @@ class Room(StrEnum):
 
 
 class NodeRoom(NamedTuple):
-    """What a node has, and what of it is free."""
+    """A node's resources: all of them, and the free ones."""
 
     node_id: str
     total: Resources
@@ -40,14 +40,14 @@ class NodeRoom(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a worker of a former configuration reserves; node_id "" if it is not known where."""
+    """Resources that a worker of a former configuration reserves; node_id "" if its node is not known."""
 
     node_id: str
     resources: Resources
 
 
 def find_room(demands: Sequence[Resources], nodes: Sequence[NodeRoom], held: Sequence[Held] = ()) -> Room:
-    """Where the demands, one for each worker or bundle, could be met."""
+    """The verdict on the demands, one for each worker or bundle."""
     if lacking(demands, nodes):
         return Room.NEVER
     if _fit(demands, [node.free for node in nodes]):
@@ -68,7 +68,7 @@ def lacking(demands: Sequence[Resources], nodes: Sequence[NodeRoom]) -> list[str
 
 
 def explain(demands: Sequence[Resources], nodes: Sequence[NodeRoom]) -> str:
-    """Why find_room() does not say HERE: what is needed, what the cluster has, and which setting to change."""
+    """The text for a verdict other than HERE: what is needed, what the cluster has, and which setting to change."""
     never = lacking(demands, nodes)
     if never:
         return "; ".join(_too_little(name, demands, nodes) for name in never)
@@ -140,7 +140,7 @@ def _fit(demands: Sequence[Resources], free: Sequence[Resources]) -> bool:
 
 
 def _after(nodes: Sequence[NodeRoom], held: Sequence[Held]) -> list[Resources]:
-    """What is free once `held` has gone. Of unknown place: counted where the node's total allows it."""
+    """Free resources once `held` has gone. Of unknown node: counted where a node's total allows it."""
     free = {node.node_id: dict(node.free) for node in nodes}
     for each in held:
         homes = [n for n in nodes if each.node_id in (n.node_id, "")]

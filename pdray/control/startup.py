@@ -1,4 +1,4 @@
-"""What keeps an application from serving: errors that pass, errors that stay, and what is waited for. Pure.
+"""Obstacles to an application's start: passing errors, permanent errors, and waits. Pure.
 
 A worker that fails to start is tried again, so its error is news and no end. It is the end where trying again cannot
 help: a wrong setting, files that are not there, a cluster that is too small. Memory is between the two: a process that
@@ -18,7 +18,7 @@ MAX_OUT_OF_MEMORY = 3  # in a row
 
 
 class StartState(msgspec.Struct, frozen=True):
-    """How far an application's start has come.
+    """The progress of an application's start.
 
     Attributes:
         ready: every worker is ready and every pair connected.
@@ -48,7 +48,7 @@ class Startup:
     _troubles: dict[str, _Trouble] = field(default_factory=dict, init=False)
 
     def waits(self, subject: str, reason: str) -> bool:
-        """It waits for something that may come. Returns whether that is news."""
+        """Note that a subject waits for something. Returns whether that is news."""
         trouble = self._troubles.setdefault(subject, _Trouble())
         if trouble.waits_for == reason:
             return False
@@ -56,7 +56,7 @@ class Startup:
         return True
 
     def failed(self, subject: str, text: str, error: BaseException) -> None:
-        """It failed, and is tried again.
+        """Note a failure that is tried again.
 
         Args:
             text: for people. error: what was raised; of an actor's exception, the cause.
@@ -67,7 +67,7 @@ class Startup:
         trouble.permanent = isinstance(error, PERMANENT) or trouble.num_out_of_memory >= MAX_OUT_OF_MEMORY
 
     def cleared(self, subject: str) -> None:
-        """It is well."""
+        """Note that a subject has no trouble any more."""
         self._troubles.pop(subject, None)
 
     def state(self, *, ready: bool) -> StartState:

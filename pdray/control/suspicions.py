@@ -1,10 +1,9 @@
-"""A table of suspicions: who has not been heard of, since when, by what sign, and what is to be done about it.
+"""A table of suspicions: silent processes, the sign that is missing, for how long, and what follows.
 
 Every process that waits for another keeps one: the Coordinator about its workers, a router about its Coordinator,
-a worker about whoever it works for. It measures silence in time during which its owner was awake itself. A
-process that was stopped, or whose event loop stood still, has heard nothing of anybody, and that is nobody's
-fault: such a gap between two looks counts as one interval, and is followed by a grace in which the answers
-that lie ready can be read.
+a worker about its Coordinator and routers. It measures silence in time during which its owner was awake itself. An
+owner that was stopped, or whose event loop stood still, could not hear anything: such a gap between two looks counts
+as one interval, and is followed by a grace in which the answers that have arrived can be read.
 
 Pure: time and signs of life go in, suspicions come out. Single-threaded.
 """
@@ -56,24 +55,24 @@ class Suspicions:
     _looked_at: float | None = field(default=None, init=False)
 
     def expect(self, now: float, who: str, incarnation: str, limit_s: float, *, sign: str, next: str) -> None:
-        """From now on it must be heard of within limit_s, again and again. Replaces another incarnation."""
+        """Expect signs of life at most limit_s apart from now on. Replaces another incarnation."""
         self._look(now)
         self._watched[who] = _Watched(incarnation, limit_s, sign, next, self._awake_s)
 
     def heard(self, now: float, who: str, incarnation: str) -> None:
-        """A sign of life. One of another incarnation, or of nobody who is expected, is ignored."""
+        """Note a sign of life. Ignored if it is of another incarnation, or was not expected."""
         self._look(now)
         watched = self._watched.get(who)
         if watched is not None and watched.incarnation == incarnation:
             watched.heard_at, watched.grace_until = self._awake_s, 0.0
 
     def forget(self, who: str, incarnation: str) -> None:
-        """It is not expected any more: it ended, or is being ended."""
+        """Stop expecting signs of life: it ended, or is being ended."""
         if (watched := self._watched.get(who)) is not None and watched.incarnation == incarnation:
             del self._watched[who]
 
     def due(self, now: float) -> list[Suspicion]:
-        """Those silent for too long. Each is told once; one that is still expected then has its limit again."""
+        """Suspicions whose limit has passed. Each is returned once; if it is still expected, its limit starts again."""
         self._look(now)
         found = []
         for who, watched in self._watched.items():
@@ -83,7 +82,7 @@ class Suspicions:
         return found
 
     def growing(self, now: float) -> list[Suspicion]:
-        """Those silent for more than half of their limit, for `pdray status`."""
+        """Suspicions past half of their limit, for `pdray status`."""
         self._look(now)
         return [
             self._suspicion(who, watched)
@@ -92,8 +91,8 @@ class Suspicions:
         ]
 
     def _look(self, now: float) -> None:
-        """Let the table's own time go on. A grace ends at twice the limit, or an owner that always lags would never
-        suspect anybody."""
+        """Advance the table's own time. A grace ends at twice the limit, or an owner that always lags would never have
+        a suspicion."""
         gap = 0.0 if self._looked_at is None else max(0.0, now - self._looked_at)
         self._looked_at = now
         self._awake_s += min(gap, self.interval_s)

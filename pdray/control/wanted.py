@@ -35,7 +35,7 @@ class Wanted:
         self._routers.heard(now, "routers", "")
 
     def reason_to_end(self, now: float) -> str | None:
-        """None while it is wanted."""
+        """The reason to end the application; None while it is wanted."""
         if self._num_not_listed >= NOT_LISTED_TIMES:
             return "the application has left Serve"
         unwatched = self._routers.due(now)

@@ -1,4 +1,4 @@
-"""From a configuration and a model to a pool of the right size, and an engine over it."""
+"""Build a pool of the right size, and an engine over it, from a configuration and a model."""
 
 from __future__ import annotations
 

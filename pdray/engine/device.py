@@ -1,4 +1,4 @@
-"""Which device an engine runs on, and whether this installation fits it."""
+"""The choice of an engine's device, and checks that this installation fits it."""
 
 from __future__ import annotations
 

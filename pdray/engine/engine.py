@@ -99,7 +99,7 @@ class Engine:
 
         Raises:
             InvalidRequestError: it can never be served, or its key is in use.
-            RequestFailedError: to look at it failed; the engine has not taken it, and goes on.
+            RequestFailedError: examining it failed; the engine has not taken it, and goes on.
         """
         live = self._prepare(request, reserved=False)
         with self._lock:
@@ -115,7 +115,7 @@ class Engine:
 
         Raises:
             InvalidRequestError: it will never be possible, or the key is in use.
-            RequestFailedError: to look at it failed; the engine has not taken it, and goes on.
+            RequestFailedError: examining it failed; the engine has not taken it, and goes on.
         """
         live = self._prepare(request, reserved=True)
         with self._lock:
@@ -163,7 +163,7 @@ class Engine:
         self._notify()
 
     def end_completion(self, key: Hashable, index: int) -> None:
-        """Nobody wants more of this completion: it ends with its next token. Unknown ones are ignored."""
+        """End this completion with its next token. Unknown ones are ignored."""
         with self._lock:
             live = self._scheduler.requests.get(key)
             for sequence in live.sequences if live is not None else ():
@@ -262,7 +262,7 @@ class Engine:
         return self.lane
 
     def _group_callback(self, plan: StepPlan) -> OnGroup | None:
-        """What the lane calls after each group of layers, if anyone is to hear of it."""
+        """The lane's callback after each group of layers; None if no request needs it."""
         return None if self.on_layer_group is None else group_callback(plan, self.block_size, self.on_layer_group)
 
     def has_work(self) -> bool:
@@ -296,12 +296,12 @@ class Engine:
             )
 
     def step_times(self) -> StepSpread | None:
-        """How long steps take, and what of it is the host's."""
+        """Durations of the last steps, and the host's share of them."""
         with self._lock:
             return self._step_times.spread()
 
     def take_prefix_changes(self) -> PrefixChanges:
-        """What has entered and left the prefix cache since the last call."""
+        """Prefixes that have entered and left the cache since the last call."""
         with self._lock:
             return self._scheduler.pool.take_changes()
 
@@ -311,7 +311,7 @@ class Engine:
             return set(self._scheduler.requests)
 
     def check_integrity(self) -> list[str]:
-        """What is wrong with the block accounting; empty if nothing is.
+        """Problems of the block accounting; empty if there are none.
 
         Takes a while for a large pool, and the lock only for moments: not to be called from an event loop.
         """

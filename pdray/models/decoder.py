@@ -8,13 +8,13 @@ import torch
 
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.models.model_config import ModelConfig
-from pdray.models.parts.attention import Attention, RotaryTable
+from pdray.models.parts.attention import Attention
 from pdray.models.parts.embedding import Embedding, OutputHead
 from pdray.models.parts.linear import Linear
 from pdray.models.parts.mlp import GatedMLP
 from pdray.models.parts.norm import RMSNorm
 from pdray.models.parts.part import Part, Placement
-from pdray.models.rope import build_rotary_table
+from pdray.models.rope import RotaryTable, build_rotary_table
 
 
 class DecoderLayer(Part):
@@ -81,7 +81,7 @@ class Decoder(Part):
         self.dtype = dtype
         self.device = device
         placement = Placement(dtype, device)
-        rotary = RotaryTable(*build_rotary_table(config, max_len, device))
+        rotary = build_rotary_table(config, max_len, device)
         vocabulary = config.vocab_size, config.hidden_size
         self.embed_tokens = self.add("model.embed_tokens", Embedding(*vocabulary, placement))
         self.layers = [

@@ -45,7 +45,7 @@ def _folder_end_ids(folder: Path) -> list[int]:
 
 
 def _token_id(folder: Path, token: str) -> int | None:
-    """Its id in whichever of the tokenizer's files has it."""
+    """The token's id, from whichever of the tokenizer's files has it."""
     for name in ("added_tokens.json", "vocab.json"):
         ids: dict[str, Any] = read_json(folder / name) if (folder / name).is_file() else {}
         if token in ids:
@@ -69,7 +69,7 @@ def _token_id(folder: Path, token: str) -> int | None:
 
 
 def _sentencepiece_end(folder: Path) -> int | None:
-    """What sentencepiece's file says itself, where nothing beside it names the token."""
+    """The end-of-sequence id of sentencepiece's own file, where nothing beside it names the token."""
     if (folder / "tokenizer.json").is_file() or not (folder / MODEL_FILE).is_file():
         return None
     token_id = int(parse_model(folder / MODEL_FILE).trainer_spec.eos_id)

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json says: where sequences end, and how to sample what a request leaves open."""
+"""A model's generation_config.json: end-of-sequence ids, and defaults of sampling parameters."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SamplingDefaults(NamedTuple):
     source: str = "neutral"
 
     def params(self) -> SamplingParams:
-        """For a caller that gives no parameters at all."""
+        """Parameters for a caller that gives none at all."""
         return SamplingParams(**self._given)
 
     def __str__(self) -> str:

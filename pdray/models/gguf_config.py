@@ -213,7 +213,7 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
 
 
 def _with_frequency_factors(file: GGUFFile, config: ModelConfig) -> ModelConfig:
-    """With the divisor of each frequency that the file has as a tensor; linear scaling divides by one more."""
+    """The scaling with the frequency divisors that the file has as a tensor; linear scaling divides by one more."""
     if ROPE_FACTORS not in file.tensors:
         return config
     scaling = config.rope_scaling or {"rope_type": "linear", "factor": 1.0}

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its tokenizer: tokens and their kinds, special ids, what is added around a text.
+"""A GGUF file's tokenizer data: tokens and their kinds, special ids, tokens added around a text.
 
 Where a key is absent, what llama.cpp assumes (llama-vocab.cpp). A key or kind that is not known is refused by name.
 """
@@ -92,7 +92,7 @@ class GGUFVocabulary:
 
 
 def read_vocabulary(file: GGUFFile) -> GGUFVocabulary:
-    """Everything under tokenizer.ggml.
+    """Read everything under tokenizer.ggml.
 
     Raises:
         ModelLoadError: there is no vocabulary, its kind or a key is not known, or it contradicts itself.

@@ -1,4 +1,4 @@
-"""What the decoder must know about a model, read from a Hugging Face config.json."""
+"""A model's shape and constants for the decoder, read from a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How one architecture reads its config.
+    """The rules by which one architecture reads its config.
 
     Attributes:
         qkv_bias, o_bias: fixed by the architecture, or None where attention_bias decides.
@@ -140,11 +140,6 @@ class ModelConfig:
             stretched = int(scaling["original_max_position_embeddings"] * scaling["factor"])
             return max(self.max_position_embeddings, stretched)
         return int(self.max_position_embeddings * max(1.0, scaling["factor"]))
-
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
 
     @staticmethod
     def from_hf(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:

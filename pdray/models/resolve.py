@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, a .gguf file, a config.json, or a Hugging Face id."""
+"""Find a model's files: a folder, a .gguf file, a config.json, or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def resolve_local(name: str, *, prefer_wheel: bool = True) -> ModelSource | None
 
 
 def resolve_tokenizer(config: Config) -> ModelSource:
-    """Where the tokenizer's files are: those of Config.tokenizer, or the model's own, downloaded if need be.
+    """Find the tokenizer's files: those of Config.tokenizer, or the model's own, downloaded if need be.
 
     Raises:
         ModelLoadError: nothing there.

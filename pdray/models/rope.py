@@ -16,7 +16,7 @@ from pdray.models.model_config import FREQUENCY_FACTORS, ModelConfig
 
 class RotaryTable(NamedTuple):
     """Attributes:
-    cos, sin: [max_len, head_dim / 2] float32; row p belongs to position p.
+    cos, sin: [max_len, head_dim / 2] float32; row p belongs to position p. One table serves all layers.
     """
 
     cos: torch.Tensor

@@ -50,7 +50,7 @@ class SentencePieceVocabulary:
 
 
 def build_tokenizer(vocabulary: SentencePieceVocabulary) -> Tokenizer:
-    """Everything but what is added around a text."""
+    """Build the tokenizer, except for the tokens added around a text."""
     tokenizer = Tokenizer(_model(vocabulary))
     steps: list[Any] = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
     if vocabulary.remove_extra_whitespaces:

@@ -1,4 +1,4 @@
-"""How byte-level vocabularies split a text before merging: GGUF's tokenizer.ggml.pre as regular expressions.
+"""Splits of a text before merging, for byte-level vocabularies: GGUF's tokenizer.ggml.pre as regular expressions.
 
 The expressions are those that the model families publish in their tokenizer.json; which name means which is listed in
 llama.cpp's llama-vocab.cpp, as is what a file means that does not say whether texts begin with a special token.
@@ -30,7 +30,7 @@ SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _words(digits: str, contraction: str = CONTRACTION + "|") -> str:
-    """The split of GPT-4 and its heirs: a letter, sign or space before a word belongs to it."""
+    """The split of GPT-4 and later models: a letter, sign or space before a word belongs to it."""
     return rf"{contraction}[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
 
 

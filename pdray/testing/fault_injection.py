@@ -14,7 +14,7 @@ from pdray.transfer.channel import Put, PutResult, Sender
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to a put.
+    """The fault that befalls a put.
 
     Attributes:
         kind: "delay" sends it delay_s late; "fail" never sends it and fails its future; "fail_after"

@@ -1,4 +1,4 @@
-"""What lets NCCL join two processes on one GPU, for tests."""
+"""The environment in which NCCL joins two processes on one GPU, for tests."""
 
 from __future__ import annotations
 

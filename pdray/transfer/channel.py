@@ -1,9 +1,9 @@
-"""What a channel kind is: one object with both ends.
+"""The interface of a channel kind: one object with both ends.
 
 A channel joins one prefill worker to one decode worker for one epoch. Each worker process makes one ``Kind`` object
 for every kind that its configuration allows. On a prefill worker it opens a ``Sender`` for each decode worker; on a
-decode worker it makes one ``Receiver`` for all prefill workers. What the two ends say to each other is theirs alone:
-actors carry it as bytes.
+decode worker it makes one ``Receiver`` for all prefill workers. Actors carry the messages between the two ends as
+opaque bytes.
 
 A put names a leg and positions in its lease, never blocks of the pool that it is written to: the ``Sink`` turns
 positions into blocks where they land, and refuses what the lease does not hold. Sources stay pinned and destinations
@@ -118,7 +118,7 @@ class Sender(ABC):
         """
 
     def on_message(self, epoch: int, payload: bytes) -> None:
-        """What the receiver says over the pair's session. Event loop's thread only."""
+        """Take a message of the receiver, which came over the pair's session. Event loop's thread only."""
         raise TypeError(f"a channel of kind {self.kind} takes no messages")
 
     def step_ended(self) -> None:
@@ -147,11 +147,11 @@ class Receiver(ABC):
         """A prefill worker will open this epoch, after its older one was closed. Returns what Kind.open() needs."""
 
     def on_message(self, worker_id: str, epoch: int, payload: bytes, send: Callable[[bytes], None]) -> None:
-        """What a sender says over the pair's session; ``send`` answers, for as long as the session lives."""
+        """Take a sender's message, which came over the pair's session; ``send`` answers while the session lives."""
         raise TypeError(f"a channel of kind {self.kind} takes no messages")
 
     async def on_array(self, worker_id: str, epoch: int, payload: bytes, array: np.ndarray[Any, Any]) -> bool:
-        """What a sender passes to Link.call(). Returns whether it counts."""
+        """Take an array that a sender passed to Link.call(). Returns whether it counts."""
         raise TypeError(f"a channel of kind {self.kind} takes no arrays")
 
     def let_in(self, key: Hashable, worker_id: str, epoch: int, positions: range) -> None:
@@ -168,8 +168,8 @@ class Receiver(ABC):
         return []
 
     def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
-        """End a sender's channel, if there is one: at once for what it says, and with the coroutine's end for what was
-        being written for it."""
+        """End a sender's channel, if there is one. Its messages are ignored at once; writes on its behalf have ended
+        when the coroutine returns."""
         return _nothing()
 
     @abstractmethod
@@ -212,13 +212,13 @@ class Kind(ABC):
 
     @property
     def facts(self) -> dict[str, str]:
-        """What obstacle() must know of this worker; travels in WorkerInfo.channels."""
+        """Facts about this worker for obstacle(); travel in WorkerInfo.channels."""
         return {}
 
     @classmethod
     @abstractmethod
     def obstacle(cls, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
-        """Why this kind cannot join the two; None if it can."""
+        """The reason why this kind cannot join the two; None if it can."""
 
     @abstractmethod
     def attach(self, pool: KVPool) -> None:

@@ -1,4 +1,4 @@
-"""Which legs have blocks on their way into the pool: their leases must not be freed before those are there."""
+"""Writes into the pool that are under way: the leases of their legs must not be freed before they end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PendingWrites:
             await done
 
     def abandon(self) -> None:
-        """The device has failed: nobody is to wait for what never comes."""
+        """Forget all writes, because the device has failed and they will never end."""
         self._number.clear()
         for key in list(self._calls):
             for call in self._calls.pop(key):

@@ -1,1 +1,1 @@
-"""What travels between processes: messages by conversation, frames, the handshake, sessions over TCP."""
+"""Communication between processes: messages by conversation, frames, the handshake, sessions over TCP."""

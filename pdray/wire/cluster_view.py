@@ -39,7 +39,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
 
 
 class ChannelOffer(msgspec.Struct, frozen=True):
-    """What a decode worker answers to a prefill worker that is to connect to it.
+    """A decode worker's answer to a prefill worker that is to connect to it.
 
     Attributes:
         kind: of channel. data: what the kind's sender needs; opaque to everyone else.
@@ -52,7 +52,7 @@ class ChannelOffer(msgspec.Struct, frozen=True):
 
 
 class WorkerIdentity(msgspec.Struct, frozen=True):
-    """What a started worker tells a Coordinator that knows nothing of it.
+    """A running worker's description of itself for a Coordinator that does not know it.
 
     Attributes:
         origin: of its configuration and the cluster's secret; a worker of another origin cannot be kept.
@@ -75,7 +75,7 @@ class WorkerLoading(msgspec.Struct, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
-    """What a worker tells the Coordinator, again and again.
+    """A worker's periodic report to the Coordinator.
 
     Attributes:
         epochs: of its channels, by peer, as in WorkerIdentity.

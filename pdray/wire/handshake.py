@@ -63,7 +63,7 @@ def _prove(secret: bytes, *parts: bytes | str) -> bytes:
 
 
 def _prove_hello(secret: bytes, challenge: Challenge, nonce: bytes, me: PeerName, session_id: str) -> bytes:
-    """For the challenger alone: whoever passes its challenge on under another name gets a proof it cannot use."""
+    """A proof for the challenger alone: a process that relays its challenge under another name cannot use it."""
     return _prove(secret, "hello", challenge.nonce, nonce, *challenge.peer, *me, session_id)
 
 

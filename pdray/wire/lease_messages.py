@@ -10,7 +10,7 @@ from pdray.wire.message import LegKey, LegMessage, Message, Verdict
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):
-    """What a decode worker can still take, and how busy it is.
+    """The capacity that a decode worker has left, and its load.
 
     Attributes:
         free_blocks: blocks that a new lease could get (free, or cached and unreferenced); none while a preempted
@@ -28,7 +28,7 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CreditWanted(msgspec.Struct, frozen=True, array_like=True):
-    """What the request that waits first at a router needs; see pdray.engine.schedule.demand.Demand."""
+    """The demand of a router's first waiting request; see pdray.engine.schedule.demand.Demand."""
 
     blocks: int
     places: int
@@ -58,7 +58,7 @@ class RenewLeases(Message, frozen=True):
     """Extend these leases. A lease that its router stops naming expires. Answered by a CreditUpdate.
 
     Attributes:
-        wanted: send another CreditUpdate as soon as there is so much credit; replaces what was said before.
+        wanted: send another CreditUpdate as soon as there is so much credit; replaces the former wish.
     """
 
     keys: list[LegKey]
@@ -136,6 +136,6 @@ class Tokens(Message, frozen=True):
 
 
 class CreditUpdate(Message, frozen=True):
-    """The answer to RenewLeases (heartbeat), and sent again when there is what that has wanted."""
+    """The answer to RenewLeases (heartbeat), sent again when the credit that it asked for is there."""
 
     credit: Credit

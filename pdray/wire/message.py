@@ -1,4 +1,4 @@
-"""What every message between processes is made of.
+"""The base of every message between processes.
 
 msgspec structs, tagged, array-like, encoded as msgpack. A *leg* is one attempt to run some of a
 request's completions on one decode worker; the pair (request_id, attempt) names it, and every
@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-# Of a leg that cannot go on where it is. lost: nobody is to blame, it goes on elsewhere. innocent: another leg's step
-# has broken the worker. suspect: it was in that step, with others. failed: it was in that step by itself. invalid: it
-# can never be served.
+# Why a leg cannot go on where it is. lost: no leg's fault, it goes on elsewhere. innocent: another leg's step has
+# broken the worker. suspect: it was in that step, with others. failed: it was in that step alone. invalid: it can never
+# be served.
 Verdict = Literal["lost", "innocent", "suspect", "failed", "invalid"]
 
 

@@ -18,7 +18,7 @@ class BeginPutReply(LegMessage, frozen=True):
 
 
 class PutDone(LegMessage, frozen=True):
-    """Every put of the leg was issued; READY once ``num_puts`` of them have arrived.
+    """Every put of the leg was issued; decoding may start once ``num_puts`` of them have arrived.
 
     Attributes:
         tokens: the first token of each index, which decode continues from.
@@ -39,7 +39,7 @@ class PutAborted(LegMessage, frozen=True):
 
 
 class ChannelMessage(Message, frozen=True):
-    """What the two ends of a channel say to each other.
+    """A message between the two ends of a channel.
 
     Attributes:
         kind: of channel. payload: opaque to everyone but that kind.

@@ -20,7 +20,7 @@ class SessionServer:
 
     Args:
         timeout_s: a peer that is silent, or not back after a lost connection, for so long is gone.
-        admits: asked with the address of whoever connects, before a byte is read; None admits all. The secret guards
+        admits: asked with the peer's address before a byte is read; None admits all. The secret guards
             the session in any case.
     """
 

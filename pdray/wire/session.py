@@ -148,7 +148,7 @@ class Session:
         self._tasks.cancel()
 
     def _write(self, frame: bytes) -> None:
-        """Without a live connection it is lost, and sent again if it was a message."""
+        """Write a frame. Without a live connection it is dropped, and sent again later if it was a message."""
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame)
 

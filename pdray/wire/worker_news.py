@@ -10,7 +10,7 @@ from pdray.wire.message import LegKey, Message
 
 
 class PrefixUpdate(Message, frozen=True):
-    """What a worker's prefix cache holds, for routing; sent to every router when it connects and now and then.
+    """Contents of a worker's prefix cache, for routing; sent to every router when it connects, then at intervals.
 
     Attributes:
         added, removed: 8 bytes for each block: its short hash, little-endian. is_all: added is everything.

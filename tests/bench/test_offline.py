@@ -12,7 +12,7 @@ import pytest
 
 from pdray import cli
 from pdray.bench import offline
-from pdray.bench.offline import Generation, Row, format_rows, measure
+from pdray.bench.offline import Generation, OfflineRow, format_rows, measure
 from pdray.bench.rows import WORKLOADS, Requests, floor_seconds
 from pdray.errors import ConfigError
 from pdray.models.model_config import ModelConfig
@@ -138,7 +138,7 @@ def test_named_rows_have_their_lengths_and_floors(tmp_path: Path, capsys: pytest
 
 
 def test_table_has_a_line_for_each_row() -> None:
-    row = Row("engine", 8, 128, 64, 2.5, 204.8, 250.0, 123.4, "8/8")
+    row = OfflineRow("engine", 8, 128, 64, 2.5, 204.8, 250.0, 123.4, "8/8")
     cells = format_rows([row]).splitlines()[1].split()
     assert " ".join(cells) == "engine 8 128 64 2.50 204.8 250.0 123.4 8/8"
 

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from pdray.kernels.linear.few_rows_triton import Config, triton_linear, triton_norm_linear
+from pdray.kernels.linear.few_rows_triton import Tiling, triton_linear, triton_norm_linear
 from pdray.kernels.linear.norm_linear import norm_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -17,10 +17,10 @@ DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SHAPES = [(96, 64), (40, 272), (512 + 16, 336) if INTERPRETED else (2048 + 16, 1088)]  # N, K
 ROWS = [2, 7, 16]
-CONFIGS = [
+TILINGS = [
     None,
-    Config(32, 64, 1, 2, 4, weight_first=True),  # several tiles of columns, some loaded ahead
-    Config(16, 64, 2, 1, 4, weight_first=False),  # columns split between programs
+    Tiling(32, 64, 1, 2, 4, weight_first=True),  # several tiles of columns, some loaded ahead
+    Tiling(16, 64, 2, 1, 4, weight_first=False),  # columns split between programs
 ]
 
 
@@ -39,10 +39,10 @@ def check_linear() -> None:
         residual = random(rows, n, dtype=dtype) if with_residual else None
         expected = x.float() @ weight.float().T + bias.float() + (0.0 if residual is None else residual.float())
         moved = [None if a is None else a.to(DEVICE) for a in (x, weight, bias, residual)]
-        for config in CONFIGS:
+        for tiling in TILINGS:
             for _ in range(2):  # the second finds the counters as the first has left them
-                out = triton_linear(*moved, config=config)
-            assert_close(out, expected, f"{dtype}, {rows} rows, {k} to {n}, {config}")
+                out = triton_linear(*moved, tiling=tiling)
+            assert_close(out, expected, f"{dtype}, {rows} rows, {k} to {n}, {tiling}")
 
 
 def check_norm_linear() -> None:
@@ -51,9 +51,9 @@ def check_norm_linear() -> None:
         x, norm, weight, bias = (random(*s, dtype=dtype) for s in ((rows, k), (k,), (n, k), (n,)))
         expected = norm_linear(x, norm, 1e-6, weight, bias, gated=gated)
         x, norm, weight, bias = (a.to(DEVICE) for a in (x, norm, weight, bias))
-        for config in CONFIGS:
-            out = triton_norm_linear(x, norm, 1e-6, weight, bias, gated=gated, config=config)
-            assert_close(out, expected, f"{dtype}, {rows} rows, gated {gated}, {config}")
+        for tiling in TILINGS:
+            out = triton_norm_linear(x, norm, 1e-6, weight, bias, gated=gated, tiling=tiling)
+            assert_close(out, expected, f"{dtype}, {rows} rows, gated {gated}, {tiling}")
 
 
 CHECKS = {"few rows, linear": check_linear, "few rows, norm, linear and gate": check_norm_linear}

@@ -43,7 +43,7 @@ def test_reads_a_plain_llama() -> None:
         4,
         2,
     )
-    assert config.head_dim == 16 and config.group_size == 2
+    assert config.head_dim == 16 and config.num_heads == 2 * config.num_kv_heads
     assert config.rope_theta == 500000.0 and config.rope_scaling is None
     assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
     assert config.tie_word_embeddings and config.torch_dtype == "bfloat16"

@@ -1,4 +1,4 @@
-"""Which blocks a request's completions hold: prefix hits, shared prompts, private tails, growth."""
+"""Allocation of blocks to a request's completions: prefix hits, shared prompts, private tails, growth."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class KVAllocator:
         return [sequence] if request.forked or request.prefill_only else request.sequences
 
     def leave_last_block_to_compute(self, request: LiveRequest) -> None:
-        """If the whole prompt was cached, give its last block up for a private one."""
+        """Exchange the last block for a private one if the whole prompt was cached."""
         lead, block_size = request.lead, self.limits.block_size
         if lead.num_computed_tokens < len(lead.token_ids):
             return

@@ -39,7 +39,7 @@ def short_hash(block_hash: bytes) -> int:
 
 
 class PrefixChanges(NamedTuple):
-    """What has entered and left a prefix cache, as short hashes."""
+    """Prefixes that have entered and left a cache, as short hashes."""
 
     added: set[int]
     removed: set[int]
@@ -166,12 +166,12 @@ class BlockPool:
         return block
 
     def check(self, expected: Counter[int]) -> list[str]:
-        """What is wrong, given how often each block is referenced by its users; empty if nothing is."""
+        """Problems, given how often each block is referenced by its users; empty if there are none."""
         uses = [expected[block] for block in range(self.num_blocks)]
         return [*self.check_blocks(0, uses), *chain.from_iterable(self.check_cache())]
 
     def check_blocks(self, first: int, uses: Sequence[int]) -> list[str]:
-        """The same of the blocks from ``first`` on, one for each of ``uses``."""
+        """Problems of the blocks from ``first`` on, one for each of ``uses``; see check()."""
         problems = []
         for block, num_uses in enumerate(uses, first):
             count = self._ref_counts[block]
@@ -189,7 +189,7 @@ class BlockPool:
         return problems
 
     def check_cache(self) -> Iterator[list[str]]:
-        """What is wrong with the prefix cache's own entries, slice by slice; the pool may change between two.
+        """Problems of the prefix cache's own entries, slice by slice; the pool may change between two.
 
         A cache that has changed is gone through again. One that never stays as it is for long enough is listed first,
         which at half a million entries takes some milliseconds.

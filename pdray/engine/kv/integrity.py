@@ -1,4 +1,4 @@
-"""Does the block accounting add up? For tests, and for operators who suspect that it does not.
+"""Checks that the block accounting adds up, for tests and operators.
 
 All of it at once would hold the engine's lock for half a second at half a million blocks. So it goes in slices, each of
 which looks at the state as it is then and relies on nothing that an earlier slice has seen.
@@ -18,7 +18,7 @@ from pdray.engine.schedule.sequence import Sequence, SequenceStatus
 
 
 def check_integrity(scheduler: Scheduler) -> list[str]:
-    """What is wrong with the scheduler's state; empty if nothing is. The caller holds the engine's lock.
+    """Problems of the scheduler's state; empty if there are none. The caller holds the engine's lock.
 
     Blocks in use are exactly those of live requests; a block is in two tables only where both hold the same
     prefix; places are counted; queue and batch hold what their statuses say.
@@ -27,7 +27,7 @@ def check_integrity(scheduler: Scheduler) -> list[str]:
 
 
 def check_in_slices(scheduler: Scheduler) -> Iterator[list[str]]:
-    """The same, a little with each step of the iteration: the lock is needed for each, and not between two."""
+    """check_integrity() in slices: the lock is needed for each step of the iteration, and not between two."""
     pool = scheduler.pool
     for first in range(0, pool.num_blocks, CHECK_SLICE):
         yield pool.check_blocks(first, _count_uses(scheduler, first, min(first + CHECK_SLICE, pool.num_blocks)))
@@ -41,13 +41,13 @@ def check_in_slices(scheduler: Scheduler) -> Iterator[list[str]]:
 
 
 def _sequences(scheduler: Scheduler) -> list[Sequence]:
-    """All that may hold blocks."""
+    """All sequences that may hold blocks."""
     known = {id(sequence): sequence for request in scheduler.requests.values() for sequence in request.sequences}
     return list((known | {id(sequence): sequence for sequence in scheduler.leaving}).values())
 
 
 def _count_uses(scheduler: Scheduler, first: int, end: int) -> list[int]:
-    """How often each block from first to end is in use. _check_sequence() compares block rows to block tables."""
+    """Number of users of each block from first to end. _check_sequence() compares block rows to block tables."""
     sequences = _sequences(scheduler)
     copies = [s.pending_copy.source for s in sequences if s.pending_copy is not None]
     copies += [copy.source for plan in scheduler.plans_in_flight for copy in plan.copies]
@@ -58,7 +58,7 @@ def _count_uses(scheduler: Scheduler, first: int, end: int) -> list[int]:
 
 
 class _Holder(NamedTuple):
-    """Who holds a block, and where in its table."""
+    """A sequence that holds a block, and the index in its table."""
 
     sequence: Sequence
     position: int

@@ -1,4 +1,4 @@
-"""How keys and values lie in memory: the one place that knows a pool's shape and its bytes."""
+"""The layout of keys and values in memory: the one place that knows a pool's shape and bytes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class KVLayout:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int]:
-        """Of one layer's block: [2, block_size, num_kv_heads, head_dim]."""
+        """Shape of one layer's block: [2, block_size, num_kv_heads, head_dim]."""
         return 2, self.block_size, self.num_kv_heads, self.head_dim
 
     def shape(self, num_blocks: int) -> tuple[int, ...]:
-        """Of a pool: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]."""
+        """Shape of a pool: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]."""
         return self.num_layers, num_blocks, *self.block_shape
 
     @property
@@ -52,6 +52,6 @@ class KVLayout:
         return self.block_bytes // self.block_size
 
     def __str__(self) -> str:
-        """The same for two layouts only if they are equal."""
+        """A description that is the same for two layouts only if they are equal."""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.num_layers}x{self.block_size}x{self.num_kv_heads}x{self.head_dim}-{dtype}"

@@ -1,4 +1,4 @@
-"""How many KV blocks a worker's pool gets."""
+"""The size of a worker's KV pool."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What each step computes, and what came of it."""
+"""Scheduling: the work of each step, and its results."""

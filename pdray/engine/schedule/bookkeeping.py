@@ -15,7 +15,7 @@ from pdray.sampling_params import SamplingParams
 
 
 class Finish(NamedTuple):
-    """Why a completion ended; see SampledToken."""
+    """The reason why a completion ended; see SampledToken."""
 
     reason: str | None = None
     stop_reason: int | None = None

@@ -1,4 +1,4 @@
-"""What a lease takes of a decode worker: the one formula by which routers ask and workers grant."""
+"""The blocks and places that a lease takes: the one formula by which routers ask and workers grant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Demand(NamedTuple):
-    """What a request needs of a decode worker, and of the worker that computes its prompt.
+    """Resources that a request needs of its decode worker, and of the worker that computes its prompt.
 
     Attributes:
         blocks: free blocks that are always enough; blocks cached there and in use need not be free.
@@ -48,7 +48,7 @@ def num_reserved_tokens(num_tokens: int, length: int, headroom_tokens: int) -> i
 def lease_demand(
     num_tokens: int, length: int, num_completions: int, *, block_size: int, headroom_tokens: int
 ) -> Demand:
-    """What a lease for these completions takes.
+    """The demand of a lease for these completions.
 
     Args:
         num_tokens: prompt and earlier outputs. length: see Demand.

@@ -1,4 +1,4 @@
-"""What one engine can take at all: requests beyond it are refused at once, with what would have to change."""
+"""The limits of one engine: requests beyond them are refused at once, with the setting to change."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class EngineLimits:
         return num_reserved_tokens(num_tokens, self.max_total_tokens(request), self.headroom_tokens)
 
     def demand(self, request: EngineRequest) -> Demand:
-        """What a reservation of the request takes at most."""
+        """The most that a reservation of the request takes."""
         return lease_demand(
             len(request.prompt_token_ids) + len(request.output_token_ids),
             self.max_total_tokens(request),

@@ -1,4 +1,4 @@
-"""Who comes first in the batch and in the queue, and who may go on while a token is pending."""
+"""Orders of the batch and the queue, and the condition for going on while a token is pending."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one step computes, and what came out of it: the values that pass between scheduler and runner."""
+"""The plan of one step and its results: the values that pass between scheduler and lane."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class StepPlan:
 
     @property
     def keys(self) -> list[Hashable]:
-        """Of the requests that it computes, each once."""
+        """Keys of the requests that it computes, each once."""
         return list(dict.fromkeys(chunk.sequence.request.key for chunk in self.chunks))
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
@@ -89,7 +89,7 @@ class StepPlan:
             sequence.pending_copy = None
 
     def _draw(self, sequence: Sequence, row: int) -> Draw:
-        """From now on the sequence has one more pending token."""
+        """Add a draw: the sequence has one more pending token from now on."""
         draw = Draw(sequence, row, sequence.num_output_tokens + sequence.num_pending)
         sequence.num_pending += 1
         sequence.pending_row = self.num_draws

@@ -15,7 +15,7 @@ from pdray.sampling_params import SamplingParams
 
 
 class History(NamedTuple):
-    """What a rule is made from.
+    """The facts that a rule is made from.
 
     Attributes:
         output_token_ids: so far; a copy, which the rule may keep.
@@ -43,7 +43,7 @@ class Rule(ABC):
 
     @abstractmethod
     def change(self, row: SamplingRow) -> SamplingRow:
-        """How the next token is drawn: ``row`` with more banned tokens, or with what else a row can say."""
+        """Change how the next token is drawn: return ``row`` with more banned tokens, or other fields."""
 
 
 class Penalties(Rule):
@@ -62,7 +62,7 @@ class Penalties(Rule):
 
     @staticmethod
     def make(history: History) -> Rule | None:
-        """None without penalties."""
+        """The rule for a request with penalties; None without."""
         p = history.params
         used = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
         return Penalties(history) if used else None
@@ -84,7 +84,7 @@ class MinTokens(Rule):
 
     @staticmethod
     def make(history: History) -> Rule | None:
-        """None without min_tokens."""
+        """The rule for a request with min_tokens; None without."""
         min_tokens = history.params.min_tokens
         return MinTokens(min_tokens, history.end_token_ids) if min_tokens else None
 

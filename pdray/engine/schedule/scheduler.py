@@ -1,4 +1,4 @@
-"""Continuous batching: which tokens of which sequences the next step computes.
+"""Continuous batching: chooses the tokens that the next step computes.
 
 Decoding sequences come first, one token each; what is left of the token budget goes to prompts, in chunks, in the
 same forward pass (Agrawal et al. 2024, "Sarathi-Serve"). All blocks of a prompt are allocated when it is admitted, so
@@ -6,7 +6,7 @@ only decoding can run out of them; then the youngest sequence of the lowest prio
 computed again later, from prompt and outputs. Pure: no tensors, no clock, no lock.
 
 A step may be planned while the one before it is in flight: its tokens are pending then, and taken for tokens that end
-nothing. Where that is wrong, the step computes one token too many, which nobody hears of.
+nothing. Where that is wrong, the step computes one token too many, which is dropped.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Scheduler:
         turns = self.turns.choose(self.running, self.waiting, [plan.alone for plan in self.plans_in_flight])
         for turn in turns:
             self.turns.last = turn
-            # One that is to be alone and cannot begin waits for room, which nobody behind it may take meanwhile.
+            # One that is to be alone and cannot begin waits for blocks, which those behind it must not take meanwhile.
             plan = self._plan(turn, may_overtake=turn is turns[0])
             if plan.chunks:
                 break
@@ -208,7 +208,7 @@ class Scheduler:
         # The longest first: attention takes them in this order, and a long one that begins last ends long after all.
         for sequence in sorted(ready, key=num_known_tokens, reverse=True):
             plan.add(sequence, 1)
-        # Who gave blocks back in this step would only take them again, unless nobody else can use them.
+        # A sequence that gave blocks back in this step would only take them again, unless no other can use them.
         has_preempted = self.counters.num_preemptions > num_preemptions
         self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks, may_overtake=may_overtake)
         return plan

@@ -19,7 +19,7 @@ ALONE_STEPS = 4
 
 
 class SequenceStatus(enum.Enum):
-    """Where one completion stands."""
+    """The state of one completion."""
 
     WAITING = enum.auto()  # queued; holds no blocks
     RESERVED = enum.auto()  # holds blocks; nothing is computed for it
@@ -113,7 +113,7 @@ class Sequence:
 
     @property
     def rules(self) -> list[Rule]:
-        """What its draws follow; made with the first of them, and told every token from then on."""
+        """The rules of its draws; made with the first draw, and told every token from then on."""
         if self._rules is None:
             outputs = self.token_ids[self.num_prompt_tokens :]
             self._rules = self.request.make_rules(outputs)

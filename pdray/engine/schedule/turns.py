@@ -15,7 +15,7 @@ Turn = LiveRequest | None  # whose step it is: a request's alone, or everyone el
 
 
 class Turns:
-    """Whose step is next.
+    """The order of steps between requests that run alone and all others.
 
     Attributes:
         last: whose was planned last.
@@ -50,7 +50,7 @@ class Turns:
         return turns[:1] if turns[0] is in_flight[-1] else []
 
     def of(self, sequences: Iterable[Sequence], turn: Turn) -> Iterable[Sequence]:
-        """Those that may be in a step of that turn."""
+        """Sequences that may be in a step of that turn."""
         if turn is not None:
             return (s for s in sequences if s.request is turn)
         return (s for s in sequences if not s.request.num_alone_steps) if self._alone else sequences

@@ -133,7 +133,7 @@ class StepGraphs:
         return shape in self._graphs
 
     def shape_for(self, plan: StepPlan) -> StepShape:
-        """What the plan is to be padded to, for a graph where one can run it."""
+        """The shape to pad the plan to, a graph's where one can run it."""
         if plan.is_decode:
             size = self._padded_draws(plan.num_draws)
             return StepShape(size, size, size, True)

@@ -1,4 +1,4 @@
-"""From a step's plan to the tensors of one forward pass, through buffers that are allocated once."""
+"""The tensors of one forward pass, made from a step's plan in buffers that are allocated once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GREEDY = SamplingMetadata()
 
 
 class DrawInputs(NamedTuple):
-    """How each of S plain draws is made; see draw_tokens.
+    """Parameters of S plain draws; see draw_tokens.
 
     Attributes:
         temperature: [S] float32, 0 where greedy. seeds, positions: [S] int64.
@@ -31,7 +31,7 @@ class DrawInputs(NamedTuple):
 
 
 class StepShape(NamedTuple):
-    """What a step's launches depend on, padding included.
+    """The sizes that a step's launches depend on, padding included.
 
     Attributes:
         is_decode: one token and one draw for each sequence, in the same order.
@@ -260,7 +260,7 @@ class InputBuffers:
         )
 
     def _sampling(self, plan: StepPlan) -> tuple[SamplingMetadata | None, list[int | None]]:
-        """How to draw; a batch of plain rows builds nothing."""
+        """Sampling metadata and numbers of log-probabilities of the plan's draws; plain rows need no metadata."""
         draws = [draw for chunk in plan.chunks for draw in chunk.draws]
         num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
         if self.device.type == "cuda" and all(draw.sequence.request.is_plain for draw in draws):

@@ -22,7 +22,7 @@ from pdray.outputs import Logprob
 
 
 class Draws(NamedTuple):
-    """What a launched step draws.
+    """Draws of a launched step.
 
     Attributes:
         packed: on the host, and on CUDA only once ``done`` has passed.
@@ -184,7 +184,7 @@ class Lane:
 
 
 def pack_samples(output: SampleOutput) -> torch.Tensor:
-    """All of it as one int64 tensor: ids, ranks, top ids, then float64 bits of the log-probabilities."""
+    """Pack the output into one int64 tensor: ids, ranks, top ids, then float64 bits of the log-probabilities."""
     if output.logprobs is None:
         return output.token_ids
     _, sampled, ranks, top_ids, top_logprobs = output.logprobs

@@ -57,7 +57,7 @@ def find_final_blocks(chunk: Chunk, num_cached_tokens: int, block_size: int) -> 
 
 
 def group_callback(plan: StepPlan, block_size: int, notify: Callable[[LayerGroupReady], None]) -> OnGroup | None:
-    """What the lane is to call after each group of layers; None if no request of the plan is prefill_only.
+    """The lane's callback after each group of layers; None if no request of the plan is prefill_only.
 
     Call it under the engine's lock; the result needs no lock, for blocks of a step in flight stay where they are.
     """

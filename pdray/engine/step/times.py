@@ -1,4 +1,4 @@
-"""How long the last steps took, and how much of that was the host's: the engine's jitter."""
+"""Durations of the last steps and the host's share of them: the engine's jitter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NUM_STEPS = 512
 
 
 class Spread(NamedTuple):
-    """In milliseconds."""
+    """Median, 99th percentile and maximum, in milliseconds."""
 
     p50: float
     p99: float
@@ -24,7 +24,7 @@ class Spread(NamedTuple):
 
 
 class StepSpread(NamedTuple):
-    """Of the last NUM_STEPS steps that followed another without a pause.
+    """Statistics over the last NUM_STEPS steps that followed another without a pause.
 
     Attributes:
         step: from one step's tokens to the next one's.
@@ -50,11 +50,11 @@ class StepTimes:
         self._last_end = ended
 
     def pause(self) -> None:
-        """What comes next does not follow the last step."""
+        """Note a pause: the next step does not follow the last one."""
         self._last_end = None
 
     def spread(self) -> StepSpread | None:
-        """None while no step has followed another."""
+        """The statistics; None while no step has followed another."""
         if not self._steps:
             return None
         steps, hosts = zip(*self._steps, strict=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from pdray.kernels.attention.paged import AttentionMetadata, paged_attention
@@ -12,15 +10,7 @@ from pdray.models.model_config import ModelConfig
 from pdray.models.parts.linear import Linear
 from pdray.models.parts.norm import RMSNorm
 from pdray.models.parts.part import Part, Placement
-
-
-class RotaryTable(NamedTuple):
-    """Attributes:
-    cos, sin: [max_len, head_dim / 2] float32. One table serves all layers.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
+from pdray.models.rope import RotaryTable
 
 
 class Attention(Part):
@@ -53,7 +43,7 @@ class Attention(Part):
         kv_layer: torch.Tensor,
         meta: AttentionMetadata,
     ) -> torch.Tensor:
-        """What every token attends to, before the output product; writes the tokens' keys and values into the pool.
+        """Attention of every token, before the output product; writes the tokens' keys and values into the pool.
 
         Args:
             hidden: [T, hidden_size]; ``norm`` is applied to it first.

@@ -1,4 +1,4 @@
-"""From token ids to vectors, and from vectors to logits."""
+"""Token ids to vectors, and vectors to logits."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The two ends of a nccl channel's pipe: what a communicator can do, how one is made, and how one is given up.
 
-NCCL's calls can hang for ever when the peer is gone, and only an abort from another thread ends them. An init cannot
+NCCL's calls can hang forever when the peer is gone, and only an abort from another thread ends them. An init cannot
 be aborted at all.
 """
 
@@ -41,7 +41,7 @@ class Communicator(Protocol):
 
 
 class Transport(Protocol):
-    """What the nccl channel needs of the machine; tests put their own in its place.
+    """The machine's side of the nccl channel; tests replace it by a fake.
 
     Attributes:
         gpu: names the physical GPU. version: both ends must have the same.

@@ -1,4 +1,4 @@
-"""What the two ends of a nccl channel say to each other, beside what goes through NCCL."""
+"""Messages between the two ends of an nccl channel, beside the data that goes through NCCL."""
 
 from __future__ import annotations
 

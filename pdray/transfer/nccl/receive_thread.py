@@ -74,7 +74,7 @@ class Unpacking(NamedTuple):
 
 
 class ReceiveEvents(Protocol):
-    """What the thread tells, on the event loop's thread and in order."""
+    """Events of the thread, called on the event loop's thread and in order."""
 
     def transfer_ended(self, transfer: Transfer) -> None:
         """Nothing of it is written any more. Comes once for each transfer that was granted, also of a failed link."""
@@ -141,7 +141,7 @@ class ReceiveThread:
         return first
 
     def stop(self) -> None:
-        """Not from the thread itself. Links must have been given up before."""
+        """End the thread. Not from the thread itself; links must have been given up before."""
         self._thread.stop()
         self._watchdog.stop()
 

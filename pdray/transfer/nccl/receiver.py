@@ -56,7 +56,7 @@ class _Sender:
 
 
 class Offer(NamedTuple):
-    """What a sender needs to open a channel.
+    """The data with which a sender opens a channel.
 
     Attributes:
         unique_id: of the communicator; opaque. piece_bytes: what one transfer of it holds at most.
@@ -283,6 +283,6 @@ class NcclReceiver(Receiver):
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """A loop that has been closed belongs to a worker that has ended: nobody is to hear it."""
+    """Call on the event loop; ignored where the loop is closed, because its worker has ended."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(call)

@@ -159,7 +159,7 @@ class Staging:
         return split_put(layers, num_blocks, self.bytes_per_block, piece_bytes)
 
     def num_bytes(self, piece: Piece) -> int:
-        """Of its data."""
+        """Bytes of a piece's data."""
         return len(piece.layers) * (piece.stop - piece.start) * self.bytes_per_block
 
     def next_slot(self) -> Slot:

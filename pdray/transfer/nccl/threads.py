@@ -31,7 +31,7 @@ class PollingThread:
         self._thread = start_thread(name, self._run, on_error)
 
     def post(self, call: Callable[[], None]) -> None:
-        """From any thread. After the thread's end it does nothing."""
+        """Run a call on this thread. From any thread; does nothing after the thread's end."""
         with self._condition:
             self._calls.append(call)
             self._condition.notify()
@@ -57,7 +57,7 @@ class PollingThread:
                 wait_s = min(2 * wait_s, MAX_POLL_S)
 
     def _take(self, wait_s: float | None) -> list[Callable[[], None]] | None:
-        """Posted calls, after waiting for one as long as that (None: for ever); None once it is to stop."""
+        """Posted calls, after waiting so long for one (None: forever); None once the thread is to stop."""
         with self._condition:
             if not self._calls and not self._stopping:
                 self._condition.wait(wait_s)

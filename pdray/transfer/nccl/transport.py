@@ -16,7 +16,7 @@ NUM_RANKS = 2
 
 
 def nccl_version() -> str:
-    """Of the NCCL that cupy has loaded, e.g. "22809"; "" where it cannot be used."""
+    """Version of the NCCL that cupy has loaded, e.g. "22809"; "" where it cannot be used."""
     try:
         from cupy.cuda import nccl
     except ImportError:
@@ -25,7 +25,7 @@ def nccl_version() -> str:
 
 
 class NcclCommunicator:
-    """A Communicator. Blocks until the other rank is there too, and for ever if it never comes.
+    """A Communicator. The constructor blocks until the other rank is there too, forever if it never comes.
 
     send() and recv() return before anything has moved, except the first in each direction, which wait for the peer's.
     It must be aborted before it is forgotten: Python's garbage collector would wait for the peer.

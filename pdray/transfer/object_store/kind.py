@@ -41,7 +41,7 @@ def array_to_blocks(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Te
 
 
 class ArrayHeader(NamedTuple):
-    """What an array holds: blocks of these positions of a leg, of layers [first_layer, last_layer)."""
+    """Header of an array: it holds blocks of these positions of a leg, of layers [first_layer, last_layer)."""
 
     request_id: str
     attempt: int
