@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
 from pdray.kernels.kv.blocks import gather_blocks
-from pdray.transfer.nccl.staging import ID_AREA_BYTES, MAX_SPAN_BLOCKS, NUM_SLOTS, IdArea, Staging, split_put
+from pdray.transfer.nccl.staging import ID_AREA_BYTES, MAX_SPAN_BLOCKS, NUM_SLOTS, Staging, split_put
+from pdray.transfer.ring import Ring
 
 
 @given(st.data())
 def test_ids_in_use_never_overlap(data: st.DataObject) -> None:
-    area = IdArea(512 * data.draw(st.integers(1, 20), "capacity"))
+    area = Ring(512 * data.draw(st.integers(1, 20), "capacity"))
     live = []
     for _ in range(data.draw(st.integers(1, 60), "steps")):
         if live and data.draw(st.booleans(), "free"):
@@ -32,7 +33,7 @@ def test_ids_in_use_never_overlap(data: st.DataObject) -> None:
 
 
 def test_an_area_in_order_is_used_to_the_last_byte() -> None:
-    area = IdArea(4 * 512)
+    area = Ring(4 * 512)
     parts = [area.allocate(512) for _ in range(4)]
     assert area.allocate(1) is None
     for _ in range(10):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pdray.transfer.nccl.staging import Region, StagingRing
+from pdray.transfer.ring import Region, Ring
 
 CAPACITY = 256 * 1024  # ids
 MAX_BLOCKS = CAPACITY // 8  # of one write: two ids each, and room for others beside it
@@ -18,7 +18,7 @@ class BlockIds:
     """
 
     def __init__(self, device: torch.device, capacity: int = CAPACITY) -> None:
-        self.ring = StagingRing(capacity * ID_BYTES)
+        self.ring = Ring(capacity * ID_BYTES)
         self._host = torch.zeros(capacity, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._numbers = self._host.numpy()
         self._device = torch.zeros(capacity, dtype=torch.int32, device=device)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pdray.transfer.channel import Put, PutResult
 from pdray.transfer.cuda_ipc.block_ids import MAX_BLOCKS
 from pdray.transfer.cuda_ipc.messages import Places
-from pdray.transfer.nccl.staging import Region
+from pdray.transfer.ring import Region
 from pdray.transfer.streams import Event
 from pdray.wire.message import LegKey
 

@@ -17,8 +17,9 @@ from typing import NamedTuple, Protocol
 
 from pdray.errors import TransferError
 from pdray.transfer.nccl.communicator import GuardedCommunicator
-from pdray.transfer.nccl.staging import PROBE_BYTES, Ids, Slot, Span, Staging
+from pdray.transfer.nccl.staging import PROBE_BYTES, Slot, Span, Staging
 from pdray.transfer.nccl.threads import PollingThread, Watchdog
+from pdray.transfer.ring import Region
 from pdray.transfer.streams import DRAIN_TIMEOUT_S, Event, Stream
 from pdray.wire.message import LegKey
 
@@ -69,7 +70,7 @@ class Unpacking(NamedTuple):
     """
 
     done: Event
-    ids: Ids | None = None
+    ids: Region | None = None
     transfer: Transfer | None = None
 
 
@@ -179,7 +180,7 @@ class ReceiveThread:
             self._unpacking.append(Unpacking(self._unpack_stream.record(), transfer=transfer))
         self._receiving.append(Receiving(link, link.stream.record(), ends_grant=True))
 
-    def _receive_span(self, transfer: Transfer, span: Span, ids: Ids) -> None:
+    def _receive_span(self, transfer: Transfer, span: Span, ids: Region) -> None:
         staging, stream = self._staging, self._unpack_stream
         stream.run(partial(staging.load_ids, ids, span, transfer.blocks))
         for piece in span.pieces:

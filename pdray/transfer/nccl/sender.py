@@ -31,8 +31,9 @@ from pdray.transfer.nccl.messages import (
     decode_to_sender,
     encode,
 )
-from pdray.transfer.nccl.staging import PROBE_BYTES, Ids, Staging
+from pdray.transfer.nccl.staging import PROBE_BYTES, Staging
 from pdray.transfer.nccl.threads import PollingThread, Watchdog
+from pdray.transfer.ring import Region
 from pdray.transfer.streams import Event, Stream, drain
 from pdray.wire.message import LegKey
 
@@ -116,7 +117,7 @@ class NcclSender(Sender):
         self._told: dict[int, Outgoing] = {}  # not answered yet
         self._granted: deque[Outgoing] = deque()
         self._work: Iterator[None] | None = None  # enqueues what is granted
-        self._sending: deque[tuple[Event, Ids | None]] = deque()  # by piece; ids that nothing needs after it
+        self._sending: deque[tuple[Event, Region | None]] = deque()  # by piece; ids that nothing needs after it
         self._undone: set[int] = set()  # granted, and not said to have arrived
         self._progress_at = 0.0
 

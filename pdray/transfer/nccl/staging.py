@@ -6,7 +6,6 @@ free, and the stream that fills it next waits for that. So a put of any size can
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,9 +14,9 @@ import torch
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
 from pdray.kernels.kv.pack import PackedBlocks, pack_blocks, unpack_blocks
+from pdray.transfer.ring import ALIGNMENT, Region, Ring
 from pdray.transfer.streams import Event
 
-ALIGNMENT = 512
 NUM_SLOTS = 4  # so that packing, sending and unpacking overlap
 MAX_SPAN_BLOCKS = 4096  # their ids are 32 KiB: CUDA takes up to 64 KiB of pageable memory without waiting
 ID_BYTES = 8
@@ -72,53 +71,6 @@ class Slot:
     free_after: Event | None = None
 
 
-@dataclass(eq=False, slots=True)
-class Ids:
-    """Bytes of the area for block ids that are in use."""
-
-    offset: int
-    num_bytes: int
-    freed: bool = False
-
-
-class IdArea:
-    """Hands out bytes of [0, capacity) around and around; they may come back in any order."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._used: deque[Ids] = deque()  # by age
-        self._head = 0
-
-    def __len__(self) -> int:
-        """Parts in use."""
-        return sum(not ids.freed for ids in self._used)
-
-    def allocate(self, num_bytes: int) -> Ids | None:
-        """None while there is no room."""
-        num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        assert 0 < num_bytes <= self.capacity, num_bytes
-        if not self._used:
-            self._head = 0
-        tail = self._used[0].offset if self._used else self.capacity
-        wrapped = bool(self._used) and self._head <= tail
-        if wrapped and tail - self._head < num_bytes:
-            return None
-        if not wrapped and self.capacity - self._head < num_bytes:
-            if tail < num_bytes:
-                return None
-            self._head = 0
-        ids = Ids(self._head, num_bytes)
-        self._head += num_bytes
-        self._used.append(ids)
-        return ids
-
-    def free(self, ids: Ids) -> None:
-        assert not ids.freed
-        ids.freed = True
-        while self._used and self._used[0].freed:
-            self._used.popleft()
-
-
 class Staging:
     """Staging for blocks of one pool: NUM_SLOTS slots, and an area for block ids. One thread at a time.
 
@@ -150,7 +102,7 @@ class Staging:
 
     def reset(self) -> None:
         """Everything is free. Nothing that was enqueued may use it any more."""
-        self.ids = IdArea(ID_AREA_BYTES)
+        self.ids = Ring(ID_AREA_BYTES)
         self._slots = [Slot(ID_AREA_BYTES + number * self.piece_bytes) for number in range(NUM_SLOTS)]
         self._next = 0
 
@@ -171,11 +123,11 @@ class Staging:
     def pointer(self, slot: Slot) -> int:
         return self.buffer.data_ptr() + slot.offset
 
-    def allocate_ids(self, span: Span) -> Ids | None:
+    def allocate_ids(self, span: Span) -> Region | None:
         """Room for the span's block ids; None until other ids are freed."""
         return self.ids.allocate((span.stop - span.start) * ID_BYTES)
 
-    def load_ids(self, ids: Ids, span: Span, block_ids: list[int]) -> None:
+    def load_ids(self, ids: Region, span: Span, block_ids: list[int]) -> None:
         """Upload the span's part of the whole put's ``block_ids``, on the current stream.
 
         The host's copy is read before copy_() returns: it is pageable.
@@ -184,11 +136,11 @@ class Staging:
         first = ids.offset // ID_BYTES
         self._block_ids[first : first + len(host)].copy_(host, non_blocking=True)
 
-    def pack(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> None:
+    def pack(self, slot: Slot, piece: Piece, span: Span, ids: Region) -> None:
         """Copy the piece out of the pool, on the current stream."""
         pack_blocks(self.kv, piece.layers, self._packed(slot, piece, span, ids))
 
-    def unpack(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> None:
+    def unpack(self, slot: Slot, piece: Piece, span: Span, ids: Region) -> None:
         """Copy the piece into the pool, on the current stream."""
         unpack_blocks(self.kv, piece.layers, self._packed(slot, piece, span, ids))
 
@@ -222,7 +174,7 @@ class Staging:
             torch.cuda.synchronize(self.kv.device)
         self.reset()
 
-    def _packed(self, slot: Slot, piece: Piece, span: Span, ids: Ids) -> PackedBlocks:
+    def _packed(self, slot: Slot, piece: Piece, span: Span, ids: Region) -> PackedBlocks:
         offset, first_id = slot.offset // self._elements.itemsize, ids.offset // ID_BYTES + piece.start - span.start
         return PackedBlocks(self._elements, offset, self._block_ids, first_id, piece.stop - piece.start)
 
