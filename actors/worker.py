@@ -285,7 +285,7 @@ class Worker:
 
     def _updates_from_engine(self, updates: list[RequestUpdate]) -> None:
         """The first tokens of legs that have come from elsewhere leave before the next step is planned, which would hold
-        Python's lock: the device is busy with the step that was launched before this one was read, if steps are long.
+        Python's lock. If steps are long the device has enough to do: one was launched before this one was read.
         """
         if not any((update.first_decode_step or 0.0) >= LONG_STEP_S for update in updates):
             self._loop.call_soon_threadsafe(self._on_updates, updates)

@@ -105,8 +105,8 @@ class Config(BaseModel):
     )
     transfer_layer_group: Positive = Field(
         16,
-        description="layers pushed together, at most, while the next ones compute; on a GPU few where they hold much KV,"
-        " and all together for a short prompt",
+        description="layers pushed together, at most, while the next ones compute; on a GPU few where they hold much"
+        " KV, and all together for a short prompt",
     )
     transfer_staging_bytes: Positive = Field(
         128 * 1024 * 1024,
