@@ -305,8 +305,9 @@ class Worker:
     # engine's thread
 
     def _updates_from_engine(self, updates: list[RequestUpdate]) -> None:
-        """First tokens of legs that came from elsewhere leave before the next step is planned, which would hold Python's
-        lock. If steps are long the device has enough to do: one was launched before this one was read.
+        """First tokens of legs that came from elsewhere leave before the next step is planned.
+
+        Planning would hold Python's lock. If steps are long the device has enough to do: one was launched before this one was read.
         """
         if not any((update.first_decode_step or 0.0) >= LONG_STEP_S for update in updates):
             self._loop.call_soon_threadsafe(self._on_updates, updates)
