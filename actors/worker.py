@@ -16,25 +16,27 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from pdray.actors.assembly import assemble
+from pdray.actors.engine_watch import check_when_idle, report_metrics, wait_until_hung
+from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
+from pdray.actors.prefix_news import PrefixNews
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
 from pdray.control.effects import Send
-from pdray.control.prefixes import ToldPrefixes
-from pdray.control.suspicions import Suspicions
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
-from pdray.errors import EngineHungError, StepFailedError, describe_error
+from pdray.errors import StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.logs import log_to_stderr
 from pdray.metrics import LoopMetrics, WorkerMetrics
-from pdray.transfer.registry import allowed_kinds, load_kind
 from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo, WorkerLoading
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
@@ -42,31 +44,22 @@ from pdray.wire.peers import PeerName, Role
 from pdray.wire.put_messages import ChannelMessage
 from pdray.wire.server import SessionServer
 from pdray.wire.session import Session
-from pdray.wire.worker_news import PrefixUpdate, StepFailed
+from pdray.wire.worker_news import StepFailed
 
 if TYPE_CHECKING:
-    import torch
-
-    from pdray.engine.engine import Engine
     from pdray.transfer.channel import Kind
 
 logger = logging.getLogger(__name__)
 
-METRICS_INTERVAL_S = 1.0
-PREFIX_INTERVAL_S = 0.5
-IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
 TELL_TIMEOUT_S = 0.5  # for routers to acknowledge the last message; one that does not may lose it
 TELL_POLL_S = 0.01
 LONG_STEP_S = 2e-3  # the host's part of the next one takes a quarter of it
 TELL_FIRST_TIMEOUT_S = 1e-3  # a loop that is longer at it has other things to do
-HUNG_CHECK_INTERVAL_S = 1.0
-ORPHAN_CHECK_INTERVAL_S = 1.0
-ORPHANED_AFTER_S = 60.0  # without heartbeat and router; longer than Ray needs to start a Coordinator again
 SWITCH_INTERVAL_S = 20e-6  # Python's default of 5 ms would be added to every launch beside a busy event loop
 
 
-class Worker:
+class Worker(ABC):
     """Base of PrefillWorker and DecodeWorker.
 
     Lifecycle: start() loads the model, warms the engine up and listens; stop() ends it. join() waits
@@ -87,9 +80,9 @@ class Worker:
         self.metrics: WorkerMetrics | None = None
         self._failures = LoopFailures()
         self._tasks = BackgroundTasks(self._fail, self._failures)
-        self._masters = Suspicions(ORPHAN_CHECK_INTERVAL_S)  # the Coordinator and the routers
+        self._orphan_watch = OrphanWatch(worker_id, lambda: bool(self._routers()))
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
-        self._prefixes = ToldPrefixes()
+        self._prefix_news = PrefixNews(self._routers, self._tasks)
         self.kinds: dict[str, Kind] = {}  # of channels, by name
         self._started = False
         self._starting = asyncio.Lock()
@@ -120,9 +113,9 @@ class Worker:
         if in_ray := ray.is_initialized():
             log_to_stderr()
         self._loop = asyncio.get_running_loop()
-        self.device = await asyncio.to_thread(self._select_device)
-        self.kinds = await asyncio.to_thread(self._make_kinds)
-        self.engine = await asyncio.to_thread(self._build_engine)
+        self.device, self.kinds, self.engine = await asyncio.to_thread(
+            assemble, self.config, self.role, self.worker_id, self._fail
+        )
         self.engine.on_layer_group = self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
         self._engine_loop.start()
@@ -167,19 +160,12 @@ class Worker:
                 self.worker_id, self.role, application=self.app_name, model=self.config.model_name
             )
             self._failures.on_failure = LoopMetrics(self.worker_id, self.app_name).on_failure
-            self._tasks.keep_running("report metrics", partial(self._report_metrics, metrics))
-            self._tasks.keep_running("check when idle", partial(self._check_when_idle, metrics))
-            self._masters.expect(
-                self._now(),
-                "Coordinator and routers",
-                "",
-                ORPHANED_AFTER_S,
-                sign="no heartbeat and no session",
-                next="this worker ends",
-            )
-            self._tasks.keep_running("end if orphaned", self._end_if_orphaned)
+            self._tasks.keep_running("report metrics", partial(report_metrics, self.engine, metrics))
+            check = partial(check_when_idle, self.engine, self.check_integrity, metrics, self.worker_id)
+            self._tasks.keep_running("check when idle", check)
+            self._tasks.keep_running("end if orphaned", self._orphan_watch.run)
         if self.config.enable_prefix_caching:
-            self._tasks.keep_running("publish prefixes", self._publish_prefixes)
+            self._tasks.keep_running("publish prefixes", partial(self._prefix_news.publish, self.engine))
 
     def _log_start(self) -> None:
         """Log once which model this process serves, and with which settings."""
@@ -192,39 +178,6 @@ class Worker:
             *(info.host, info.port, info.num_blocks, info.block_size),
             *(info.max_model_len, info.max_num_seqs, info.max_num_batched_tokens, given or "no settings"),
         )
-
-    def _select_device(self) -> torch.device:
-        from pdray.engine.device import select_device
-
-        return select_device(self.config)
-
-    def _make_kinds(self) -> dict[str, Kind]:
-        """Every kind of channel that the configuration allows, with the device memory that it needs."""
-        from pdray.transfer.channel import Site
-
-        if self.config.mode == "colocated":
-            return {}
-        num_peers = self.config.num_decode_workers if self.role is Role.PREFILL else 1
-        site = Site(self.config, self.worker_id, self.device, num_peers, self._fail)
-        return {name: load_kind(name)(site) for name in allowed_kinds(self.config.channel)}
-
-    def _build_engine(self) -> Engine:
-        """Build the engine. Whatever synchronises the device or takes its memory is done here, before any channel is
-        open."""
-        import torch
-
-        from pdray.engine.build import build_engine
-        from pdray.models import load_model
-
-        if self.device.type == "cpu":
-            torch.set_num_threads(self.config.num_threads)
-        share = self.config.prefill_num_gpus if self.role is Role.PREFILL else self.config.decode_num_gpus
-        lent = [kind.spare_bytes for kind in self.kinds.values() if self.role is Role.DECODE]
-        model = load_model(self.config, self.device)
-        engine = build_engine(self.config, model, self.device, gpu_share=share, spare_bytes=max(lent, default=0))
-        for kind in self.kinds.values():
-            kind.attach(engine.pool)
-        return engine
 
     async def stop(self) -> None:
         """End the sessions and the engine's thread. Idempotent."""
@@ -244,9 +197,9 @@ class Worker:
         """Answers while the event loop lives.
 
         Called by the Coordinator. A worker that hears nothing of it, and has no session with a router either, for
-        ORPHANED_AFTER_S ends itself: while requests come, a Coordinator that hangs costs it nothing.
+        orphan_watch.ORPHANED_AFTER_S ends itself: while requests come, a Coordinator that hangs costs it nothing.
         """
-        self._masters.heard(self._now(), "Coordinator and routers", "")
+        self._orphan_watch.heard()
         return Heartbeat(self._epochs(), self._router_ids(), self._failures.describe())
 
     def _routers(self) -> list[Session]:
@@ -263,8 +216,8 @@ class Worker:
         writers = list(self._writers.values())
         return WorkerIdentity(self.info, origin(self.config, self.secret), self._epochs(), writers)
 
-    def _epochs(self) -> dict[str, int]:
-        raise NotImplementedError
+    @abstractmethod
+    def _epochs(self) -> dict[str, int]: ...
 
     async def check_integrity(self) -> list[str]:
         """Problems of the block accounting; empty if there are none.
@@ -279,9 +232,9 @@ class Worker:
             odd &= self._live_keys() ^ self.engine.live_keys()
         return problems + [f"{key} is known to the engine or to the control code, not to both" for key in odd]
 
+    @abstractmethod
     def _live_keys(self) -> set[Hashable]:
         """Keys of the leases or legs that hold blocks."""
-        raise NotImplementedError
 
     async def describe(self) -> dict[str, Any]:
         """State for `pdray status`."""
@@ -307,7 +260,8 @@ class Worker:
     def _updates_from_engine(self, updates: list[RequestUpdate]) -> None:
         """First tokens of legs that came from elsewhere leave before the next step is planned.
 
-        Planning would hold Python's lock. If steps are long the device has enough to do: one was launched before this one was read.
+        Planning would hold Python's lock. If steps are long the device has enough to do: one was launched before this
+        one was read.
         """
         if not any((update.first_decode_step or 0.0) >= LONG_STEP_S for update in updates):
             self._loop.call_soon_threadsafe(self._on_updates, updates)
@@ -332,56 +286,9 @@ class Worker:
 
     # event loop's thread
 
-    async def _report_metrics(self, metrics: WorkerMetrics) -> None:
-        while True:
-            metrics.update(self.engine.stats())
-            await asyncio.sleep(METRICS_INTERVAL_S)
-
-    async def _check_when_idle(self, metrics: WorkerMetrics) -> None:
-        """Blocks that leak are seen before they are missed."""
-        checked = 0
-        while True:
-            await asyncio.sleep(IDLE_CHECK_INTERVAL_S)
-            stats = self.engine.stats()
-            if stats.num_steps != checked and not stats.running + stats.waiting + stats.reserved:
-                checked, problems = stats.num_steps, await self.check_integrity()
-                metrics.on_integrity_check(len(problems))
-                for problem in problems:
-                    logger.error("%s: integrity: %s", self.worker_id, problem)
-
-    async def _publish_prefixes(self) -> None:
-        """Tell routers what the prefix cache holds; they send prompts where most of them is cached."""
-        while True:
-            added, removed = self.engine.take_prefix_changes()
-            for update in self._prefixes.tell(added, removed):
-                self._send([Send(session.peer.id, update) for session in self._routers()])
-                await asyncio.sleep(0)
-            await asyncio.sleep(PREFIX_INTERVAL_S)
-
-    async def _tell_prefixes(self, session: Session, updates: Iterator[PrefixUpdate]) -> None:
-        for update in updates:
-            if self.sessions.get(session.peer.id) is not session:
-                return
-            session.send(update)
-            await asyncio.sleep(0)
-
     async def _end_if_hung(self, step_timeout_s: float) -> None:
-        """End the process if the device hangs: only the engine's thread hangs then, and heartbeats would go on."""
-        while (seconds := self._engine_loop.seconds_since_progress()) <= step_timeout_s:
-            await asyncio.sleep(min(step_timeout_s / 4, HUNG_CHECK_INTERVAL_S))
-        error = EngineHungError(f"a step has taken {seconds:.1f} s (step_timeout_s is {step_timeout_s:g})")
+        error = await wait_until_hung(self._engine_loop, step_timeout_s)
         self._end_with_step(error, self.engine.suspects())
-
-    async def _end_if_orphaned(self) -> None:
-        """End the process if no Coordinator or router speaks to it: a detached actor outlives its Coordinator."""
-        while True:
-            now = self._now()
-            if self._routers():
-                self._masters.heard(now, "Coordinator and routers", "")
-            for suspicion in self._masters.due(now):
-                logger.error("%s: %s", self.worker_id, suspicion)
-                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-            await asyncio.sleep(ORPHAN_CHECK_INTERVAL_S)
 
     def _end_with_step(self, error: BaseException, keys: Iterable[Hashable]) -> None:
         """A step has broken the engine: routers hear which legs it computed, and then the worker ends."""
@@ -406,21 +313,19 @@ class Worker:
         self._fatal = error
         self._stopped.set()
 
-    def _on_updates(self, updates: list[RequestUpdate]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_updates(self, updates: list[RequestUpdate]) -> None: ...
 
-    def _on_layer_group(self, ready: LayerGroupReady) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_layer_group(self, ready: LayerGroupReady) -> None: ...
 
     def on_open(self, session: Session) -> None:
         self.sessions[session.peer.id] = session
-        updates = self._prefixes.tell_all()
-        if session.peer.role is Role.ROUTER and (first := next(updates, None)) is not None:
-            session.send(first)
-            self._tasks.spawn(self._tell_prefixes(session, updates))
+        if session.peer.role is Role.ROUTER:
+            self._prefix_news.greet(session)
 
-    def on_message(self, session: Session, message: AnyMessage) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def on_message(self, session: Session, message: AnyMessage) -> None: ...
 
     def on_closed(self, session: Session, reason: str) -> None:
         if self.sessions.get(session.peer.id) is session:

@@ -62,7 +62,7 @@ async def test_prefixes_are_told_in_parts_to_old_routers_and_new_ones() -> None:
     worker = make_worker(take_prefix_changes=lambda: changes.pop(0) if changes else PrefixChanges(set(), set()))
     old, new = RecordingSession("router-0"), RecordingSession("router-1")
     worker.on_open(old)
-    publishing = asyncio.create_task(worker._publish_prefixes())
+    publishing = asyncio.create_task(worker._prefix_news.publish(worker.engine))
     await asyncio.sleep(0)
     assert len(old.sent) == 1, "more than a part without a pause"
     worker.on_open(new)

@@ -239,9 +239,9 @@ async def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     if request.param == "toy":
         monkeypatch.setattr("pdray.transfer.registry.KINDS", {"toy": "toy_kind:ToyKind"})
     if request.param == "nccl":
-        monkeypatch.setattr("pdray.actors.worker.load_kind", lambda name: host_kind)
+        monkeypatch.setattr("pdray.actors.assembly.load_kind", lambda name: host_kind)
     if request.param == "cuda_ipc":
-        monkeypatch.setattr("pdray.actors.worker.load_kind", lambda name: host_memory_kind)
+        monkeypatch.setattr("pdray.actors.assembly.load_kind", lambda name: host_memory_kind)
     pair = Pair(make_config(tmp_path, "auto" if request.param == "toy" else request.param))
     await pair.start()
     yield pair
@@ -612,7 +612,7 @@ async def test_a_kind_that_turns_out_not_to_work_is_passed_over(
 ) -> None:
     """auto: one connection fails, the next one has another kind; status says which, and why."""
     makers: dict[str, Callable[[Site], Kind]] = {name: load_kind(name) for name in KINDS}
-    monkeypatch.setattr("pdray.actors.worker.load_kind", lambda name: (makers | {"cuda_ipc": host_memory_kind})[name])
+    monkeypatch.setattr("pdray.actors.assembly.load_kind", lambda name: (makers | {"cuda_ipc": host_memory_kind})[name])
     pair = Pair(make_config(tmp_path, "auto"))
     await pair.prefill.start()
     await pair.decode.start()

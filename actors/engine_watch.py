@@ -1,0 +1,54 @@
+"""What a worker watches of its engine: its figures, its block accounting, and that its steps end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from pdray.errors import EngineHungError
+
+if TYPE_CHECKING:
+    from pdray.engine.engine import Engine
+    from pdray.engine.loop import EngineLoop
+    from pdray.metrics import WorkerMetrics
+
+logger = logging.getLogger(__name__)
+
+METRICS_INTERVAL_S = 1.0
+IDLE_CHECK_INTERVAL_S = 5.0
+HUNG_CHECK_INTERVAL_S = 1.0
+
+
+async def report_metrics(engine: Engine, metrics: WorkerMetrics) -> None:
+    """Export the engine's figures, for ever."""
+    while True:
+        metrics.update(engine.stats())
+        await asyncio.sleep(METRICS_INTERVAL_S)
+
+
+async def check_when_idle(
+    engine: Engine, check: Callable[[], Awaitable[list[str]]], metrics: WorkerMetrics, name: str
+) -> None:
+    """Check the block accounting whenever work has come to rest: leaked blocks are seen before they are missed.
+
+    Args:
+        check: returns problems. name: of the worker.
+    """
+    checked = 0
+    while True:
+        await asyncio.sleep(IDLE_CHECK_INTERVAL_S)
+        stats = engine.stats()
+        if stats.num_steps != checked and not stats.running + stats.waiting + stats.reserved:
+            checked, problems = stats.num_steps, await check()
+            metrics.on_integrity_check(len(problems))
+            for problem in problems:
+                logger.error("%s: integrity: %s", name, problem)
+
+
+async def wait_until_hung(engine_loop: EngineLoop, step_timeout_s: float) -> EngineHungError:
+    """Return once a step has taken too long: a device that hangs holds the engine's thread alone; heartbeats go on."""
+    while (seconds := engine_loop.seconds_since_progress()) <= step_timeout_s:
+        await asyncio.sleep(min(step_timeout_s / 4, HUNG_CHECK_INTERVAL_S))
+    return EngineHungError(f"a step has taken {seconds:.1f} s (step_timeout_s is {step_timeout_s:g})")
