@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Hashable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from pdray.actors.worker import Worker
 from pdray.config import Config
 from pdray.control.credit import CreditWaiters
 from pdray.control.effects import Send
-from pdray.control.lease_table import LeaseTable
+from pdray.control.lease import LeaseTable
 from pdray.control.losses import blame
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import HandshakeError
@@ -27,6 +27,7 @@ from pdray.wire.cluster_view import ChannelOffer, WorkerInfo
 from pdray.wire.lease_messages import CloseLease, Credit, EndCompletion, LeaseRequest, LegTokens, RenewLeases, Tokens
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import Role
 from pdray.wire.put_messages import BeginPut, ChannelMessage, PutAborted, PutDone
 from pdray.wire.session import Session
 
@@ -44,7 +45,7 @@ class DecodeWorker(Worker):
         self._waiters = CreditWaiters()
         self._writes = PendingWrites()
         self._receivers: dict[str, Receiver] = {}  # by kind of channel
-        self.role: Literal["decode", "both"] = "both" if config.mode == "colocated" else "decode"
+        self.role = Role.BOTH if config.mode == "colocated" else Role.DECODE
 
     async def start(self) -> WorkerInfo:
         info = await super().start()

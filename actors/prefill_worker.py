@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Coroutine, Hashable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pdray.actors.worker import Worker
 from pdray.config import Config
@@ -25,9 +25,9 @@ from pdray.errors import InvalidRequestError, RequestFailedError, TransferError
 from pdray.transfer.channel import Link, Put, PutResult
 from pdray.wire.cluster_view import ChannelOffer, WorkerInfo
 from pdray.wire.dial import connect
-from pdray.wire.handshake import PeerName
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import PeerName, Role
 from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, Ping, Pong, PrefillRequest
 from pdray.wire.put_messages import AbortPut, BeginPutReply, ChannelMessage
 from pdray.wire.session import Session
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class PrefillWorker(Worker):
     """See the module. Everything runs on the event loop's thread but the engine's steps and the channels' copies."""
 
-    role: Literal["prefill", "decode", "both"] = "prefill"
+    role = Role.PREFILL
 
     def __init__(
         self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
@@ -84,8 +84,8 @@ class PrefillWorker(Worker):
         self.sessions[peer] = session = await connect(
             decode.host,
             decode.port,
-            me=PeerName(self.worker_id, self.incarnation),
-            expect=PeerName(peer, decode.incarnation),
+            me=PeerName(self.worker_id, self.incarnation, self.role),
+            expect=PeerName(peer, decode.incarnation, decode.role),
             secret=self.secret,
             handler=self,
             timeout_s=self.config.worker_timeout_s,

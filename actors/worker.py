@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -35,9 +35,9 @@ from pdray.logs import log_to_stderr
 from pdray.metrics import LoopMetrics, WorkerMetrics
 from pdray.transfer.registry import allowed_kinds, load_kind
 from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo
-from pdray.wire.handshake import PeerName
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import PeerName, Role
 from pdray.wire.put_messages import ChannelMessage
 from pdray.wire.server import SessionServer
 from pdray.wire.session import Session
@@ -70,7 +70,7 @@ class Worker:
     for stop(), so that a caller's pending join() is also its notice of this process's death.
     """
 
-    role: Literal["prefill", "decode", "both"]
+    role: Role
 
     def __init__(
         self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
@@ -108,7 +108,7 @@ class Worker:
         self._engine_loop.start()
         address = listen_address(self.config)
         self._server = SessionServer(
-            PeerName(self.worker_id, self.incarnation),
+            PeerName(self.worker_id, self.incarnation, self.role),
             self.secret,
             self,
             timeout_s=self.config.worker_timeout_s,
@@ -185,7 +185,7 @@ class Worker:
 
         if self.config.mode == "colocated":
             return {}
-        num_peers = self.config.num_decode_workers if self.role == "prefill" else 1
+        num_peers = self.config.num_decode_workers if self.role is Role.PREFILL else 1
         site = Site(self.config, self.worker_id, self.device, num_peers, self._fail)
         return {name: load_kind(name)(site) for name in allowed_kinds(self.config.channel)}
 
@@ -198,7 +198,7 @@ class Worker:
 
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.num_threads)
-        share = self.config.prefill_num_gpus if self.role == "prefill" else self.config.decode_num_gpus
+        share = self.config.prefill_num_gpus if self.role is Role.PREFILL else self.config.decode_num_gpus
         engine = build_engine(self.config, load_model(self.config, self.device), self.device, gpu_share=share)
         for kind in self.kinds.values():
             kind.attach(engine.pool)
@@ -228,7 +228,11 @@ class Worker:
         return Heartbeat(self._epochs(), self._num_routers(), self._failures.describe())
 
     def _num_routers(self) -> int:
-        return sum(peer.startswith("router") for peer in self.sessions)
+        return len(self._routers())
+
+    def _routers(self) -> list[Session]:
+        """Open sessions to routers."""
+        return [session for session in self.sessions.values() if session.peer.role is Role.ROUTER]
 
     async def identify(self) -> WorkerIdentity | None:
         """For a Coordinator that was started again; None before start() has ended."""
@@ -273,7 +277,7 @@ class Worker:
             "num_blocks": stats.num_blocks,
             "preemptions": stats.num_preemptions,
             "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
-            "routers": sorted(peer for peer in self.sessions if peer.startswith("router")),
+            "routers": sorted(session.peer.id for session in self._routers()),
         }
 
     # engine's thread
@@ -312,7 +316,7 @@ class Worker:
         while True:
             added, removed = self.engine.take_prefix_changes()
             for update in self._prefixes.tell(added, removed):
-                self._send([Send(peer, update) for peer in self.sessions if peer.startswith("router")])
+                self._send([Send(session.peer.id, update) for session in self._routers()])
                 await asyncio.sleep(0)
             await asyncio.sleep(PREFIX_INTERVAL_S)
 
@@ -348,7 +352,7 @@ class Worker:
         self._tasks.spawn(self._tell_and_fail(error, StepFailed(describe_error(error), suspects)))
 
     async def _tell_and_fail(self, error: BaseException, news: StepFailed) -> None:
-        routers = [session for peer, session in self.sessions.items() if peer.startswith("router")]
+        routers = self._routers()
         for session in routers:
             session.send(news)
         with contextlib.suppress(TimeoutError):
@@ -373,7 +377,7 @@ class Worker:
     def on_open(self, session: Session) -> None:
         self.sessions[session.peer.id] = session
         updates = self._prefixes.tell_all()
-        if session.peer.id.startswith("router") and (first := next(updates, None)) is not None:
+        if session.peer.role is Role.ROUTER and (first := next(updates, None)) is not None:
             session.send(first)
             self._tasks.spawn(self._tell_prefixes(session, updates))
 

@@ -45,11 +45,11 @@ from collections.abc import Sequence
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from pdray.engine.request import EngineStats
-from pdray.outputs import RequestOutput, RequestTimings
+from pdray.outputs import Outcome, RequestOutput, RequestTimings
 
 LATENCY_BOUNDARIES_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 LATENCY_BOUNDARIES_S += [120.0, 300.0, 600.0, 1800.0]  # waits reach max_queue_wait_s, long answers take minutes
-OUTCOMES = ("stop", "length", "abort", "timeout", "error", "rejected")
+OUTCOMES = tuple(str(outcome) for outcome in Outcome)
 FIRST_TOKEN_PARTS = ("queue", "lease_wait", "prefill_queue", "prefill", "ttft_unexplained")
 FIRST_GAP_PARTS = ("transfer_wait", "first_decode_step", "first_gap_unexplained")
 
@@ -87,9 +87,9 @@ class RouterMetrics:
         """A worker was lost under an attempt, and another goes on."""
         self._replays.inc()
 
-    def on_finished(self, outcome: str, output: RequestOutput | None) -> None:
+    def on_finished(self, outcome: Outcome, output: RequestOutput | None) -> None:
         """A request ended. `output` is None if it never started (rejected, invalid, no worker)."""
-        self._requests.inc(tags={"outcome": outcome})
+        self._requests.inc(tags={"outcome": str(outcome)})
         if output is None:
             return
         if output.prompt_token_ids:

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import msgspec
+
+
+class Outcome(StrEnum):
+    """How a request has ended, for metrics: complete (by its first completion's finish reason), or why not.
+
+    REJECTED: it never had a place. ERROR: it had one.
+    """
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+    REJECTED = "rejected"
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):

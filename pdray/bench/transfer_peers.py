@@ -22,9 +22,9 @@ from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.registry import load_kind
 from pdray.wire.cluster_view import ChannelOffer
 from pdray.wire.dial import connect
-from pdray.wire.handshake import PeerName
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import PeerName, Role
 from pdray.wire.put_messages import ChannelMessage
 from pdray.wire.server import SessionServer
 from pdray.wire.session import Session
@@ -107,11 +107,13 @@ class _Peer:
     make_kind: the channel kind's class; default: as the spec names it.
     """
 
+    role: Role
+
     def __init__(self, spec: PoolSpec, make_kind: Callable[[Site], Kind] | None = None) -> None:
         if spec.device == "cpu":
             torch.set_num_threads(1)
         self.spec = spec
-        self.me = PeerName(spec.name, "1")
+        self.me = PeerName(spec.name, "1", self.role)
         self.fatal: list[str] = []  # what made the device unreliable
         settings: dict[str, Any] = {
             "transfer_staging_bytes": spec.staging_bytes,
@@ -223,6 +225,8 @@ class ReceivingPeer(_Peer):
 class SendingPeer(_Peer):
     """Sends what it is told to. SessionHandler of its own."""
 
+    role = Role.PREFILL
+
     def __init__(self, spec: PoolSpec, make_kind: Callable[[Site], Kind] | None = None) -> None:
         super().__init__(spec, make_kind)
         self._channel: Sender | None = None
@@ -237,7 +241,7 @@ class SendingPeer(_Peer):
             HOST,
             port,
             me=self.me,
-            expect=PeerName(receiver, "1"),
+            expect=PeerName(receiver, "1", Role.DECODE),
             secret=self.spec.secret,
             handler=self,
             timeout_s=self.spec.timeout_s,

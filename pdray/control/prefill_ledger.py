@@ -21,7 +21,9 @@ from pdray.wire.put_messages import BeginPut, PutAborted, PutDone
 
 
 @dataclass(slots=True)
-class _Leg:
+class _Task:
+    """What is to be done about one leg."""
+
     router_id: str
     request: PrefillRequest
     may_put: bool | None = None  # the decode worker's answer to BeginPut
@@ -38,7 +40,7 @@ class PrefillLedger:
     """All legs of one prefill worker."""
 
     def __init__(self) -> None:
-        self._legs: dict[LegKey, _Leg] = {}
+        self._legs: dict[LegKey, _Task] = {}
 
     def __len__(self) -> int:
         return len(self._legs)
@@ -68,12 +70,12 @@ class PrefillLedger:
         if message.key in self._legs:
             return []
         if message.decode_worker_id is None:
-            self._legs[message.key] = _Leg(router_id, message, may_put=False)
+            self._legs[message.key] = _Task(router_id, message, may_put=False)
             return [StartCompute(message.key)]
         if epoch != message.epoch:
             reason = f"no channel to {message.decode_worker_id} in epoch {message.epoch} (now {epoch})"
             return [Send(router_id, PrefillFailed(*message.key, reason))]
-        self._legs[message.key] = _Leg(router_id, message)
+        self._legs[message.key] = _Task(router_id, message)
         return [
             Send(message.decode_worker_id, BeginPut(*message.key, message.epoch)),
             StartCompute(message.key),
@@ -162,13 +164,13 @@ class PrefillLedger:
 
     # transitions
 
-    def _stop(self, key: LegKey, leg: _Leg) -> list[LedgerEffect]:
+    def _stop(self, key: LegKey, leg: _Task) -> list[LedgerEffect]:
         leg.stopping = True
         if leg.may_put:
             leg.owes_aborted = True
         return self._leave_if_idle(key, leg)
 
-    def _finish_if_pushed(self, now: float, key: LegKey, leg: _Leg) -> list[LedgerEffect]:
+    def _finish_if_pushed(self, now: float, key: LegKey, leg: _Task) -> list[LedgerEffect]:
         if leg.stopping or leg.done_sent or leg.first_tokens is None:
             return []
         if leg.request.decode_worker_id is None:
@@ -180,7 +182,7 @@ class PrefillLedger:
         done = PutDone(*key, leg.puts_issued, leg.first_tokens.tokens, now - leg.computed_at)
         return [Send(leg.request.decode_worker_id, done), *self._leave_if_idle(key, leg)]
 
-    def _leave_if_idle(self, key: LegKey, leg: _Leg) -> list[LedgerEffect]:
+    def _leave_if_idle(self, key: LegKey, leg: _Task) -> list[LedgerEffect]:
         """The leg is forgotten once nothing of it can happen any more."""
         if leg.puts_in_flight or not (leg.done_sent or leg.stopping):
             return []
@@ -194,7 +196,7 @@ class PrefillLedger:
         return effects
 
     def _for_each(
-        self, condition: Callable[[_Leg], bool], action: Callable[[LegKey], list[LedgerEffect]]
+        self, condition: Callable[[_Task], bool], action: Callable[[LegKey], list[LedgerEffect]]
     ) -> list[LedgerEffect]:
         keys = [key for key, leg in self._legs.items() if condition(leg)]
         return [effect for key in keys for effect in action(key)]

@@ -1,4 +1,4 @@
-"""A router's link to one worker process: its session, and what the router knows of its load."""
+"""What a router knows of one worker process: whether it is connected, its load, and what it has cached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdray.engine.schedule.demand import Demand
 from pdray.wire.cluster_view import WorkerInfo
 from pdray.wire.lease_messages import Credit, CreditWanted
 from pdray.wire.message import LegKey
-from pdray.wire.session import Session
+from pdray.wire.peers import Role
 from pdray.wire.worker_news import PrefixUpdate, unpack_hashes
 
 NO_CREDIT = Credit(free_blocks=0, free_places=0, running=0, waiting=0, leases=0)
@@ -20,7 +20,7 @@ NO_CREDIT = Credit(free_blocks=0, free_places=0, running=0, waiting=0, leases=0)
 
 class WorkerLink:
     """Attributes:
-    session: None until it is open, and after it has closed.
+    opened: its session is open.
     credit: the last that a decode worker told; none until it has.
     broken: it does prefill and decode, and has not served a probe: it gets no new requests.
     denied: it refused a lease, and has told no new credit since.
@@ -33,7 +33,7 @@ class WorkerLink:
 
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
-        self.session: Session | None = None
+        self.opened = False
         self.credit = NO_CREDIT
         self.denied = False
         self.failed = False
@@ -46,13 +46,14 @@ class WorkerLink:
 
     @property
     def is_open(self) -> bool:
-        return self.session is not None and not self.session.closed and not self.failed
+        """Whether it can be asked."""
+        return self.opened and not self.failed
 
     def could_decode(self, demand: Demand) -> bool:
         """Whether the request would fit if nothing else were there."""
         info = self.info
         return (
-            info.role != "prefill"
+            info.role != Role.PREFILL
             and demand.blocks < info.num_blocks  # one of them is a dummy
             and demand.places <= info.max_num_seqs
             and demand.length <= info.max_model_len
@@ -104,7 +105,7 @@ class WorkerLink:
     def decode_state(self, hashes: Sequence[int] = ()) -> DecodeState:
         return DecodeState(
             self.info.worker_id,
-            self.info.role == "both",
+            self.info.role == Role.BOTH,
             NO_CREDIT if self.denied else self.credit,
             self.info.num_blocks,
             asked_blocks=sum(blocks for blocks, _ in self.asked.values()),

@@ -8,27 +8,28 @@ from pdray.config import Config
 from pdray.control.policy import Choice, choose, choose_prefill, has_credit
 from pdray.engine.schedule.demand import Demand
 from pdray.errors import InvalidRequestError
-from pdray.router.connections import WorkerConnections
-from pdray.router.leg import RoutedLeg
+from pdray.router.leg import Leg
 from pdray.router.link import WorkerLink
+from pdray.router.workers import Workers
+from pdray.wire.peers import Role
 
 
 class Placement:
-    """See the module. It only looks: asking and sending are the dispatcher's."""
+    """See the module. It only looks: asking and sending are Dispatch's."""
 
-    def __init__(self, config: Config, connections: WorkerConnections) -> None:
+    def __init__(self, config: Config, workers: Workers) -> None:
         self._config = config
-        self._connections = connections
+        self._workers = workers
 
-    def choose(self, leg: RoutedLeg, demand: Demand) -> Choice | None:
+    def choose(self, leg: Leg, demand: Demand) -> Choice | None:
         """Workers that are large enough and can take it now."""
-        prefill = [link for link in self._connections.open_links("prefill") if link.could_prefill(demand)]
+        prefill = [link for link in self._workers.open_links(Role.PREFILL) if link.could_prefill(demand)]
         if prefill and leg.ends_with_first_token:  # nobody decodes: no lease, and its KV stays where it is
             prefill_id = choose_prefill([link.prefill_state(leg.prefix_hashes) for link in prefill])
             return None if prefill_id is None else Choice(prefill_id, None)
         decode = [
             link
-            for link in self._connections.open_links("decode", "both")
+            for link in self._workers.open_links(Role.DECODE, Role.BOTH)
             if not link.broken and link.could_decode(demand) and has_credit(link.decode_state(), demand)
         ]
         if not decode:
@@ -37,25 +38,25 @@ class Placement:
             demand,
             [link.decode_state(leg.prefix_hashes) for link in decode],
             [link.prefill_state(leg.prefix_hashes) for link in prefill],
-            set(self._connections.pairs),
+            set(self._workers.pairs),
             local_prefill_max_tokens=self._config.local_prefill_max_tokens,
         )
 
-    def fits(self, leg: RoutedLeg, links: Sequence[WorkerLink]) -> bool:
+    def fits(self, leg: Leg, links: Sequence[WorkerLink]) -> bool:
         """Whether these workers could serve it if nothing else were there."""
         demand = leg.demand(self._config)
-        can_prefill = any(link.info.role == "prefill" and link.could_prefill(demand) for link in links)
+        can_prefill = any(link.info.role == Role.PREFILL and link.could_prefill(demand) for link in links)
         if can_prefill and leg.ends_with_first_token:
             return True
         is_local = demand.tokens <= self._config.local_prefill_max_tokens
         decode = [link for link in links if link.could_decode(demand)]
-        return bool(decode) and (can_prefill or is_local or any(link.info.role == "both" for link in decode))
+        return bool(decode) and (can_prefill or is_local or any(link.info.role == Role.BOTH for link in decode))
 
-    def refusal(self, leg: RoutedLeg) -> InvalidRequestError | None:
+    def refusal(self, leg: Leg) -> InvalidRequestError | None:
         """Why it can never be served; None if it can, or if workers are missing that may be larger."""
-        links = list(self._connections.links.values())
-        decode = [link for link in links if link.info.role != "prefill"]
-        prefill = [link for link in links if link.info.role == "prefill"]
+        links = list(self._workers.links.values())
+        decode = [link for link in links if link.info.role != Role.PREFILL]
+        prefill = [link for link in links if link.info.role == Role.PREFILL]
         is_whole = len(decode) >= self._config.num_decode_workers and (
             self._config.mode == "colocated" or len(prefill) >= self._config.num_prefill_workers
         )

@@ -1,31 +1,42 @@
-"""One request at the router: its output as it grows, its timings, and its consumer."""
+"""A router's account of one request: its legs, its output as it grows, and every token exactly once and in order.
+
+A first leg runs all n completions. A leg that is lost (its worker died) is replaced by one leg for each
+completion that it had not finished, carrying what that completion has produced so far; positions
+go on from there. Tokens of a leg that was replaced are dropped wherever they turn up.
+
+Pure: time is passed in. Single-threaded.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pdray.control.losses import Losses
-from pdray.control.request_tracker import RequestTracker
 from pdray.outputs import RequestOutput, SampledToken
-from pdray.router.completion import CompletionDelta, GrowingCompletion
+from pdray.router.completion import GrowingCompletion
+from pdray.router.leg import Leg
 from pdray.sampling_params import SamplingParams
+from pdray.wire.lease_messages import LegTokens
+from pdray.wire.message import LegKey
+from pdray.wire.prefill_messages import FirstTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TIMINGS_OF_STEPS = ("prefill_queue", "prefill", "transfer_wait", "first_decode_step")
 
-class RoutedRequest:
-    """A request that the router has taken. Iterate it for its deltas, or wait(); abort() it if you stop early.
 
-    A slow consumer costs no more than the request's own text: deltas that it has not taken are merged, one for each
-    completion. Event loop's thread only.
+class Request:
+    """See the module.
 
     Attributes:
+        params: with max_tokens; see complete_params().
         output: everything so far, but for the text of completions that go on; complete at the end, but for logprobs:
-            who iterates has them in deltas alone.
+            who streams has them in deltas alone.
+        legs: the live ones.
+        granted: its first lease stood: it is no longer refused, but goes on or fails.
+        outruns: completions ended by a stop string that their worker does not know of.
     """
 
     def __init__(
@@ -37,99 +48,171 @@ class RoutedRequest:
         priority: int,
         tokenizer: PreTrainedTokenizerBase | None,
         arrival: float,
-        on_abort: Callable[[RoutedRequest], None],
     ) -> None:
         self.request_id = request_id
         self.params = params
         self.priority = priority
-        self.tracker = RequestTracker(request_id, params.n)
-        self._completions = [GrowingCompletion(i, tokenizer, prompt_token_ids, params) for i in range(params.n)]
-        self.output = RequestOutput(request_id, prompt, prompt_token_ids, [each.output for each in self._completions])
-        self._on_abort = on_abort
-        self._wake = asyncio.Event()
-        self._has_ended = asyncio.Event()
-        self._error: BaseException | None = None
-        self.ended = False
-
-        # the router's own notes
         self.arrival = arrival
-        self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.outruns: set[int] = set()  # completions ended by a stop string that their worker does not know of
+        self.completions = [GrowingCompletion(i, tokenizer, prompt_token_ids, params) for i in range(params.n)]
+        self.output = RequestOutput(request_id, prompt, prompt_token_ids, [each.output for each in self.completions])
+        self.legs: dict[LegKey, Leg] = {}
+        self.granted = False
+        self.ended = False
         self.losses = Losses()
+        self.outruns: set[int] = set()
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
+        self._finished: set[int] = set()
+        self._next_attempt = 0
 
-    async def __aiter__(self) -> AsyncIterator[list[CompletionDelta]]:
-        """Deltas as they come, one list for each wake-up.
+    # legs
 
-        Raises:
-            WorkerDiedError: the request was lost; nothing more will come.
+    def start(self) -> Leg:
+        """The first leg: all completions, from the prompt."""
+        assert self._next_attempt == 0, self.request_id
+        return self._open(tuple(range(self.params.n)), ())
+
+    def replace(self, lost: Leg, *, alone: bool) -> list[Leg]:
+        """A leg is lost: the legs that take its unfinished completions over, in higher attempts.
+
+        Args:
+            alone: see Leg.
         """
-        for completion in self._completions:
-            completion.stream()
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            ended = self.ended  # nothing comes after it
-            deltas = [delta for each in self._completions if (delta := each.take_delta()) is not None]
-            if deltas:
-                yield deltas
-            if ended:
-                if self._error is not None:
-                    raise self._error
-                return
+        if self.legs.pop(lost.key, None) is None:
+            return []
+        unfinished = [index for index in lost.indices if index not in self._finished]
+        produced = {index: tuple(self.completions[index].output.token_ids) for index in unfinished}
+        if any(produced.values()):
+            legs = [self._open((index,), token_ids) for index, token_ids in produced.items()]
+        else:
+            legs = [self._open(tuple(unfinished), ())] if unfinished else []
+        for leg in legs:
+            leg.alone, leg.num_losses = alone, lost.num_losses + 1
+        return legs
 
-    async def wait(self) -> RequestOutput:
-        """Return at the end, for a consumer that wants no deltas and need not be woken for them.
+    def renumber(self, leg: Leg) -> None:
+        """The same leg in a new attempt: what is said of the former one is not about it."""
+        del self.legs[leg.key]
+        leg.key = self._next_key()
+        self.legs[leg.key] = leg
 
-        Raises:
-            WorkerDiedError: as of the iteration.
+    def take_ended_legs(self) -> list[Leg]:
+        """Legs all of whose completions have ended; they are forgotten, and their leases can be closed."""
+        ended = [leg for leg in self.legs.values() if self._finished.issuperset(leg.indices)]
+        for leg in ended:
+            del self.legs[leg.key]
+        return ended
+
+    def take_legs(self) -> list[Leg]:
+        """The request is over, whatever its completions did: the legs to close."""
+        legs = list(self.legs.values())
+        self.legs.clear()
+        return legs
+
+    def ended_by_worker(self, leg: Leg) -> bool:
+        """Whether its worker has ended every completion of the leg by itself."""
+        return all(index in self._finished and index not in self.outruns for index in leg.indices)
+
+    def _open(self, indices: tuple[int, ...], output_token_ids: tuple[int, ...]) -> Leg:
+        leg = Leg(self, self._next_key(), indices, output_token_ids)
+        self.legs[leg.key] = leg
+        return leg
+
+    def _next_key(self) -> LegKey:
+        key = LegKey(self.request_id, self._next_attempt)
+        self._next_attempt += 1
+        return key
+
+    # what happens to it
+
+    @property
+    def done(self) -> bool:
+        """Whether every completion has ended."""
+        return len(self._finished) == len(self.completions)
+
+    def begin(self, now: float, leg: Leg, num_cached_tokens: int) -> None:
+        """A leg begins.
+
+        Args:
+            num_cached_tokens: found in the decode worker's prefix cache.
         """
-        await self._has_ended.wait()
-        if self._error is not None:
-            raise self._error
-        return self.output
+        self.granted = True
+        if self.first_token_at is None:
+            timings = self.output.timings
+            timings.queue = leg.asked_at - self.arrival
+            timings.lease_wait = now - leg.asked_at
+            self.output.num_cached_tokens = num_cached_tokens
 
-    def abort(self) -> None:
-        """Give the request up, in whatever state it is. Idempotent; nothing happens after its end."""
-        if not self.ended:
-            self._on_abort(self)
+    def take(self, now: float, leg: Leg, tokens: Sequence[SampledToken]) -> list[int] | None:
+        """Book what is new of a live leg's tokens; repeated positions and ended completions give nothing.
 
-    # the router's side
-
-    def take(self, tokens: list[SampledToken]) -> None:
-        """Book fresh tokens."""
-        for token in tokens:
-            completion = self._completions[token.index]
-            if completion.output.finished:
-                continue  # tokens of the same message, after the one that completed a stop string
-            if completion.take(token) is not None:
+        Returns:
+            The completions that it has ended; None if nothing was new.
+        """
+        is_new, is_second, ended = False, False, []
+        for token in sorted(tokens, key=_place) if len(tokens) > 1 else tokens:
+            index, position = token.index, token.position
+            completion = self.completions[index]
+            num_tokens = len(completion.output.token_ids)
+            if index in self._finished or position < num_tokens or index not in leg.indices:
+                continue
+            assert position == num_tokens, f"{leg.key}: position {position} after {num_tokens} tokens"
+            is_new, is_second = True, is_second or position == 1
+            stop = completion.take(token)
+            if stop is not None or token.finish_reason is not None:
+                self._finished.add(index)
+                ended.append(index)
                 if token.finish_reason is None:
-                    self.outruns.add(token.index)
-                self.tracker.finish(token.index)
-        self._note_times(tokens)
-        self._wake.set()
+                    self.outruns.add(index)
+        if not is_new:
+            return None
+        self._note_times(now, is_second=is_second)
+        return ended
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Nothing more will come."""
-        self.ended, self._error = True, error
-        for completion in self._completions:
-            completion.close()
-        self.output.finished = error is None
-        self.output.timings.e2e = time.monotonic() - self.arrival
-        if not self.granted.done():
-            if error is None:
-                self.granted.cancel()
-            else:
-                self.granted.set_exception(error)
-        self._wake.set()
-        self._has_ended.set()
-
-    def _note_times(self, tokens: list[SampledToken]) -> None:
-        now, timings = time.monotonic(), self.output.timings
+    def _note_times(self, now: float, *, is_second: bool) -> None:
+        timings = self.output.timings
         if self.first_token_at is None:
             self.first_token_at = now
             timings.ttft = now - self.arrival
-        elif timings.first_gap is None and any(token.position == 1 for token in tokens):
+        elif is_second and timings.first_gap is None:
             timings.first_gap = now - self.first_token_at
         self.last_token_at = now
+
+    def note_prefill(self, leg: Leg, message: FirstTokens) -> None:
+        """What the first token's message tells beside it."""
+        if self.first_token_at is None:
+            self.output.timings.prefill_queue, self.output.timings.prefill = message.prefill_queue, message.prefill
+        self._note_cached(leg, message.num_cached_tokens)
+
+    def note_steps(self, leg: Leg, message: LegTokens) -> None:
+        """What a decode worker's message tells beside tokens; nearly always nothing."""
+        if message.prefill is not None or message.first_decode_step is not None:
+            timings = self.output.timings
+            for name in TIMINGS_OF_STEPS:
+                seconds = getattr(message, name)
+                if seconds is not None and getattr(timings, name) is None:
+                    setattr(timings, name, seconds)
+        if message.num_cached_tokens is not None:
+            self._note_cached(leg, message.num_cached_tokens)
+
+    def _note_cached(self, leg: Leg, num_cached_tokens: int) -> None:
+        """Of the prompt; a leg that goes on from outputs finds those in the cache, too."""
+        if not leg.output_token_ids:
+            self.output.num_cached_tokens = max(self.output.num_cached_tokens, num_cached_tokens)
+
+    def give_up(self) -> None:
+        """Its consumer wants no more: completions that go on have no other reason to end."""
+        for completion in self.output.outputs:
+            completion.finish_reason = completion.finish_reason or "abort"
+
+    def end(self, now: float, error: BaseException | None = None) -> None:
+        """Nothing more will come."""
+        self.ended = True
+        for completion in self.completions:
+            completion.close()
+        self.output.finished = error is None
+        self.output.timings.e2e = now - self.arrival
+
+
+def _place(token: SampledToken) -> tuple[int, int]:
+    return token.index, token.position

@@ -142,7 +142,7 @@ class RouterReplica:
             await asyncio.sleep(OWN_STATE_INTERVAL_S)
         logger.info("stopping; requests may go on for %g s", grace)
         if self.router is not None:
-            self.router.drain.begin(grace, STOPPING, refuse=False)
+            self.router.drain(grace, STOPPING)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook: the ASGI application of this replica."""

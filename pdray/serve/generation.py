@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from pdray.errors import InvalidRequestError
 from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.completion import CompletionDelta
-from pdray.router.request import RoutedRequest
+from pdray.router.routed import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.serve.connection import EventStream, unless_gone
 from pdray.serve.errors import to_api_error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
+
+from pdray.wire.peers import Role
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -20,7 +22,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
 
     worker_id: str
     incarnation: str
-    role: Literal["prefill", "decode", "both"]
+    role: Role
     host: str
     port: int
     pid: int
@@ -108,4 +110,4 @@ class ClusterView(msgspec.Struct, frozen=True):
     @property
     def can_serve(self) -> bool:
         """Whether a request could be served."""
-        return bool(self.pairs) or any(worker.role == "both" for worker in self.workers)
+        return bool(self.pairs) or any(worker.role == Role.BOTH for worker in self.workers)

@@ -7,7 +7,7 @@ import secrets
 
 from pdray.errors import HandshakeError
 from pdray.wire import handshake
-from pdray.wire.handshake import PeerName
+from pdray.wire.peers import PeerName
 from pdray.wire.session import Session, SessionHandler
 
 RECONNECT_INTERVAL_S = 0.05

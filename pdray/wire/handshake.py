@@ -12,23 +12,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-from typing import NamedTuple
 
 import msgspec
 
 from pdray.errors import HandshakeError
 from pdray.wire.frames import encode_frame, read_frame
+from pdray.wire.peers import PeerName
 
 MAX_HANDSHAKE_BYTES = 4096
-
-
-class PeerName(NamedTuple):
-    """Attributes:
-    incarnation: changes with every process that takes the id.
-    """
-
-    id: str
-    incarnation: str
 
 
 class Challenge(msgspec.Struct, frozen=True, array_like=True, tag=True):

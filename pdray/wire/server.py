@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 
 from pdray.errors import HandshakeError
 from pdray.wire import handshake
-from pdray.wire.handshake import Hello, PeerName
+from pdray.wire.handshake import Hello
+from pdray.wire.peers import PeerName
 from pdray.wire.session import Session, SessionHandler
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from pdray.background import BackgroundTasks
 from pdray.wire.frames import MAX_FRAME_BYTES, Ack, Close, Data, decode_frame, encode_frame, read_frame
-from pdray.wire.handshake import PeerName
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import PeerName
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 from pdray.actors import placement
 from pdray.actors.placement import ListenAddress, OneNode, listen_address
 from pdray.config import Config
-from pdray.wire.handshake import PeerName
+from pdray.wire.peers import PeerName, Role
 from pdray.wire.server import SessionServer
 
 
@@ -58,7 +58,7 @@ async def test_who_is_sent_away_is_not_listened_to(admitted: bool) -> None:
         assert peer == "127.0.0.1"
         return admitted
 
-    server = SessionServer(PeerName("decode-0", "1"), b"secret", None, timeout_s=5, admits=admits)  # type: ignore[arg-type]
+    server = SessionServer(PeerName("decode-0", "1", Role.DECODE), b"secret", None, timeout_s=5, admits=admits)  # type: ignore[arg-type]
     port = await server.start("127.0.0.1")
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"\x00\x00\x00\x04none")

@@ -115,7 +115,7 @@ async def a_router() -> AsyncIterator[tuple[list[BackgroundTasks], LoopFailures,
     await cluster.show(*workers)
     await asyncio.wait_for(cluster.router.wait_ready(), PATIENCE_S)
     unreachable = WorkerInfo("decode-9", "1", "decode", "127.0.0.1", 1, 0, "", "", "f", 8, 16, 100, 8, 64)
-    cluster.router._connections._link(unreachable)  # its connecting goes on
+    cluster.router._connections.connect(unreachable, 0.0)  # its connecting goes on
 
     async def works() -> None:
         task = cluster.submit("r", prompt="prompt")
@@ -128,7 +128,7 @@ async def a_router() -> AsyncIterator[tuple[list[BackgroundTasks], LoopFailures,
         await cluster.show(*workers, third)
         await third.wait(lambda: third.session)
 
-    yield [cluster.router._tasks, cluster.router._connections._tasks], cluster.router.failures, works
+    yield [cluster.router.tasks], cluster.router.failures, works
     await cluster.router.stop()
     for worker in cluster.workers.values():
         await worker.stop()

@@ -26,7 +26,6 @@ from pdray.transfer.channel import Put, Site
 from pdray.transfer.nccl.kind import NcclKind
 from pdray.wire.cluster_view import WorkerInfo
 from pdray.wire.dial import connect
-from pdray.wire.handshake import PeerName
 from pdray.wire.lease_messages import (
     CloseLease,
     CreditUpdate,
@@ -41,6 +40,7 @@ from pdray.wire.lease_messages import (
 )
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import PeerName, Role
 from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, PrefillFailed, PrefillRequest
 from pdray.wire.session import Session
 
@@ -124,8 +124,8 @@ class ScriptedRouter:
         await connect(
             info.host,
             info.port,
-            me=PeerName("router-test", "1"),
-            expect=PeerName(info.worker_id, info.incarnation),
+            me=PeerName("router-test", "1", Role.ROUTER),
+            expect=PeerName(info.worker_id, info.incarnation, info.role),
             secret=SECRET,
             handler=self,
             timeout_s=5,

@@ -55,7 +55,7 @@ def _inject_here(actor: Any) -> set[str]:
     """Runs beside the actor's event loop, in its process."""
     if hasattr(actor, "_replica_impl"):
         router = getattr(actor._replica_impl._user_callable_wrapper._callable, "router", None)
-        owners = [] if router is None else [router._tasks, router._connections._tasks]  # the other replica has none
+        owners = [] if router is None else [router.tasks]  # the other replica has none
     else:
         owners = [actor._tasks, *([actor._fleet._tasks] if hasattr(actor, "_fleet") else [])]
 

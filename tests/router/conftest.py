@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from pdray.config import Config
 from pdray.outputs import Logprob, RequestOutput, RequestTimings, SampledToken
-from pdray.router.request import RoutedRequest
+from pdray.router.effects import BrokenPair
+from pdray.router.routed import RoutedRequest
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.cluster_view import ClusterView, Draining, Pair, WorkerInfo
-from pdray.wire.handshake import PeerName
 from pdray.wire.lease_messages import (
     Credit,
     CreditUpdate,
@@ -31,6 +31,7 @@ from pdray.wire.lease_messages import (
 )
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import PeerName, Role
 from pdray.wire.prefill_messages import FirstTokens, Ping, Pong
 from pdray.wire.server import SessionServer
 from pdray.wire.session import Session
@@ -60,7 +61,7 @@ class FakeWorker:
     """
 
     def __init__(self, worker_id: str, role: Literal["prefill", "decode", "both"], incarnation: str = "1") -> None:
-        self.worker_id, self.role, self.incarnation = worker_id, role, incarnation
+        self.worker_id, self.role, self.incarnation = worker_id, Role(role), incarnation
         self.credit = Credit(free_blocks=1000, free_places=64, running=0, waiting=0, leases=0)
         self.queued_tokens = 0
         self.max_num_seqs, self.max_num_batched_tokens = 64, 2048
@@ -72,7 +73,7 @@ class FakeWorker:
         self.session: Session | None = None
         self.on_received: Callable[[Any], None] = lambda message: None
         self._changed = asyncio.Event()
-        self._server = SessionServer(PeerName(worker_id, incarnation), SECRET, self, timeout_s=5)
+        self._server = SessionServer(PeerName(worker_id, incarnation, self.role), SECRET, self, timeout_s=5)
 
     async def start(self) -> WorkerInfo:
         port = await self._server.start("127.0.0.1")
@@ -218,7 +219,11 @@ class RecordingMetrics:
 
 
 class Cluster:
-    """Workers, the view of them, and one router."""
+    """Workers, the view of them, and one router.
+
+    Attributes:
+        broken: pairs that the router has reported, each time.
+    """
 
     def __init__(self, **config: Any) -> None:
         self.config = Config(
@@ -227,12 +232,22 @@ class Cluster:
             **{"max_num_seqs": 64, "lease_timeout_s": 1, "worker_timeout_s": 1, "max_queue_size": 10} | config,
         )
         self.metrics = RecordingMetrics()
+        self.broken: list[BrokenPair] = []
         self.workers: dict[str, FakeWorker] = {}
         self._view = ClusterView(0, [], [])
         self._changed = asyncio.Condition()
         self.router = Router(
-            self.config, ascii_tokenizer(), router_id="router-0", secret=SECRET, watch=self.watch, metrics=self.metrics
+            self.config,
+            ascii_tokenizer(),
+            router_id="router-0",
+            secret=SECRET,
+            watch=self.watch,
+            metrics=self.metrics,
+            report_broken=self._report_broken,
         )
+
+    async def _report_broken(self, pair: BrokenPair) -> None:
+        self.broken.append(pair)
 
     async def watch(self, version: int) -> ClusterView:
         async with self._changed:
@@ -299,8 +314,8 @@ class Cluster:
 
     def assert_clean(self) -> None:
         """The router remembers nothing of any request."""
-        assert not self.router._requests and not len(self.router._dispatcher.queue)
-        for link in self.router._connections.links.values():
+        assert not self.router.machine.requests and not self.router.machine.queue_depth
+        for link in self.router.machine.workers.links.values():
             assert not link.asked and not link.queued
 
 

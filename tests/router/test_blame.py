@@ -10,7 +10,7 @@ import pytest
 
 from pdray.control.losses import Loss, Losses, blame
 from pdray.errors import InvalidRequestError, RequestFailedError, WorkerDiedError
-from pdray.router.request import RoutedRequest
+from pdray.router.routed import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.lease_messages import LeaseClosed, LeaseDenied, LeaseRequest
@@ -34,7 +34,7 @@ async def restart(cluster: Any, generation: int) -> None:
     """decode-0 dies, and its successor is there."""
     await cluster.decode.die()
     await cluster.show(cluster.new_worker("decode-0", "both", f"{generation}"))
-    await cluster.settled(lambda: cluster.router._connections.is_open("decode-0"))
+    await cluster.settled(lambda: cluster.router.machine.workers.is_open("decode-0"))
 
 
 async def lease(cluster: Any, name: str, attempt: int = 0, *, alone: bool = False) -> Any:
@@ -127,7 +127,7 @@ async def test_a_failed_worker_is_not_asked_again(make_cluster: MakeCluster) -> 
     cluster.decode.received.clear()
     cluster.decode.send(StepFailed("x", [LegKey("a", 0)]))
     await cluster.settled(lambda: not cluster.router.ready)
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     await asyncio.sleep(0.1)
     assert not any(isinstance(message, LeaseRequest) for message in cluster.decode.received)
 
@@ -221,7 +221,7 @@ async def test_one_death_is_one_loss_however_many_legs_it_hits(make_cluster: Mak
         await cluster.settled(
             lambda death=death: all(len(o.token_ids) == death + 1 for o in requests["r"].output.outputs)
         )
-    assert requests["r"].losses.num == 2 and cluster.metrics.num_replays == 9
+    assert cluster.router.machine.requests["r"].losses.num == 2 and cluster.metrics.num_replays == 9
     await cluster.decode.die()
     with pytest.raises(WorkerDiedError, match=r"3 times \(max_replays is 2\)"):
         await cluster.text_of(requests["r"])

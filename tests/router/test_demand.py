@@ -12,6 +12,7 @@ from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.lease_messages import Credit, CreditUpdate, CreditWanted, LeaseRequest
+from pdray.wire.peers import Role
 from pdray.wire.prefill_messages import PrefillRequest
 
 MakeCluster = Callable[..., Awaitable[Any]]
@@ -26,7 +27,7 @@ def greedy(max_tokens: int | None, n: int = 1) -> SamplingParams:
 async def tell(cluster: Any, worker: Any, credit: Credit) -> None:
     worker.credit = credit
     worker.send(CreditUpdate(credit))
-    await cluster.settled(lambda: cluster.router._connections.links[worker.worker_id].credit == credit)
+    await cluster.settled(lambda: cluster.router.machine.workers.links[worker.worker_id].credit == credit)
 
 
 def worker_of(cluster: Any, name: str, role: Literal["prefill", "decode"], incarnation: str = "1", **sizes: int) -> Any:
@@ -41,7 +42,7 @@ async def make_small(make_cluster: MakeCluster, *decodes: dict[str, int], **conf
     cluster = await make_cluster(empty=True, num_decode_workers=len(decodes), **config)
     workers = [worker_of(cluster, f"decode-{i}", "decode", **sizes) for i, sizes in enumerate(decodes)]
     await cluster.show(worker_of(cluster, "prefill-0", "prefill"), *workers)
-    await cluster.settled(lambda: len(cluster.router._connections.open_links("decode")) == len(decodes))
+    await cluster.settled(lambda: len(cluster.router.machine.workers.open_links(Role.DECODE)) == len(decodes))
     await cluster.router.wait_ready()
     return cluster
 
@@ -70,7 +71,7 @@ async def test_a_worker_that_is_too_small_is_not_asked(make_cluster: MakeCluster
     cluster = await make_small(make_cluster, {"num_blocks": 7}, {"num_blocks": 1000})
     await tell(cluster, cluster.workers["decode-1"], Credit(900, 1, running=60, waiting=0, leases=60))
     task = cluster.submit("r", greedy(60, n=2), prompt=PROMPT)
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     await tell(cluster, cluster.workers["decode-1"], PLENTY)
     await cluster.workers["decode-1"].expect(LeaseRequest, "r")
     assert cluster.workers["decode-0"].received == [] and cluster.workers["decode-0"].wanted == []
@@ -86,10 +87,10 @@ async def test_who_fits_nobody_now_lets_others_pass_and_is_served_when_a_worker_
     await tell(cluster, small, full)
     await tell(cluster, large, full)
     wide, behind = (cluster.submit(name, greedy(60, n), prompt=PROMPT) for name, n in (("wide", 9), ("behind", 1)))
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 2)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 2)
     await cluster.show(prefill, small)
     await large.die()
-    await cluster.settled(lambda: "decode-1" not in cluster.router._connections.links)
+    await cluster.settled(lambda: "decode-1" not in cluster.router.machine.workers.links)
     await tell(cluster, small, PLENTY)
     await small.expect(LeaseRequest, "behind")
     small.grant("behind")
@@ -107,7 +108,7 @@ async def test_who_waits_is_refused_once_all_workers_are_too_small(make_cluster:
     prefill, decode = cluster.prefill, cluster.decode
     await tell(cluster, decode, Credit(free_blocks=9, free_places=0, running=64, waiting=0, leases=64))
     wide = cluster.submit("wide", greedy(60, 9), prompt=PROMPT)
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     await decode.die()
     smaller = worker_of(cluster, "decode-0", "decode", "2", num_blocks=10)
     await cluster.show(prefill, smaller)
@@ -131,7 +132,7 @@ async def test_a_denied_leg_asks_again_only_when_there_is_enough(make_cluster: M
     for step in range(1, 6):
         cluster.decode.credit = Credit(free_blocks=5 + step, free_places=9, running=1, waiting=0, leases=1)
         cluster.decode.tokens("running", step, "b")
-    await cluster.settled(lambda: len(cluster.router._requests["running"].output.outputs[0].token_ids) == 6)
+    await cluster.settled(lambda: len(cluster.router.machine.requests["running"].output.outputs[0].token_ids) == 6)
     assert cluster.decode.about("r") == ["LeaseRequest"] and set(cluster.decode.wanted) == {CreditWanted(11, 2)}
     cluster.decode.credit = Credit(free_blocks=11, free_places=9, running=1, waiting=0, leases=1)
     cluster.decode.tokens("running", 6, "b")

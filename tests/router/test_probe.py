@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pdray.router.probe import BrokenPair
 from pdray.wire.lease_messages import CloseLease, Credit, CreditUpdate, LeaseRequest
+from pdray.wire.peers import Role
 from pdray.wire.prefill_messages import PrefillFailed, PrefillRequest
 
 MakeCluster = Callable[..., Awaitable[Any]]
@@ -21,15 +21,8 @@ PROBE = "probe-router-0-1"
 async def probing(make_cluster: MakeCluster) -> Callable[..., Awaitable[Any]]:
     """A cluster whose router is told when to probe, and what it has reported."""
 
-    async def make(*workers: Any) -> Any:
-        cluster = await make_cluster(*workers, probe_interval_s=None, probe_timeout_s=TIMEOUT_S)
-        cluster.broken = []
-
-        async def report(pair: BrokenPair) -> None:
-            cluster.broken.append(pair)
-
-        cluster.router._probe._report = report
-        return cluster
+    async def make(*workers: Any, **config: Any) -> Any:
+        return await make_cluster(*workers, probe_interval_s=None, **{"probe_timeout_s": TIMEOUT_S} | config)
 
     return make
 
@@ -50,7 +43,7 @@ async def answer(cluster: Any, number: int = 1, tokens: int = 2) -> None:
 
 async def test_a_pair_that_serves_is_left_alone_and_nobody_counts_it(probing: Any) -> None:
     cluster = await probing()
-    await asyncio.gather(cluster.router._probe.round(), answer(cluster))
+    await asyncio.gather(cluster.router.probe_round(), answer(cluster))
     await cluster.decode.expect(CloseLease, PROBE)
     assert cluster.router.ready and not cluster.broken
     assert not cluster.metrics.outcomes and not cluster.metrics.first_tokens and not cluster.metrics.gaps
@@ -61,22 +54,22 @@ async def test_a_pair_that_serves_is_left_alone_and_nobody_counts_it(probing: An
 @pytest.mark.parametrize("tokens", [0, 1])
 async def test_a_pair_that_does_not_is_taken_out_until_it_is_connected_anew(probing: Any, tokens: int) -> None:
     cluster = await probing()
-    await asyncio.gather(cluster.router._probe.round(), answer(cluster, tokens=tokens))
+    await asyncio.gather(cluster.router.probe_round(), answer(cluster, tokens=tokens))
     (pair,) = cluster.broken
     assert pair[:3] == ("prefill-0", "decode-0", 7) and "0.3 s" in pair.reason
-    assert not cluster.router.ready and cluster.router._connections.pairs == {}
+    assert not cluster.router.ready and cluster.router.machine.workers.pairs == {}
     await cluster.decode.expect(CloseLease, PROBE)
-    await cluster.router._probe.round()
+    await cluster.router.probe_round()
     assert cluster.broken == [pair, pair]  # the Coordinator may have been away
     await cluster.show_pairs(epoch=8)
     await cluster.settled(lambda: cluster.router.ready)
-    await asyncio.gather(cluster.router._probe.round(), answer(cluster, 2))
+    await asyncio.gather(cluster.router.probe_round(), answer(cluster, 2))
     assert len(cluster.broken) == 2 and cluster.router.ready
 
 
 async def test_a_failure_that_is_told_need_not_be_waited_for(probing: Any) -> None:
     cluster = await probing()
-    await asyncio.gather(cluster.router._probe.round(), answer_with_failure(cluster))
+    await asyncio.gather(cluster.router.probe_round(), answer_with_failure(cluster))
     assert cluster.broken[0].reason == "no such channel"
 
 
@@ -88,8 +81,8 @@ async def answer_with_failure(cluster: Any) -> None:
 async def test_a_pair_beside_a_broken_one_serves(probing: Any, make_cluster: MakeCluster) -> None:
     cluster = await probing()
     await cluster.show(cluster.prefill, cluster.decode, cluster.new_worker("decode-1", "decode"))
-    await cluster.settled(lambda: len(cluster.router._connections.open_links("decode")) == 2)
-    cluster.router._connections.mark_broken("prefill-0", "decode-0")
+    await cluster.settled(lambda: len(cluster.router.machine.workers.open_links(Role.DECODE)) == 2)
+    cluster.router.machine.workers.mark_broken("prefill-0", "decode-0")
     assert cluster.router.ready
     cluster.submit("r")
     await cluster.workers["decode-1"].expect(LeaseRequest, "r")
@@ -97,7 +90,7 @@ async def test_a_pair_beside_a_broken_one_serves(probing: Any, make_cluster: Mak
 
 async def test_who_is_busy_is_not_probed_and_not_broken(probing: Any) -> None:
     cluster = await probing()
-    probe = asyncio.create_task(cluster.router._probe.round())
+    probe = asyncio.create_task(cluster.router.probe_round())
     await cluster.decode.expect(LeaseRequest, PROBE)
     cluster.decode.deny(PROBE, "no place", retriable=True)
     await probe
@@ -105,15 +98,14 @@ async def test_who_is_busy_is_not_probed_and_not_broken(probing: Any) -> None:
     busy = Credit(free_blocks=100, free_places=3, running=1, waiting=0, leases=1)
     cluster.decode.credit = busy
     cluster.decode.send(CreditUpdate(busy))
-    await cluster.settled(lambda: cluster.router._connections.links["decode-0"].credit == busy)
-    await cluster.router._probe.round()
+    await cluster.settled(lambda: cluster.router.machine.workers.links["decode-0"].credit == busy)
+    await cluster.router.probe_round()
     assert len([m for m in cluster.decode.received if isinstance(m, LeaseRequest)]) == 1
 
 
 async def test_a_probes_lease_is_renewed(probing: Any) -> None:
-    cluster = await probing()
-    cluster.router._probe._timeout_s = 5.0
-    probe = asyncio.create_task(cluster.router._probe.round())
+    cluster = await probing(probe_timeout_s=5.0)
+    probe = asyncio.create_task(cluster.router.probe_round())
     await cluster.decode.expect(LeaseRequest, PROBE)
     await cluster.decode.wait(lambda: any(key.request_id == PROBE for key in cluster.decode.renewed))
     await answer(cluster)
@@ -122,20 +114,13 @@ async def test_a_probes_lease_is_renewed(probing: Any) -> None:
 
 async def test_a_worker_that_does_both_is_asked_twice(probing: Any, make_cluster: MakeCluster) -> None:
     cluster = await make_cluster(empty=True, probe_interval_s=None, probe_timeout_s=TIMEOUT_S)
-    reported: list[BrokenPair] = []
-
-    async def report(pair: BrokenPair) -> None:
-        reported.append(pair)
-
-    probe = cluster.router._probe
-    probe._report = report
     await cluster.show(cluster.new_worker("decode-0", "both"))
     await cluster.settled(lambda: cluster.router.ready)
-    await probe.round()
-    assert cluster.router.ready and not reported
-    await probe.round()
-    assert not cluster.router.ready and [pair[:2] for pair in reported] == [("decode-0", "decode-0")]
-    again = asyncio.create_task(probe.round())
+    await cluster.router.probe_round()
+    assert cluster.router.ready and not cluster.broken
+    await cluster.router.probe_round()
+    assert not cluster.router.ready and [pair[:2] for pair in cluster.broken] == [("decode-0", "decode-0")]
+    again = asyncio.create_task(cluster.router.probe_round())
     await cluster.decode.expect(LeaseRequest, "probe-router-0-3")
     cluster.decode.grant("probe-router-0-3")
     cluster.decode.tokens("probe-router-0-3", 0, "ab", finish="length")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pdray.errors import NoWorkerError, QueueFullError, RequestTimeoutError, WorkerDiedError
-from pdray.router.request import RoutedRequest
+from pdray.router.routed import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.lease_messages import CloseLease, LeaseClosed, LeaseRequest
@@ -108,7 +108,7 @@ async def test_the_other_worker_takes_over(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     other = cluster.new_worker("decode-1", "decode")
     await cluster.show(cluster.prefill, cluster.decode, other)
-    await cluster.settled(lambda: cluster.router._connections.is_open("decode-1"))
+    await cluster.settled(lambda: cluster.router.machine.workers.is_open("decode-1"))
     task = await brought_to(cluster, "decoding")
     request = await task
     dead = cluster.decode
@@ -205,7 +205,7 @@ async def test_an_abort_between_two_workers(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     request = await (await brought_to(cluster, "decoding"))
     await cluster.show(cluster.prefill)
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     request.abort()
     assert await cluster.text_of(request) == "ab"
     cluster.assert_clean()
@@ -237,4 +237,4 @@ async def test_a_worker_that_cannot_be_reached_yet(make_cluster: MakeCluster) ->
     await asyncio.wait_for(cluster.router.wait_ready(), PATIENCE_S)
     await brought_to(cluster, "decoding")
     late._server._server = await asyncio.start_server(late._server._accept, "127.0.0.1", late.info.port)
-    await cluster.settled(lambda: cluster.router._connections.is_open("decode-1"))
+    await cluster.settled(lambda: cluster.router.machine.workers.is_open("decode-1"))

@@ -11,7 +11,7 @@ import pytest
 from pdray.engine.kv.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, NoWorkerError
 from pdray.router.completion import CompletionDelta
-from pdray.router.request import RoutedRequest
+from pdray.router.routed import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.lease_messages import CloseLease, Credit, EndCompletion, LeaseRequest
@@ -183,7 +183,7 @@ async def test_abort_in_every_state(make_cluster: MakeCluster, state: str) -> No
     task = cluster.submit("r")
     if state == "queued":
         await asyncio.sleep(0.05)
-        assert len(cluster.router._dispatcher.queue) == 1
+        assert cluster.router.machine.queue_depth == 1
     else:
         await cluster.decode.expect(LeaseRequest, "r")
     if state in ("prefilling", "decoding"):
@@ -379,7 +379,7 @@ async def test_prompts_go_where_their_prefix_is_cached(make_cluster: MakeCluster
         return str(lease.prefill_worker_id)
 
     def known(worker_id: str) -> int:
-        return int(cluster.router._connections.links[worker_id].num_cached(hashes))
+        return int(cluster.router.machine.workers.links[worker_id].num_cached(hashes))
 
     async def told(worker: Any, message: PrefixUpdate, num_blocks: int) -> None:
         worker.send(message)

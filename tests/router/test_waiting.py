@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from pdray.errors import InvalidRequestError, NoWorkerError, QueueFullError
-from pdray.router.request import RoutedRequest
+from pdray.router.routed import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.cluster_view import Draining
 from pdray.wire.lease_messages import CloseLease, Credit, CreditUpdate, LeaseRequest
 from pdray.wire.message import LegKey
-from pdray.wire.prefill_messages import PrefillRequest
+from pdray.wire.prefill_messages import Pong, PrefillRequest
 
 MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -27,7 +27,7 @@ ONE_PLACE = Credit(free_blocks=100, free_places=1, running=0, waiting=0, leases=
 async def make_full(cluster: Any) -> None:
     cluster.decode.credit = FULL
     cluster.decode.send(CreditUpdate(FULL))
-    await cluster.settled(lambda: cluster.router._connections.links["decode-0"].credit == FULL)
+    await cluster.settled(lambda: cluster.router.machine.workers.links["decode-0"].credit == FULL)
 
 
 async def test_waiting_for_credit_in_order(make_cluster: MakeCluster) -> None:
@@ -51,7 +51,7 @@ async def test_one_place_is_asked_for_once(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     await make_full(cluster)
     tasks = [cluster.submit(str(i)) for i in range(5)]
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 5)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 5)
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     await cluster.decode.expect(LeaseRequest, "0")
@@ -66,7 +66,7 @@ async def test_a_full_queue_refuses_at_once(make_cluster: MakeCluster, size: int
     cluster = await make_cluster(max_queue_size=size)
     await make_full(cluster)
     tasks = [cluster.submit(str(i)) for i in range(size)]
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == size)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == size)
     with pytest.raises(QueueFullError, match=f"max_queue_size is {size}") as caught:
         await cluster.router.submit("x", GREEDY, request_id="one more")
     assert caught.value.retry_after_s >= 1
@@ -89,9 +89,9 @@ async def test_a_denied_lease_keeps_its_place_in_the_queue(make_cluster: MakeClu
     await cluster.decode.expect(LeaseRequest, "first")
     cluster.decode.credit = FULL
     cluster.decode.deny("first", "no free blocks or places", retriable=True)
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     second = cluster.submit("second")
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 2)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 2)
     cluster.decode.send(CreditUpdate(ONE_PLACE))
     assert (await cluster.decode.expect(LeaseRequest, "first", attempt=1)).indices == [0]
     assert "LeaseRequest" not in cluster.decode.about("second")
@@ -107,7 +107,7 @@ async def test_aborting_a_denied_request_sends_nothing(make_cluster: MakeCluster
     await cluster.decode.expect(LeaseRequest, "r")
     cluster.decode.credit = FULL
     cluster.decode.deny("r", "no free blocks or places", retriable=True)
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     task.cancel()
     await asyncio.sleep(0.05)
     assert cluster.decode.about("r") == ["LeaseRequest"]
@@ -133,7 +133,7 @@ async def test_a_closed_lease_gives_its_place_to_the_next(make_cluster: MakeClus
     cluster.decode.grant("first")
     request = await first
     second = cluster.submit("second")
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     request.abort()
     await cluster.decode.expect(LeaseRequest, "second")
     second.cancel()
@@ -156,7 +156,7 @@ async def test_a_long_prefill_queue_gets_nothing_more(make_cluster: MakeCluster)
     cluster = await make_cluster(max_num_batched_tokens=64, max_queue_size=100)
     tasks = [cluster.submit(str(i), prompt=[1] * 50) for i in range(6)]
     # those before are more than two batches, asked for or sent
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 3)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 3)
     for i in range(3):
         await cluster.decode.expect(LeaseRequest, str(i))
         cluster.decode.grant(str(i))
@@ -165,8 +165,10 @@ async def test_a_long_prefill_queue_gets_nothing_more(make_cluster: MakeCluster)
     await cluster.decode.expect(LeaseRequest, "3")
     cluster.decode.deny("3", "no free blocks or places", retriable=False)
     await cluster.decode.expect(LeaseRequest, "4")
-    assert len(cluster.router._dispatcher.queue) == 1
-    await cluster.settled(lambda: cluster.router._connections.links["prefill-0"].prefill_state().queued_tokens == 150)
+    assert cluster.router.machine.queue_depth == 1
+    await cluster.settled(
+        lambda: cluster.router.machine.workers.links["prefill-0"].prefill_state().queued_tokens == 150
+    )
     await asyncio.gather(*tasks[:3])
     for task in tasks:
         task.cancel()
@@ -179,10 +181,10 @@ async def test_a_queue_of_other_routers_prompts_is_asked_for_while_requests_wait
     """Long before the next renewal."""
     cluster = await make_cluster(max_num_batched_tokens=64, lease_timeout_s=1000)
     cluster.prefill.queued_tokens = 1000
-    cluster.router._ask_for_queues()
-    await cluster.settled(lambda: cluster.router._connections.links["prefill-0"].told_queued_tokens == 1000)
+    cluster.prefill.send(Pong(1000))
+    await cluster.settled(lambda: cluster.router.machine.workers.links["prefill-0"].told_queued_tokens == 1000)
     task = cluster.submit("r")
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     cluster.prefill.queued_tokens = 0
     await cluster.decode.expect(LeaseRequest, "r")
     task.cancel()
@@ -207,7 +209,7 @@ async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
     cluster.decode.credit = FULL
     await make_full(cluster)
     waiting = cluster.submit("waiting")
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     await asyncio.wait_for(cluster.router.stop(), PATIENCE_S)
     for cut_off in (cluster.text_of(running), running.wait(), waiting):
         with pytest.raises(NoWorkerError, match="stopping"):
@@ -223,7 +225,7 @@ async def test_a_drain_refuses_what_is_new_and_ends_what_outlasts_it(make_cluste
     cluster.decode.credit = FULL
     await make_full(cluster)
     waiting = cluster.submit("waiting")
-    await cluster.settled(lambda: len(cluster.router._dispatcher.queue) == 1)
+    await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     await cluster.show_draining(Draining("a newer one comes", 0.2))
     with pytest.raises(NoWorkerError, match="a newer one comes"):
         await waiting

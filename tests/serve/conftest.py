@@ -19,7 +19,8 @@ from pdray.config import Config
 from pdray.errors import WorkerDiedError
 from pdray.models.generation_config import NEUTRAL
 from pdray.outputs import Logprob, SampledToken
-from pdray.router.request import RoutedRequest
+from pdray.router.request import Request
+from pdray.router.routed import RoutedRequest
 from pdray.router.validation import check_tokenizer, complete_params, tokenize_all
 from pdray.sampling_params import SamplingParams
 from pdray.serve.api import create_app
@@ -98,21 +99,28 @@ class ScriptedRouter:
         finally:
             self.num_waiting -= 1
         arrival = time.monotonic() if arrival is None else arrival
-        request = RoutedRequest(request_id, text, prompt, params, priority, self.tokenizer, arrival, self._abort)
+        request = Request(request_id, text, prompt, params, priority, self.tokenizer, arrival)
         request.output.num_cached_tokens = len(prompt) // 2
-        self.requests.append(request)
+        routed = RoutedRequest(request, self._abort)
+        self.requests.append(routed)
         self.priorities.append(priority)
-        task = asyncio.ensure_future(self._run(request))
+        task = asyncio.ensure_future(self._run(request, routed))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return request
+        return routed
 
-    def _abort(self, request: RoutedRequest) -> None:
+    def _abort(self, request: Request) -> None:
         self.aborted.append(request.request_id)
-        request.end()
+        routed = next(each for each in self.requests if each.output is request.output)
+        self._end(request, routed)
 
-    async def _run(self, request: RoutedRequest) -> None:
-        params = request.params
+    @staticmethod
+    def _end(request: Request, routed: RoutedRequest, error: Exception | None = None) -> None:
+        request.end(time.monotonic(), error)
+        routed.end(error)
+
+    async def _run(self, request: Request, routed: RoutedRequest) -> None:
+        params, leg = request.params, request.start()
         assert params.max_tokens is not None
         codes = [ord(char) for char in self.reply]
         tokens = [codes[i % len(codes)] for i in range(params.max_tokens)] if params.ignore_eos else [*codes, EOS]
@@ -120,21 +128,21 @@ class ScriptedRouter:
             if position == self.stop_after or request.ended:
                 return
             if position == self.die_after:
-                request.end(WorkerDiedError("decode-0 is gone"))
+                self._end(request, routed, WorkerDiedError("decode-0 is gone"))
                 return
             reason = "stop" if token_id == EOS and not params.ignore_eos else None
             reason = "length" if reason is None and position + 1 == params.max_tokens else reason
-            request.take(
-                [
-                    SampledToken(index, position, token_id, self._logprobs(token_id, index, params.logprobs), reason)
-                    for index in range(params.n)
-                ]
-            )
+            tokens = [
+                SampledToken(index, position, token_id, self._logprobs(token_id, index, params.logprobs), reason)
+                for index in range(params.n)
+            ]
+            request.take(time.monotonic(), leg, tokens)
+            routed.wake()
             if all(completion.finished for completion in request.output.outputs):
                 break
             await asyncio.sleep(0)
         request.output.timings.queue = 0.001
-        request.end()
+        self._end(request, routed)
 
     def _logprobs(self, token_id: int, index: int, num_top: int | None) -> dict[int, Logprob] | None:
         """Completion 0 sampled the likeliest token; the others one that is not among the top."""

@@ -15,16 +15,17 @@ from pdray.testing.patience import PATIENCE_S
 from pdray.wire import session as session_module
 from pdray.wire.dial import connect
 from pdray.wire.frames import MAX_FRAME_BYTES, Data, encode_frame, read_frame
-from pdray.wire.handshake import Challenge, PeerName, Welcome, initiate
+from pdray.wire.handshake import Challenge, Welcome, initiate
 from pdray.wire.lease_messages import RenewLeases
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import PeerName, Role
 from pdray.wire.server import SessionServer
 from pdray.wire.session import Session
 
 SECRET = b"secret of the test"
-SERVER = PeerName("decode-0", "d1")
-CLIENT = PeerName("router-0", "r1")
+SERVER = PeerName("decode-0", "d1", Role.DECODE)
+CLIENT = PeerName("router-0", "r1", Role.ROUTER)
 
 
 def numbered(number: int, size: int = 0) -> RenewLeases:
@@ -306,7 +307,7 @@ async def test_garbage_is_refused(link: Connect) -> None:
 async def test_another_incarnation_is_refused(link: Connect) -> None:
     each = await link()
     with pytest.raises(HandshakeError, match="d1"):
-        await each.connect(expect=PeerName("decode-0", "d2"))
+        await each.connect(expect=PeerName("decode-0", "d2", Role.DECODE))
 
 
 async def test_a_restarted_server_ends_the_session(link: Connect) -> None:
@@ -315,7 +316,7 @@ async def test_a_restarted_server_ends_the_session(link: Connect) -> None:
     client = await each.connect()
     await each.server_side.wait(lambda: each.server_side.opened)
     other_side = Recorder()
-    other = SessionServer(PeerName("decode-0", "d2"), SECRET, other_side, timeout_s=5)
+    other = SessionServer(PeerName("decode-0", "d2", Role.DECODE), SECRET, other_side, timeout_s=5)
     each.proxy._target = await other.start("127.0.0.1")
     each.proxy.cut()
     client.send(numbered(1))
@@ -339,7 +340,7 @@ async def test_a_session_that_the_server_forgot_ends(link: Connect) -> None:
 async def test_a_new_session_of_a_peer_replaces_the_old(link: Connect) -> None:
     each = await link()
     await each.connect()
-    await each.connect(me=PeerName(CLIENT.id, "r2"))
+    await each.connect(me=CLIENT._replace(incarnation="r2"))
     await each.server_side.wait(lambda: len(each.server_side.opened) == 2)
     assert len(each.server_side.closed) == 1 and "replaced" in each.server_side.closed[0]
     await each.client_side.wait(lambda: each.client_side.closed)
@@ -516,7 +517,7 @@ async def test_nothing_is_delivered_after_the_end(link: Connect) -> None:
     protocol = session._writer.transport.get_protocol()
     assert isinstance(protocol, asyncio.StreamReaderProtocol)
     protocol.data_received(encode_frame(Data(1, 0, numbered(1))))
-    session.end("ended here", tell=True)
+    session._end("ended here", tell=True)
     await each.client_side.wait(lambda: each.client_side.closed)
     assert each.server_side.closed == ["ended here"] and delivered == []
 
@@ -567,7 +568,7 @@ async def test_no_session_opens_while_the_server_stops(link: Connect, monkeypatc
         await initiate(
             reader,
             writer,
-            me=PeerName("router-1", "r1"),
+            me=PeerName("router-1", "r1", Role.ROUTER),
             expect=SERVER,
             secret=SECRET,
             session_id="new",
@@ -583,7 +584,7 @@ async def test_no_session_opens_while_the_server_stops(link: Connect, monkeypatc
 async def test_a_proof_is_good_for_one_server_only(link: Connect) -> None:
     """Who took a dead worker's port must not enter elsewhere with the proofs of those who still call it."""
     each = await link()
-    dead = PeerName("decode-9", "d9")
+    dead = PeerName("decode-9", "d9", Role.DECODE)
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         live_reader, live_writer = await asyncio.open_connection("127.0.0.1", each.port)
