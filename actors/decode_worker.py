@@ -17,7 +17,7 @@ from pdray.actors.worker import Worker
 from pdray.config import Config
 from pdray.control.credit import CreditWaiters
 from pdray.control.effects import Send
-from pdray.control.lease import LeaseTable
+from pdray.control.lease_table import LeaseTable
 from pdray.control.losses import blame
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import HandshakeError

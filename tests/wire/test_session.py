@@ -310,6 +310,25 @@ async def test_another_incarnation_is_refused(link: Connect) -> None:
         await each.connect(expect=PeerName("decode-0", "d2", Role.DECODE))
 
 
+async def test_an_unknown_role_is_refused(link: Connect) -> None:
+    """By its name, to the peer itself; nothing is opened."""
+    each = await link()
+    unknown = PeerName("janitor-0", "1", "janitor")  # type: ignore[arg-type]
+    with pytest.raises(HandshakeError, match="refused.*janitor"):
+        await each.connect(me=unknown)
+    assert not each.server_side.opened
+    for role in Role:
+        await each.connect(me=PeerName(f"{role}-1", "1", role))
+    await each.server_side.wait(lambda: len(each.server_side.opened) == len(Role))
+    assert [session.peer.role for session in each.server_side.opened] == list(Role)
+
+
+async def test_another_role_is_refused(link: Connect) -> None:
+    each = await link()
+    with pytest.raises(HandshakeError, match="prefill"):
+        await each.connect(expect=SERVER._replace(role=Role.PREFILL))
+
+
 async def test_a_restarted_server_ends_the_session(link: Connect) -> None:
     """Another process behind the same address: nothing is delivered to it, and the client is told."""
     each = await link()
@@ -517,7 +536,7 @@ async def test_nothing_is_delivered_after_the_end(link: Connect) -> None:
     protocol = session._writer.transport.get_protocol()
     assert isinstance(protocol, asyncio.StreamReaderProtocol)
     protocol.data_received(encode_frame(Data(1, 0, numbered(1))))
-    session._end("ended here", tell=True)
+    session.end("ended here", tell=True)
     await each.client_side.wait(lambda: each.client_side.closed)
     assert each.server_side.closed == ["ended here"] and delivered == []
 
