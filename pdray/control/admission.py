@@ -142,7 +142,10 @@ class AdmissionQueue(Generic[T]):
         """Take an entry out, wherever it stands. Idempotent."""
         if not entry.left:
             entry.left = True
-            self._line.remove(entry)
+            place = bisect.bisect_left(self._line, entry)
+            while self._line[place] is not entry:  # legs that replay one leg stand in the same place
+                place += 1
+            del self._line[place]
             if not self._line:
                 self._congested_since = None
 

@@ -1,4 +1,4 @@
-"""A simulated cluster around the real control code: leases, prefill ledger, request tracker, membership.
+"""A simulated cluster around the real control code: leases, prefill ledger, membership, and routers as a whole.
 
 Time, network, processes, engines and channels are simulated; every decision is taken by the code under test. An
 action is chosen from those that are possible; after each, violations() says what must never be. Puts write straight
@@ -10,38 +10,40 @@ either ends the legs of that step and goes on, or says whose step it was and die
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdray.control.credit import CreditWaiters, covers
+from msgspec import structs
+
+from pdray.config import Config
+from pdray.control.credit import CreditWaiters
 from pdray.control.effects import Connect, FlushPuts, Kill, Release, Send, Start, StartCompute, TellGone
 from pdray.control.lease_table import LeaseTable
-from pdray.control.losses import Loss, Losses, blame
+from pdray.control.losses import blame
 from pdray.control.membership import Membership, Stray
 from pdray.control.prefill_ledger import PrefillLedger
-from pdray.control.request_tracker import Leg, RequestTracker
 from pdray.engine.request import EngineRequest, Reservation
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
-from pdray.wire.cluster_view import WorkerIdentity, WorkerInfo
+from pdray.testing.simulated_router import Held, SimulatedRouter
+from pdray.wire.cluster_view import Draining, WorkerIdentity, WorkerInfo
 from pdray.wire.lease_messages import (
     CloseLease,
     Credit,
-    CreditUpdate,
-    CreditWanted,
-    LeaseClosed,
-    LeaseDenied,
-    LeaseGranted,
+    EndCompletion,
     LeaseRequest,
     LegTokens,
     RenewLeases,
     Tokens,
 )
 from pdray.wire.message import LegKey, Verdict
-from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, PrefillFailed, PrefillRequest
+from pdray.wire.messages import AnyMessage
+from pdray.wire.peers import Role
+from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, Ping, Pong, PrefillRequest
 from pdray.wire.put_messages import AbortPut, BeginPut, BeginPutReply, PutAborted, PutDone
 from pdray.wire.worker_news import StepFailed
 
@@ -52,7 +54,8 @@ BLOCKS_PER_LEG = 2
 OUTPUT_TOKENS = 4
 LAYER_GROUPS = 3
 ALONE_STEPS = 2
-MAX_REPLAYS = 1000
+MAX_QUEUE_SIZE = 2
+DRAIN_S = 3.0
 PROGRESS_WEIGHT = 30  # or kills and stops would leave nothing that could get anywhere
 
 
@@ -160,24 +163,30 @@ class PrefillProcess(Process):
 
 
 @dataclass(eq=False)
-class Request:
-    tracker: RequestTracker
-    n: int
-    patient: bool = True
-    places: dict[LegKey, tuple[str | None, str | None]] = field(default_factory=dict)
-    denied: set[LegKey] = field(default_factory=set)  # legs that wait for credit of the worker that denied them
-    losses: Losses = field(default_factory=Losses)
-    num_losses: dict[LegKey, int] = field(default_factory=dict)  # of the legs before it
-    alone: set[LegKey] = field(default_factory=set)
-    received: dict[int, list[int]] = field(default_factory=dict)
-    outcomes: list[str] = field(default_factory=list)
-
-
-@dataclass(eq=False)
 class RouterProcess(Process):
-    requests: dict[str, Request] = field(default_factory=dict)
-    wanted: dict[str, CreditWanted] = field(default_factory=dict)  # by decode worker
-    failed: set[str] = field(default_factory=set)  # incarnations that have said so
+    """Attributes:
+    seen: version of the view that it was shown last, and whether the workers were draining then.
+    """
+
+    router: SimulatedRouter = field(init=False)
+    seen: tuple[int, bool] = (-1, False)
+
+
+@functools.cache
+def router_config(num_prefill: int, num_decode: int) -> Config:
+    """Nothing is lost for good and nobody waits for too long: what is forgotten shows as a request without an end."""
+    return Config(
+        skip_tokenizer_init=True,
+        mode="disaggregated" if num_prefill else "colocated",
+        num_prefill_workers=num_prefill or 1,
+        num_decode_workers=num_decode,
+        block_size=BLOCK_SIZE,
+        enable_prefix_caching=False,
+        max_queue_size=MAX_QUEUE_SIZE,
+        max_queue_wait_s=1e9,
+        max_replays=1000,
+        lease_timeout_s=LEASE_TIMEOUT_S,
+    )
 
 
 class World:
@@ -207,14 +216,35 @@ class World:
         self.calls: deque[Any] = deque()  # the Coordinator's effects, through Ray: in order, lost with it
         self.strays: dict[str, Process] = {}  # that the Coordinator found and does not know, by the name it gave them
         self.notices: deque[Callable[[], None]] = deque()  # of broken sessions
-        self.routers = [RouterProcess(f"router-{i}", "1") for i in range(2)]
-        self.processes.update({router.name: router for router in self.routers})
         self.problems: list[str] = []
         self.num_requests = 0
         self.disturb = True
+        self.draining = False  # as routers are shown it
+        self.routers = [self._router(f"router-{i}", router_config(num_prefill, num_decode)) for i in range(2)]
+        self.processes.update({router.name: router for router in self.routers})
         self._pump()
 
     # processes
+
+    def _router(self, name: str, config: Config) -> RouterProcess:
+        process = RouterProcess(name, "1")
+
+        def send(held: Held, message: AnyMessage) -> None:
+            worker = self._at(held)
+            if worker is not None and worker.alive:
+                self.links.setdefault((process, worker), deque()).append(message)
+
+        def hang_up(held: Held) -> None:
+            if (worker := self._at(held)) is not None:
+                self._session_lost(process, worker)
+
+        process.router = SimulatedRouter(config, name, send, hang_up, token, self.poison)
+        return process
+
+    def _at(self, held: Held) -> Process | None:
+        """The process at the other end of a router's session."""
+        worker = self.processes.get(held.worker_id)
+        return worker if worker is not None and worker.incarnation == held.incarnation else None
 
     def workers(self, kind: type[Any]) -> list[Any]:
         return [process for process in self.processes.values() if isinstance(process, kind)]
@@ -223,13 +253,13 @@ class World:
         process: Process
         if start.worker_id.startswith("prefill"):
             process = PrefillProcess(start.worker_id, start.incarnation, ledger=self._ledger())
-            role = "prefill"
+            role = Role.PREFILL
         else:
             process = decode = DecodeProcess(start.worker_id, start.incarnation, waiters=self._waiters())
             decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S, BLOCK_SIZE)
-            role = "decode" if self.membership.num_prefill else "both"
+            role = Role.DECODE if self.membership.num_prefill else Role.BOTH
         self.processes[start.worker_id] = process
-        info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024, 8, 64)  # type: ignore[arg-type]
+        info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024, 8, 64)
         process.info = info
         self.membership.ready(info)
 
@@ -342,10 +372,20 @@ class World:
         self.links = {ends: queue for ends, queue in self.links.items() if process not in ends}
         for router in self.routers:
             if router.alive and router is not process:
-                self.notices.append(lambda router=router, process=process: self._router_lost(router, process))
+                self.notices.append(lambda router=router, process=process: self._router_loses(router, process))
         if isinstance(process, RouterProcess):
             for worker in (*self.workers(DecodeProcess), *self.workers(PrefillProcess)):
                 self.notices.append(lambda worker=worker: self._worker_lost_router(worker, process.name))
+
+    def _router_loses(self, router: RouterProcess, worker: Process) -> None:
+        if router.alive:
+            router.router.lose(self.now, Held(worker.name, worker.incarnation))
+
+    def _session_lost(self, router: RouterProcess, worker: Process) -> None:
+        """The worker's end of a session between the two: what was under way is lost."""
+        self.links.pop((router, worker), None)
+        self.links.pop((worker, router), None)
+        self._worker_lost_router(worker, router.name)
 
     def _worker_lost_router(self, worker: Process, router_id: str) -> None:
         if isinstance(worker, DecodeProcess) and worker.alive:
@@ -364,6 +404,10 @@ class World:
                     entry = destination.epochs.get(source.name)
                     if entry is None or entry[1] is not source:
                         continue  # no session: dropped, and asked again when there is one
+                if isinstance(destination, RouterProcess):
+                    held = destination.router.sessions.get(source.name)
+                    if held is None or held.incarnation != source.incarnation:
+                        continue
                 self.links.setdefault((source, destination), deque()).append(effect.message)
 
     def deliver(self, ends: tuple[Process, Process]) -> None:
@@ -376,7 +420,7 @@ class World:
         elif isinstance(destination, PrefillProcess):
             self._prefill_receives(destination, source, message)
         elif isinstance(destination, RouterProcess):
-            self._router_receives(destination, source, message)
+            destination.router.receive(self.now, Held(source.name, source.incarnation), message)
 
     def _decode_receives(self, decode: DecodeProcess, source: Process, message: Any) -> None:
         table = decode.table
@@ -390,6 +434,8 @@ class World:
                     self._send(decode, [answer])
             case CloseLease():
                 self._decode_do(decode, table.close(message.key))
+            case EndCompletion():
+                self._end_completion(decode, message.key, message.index)
             case BeginPut():
                 # A channel may resolve positions now and write much later: what it writes to is what it was told here.
                 self._send(decode, table.begin_put(source.name, message))
@@ -411,6 +457,8 @@ class World:
             case PrefillRequest():
                 entry = prefill.epochs.get(message.decode_worker_id)
                 self._ledger_do(prefill, ledger.request(source.name, message, None if entry is None else entry[0]))
+            case Ping():
+                self._send(prefill, [Send(source.name, Pong(len(prefill.computing)))])
             case CancelPrefill():
                 self._ledger_do(prefill, ledger.cancel(message.key))
             case BeginPutReply():
@@ -526,211 +574,73 @@ class World:
                 self.problems.append(f"{key} runs without a lease")
                 continue
             by_router.setdefault(router_id, []).append(LegTokens(*key, tokens))
-            if not decode.pool.running[key]:
-                decode.pool.release(key)
-                self._send(decode, decode.table.finished(key))
+            self._finish_if_done(decode, key)
         now = credit(decode.pool)
         self._decode_do(decode, [Send(router_id, Tokens(legs, now)) for router_id, legs in by_router.items()])
 
+    def _end_completion(self, decode: DecodeProcess, key: LegKey, index: int) -> None:
+        """A stop string, which only the router sees."""
+        if key in decode.pool.running:
+            decode.pool.running[key].pop(index, None)
+            self._finish_if_done(decode, key)
+
+    def _finish_if_done(self, decode: DecodeProcess, key: LegKey) -> None:
+        if not decode.pool.running[key]:
+            decode.pool.release(key)
+            self._decode_do(decode, decode.table.finished(key))
+
     # routers
 
-    def submit(self, router: RouterProcess, n: int, poison: bool = False) -> None:
+    def submit(self, process: RouterProcess, n: int, poison: bool = False) -> None:
         request_id = f"request-{self.num_requests}"
         self.num_requests += 1
         if poison:
             self.poison[request_id] = self.num_requests % 2 == 0
-        request = Request(RequestTracker(request_id, n), n, patient=self.num_requests % 4 > 0)
-        router.requests[request_id] = request
-        self._open(router, request, request.tracker.start())
+        stop_at = None if poison or self.num_requests % 3 else self.num_requests % OUTPUT_TOKENS
+        params = SamplingParams(n=n, seed=1, max_tokens=OUTPUT_TOKENS)
+        process.router.submit(self.now, request_id, params, stop_at=stop_at)
 
-    def _open(self, router: RouterProcess, request: Request, leg: Leg) -> None:
+    def abort(self, process: RouterProcess, request_id: str) -> None:
+        process.router.abort(self.now, process.router.machine.requests[request_id])
+
+    def stop_router(self, process: RouterProcess) -> None:
+        """In order: everything of it ends, and is told so."""
+        process.router.stop(self.now)
+        if process.router.machine.requests:
+            self.problems.append(f"{process.name} has stopped with {list(process.router.machine.requests)}")
+        self.kill(process, process.incarnation)
+
+    def cut_router(self, process: RouterProcess, held: Held) -> None:
+        """The session between a router and a live worker is lost for good."""
+        if (worker := self._at(held)) is not None:
+            self._session_lost(process, worker)
+        process.router.lose(self.now, held)
+
+    def show_view(self, process: RouterProcess) -> None:
         view = self.membership.view
-        pairs: list[tuple[str | None, str]] = [(p.prefill_worker_id, p.decode_worker_id) for p in view.pairs]
-        pairs += [(None, worker.worker_id) for worker in view.workers if worker.role == "both"]
-        pairs = [pair for pair in pairs if all(name is None or self._takes(router, name) for name in pair)]
-        if not pairs:
-            self._end(router, request, "failed")
-            return
-        place: tuple[str | None, str | None] = pairs[(self.num_requests + leg.key.attempt) % len(pairs)]
-        if place[0] is not None and len(leg.output_token_ids) == OUTPUT_TOKENS - 1:
-            place = (place[0], None)  # the first token ends it: no lease
-        request.places[leg.key] = place
-        if place[1] is None:
-            self._ask_prefill(router, request, leg)
-            return
-        ask = LeaseRequest(
-            *leg.key,
-            [1],
-            SamplingParams(n=request.n, seed=1),
-            list(leg.indices),
-            list(leg.output_token_ids),
-            place[0],
-            alone=leg.key in request.alone,
-        )
-        self._send(router, [Send(place[1], ask)])
+        process.seen = view.version, self.draining
+        draining = Draining("a newer configuration comes", DRAIN_S) if self.draining else None
+        process.router.view(self.now, structs.replace(view, draining=draining))
 
-    def _takes(self, router: RouterProcess, worker_id: str) -> bool:
-        """Whether the router may ask it, as far as it knows."""
-        process = self.processes[worker_id]
-        return process.alive and process.incarnation not in router.failed
+    def fire(self, process: RouterProcess) -> None:
+        """It is the time for which a router has asked to be woken."""
+        self.now = max(self.now, process.router.timers[0])
+        process.router.tick(self.now)
 
-    def _end(self, router: RouterProcess, request: Request, outcome: str) -> None:
-        request.outcomes.append(outcome)
-        is_poison = request.tracker.request_id in self.poison
-        if outcome == ("finished" if is_poison else "blamed"):
-            self.problems.append(f"{request.tracker.request_id} {outcome}, poison: {is_poison}")
-        for leg in request.tracker.drop():
-            self._close(router, request, leg.key)
-        del router.requests[request.tracker.request_id]
-
-    def _close(self, router: RouterProcess, request: Request, key: LegKey) -> None:
-        place = request.places.get(key)
-        if place is not None:
-            if place[1] is not None:
-                self._send(router, [Send(place[1], CloseLease(*key, "over"))])
-            if place[0] is not None:
-                self._send(router, [Send(place[0], CancelPrefill(*key))])
-
-    def abort(self, router: RouterProcess, request: Request) -> None:
-        self._end(router, request, "aborted")
-
-    def _router_lost(self, router: RouterProcess, dead: Process) -> None:
-        """A session broke: legs that the dead worker had a part in are replayed."""
-        if not router.alive:
-            return
-        router.wanted.pop(dead.name, None)
-        for request in list(router.requests.values()):
-            for leg in request.tracker.legs:
-                if dead.name in request.places.get(leg.key, ()):
-                    self._lose(router, request, leg.key, Loss("it died", dead.name))
-
-    def _step_failed(self, router: RouterProcess, worker: Process, message: StepFailed) -> None:
-        router.failed.add(worker.incarnation)
-        suspects = [LegKey(*key) for key in message.suspects]
-        for request in list(router.requests.values()):
-            for leg in request.tracker.legs:
-                if worker.name in request.places.get(leg.key, ()):
-                    verdict = self._blame(suspects) if leg.key in suspects else "innocent"
-                    self._lose(router, request, leg.key, Loss(message.reason, worker.name, verdict))
-
-    def _lose(self, router: RouterProcess, request: Request, key: LegKey, loss: Loss) -> None:
-        """As a router does it."""
-        if request.outcomes:
-            return
-        before = request.losses.num
-        request.losses.count(loss, request.num_losses.get(key, 0))
-        if request.losses.num > before and loss.verdict != "lost":
-            self.problems.append(f"{key}: {loss.verdict} counts")
-        if loss.verdict == "suspect" and key in request.alone and request.tracker.request_id in self.poison:
-            self.problems.append(f"{key} was to be alone, and was computed with others")
-        if loss.verdict == "failed" or request.losses.num > MAX_REPLAYS:
-            self._end(router, request, "blamed" if loss.verdict == "failed" else "failed")
-            return
-        alone = key in request.alone or loss.verdict == "suspect"
-        self._close(router, request, key)
-        for leg in request.tracker.replace(key):
-            if request.outcomes:
-                return
-            request.num_losses[leg.key] = request.num_losses.get(key, 0) + 1
-            if alone:
-                request.alone.add(leg.key)
-            self._open(router, request, leg)
-
-    def _router_receives(self, router: RouterProcess, source: Process, message: Any) -> None:
-        if isinstance(message, CreditUpdate):
-            self._router_credit(router, source.name, message.credit)
-            return
-        if isinstance(message, Tokens):
-            for update in message.updates:
-                self._router_tokens(router, update.key, update.tokens)
-            return
-        if isinstance(message, StepFailed):
-            self._step_failed(router, source, message)
-            return
-        request = router.requests.get(message.request_id)
-        leg = next((leg for leg in request.tracker.legs if leg.key == message.key), None) if request else None
-        if request is None or leg is None:
-            if isinstance(message, LeaseGranted):
-                self._send(router, [Send(source.name, CloseLease(*message.key, "nobody waits"))])
-            return
-        place = request.places[leg.key]
-        match message:
-            case LeaseGranted():
-                if place[0] is not None:
-                    self._ask_prefill(router, request, leg)
-            case LeaseDenied():
-                if message.retriable and request.patient:
-                    request.denied.add(leg.key)
-                    self._want(router, source.name)
-                else:
-                    self._end(router, request, "rejected")
-            case FirstTokens():
-                self._router_tokens(router, message.key, message.tokens)
-            case LeaseClosed() | PrefillFailed():
-                loss = Loss(message.reason, message.lost_worker_id or message.reason, message.verdict)
-                self._lose(router, request, leg.key, loss)
-
-    def _ask_prefill(self, router: RouterProcess, request: Request, leg: Leg) -> None:
-        prefill, decode = request.places[leg.key]
-        assert prefill is not None
-        epochs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in self.membership.view.pairs}
-        epoch = 0 if decode is None else epochs.get((prefill, decode), 0)
-        params = SamplingParams(n=request.n, seed=1)
-        indices, outputs = list(leg.indices), list(leg.output_token_ids)
-        ask = PrefillRequest(*leg.key, [1], params, indices, outputs, decode, epoch, 0, alone=leg.key in request.alone)
-        self._send(router, [Send(prefill, ask)])
-
-    def _want(self, router: RouterProcess, decode: str) -> None:
-        """Once, until the worker has told that it is there."""
-        wanted = CreditWanted(BLOCKS_PER_LEG, 1)
-        if router.wanted.get(decode) != wanted:
-            router.wanted[decode] = wanted
-            self._send(router, [Send(decode, RenewLeases([], wanted))])
-
-    def _router_credit(self, router: RouterProcess, decode: str, told: Credit) -> None:
-        """The first that waits for this worker asks again; the others wait on."""
-        wanted = router.wanted.get(decode)
-        if wanted is None or not covers(told, wanted.blocks, wanted.places):
-            return
-        del router.wanted[decode]
-        waiting = [
-            (request, leg)
-            for request in router.requests.values()
-            for leg in request.tracker.legs
-            if leg.key in request.denied and request.places[leg.key][1] == decode
-        ]
-        for request, leg in waiting[:1]:
-            request.denied.discard(leg.key)
-            for again in request.tracker.replace(leg.key):  # it was denied, not lost: it is what it was
-                request.num_losses[again.key] = request.num_losses.get(leg.key, 0)
-                if leg.key in request.alone:
-                    request.alone.add(again.key)
-                self._open(router, request, again)
-        if waiting[1:]:
-            self._want(router, decode)
-
-    def _router_tokens(self, router: RouterProcess, key: LegKey, tokens: list[SampledToken]) -> None:
-        request = router.requests.get(key.request_id)
-        if request is None:
-            return
-        for fresh in request.tracker.accept(key, tokens):
-            received = request.received.setdefault(fresh.index, [])
-            if fresh.position != len(received) or fresh.token_id != token(key.request_id, fresh.index, fresh.position):
-                self.problems.append(f"{key}: position {fresh.position} after {len(received)} tokens")
-            received.append(fresh.token_id)
-        request.tracker.ended_legs()
-        if request.tracker.done:
-            if any(len(request.received[index]) != OUTPUT_TOKENS for index in range(request.n)):
-                self.problems.append(f"{key}: ended with {request.received}")
-            self._end(router, request, "finished")
-
-    def renew(self, router: RouterProcess) -> None:
-        keys: dict[str, list[LegKey]] = {}
-        for request in router.requests.values():
-            for leg in request.tracker.legs:
-                if (decode := request.places[leg.key][1]) is not None:
-                    keys.setdefault(decode, []).append(leg.key)
-        self._send(router, [Send(name, RenewLeases(named, router.wanted.get(name))) for name, named in keys.items()])
+    def _progress_of_routers(self) -> list[Callable[[], None]]:
+        version = self.membership.view.version
+        result: list[Callable[[], None]] = []
+        for process in self.routers:
+            if process.runs:
+                if process.seen != (version, self.draining):
+                    result.append(lambda p=process: self.show_view(p))
+                if process.router.timers:
+                    result.append(lambda p=process: self.fire(p))
+                for worker_id, info in process.router.wanted.items():
+                    worker = self._at(Held(worker_id, info.incarnation))
+                    if worker is not None and worker.runs:
+                        result.append(lambda p=process, name=worker_id: p.router.open(name))
+        return result
 
     def _suspect(self, process: Process) -> None:
         self.membership.suspect(process.name, process.incarnation)
@@ -747,6 +657,9 @@ class World:
             if prefill.runs:
                 epochs = {name: epoch for name, (epoch, _) in prefill.epochs.items()}
                 self.membership.open_channels(prefill.name, epochs)
+        for process in self.routers:
+            if process.runs:
+                process.router.tick(self.now)
         self._pump()
 
     def cut(self, prefill: PrefillProcess, decode_name: str) -> None:
@@ -772,7 +685,8 @@ class World:
         result += [
             lambda p=p: self.bury(p) for p in self.processes.values() if p.broken and p.alive and self._is_heard(p)
         ]
-        result += [lambda r=router: self.renew(r) for router in self.routers if router.runs and router.requests]
+        result += self._progress_of_routers()
+        result += [lambda r=r: r.router.renew(self.now) for r in self.routers if r.runs and r.router.machine.requests]
         return result * PROGRESS_WEIGHT + self._submissions() + self._disturbances() if self.disturb else result
 
     def _is_heard(self, worker: Process) -> bool:
@@ -788,9 +702,13 @@ class World:
     def _disturbances(self) -> list[Callable[[], None]]:
         result: list[Callable[[], None]] = [lambda: self.advance(LEASE_TIMEOUT_S / 2), self.crash_coordinator]
         result += [self.fail] * 3 if self.calls else []
-        for router in self.routers:
-            if router.runs:
-                result += [lambda r=router, q=q: self.abort(r, q) for q in list(router.requests.values())[:2]]
+        result += [lambda: setattr(self, "draining", not self.draining)] * (4 if self.draining else 1)
+        for process in self.routers:
+            if process.runs:
+                some = list(process.router.machine.requests)[:2]
+                result += [lambda p=process, name=name: self.abort(p, name) for name in some]
+                sessions = process.router.sessions.values()
+                result += [lambda p=process, held=held: self.cut_router(p, held) for held in sessions]
         for process in self.processes.values():
             if not process.alive:
                 if not isinstance(process, RouterProcess):
@@ -799,6 +717,8 @@ class World:
             result += [lambda p=process: setattr(p, "stopped", not p.stopped)] * (4 if process.stopped else 1)
             if process is not self.routers[0]:
                 result.append(lambda p=process: self.kill(p, p.incarnation))
+            if process is self.routers[1] and process.runs:
+                result.append(lambda p=process: self.stop_router(p))
         for prefill in self.workers(PrefillProcess):
             if prefill.runs:
                 result += [lambda p=prefill, name=name: self.cut(p, name) for name in prefill.epochs]
@@ -809,10 +729,13 @@ class World:
         decodes = [worker for worker in self.workers(DecodeProcess) if worker.alive]
         at_work = any(p.computing or p.puts or p.broken for p in prefills)
         at_work |= any(d.pool.running or d.broken for d in decodes)
-        return not (self.links or self.calls or self.notices or at_work)
+        return not (self.links or self.calls or self.notices or at_work or self._progress_of_routers())
 
     def violations(self) -> list[str]:
         """What must never be, now."""
+        for process in self.routers:
+            self.problems += process.router.problems
+            process.router.problems.clear()
         for prefill in self.workers(PrefillProcess):
             if prefill.alive:
                 for put in prefill.puts:
@@ -827,7 +750,7 @@ class World:
 
     def settle(self, rng: random.Random) -> list[str]:
         """No more disturbances: all go on, the dead are noticed, what is under way arrives. Then nothing is held."""
-        self.disturb = False
+        self.disturb = self.draining = False
         for process in list(self.processes.values()):
             process.stopped = False
         for process in list(self.processes.values()):
@@ -846,8 +769,10 @@ class World:
         if not self.membership.serving:
             self.problems.append(f"never whole again: {self.membership.states()}, {self.membership.troubles()}")
         for router in self.routers:
-            if router.alive and router.requests:
-                self.problems.append(f"{router.name}: requests without an outcome: {list(router.requests)}")
+            if router.alive and (requests := router.router.machine.requests):
+                self.problems.append(f"{router.name}: requests without an outcome: {list(requests)}")
+            if router.alive and router.router.machine.queue_depth:
+                self.problems.append(f"{router.name}: {router.router.machine.queue_depth} legs wait for nobody")
         for decode in self.workers(DecodeProcess):
             if decode.alive and (decode.pool.owner or decode.table.leases(self.now)):
                 self.problems.append(f"{decode.name} still holds {decode.table.leases(self.now)}")

@@ -161,3 +161,20 @@ def test_a_full_queue_tells_who_waits_beyond_its_bound() -> None:
         queue.push_back(queue.ticket(0.0, item, 0))
     with pytest.raises(QueueFullError, match=r"is 2, and 4 requests are waiting, 2 of them back from a worker; try"):
         queue.push(0.0, queue.ticket(0.0, 5, 0))
+
+
+@pytest.mark.parametrize("leaves", [0, 1, 2])
+def test_of_several_in_one_place_the_one_that_is_meant_leaves(leaves: int) -> None:
+    """The legs that take over a lost one all stand where it stood."""
+    queue: AdmissionQueue[int] = AdmissionQueue(max_size=10, max_wait_s=60.0)
+    first = queue.ticket(0.0, 99, 0)
+    entries = [queue.ticket(0.0, item, 0, order=first.order) for item in range(3)]
+    for entry in entries:
+        queue.push_back(entry)
+    queue.remove(entries[leaves])
+    stay = [entry for entry in entries if not entry.left]
+    assert [queue.peek(position) for position in range(3)] == [*stay, None]
+    assert all(queue.peek(position) is entry for position, entry in enumerate(stay))
+    for entry in stay:
+        queue.remove(entry)
+    assert not len(queue)
