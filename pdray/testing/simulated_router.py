@@ -149,13 +149,13 @@ class SimulatedRouter:
         """A message that came through a session; of one that has ended it is dropped."""
         if self.sessions.get(source.worker_id) != source:
             return
-        before = {request_id: request.losses.num for request_id, request in self.machine.requests.items()}
         blames = self._check_blame(message)
+        before = {name: request.losses.num for name, request in self.machine.requests.items()} if blames else {}
         self._perform(self.machine.received(now, source.worker_id, message))
-        if blames:
-            for request_id, request in self.machine.requests.items():
-                if request.losses.num > before[request_id]:
-                    self.problems.append(f"{request_id}: a failure that somebody is to blame for counts")
+        for name, num_losses in before.items():
+            request = self.machine.requests.get(name)
+            if request is not None and request.losses.num > num_losses:
+                self.problems.append(f"{name}: a failure that somebody is to blame for counts")
 
     def tick(self, now: float) -> None:
         while self.timers and self.timers[0] <= now:

@@ -38,7 +38,7 @@ assert _spec is not None and _spec.loader is not None
 protocol_world = sys.modules["protocol_world"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(protocol_world)
 
-NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "2400"))
+NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "1500"))
 WALK_STEPS = 300
 TOPOLOGIES = [
     {"num_prefill": 2, "num_decode": 2},
