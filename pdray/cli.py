@@ -71,7 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     stop = commands.add_parser("stop", help="delete pdray's applications and stop their workers; Ray keeps running")
     _add_address(stop, "Ray cluster to act on; default: the running one")
     stop.add_argument("--name", help="only this application")
-    stop.add_argument("--timeout", type=float, default=60.0, help="seconds until giving up (default: 60)")
+    stop.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        help="seconds until giving up, beyond graceful_shutdown_timeout_s (default: 60)",
+    )
     stop.set_defaults(run=_stop)
 
     wait = commands.add_parser("wait", help="return when a server is ready to answer")

@@ -154,6 +154,7 @@ def stop_applications(name: str | None, timeout_s: float) -> list[str]:
 
     Args:
         name: only this one.
+        timeout_s: beyond the time for which the applications' requests may go on.
 
     Raises:
         PdrayError: there is none of that name, it is not pdray's, or it is still there after timeout_s.
@@ -166,7 +167,8 @@ def stop_applications(name: str | None, timeout_s: float) -> list[str]:
         problem = "is not pdray's" if name in deployed else "does not exist"
         raise PdrayError(f"application {name!r} {problem}; pdray's are: {', '.join(ours) or 'none'}")
     names = ours if name is None else [name]
-    deadline = time.monotonic() + timeout_s
+    limit_s = timeout_s + max((deployed[each].grace_s for each in names if each in deployed), default=0.0)
+    deadline = time.monotonic() + limit_s
     for application in names:
         if application in deployed:
             ray_serve.delete(application, _blocking=False)
@@ -174,7 +176,7 @@ def stop_applications(name: str | None, timeout_s: float) -> list[str]:
     for application in set(names) & set(list_applications()):
         stop_application(application)
     if remaining := in_serve | _wait_until_gone(names, list_applications, deadline):
-        raise PdrayError(f"{', '.join(sorted(remaining))}: still there after {timeout_s:g} s; see Ray's dashboard")
+        raise PdrayError(f"{', '.join(sorted(remaining))}: still there after {limit_s:g} s; see Ray's dashboard")
     return names
 
 

@@ -23,6 +23,7 @@ class ServeApplication:
     message: why, as Serve tells it; may be empty.
     is_pdrays: it was made by pdray.serve.build; False for other people's applications.
     deployed_by: id of the `pdray serve` that has deployed it; "" for other ways, None before Serve knows.
+    grace_s: its requests may go on for so long once it is deleted.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ServeApplication:
     route_prefix: str | None
     is_pdrays: bool
     deployed_by: str | None
+    grace_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,12 @@ def _application(name: str, details: Any) -> ServeApplication:
         details.route_prefix,
         mark is not None or imported,
         mark[MARK] if mark is not None else "" if details.deployments else None,
+        max((_grace_s(each) for each in details.deployments.values()), default=0.0),
     )
+
+
+def _grace_s(deployment: Any) -> float:
+    return float(deployment.deployment_config.graceful_shutdown_timeout_s)
 
 
 def brief(message: str) -> str:

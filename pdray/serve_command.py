@@ -27,7 +27,7 @@ from pdray.reachable import ClusterEndedError, is_reachable, while_reachable
 from pdray.serve_applications import ServeApplication, applications, brief, require_http, serve_state
 
 POLL_INTERVAL_S = 0.5
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0  # beyond the time for which requests may go on
 LEAVE_S = 2.0  # for whoever has ended the last application to leave the cluster
 DELETE_TIMEOUT_S = 60.0
 ROUTE_PREFIX = "/"

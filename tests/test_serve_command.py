@@ -17,6 +17,7 @@ from pdray.config import Config
 from pdray.errors import PdrayError
 from pdray.serve_applications import ServeApplication, ServeState, brief, require_http
 from pdray.serve_command import Deployment, DisplacedError, require_name, require_port
+from pdray.testing.patience import PATIENCE_S
 
 
 def application(name: str, status: str = "RUNNING", **changes: Any) -> ServeApplication:
@@ -85,6 +86,22 @@ def test_what_serve_does_not_let_go_is_told_and_its_workers_end(cluster: Cluster
     with pytest.raises(PdrayError, match="^one: still there after 0 s"):
         stop_applications(None, 0.0)
     assert cluster.coordinators == [] and list(cluster.deployed) == ["one"]
+
+
+def test_stop_waits_for_requests_that_may_go_on(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve lets the application go at the third look, long after a timeout of nothing."""
+    cluster.put(application("one", grace_s=PATIENCE_S), application("two"))
+    cluster.stuck = {"one"}
+    looks = iter(range(3))
+
+    def look() -> dict[str, ServeApplication]:
+        if next(looks, None) is None:
+            cluster.deployed.pop("one", None)
+        return dict(cluster.deployed)
+
+    monkeypatch.setattr(cluster_commands, "applications", look)
+    assert stop_applications(None, 0.0) == ["one", "two"]
+    assert cluster.deployed == {} and cluster.coordinators == []
 
 
 def test_stop_takes_an_application_that_only_its_coordinator_knows(cluster: Cluster) -> None:
