@@ -20,6 +20,7 @@ from pdray.errors import PlacementError
 from pdray.wire.cluster_view import WorkerInfo
 
 RETRY_S = 0.5
+LEFT = "what had room for them has left the cluster, and is waited for"
 PATIENCE_S = 1.0  # resources that are being freed are no reason to speak of
 
 
@@ -41,13 +42,25 @@ class WorkerPlaces:
 
     Args:
         on_wait: called with a worker's id and what it waits for.
+        had_room: all workers had room before. What had room for a worker and has left the cluster is waited for: a
+            cluster is too small for ever only if it was so from the beginning.
     """
 
-    def __init__(self, config: Config, app_name: str, *, detached: bool, on_wait: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        app_name: str,
+        *,
+        detached: bool,
+        on_wait: Callable[[str, str], None],
+        had_room: bool = False,
+    ) -> None:
         self._config = config
         self._app_name = app_name
         self._detached = detached
         self._on_wait = on_wait
+        self._had_room = had_room
+        self._placed: set[str] = set()  # have had a place
         self._gpus = GpuGroups(config, app_name, detached=detached) if uses_cuda(config) else None
         self._lock = asyncio.Lock()
         self._starting: set[str] = set()  # have a place, and Ray may not have counted it yet
@@ -82,12 +95,14 @@ class WorkerPlaces:
                 room = find_room([demand, *starting], nodes)
                 if room is Room.HERE:
                     self._starting.add(worker_id)
+                    self._placed.add(worker_id)
                     return
-            if room is Room.NEVER:
+            if room is Room.NEVER and not self._had_room and worker_id not in self._placed:
                 wanted = await ask(partial(demands, self._config), what="which resources there are")
                 raise PlacementError(explain(wanted, nodes))
             if asyncio.get_running_loop().time() - since > PATIENCE_S:
-                self._on_wait(worker_id, explain([demand, *starting], nodes))
+                left = f"; {LEFT}" if room is Room.NEVER else ""
+                self._on_wait(worker_id, explain([demand, *starting], nodes) + left)
             await asyncio.sleep(RETRY_S)
 
     def held(self, workers: Iterable[WorkerInfo], num_starting: int) -> list[Held]:
