@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 from pdray.actors.fence import Fence, SupersededError
 from pdray.actors.fleet import TICK_S, WorkerFleet
 from pdray.actors.questions import ask
+from pdray.actors.router_vigil import RouterVigil
 from pdray.actors.serve_status import SERVE_TIMEOUT_S, is_listed
 from pdray.actors.succession import Standing, Succession
 from pdray.background import BackgroundTasks, LoopFailures
@@ -78,6 +79,7 @@ class Coordinator:
         self._worker_failures: dict[str, dict[str, str]] = {}
         self._wanted = Wanted(time.monotonic(), TICK_S)
         self._tasks = BackgroundTasks(self._task_failed, self._failures)
+        self._router_vigil = RouterVigil(app_name, TICK_S, config.worker_timeout_s, self.check_current, self._tasks)
         self._tasks.keep_running("supervise", self._supervise)
         if detached:
             self._tasks.keep_running("hand over", self._hand_over)
@@ -142,6 +144,7 @@ class Coordinator:
     async def leave(self, router_id: str) -> None:
         """A router has ended, and will not watch again."""
         self._routers.pop(router_id, None)
+        self._router_vigil.left(router_id)
         self._succession.generation.router_left(router_id)
 
     async def standing(self, name: str, opened_at: float, needs_room: bool) -> Standing:
@@ -154,13 +157,17 @@ class Coordinator:
         None if there is none by then: this Coordinator is alive, and still finds out what a former one has left.
 
         Args:
-            router: what the router says of itself, for `pdray status`; its call is its sign of life.
+            router: what the router says of itself, for `pdray status`; its call is its sign of life. A replica of Serve
+                tells its "process", a RouterProcess.
         """
         deadline = time.monotonic() + WATCH_TIMEOUT_S
         self._wanted.router_seen(time.monotonic())
         if router is not None:
             opened_at = router.get("opened_at", 0.0)
-            facts = {key: value for key, value in router.items() if key != "opened_at"}
+            facts = {key: value for key, value in router.items() if key not in ("opened_at", "process")}
+            if (process := router.get("process")) is not None:
+                self._router_vigil.watched(router["router_id"], process)
+                facts["pid"] = process.pid
             self._routers[router["router_id"]] = {**facts, "seen": time.monotonic()}
             self._succession.generation.router_seen(time.monotonic(), router["router_id"], opened_at)
             if not router.get("ready"):
@@ -230,7 +237,8 @@ class Coordinator:
             "opened_at": self._succession.generation.opened_at,
             "error": self._start_state().reason or view.error,
             "workers": list(rows.values()),
-            "suspicions": [str(each) for each in self._fleet.suspicions.growing(time.monotonic())],
+            "suspicions": [str(each) for each in self._fleet.suspicions.growing(time.monotonic())]
+            + self._router_vigil.growing(),
             "loop_failures": self._loop_failures(),
             "routers": [{k: v for k, v in router.items() if k != "seen"} for router in self._routers.values()],
             "pairs": [(pair.prefill_worker_id, pair.decode_worker_id, pair.epoch) for pair in view.pairs],
@@ -306,7 +314,8 @@ class Coordinator:
     def on_heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> None:
         """See FleetOwner. A worker's session with a router is that router's sign of life."""
         self._worker_failures[worker_id] = heartbeat.loop_failures
-        if heartbeat.num_routers:
+        self._router_vigil.sessions_seen(heartbeat.routers)
+        if heartbeat.routers:
             self._wanted.router_seen(time.monotonic())
 
     async def check_current(self) -> None:
@@ -325,8 +334,7 @@ class Coordinator:
                 await self._fence.established()
             except SupersededError as error:
                 self._end_superseded(error)
-            await self._fleet.adopt()
-            self._succession.may_start = bool(self._membership.view.workers)
+            self._succession.may_start = await self._fleet.adopt()
             self._adopted.set()
             self.on_change()
         while True:
@@ -334,6 +342,7 @@ class Coordinator:
             if self._fleet.may_start:
                 self._startup.cleared("")
             self._fleet.tick()
+            self._router_vigil.tick()
             await self._note_failure()
             if self.detached and (reason := self._wanted.reason_to_end(time.monotonic())) is not None:
                 await self.check_current()

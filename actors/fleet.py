@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import ray
 from ray.actor import ActorHandle
@@ -19,7 +18,7 @@ from pdray.actors.placement import NAMESPACE, origin, worker_options
 from pdray.actors.places import WorkerPlaces
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.process_death import end_actor, make_dead
-from pdray.actors.questions import ask
+from pdray.actors.questions import ask, within
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
 from pdray.control.effects import Connect, Kill, MembershipEffect, Start, TellGone
@@ -29,7 +28,7 @@ from pdray.control.room import Held
 from pdray.control.startup import Startup
 from pdray.control.suspicions import Suspicions
 from pdray.errors import PdrayError
-from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo
+from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo, WorkerLoading
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,6 @@ KILL_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 60.0  # an init that hangs ends its process after 30 s
 TELL_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 15.0  # for processes whose node does not answer
-MIN_LAG_S = 0.1  # what an event loop is late anyhow
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -107,6 +103,7 @@ class WorkerFleet:
         self._owner = owner
         self._processes: dict[str, _Process] = {}  # by incarnation
         self._places: WorkerPlaces | None = None
+        self._had_room = False  # in a former life
         self._tasks = BackgroundTasks(self._failed, failures)
         self._creations = BackgroundTasks(self._failed, failures)  # never cancelled: an actor would be forgotten
         self._stopping = False
@@ -118,29 +115,36 @@ class WorkerFleet:
             self._suspect(suspicion.who, suspicion.incarnation)
         self._pump()
 
-    async def adopt(self) -> None:
-        """Go on with the workers that a former life of this Coordinator has left; those that cannot be kept are ended
-        by and by, and do not hold the others up.
+    async def adopt(self) -> bool:
+        """Go on with the workers that a former life of this Coordinator has left, also those that load still; those
+        that cannot be kept are ended by and by, and do not hold the others up. Returns whether there are some to keep.
 
         Raises:
             NoAnswerError: Ray does not say who is there.
         """
         found = await asyncio.gather(*(self._find(worker_id) for worker_id in self.membership.worker_ids))
-        identities, strays = [], []
+        identities, strays, loading = [], [], []
         for each in found:
             match each:
                 case WorkerIdentity(info=info), actor:
                     identities.append(each[0])
                     self._supervise(_Process(info.worker_id, info.incarnation, actor=actor, info=info))
+                case WorkerLoading() as one, actor:
+                    loading.append(one)
+                    self._processes[one.incarnation] = _Process(one.worker_id, one.incarnation, actor=actor)
                 case Stray() as stray, actor:
                     strays.append(stray)
                     self._processes[stray.incarnation] = _Process(stray.worker_id, stray.incarnation, actor=actor)
         for writer in (writer for identity in identities for writer in identity.writers):
             self._processes.setdefault(writer.incarnation, _Process(writer.worker_id, writer.incarnation, info=writer))
-        self.membership.adopt(identities, strays)
+        self.membership.adopt(identities, strays, loading)
+        for one in loading:
+            self._tasks.spawn(self._carry_out(Start(one.worker_id, one.incarnation)))
+        self._had_room = bool(identities or loading)
         self._pump()
+        return self._had_room
 
-    async def _find(self, worker_id: str) -> tuple[WorkerIdentity | Stray, ActorHandle] | None:
+    async def _find(self, worker_id: str) -> tuple[WorkerIdentity | WorkerLoading | Stray, ActorHandle] | None:
         """The actor that has a worker's name, and whether it can be kept."""
         options = await self._options(worker_id)
         actor: Any
@@ -148,7 +152,7 @@ class WorkerFleet:
             actor = await ask(partial(ray.get_actor, options["name"], namespace=NAMESPACE), what="who has a name")
         except ValueError:
             return None
-        identity: WorkerIdentity | None = None
+        identity: WorkerIdentity | WorkerLoading | None = None
         try:
             identity = await within(actor.identify.remote(), self.config.worker_timeout_s)
         except (RayError, TimeoutError) as error:
@@ -183,7 +187,7 @@ class WorkerFleet:
         """Made when it is first needed: it asks Ray which resources there are."""
         if self._places is None:
             make = partial(WorkerPlaces, self.config, self.app_name, detached=self.detached, on_wait=self._waits)
-            made = await ask(make, what="which resources there are")
+            made = await ask(partial(make, had_room=self._had_room), what="which resources there are")
             self._places = self._places or made
         return self._places
 
@@ -263,6 +267,18 @@ class WorkerFleet:
                 table.tell_failed(now, worker_id, incarnation, gone, reason)
 
     async def _start(self, start: Start) -> None:
+        """One that a former Coordinator has created is there already, and loads."""
+        process = self._processes.get(start.incarnation) or await self._make_process(start)
+        assert process.actor is not None
+        async with asyncio.timeout(self.config.start_timeout_s):
+            process.info = await process.actor.start.remote()
+        assert process.info is not None
+        self.startup.cleared(start.worker_id)
+        self.membership.ready(process.info)
+        self._supervise(process)
+
+    async def _make_process(self, start: Start) -> _Process:
+        """Where there is room; returns when it answers."""
         cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
         places = await self._get_places()
         try:
@@ -276,14 +292,9 @@ class WorkerFleet:
                     raise created
                 process.actor = created
                 await process.actor.identify.remote()
-                places.started(start.worker_id)
-                process.info = await process.actor.start.remote()
         finally:
             places.started(start.worker_id)
-        assert process.info is not None
-        self.startup.cleared(start.worker_id)
-        self.membership.ready(process.info)
-        self._supervise(process)
+        return process
 
     async def _create(self, cls: type, options: dict[str, Any], start: Start) -> ActorHandle | Exception:
         def create() -> ActorHandle:
@@ -434,25 +445,3 @@ def _first_line(error: BaseException) -> str:
     """The cause's own words."""
     cause = _cause(error)
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
-
-
-async def within(awaitable: Awaitable[T], timeout_s: float) -> T:
-    """Its result. Time in which this event loop stood still, or the whole process, does not count.
-
-    Raises:
-        TimeoutError: there is none after so long. What the awaitable raises.
-    """
-    loop = asyncio.get_running_loop()
-    result = asyncio.ensure_future(awaitable)
-    try:
-        while True:
-            began = loop.time()
-            done, _ = await asyncio.wait({result}, timeout=timeout_s)
-            if done:
-                return result.result()
-            lag = loop.time() - began - timeout_s
-            if lag < MIN_LAG_S:
-                raise TimeoutError
-            timeout_s = min(timeout_s, lag)
-    finally:
-        result.cancel()

@@ -1,4 +1,4 @@
-"""Blocking questions to Ray, asked off the event loop and with a deadline.
+"""Questions to Ray and to actors, with a deadline; blocking ones are asked off the event loop.
 
 Ray's own calls (its tables of nodes, actors and placement groups, the creation and the end of an actor) wait for its
 GCS, for a minute and more where that does not answer. An event loop that waited with them would miss its heartbeats.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from pdray.background import start_thread
 from pdray.errors import PdrayError
 
 ASK_TIMEOUT_S = 5.0
+MIN_LAG_S = 0.1  # what an event loop is late anyhow
 
 T = TypeVar("T")
 
@@ -52,6 +53,28 @@ async def ask(question: Callable[[], T], *, what: str, timeout_s: float = ASK_TI
             return await answer
     except TimeoutError:
         raise NoAnswerError(f"Ray has not answered within {timeout_s:g} s: {what}") from None
+
+
+async def within(awaitable: Awaitable[T], timeout_s: float) -> T:
+    """Its result. Time in which this event loop stood still, or the whole process, does not count.
+
+    Raises:
+        TimeoutError: there is none after so long. What the awaitable raises.
+    """
+    loop = asyncio.get_running_loop()
+    result = asyncio.ensure_future(awaitable)
+    try:
+        while True:
+            began = loop.time()
+            done, _ = await asyncio.wait({result}, timeout=timeout_s)
+            if done:
+                return result.result()
+            lag = loop.time() - began - timeout_s
+            if lag < MIN_LAG_S:
+                raise TimeoutError
+            timeout_s = min(timeout_s, lag)
+    finally:
+        result.cancel()
 
 
 class ActorProcess(NamedTuple):

@@ -1,10 +1,13 @@
-"""What Serve says of an application."""
+"""What Serve says of an application, to other processes than its replicas."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from ray.exceptions import ActorDiedError
 
 SERVE_TIMEOUT_S = 10.0
+SERVE_NAMESPACE = "serve"  # of the replicas' actors
 
 
 def is_listed(app_name: str) -> bool:
@@ -23,3 +26,25 @@ def is_listed(app_name: str) -> bool:
         return app_name in serve.status().applications
     except (ActorDiedError, RayServeException):  # it has ended for good
         return False
+
+
+def replica_actor_name(app_name: str, replica_id: str) -> str | None:
+    """Name of the actor of one of the application's replicas, also of one that Serve stops; None if it has none such.
+
+    Blocks as is_listed().
+
+    Raises:
+        RayError: the controller does not answer now.
+    """
+    from ray.serve.context import _get_global_client  # what `serve status` uses; there is no public name for it
+
+    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    application = client.get_serve_details()["applications"].get(app_name, {})
+    for deployment in application.get("deployments", {}).values():
+        for replica in deployment["replicas"]:
+            if replica["replica_id"] == replica_id:
+                name: str = replica["actor_name"]
+                return name
+    return None

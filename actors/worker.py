@@ -34,7 +34,7 @@ from pdray.garbage_collection import quiet_garbage_collection
 from pdray.logs import log_to_stderr
 from pdray.metrics import LoopMetrics, WorkerMetrics
 from pdray.transfer.registry import allowed_kinds, load_kind
-from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo
+from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo, WorkerLoading
 from pdray.wire.handshake import PeerName
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
@@ -89,6 +89,8 @@ class Worker:
         self._prefixes = ToldPrefixes()
         self.kinds: dict[str, Kind] = {}  # of channels, by name
         self._started = False
+        self._starting = asyncio.Lock()
+        self._start_error: BaseException | None = None
         self._stopped = asyncio.Event()
         self._fatal: BaseException | None = None
 
@@ -96,7 +98,22 @@ class Worker:
         return f"{type(self).__name__}({self.app_name}:{self.worker_id})"
 
     async def start(self) -> WorkerInfo:
-        """Load, warm up, listen. Returns what peers need to know; raises what loading raises."""
+        """Load, warm up, listen. Returns what peers need to know; raises what loading raises.
+
+        A second call has the outcome of the first: of a Coordinator that died meanwhile.
+        """
+        async with self._starting:
+            if self._start_error is not None:
+                raise self._start_error
+            if not self._started:
+                try:
+                    await self._start()
+                except BaseException as error:
+                    self._start_error = error
+                    raise
+            return self.info
+
+    async def _start(self) -> None:
         if in_ray := ray.is_initialized():
             log_to_stderr()
         self._loop = asyncio.get_running_loop()
@@ -138,7 +155,6 @@ class Worker:
         self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
         self._log_start()
-        return self.info
 
     def _start_loops(self, step_timeout_s: float | None, *, in_ray: bool) -> None:
         if step_timeout_s is not None:
@@ -225,15 +241,15 @@ class Worker:
         ORPHANED_AFTER_S ends itself: while requests come, a Coordinator that hangs costs it nothing.
         """
         self._masters.heard(self._now(), "Coordinator and routers", "")
-        return Heartbeat(self._epochs(), self._num_routers(), self._failures.describe())
+        return Heartbeat(self._epochs(), self._routers(), self._failures.describe())
 
-    def _num_routers(self) -> int:
-        return sum(peer.startswith("router") for peer in self.sessions)
+    def _routers(self) -> list[str]:
+        return sorted(peer for peer in self.sessions if peer.startswith("router"))
 
-    async def identify(self) -> WorkerIdentity | None:
-        """For a Coordinator that was started again; None before start() has ended."""
+    async def identify(self) -> WorkerIdentity | WorkerLoading:
+        """For a Coordinator that was started again."""
         if not self._started:
-            return None
+            return WorkerLoading(self.worker_id, self.incarnation, origin(self.config, self.secret))
         writers = list(self._writers.values())
         return WorkerIdentity(self.info, origin(self.config, self.secret), self._epochs(), writers)
 
@@ -273,7 +289,7 @@ class Worker:
             "num_blocks": stats.num_blocks,
             "preemptions": stats.num_preemptions,
             "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
-            "routers": sorted(peer for peer in self.sessions if peer.startswith("router")),
+            "routers": self._routers(),
         }
 
     # engine's thread
@@ -334,7 +350,7 @@ class Worker:
         """A detached actor outlives its Coordinator; it must not do so for ever."""
         while True:
             now = self._now()
-            if self._num_routers():
+            if self._routers():
                 self._masters.heard(now, "Coordinator and routers", "")
             for suspicion in self._masters.due(now):
                 logger.error("%s: %s", self.worker_id, suspicion)

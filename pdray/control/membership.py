@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from pdray.control.effects import Connect, Kill, MembershipEffect, Start, TellGone
-from pdray.wire.cluster_view import ClusterView, Pair, WorkerIdentity, WorkerInfo
+from pdray.wire.cluster_view import ClusterView, Pair, WorkerIdentity, WorkerInfo, WorkerLoading
 
 MAX_BACKOFF_S = 30.0
 RETRY_S = 0.5  # before a kill, or the news of a death, is tried again
@@ -183,10 +183,16 @@ class Membership:
                 effects.append(Connect(prefill.info, decode.info, pair.epoch))
         return effects
 
-    def adopt(self, identities: Sequence[WorkerIdentity], strays: Sequence[Stray] = ()) -> None:
+    def adopt(
+        self,
+        identities: Sequence[WorkerIdentity],
+        strays: Sequence[Stray] = (),
+        loading: Sequence[WorkerLoading] = (),
+    ) -> None:
         """Go on from what a former table has left: workers that live, and their channels.
 
         Args:
+            loading: report ready() or start_failed() of each, as of those that this table starts.
             strays: processes under this table's names that cannot be kept. The writers that `identities` name, and that
                 are not among them, are strays by themselves.
         """
@@ -194,6 +200,9 @@ class Membership:
         for worker_id, identity in found.items():
             worker = self._workers[worker_id]
             worker.state, worker.incarnation, worker.info = WorkerState.READY, identity.info.incarnation, identity.info
+        for each in loading:
+            worker = self._workers[each.worker_id]
+            worker.state, worker.incarnation = WorkerState.STARTING, each.incarnation
         for (prefill_id, decode_id), pair in self._pairs.items():
             opened = found[prefill_id].epochs.get(decode_id, 0) if prefill_id in found else 0
             accepted = found[decode_id].epochs.get(prefill_id, 0) if decode_id in found else 0

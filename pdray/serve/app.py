@@ -30,7 +30,7 @@ from pdray.models.generation_config import load_sampling_defaults
 from pdray.router.router import Router
 from pdray.serve import MARK
 from pdray.serve.api import create_app
-from pdray.serve.own_state import is_stopping
+from pdray.serve.own_state import is_stopping, own_process
 from pdray.serve.readiness import WorkersReplica
 from pdray.wire.cluster_view import ClusterView
 
@@ -95,8 +95,10 @@ class RouterReplica:
         defaults = await asyncio.to_thread(load_sampling_defaults, self.config, SERVE_LOG)
         self._coordinator = coordinator = await CoordinatorClient.open(self.config, self._app_name, detached=True)
 
+        process = own_process()
+
         async def watch(version: int) -> ClusterView:
-            return await coordinator.watch(version, router.stats())
+            return await coordinator.watch(version, router.stats() | {"process": process})
 
         router = Router(
             self.config,
@@ -196,7 +198,7 @@ def build(args: Config, deployed_by: str = "") -> serve.Application:
     common: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0} | drain_options(os.environ),
         "health_check_period_s": 2,
-        "health_check_timeout_s": 4,  # three times in a row: what hangs is seen in 15 s, and ended after the grace
+        "health_check_timeout_s": 4,  # three times in a row; before that the Coordinator ends a router that hangs
         "max_surge_percent": 100,  # start the new one beside the old one; the default would stop the old one first
     }
     workers = serve.deployment(

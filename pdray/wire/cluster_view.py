@@ -62,17 +62,25 @@ class WorkerIdentity(msgspec.Struct, frozen=True):
     writers: list[WorkerInfo]
 
 
+class WorkerLoading(msgspec.Struct, frozen=True):
+    """What a worker tells it that loads still; `origin` as in WorkerIdentity."""
+
+    worker_id: str
+    incarnation: str
+    origin: str
+
+
 class Heartbeat(msgspec.Struct, frozen=True):
     """What a worker tells the Coordinator, again and again.
 
     Attributes:
         epochs: of its channels, by peer, as in WorkerIdentity.
-        num_routers: whose sessions are open: their sign of life.
+        routers: whose sessions are open: their sign of life.
         loop_failures: of its background loops: which, how often, and why the last time.
     """
 
     epochs: dict[str, int]
-    num_routers: int
+    routers: list[str]
     loop_failures: dict[str, str]
 
 

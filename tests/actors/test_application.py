@@ -212,6 +212,26 @@ def test_streams_go_on_when_processes_die(
     assert all(not problems for problems in check_integrity(APP).values())
 
 
+def test_a_router_replica_that_hangs_is_ended_by_its_coordinator(
+    url: str, client: openai.OpenAI, stories: list[str]
+) -> None:
+    """Serve would wait for its streams, for the grace; nobody else is replaced."""
+    before = {row["pid"] for row in workers()}
+    (router,) = describe(APP)["routers"]
+    os.kill(router["pid"], signal.SIGSTOP)
+    told: list[str] = []
+
+    def has_ended() -> bool:
+        told.extend(describe(APP)["suspicions"])
+        return not psutil.pid_exists(router["pid"])
+
+    wait_for(has_ended)
+    assert any(suspicion.startswith(f"{router['router_id']}: no watch") for suspicion in told)
+    wait_until_ready(url, timeout_s=PATIENCE_S)
+    assert stream_text(client, 0) == stories[0]
+    assert {row["pid"] for row in workers()} == before
+
+
 def is_controller(process: psutil.Process) -> bool:
     """Whether it is Serve's; other tests' children may have ended meanwhile, and have no command line."""
     try:

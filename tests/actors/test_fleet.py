@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pdray.actors.fleet import within
+from pdray.actors.questions import within
 
 TIMEOUT_S = 0.3
 

@@ -194,7 +194,7 @@ class FakeActor:
 
     async def _heartbeat(self) -> Heartbeat:
         self.num_heartbeats += 1
-        return Heartbeat({}, 1, {})
+        return Heartbeat({}, ["router-0"], {})
 
 
 @asynccontextmanager
@@ -277,7 +277,7 @@ OTHERS = {
     ("pdray/serve/connection.py", "unless_gone"): "awaited where they are made",
     ("pdray/serve/generation.py", "_submit"): "awaited where they are made",
     ("pdray/serve/generation.py", "_merged"): "what they raise comes through the queue that is read",
-    ("actors/fleet.py", "within"): "awaited where it is made",
+    ("actors/questions.py", "within"): "awaited where it is made",
     ("actors/process_death.py", "make_dead"): "awaited where it is made",
     ("actors/vigil.py", "keep_vigil"): "awaited where it is made",
 }

@@ -1,105 +1,70 @@
 """A simulated application around the real control code of supervision: who is silent, who may act, who is ended.
 
-A Coordinator with its table, colocated workers, routers, and Ray, which starts a Coordinator again that died. Processes
-die, stop for good, or stop and wake up late; loops raise; effects fail; a node is given up while what runs there
-sleeps. Every decision is taken by the code under test; after each step violations() says what must never be.
+A Coordinator with its tables, colocated workers, routers, Serve, and Ray, which starts a Coordinator again that died.
+Processes die, stop for good, or stop and wake up late; loops raise; effects fail; a node is given up while what runs
+there sleeps. The code under test takes every decision; `problems` holds what must never be.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
+
+from supervised_routers import Replicas
+from supervision_parts import (
+    COORDINATOR_LIMIT_S,
+    LOAD_S,
+    NUM_WORKERS,
+    ORPHANED_AFTER_S,
+    RAY_RESTART_S,
+    ROUND_TRIP_S,
+    SESSION_TIMEOUT_S,
+    SETTLE_S,
+    START_TIMEOUT_S,
+    STEP_S,
+    WATCH_S,
+    WORKER_TIMEOUT_S,
+    Coordinator,
+    Process,
+    Router,
+    Worker,
+)
 
 from pdray.control.effects import Kill, Start
 from pdray.control.membership import Membership, Stray
+from pdray.control.silent_routers import EndRouter, Look, SilentRouters
 from pdray.control.suspicions import Suspicions
-from pdray.wire.cluster_view import WorkerIdentity, WorkerInfo
-
-STEP_S = 0.25
-WORKER_TIMEOUT_S = 2.0
-COORDINATOR_LIMIT_S = 5.0  # twice
-ORPHANED_AFTER_S = 60.0
-SESSION_TIMEOUT_S = 2.0
-RAY_RESTART_S = 1.5
-SETTLE_S = 150.0
-ROUND_TRIP_S = 4 * STEP_S  # of a question and its answer, at most: a limit less this is what makes a part sick
-NUM_WORKERS = 2
-
-
-@dataclass(eq=False)
-class Process:
-    """Attributes:
-    pause: steps for which its loops do not run, after an exception.
-    idle_s: since it ran last. longest_idle_s: what makes it sick.
-    """
-
-    name: str
-    incarnation: str
-    alive: bool = True
-    stopped_at: float | None = None
-    wakes_at: float | None = None
-    idle_s: float = 0.0
-    longest_idle_s: float = 0.0
-    pause: int = 0
-
-    @property
-    def runs(self) -> bool:
-        return self.alive and self.stopped_at is None
-
-
-@dataclass(eq=False)
-class Worker(Process):
-    info: WorkerInfo | None = None
-    masters: Suspicions = field(default_factory=lambda: Suspicions(STEP_S))
-    asked_by: list[Coordinator] = field(default_factory=list)  # heartbeats that wait to be answered
-
-
-@dataclass(eq=False)
-class Router(Process):
-    silent: Suspicions = field(default_factory=lambda: Suspicions(STEP_S))
-    suspect: Coordinator | None = None
-
-
-@dataclass(eq=False)
-class Coordinator(Process):
-    generation: int = 0
-    table: Membership = field(default_factory=lambda: Membership(0, NUM_WORKERS, 0.5))
-    suspicions: Suspicions = field(default_factory=lambda: Suspicions(STEP_S))
-    adopts_at: float | None = None
-    identified: set[Worker] = field(default_factory=set)  # that have answered who they are
-    asked: set[str] = field(default_factory=set)  # incarnations whose heartbeat is under way
-    answers: list[Worker] = field(default_factory=list)
-    watches: set[Router] = field(default_factory=set)
-    effects: list[tuple[float, Any]] = field(default_factory=list)
-    strays: dict[str, Worker] = field(default_factory=dict)
+from pdray.wire.cluster_view import WorkerIdentity, WorkerInfo, WorkerLoading
 
 
 class World:
     """Args:
-    suspicions: the class under test, or a mutant of it.
+    suspicions, silent_routers: the classes under test, or mutants of them.
     fenced: a Coordinator asks Ray before it acts. vigilant: routers end a Coordinator that hangs.
     orphans_ask_routers: a worker is no orphan while it has a session with a router.
+    asks_ray: before it ends a router, a Coordinator asks whether it is there.
     """
 
     def __init__(
         self,
         seed: int,
         suspicions: Callable[[float], Suspicions] = Suspicions,
+        silent_routers: Callable[[float, float], SilentRouters] = SilentRouters,
         *,
         fenced: bool = True,
         vigilant: bool = True,
         orphans_ask_routers: bool = True,
+        asks_ray: bool = True,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
-        self._suspicions = suspicions
+        self.problems: list[str] = []
+        self._suspicions, self._silent_routers = suspicions, silent_routers
         self._fenced, self._vigilant, self._orphans_ask_routers = fenced, vigilant, orphans_ask_routers
         self.workers: dict[str, Worker] = {}  # by worker id: who has the name
-        self.routers = [Router(f"router-{i}", "1", silent=suspicions(STEP_S)) for i in range(2)]
+        self.serve = Replicas(self.rng, suspicions, self.problems, asks_ray=asks_ray)
         self.former: list[Coordinator] = []
-        self.problems: list[str] = []
         self.disturb = True
         self._restart_at: float | None = None
         self.coordinator = self._new_coordinator(1)
@@ -110,6 +75,7 @@ class World:
         new = Coordinator("coordinator", str(generation), generation=generation)
         new.table = Membership(0, NUM_WORKERS, 0.5, generation)
         new.suspicions = self._suspicions(STEP_S)
+        new.routers = self._silent_routers(STEP_S, WORKER_TIMEOUT_S)
         new.adopts_at = self.now + WORKER_TIMEOUT_S
         self._restart_at = None
         return new
@@ -130,11 +96,15 @@ class World:
 
     def step(self) -> None:
         self.now += STEP_S
-        everybody: list[Process] = [*self.workers.values(), *self.routers, self.coordinator, *self.former]
+        self.serve.step(self.now, self.coordinator)
+        everybody: list[Process] = [*self.workers.values(), *self.serve.all, self.coordinator, *self.former]
         for process in everybody:
             if process.stopped_at is not None and process.wakes_at is not None and process.wakes_at <= self.now:
                 process.stopped_at = process.wakes_at = None
-            process.idle_s = process.idle_s + STEP_S if process.pause or not process.runs else 0.0
+            if process.pause or not process.runs:
+                process.idle_s += STEP_S
+            elif process.idle_s:
+                process.was_idle_s, process.ran_at, process.idle_s = process.idle_s, self.now, 0.0
             process.longest_idle_s = max(process.longest_idle_s, process.idle_s)
         self._ray()
         self.rng.shuffle(everybody)
@@ -155,30 +125,39 @@ class World:
     def _worker(self, worker: Worker) -> None:
         for coordinator in worker.asked_by:
             worker.masters.heard(self.now, "masters", "")
-            coordinator.answers.append(worker)
+            sessions = [router.router_id for router in self.serve.all if self._has_session(router)]
+            coordinator.answers.append((worker, sessions))
         worker.asked_by.clear()
-        if self._orphans_ask_routers and any(self._has_session(router) for router in self.routers):
+        if self._orphans_ask_routers and any(self._has_session(router) for router in self.serve.all):
             worker.masters.heard(self.now, "masters", "")
         if worker.masters.due(self.now):
-            if any(self._has_session(router) for router in self.routers):
+            if any(self._has_session(router) for router in self.serve.all):
                 self.problems.append(f"{worker.incarnation} ended as an orphan while routers used it")
             worker.alive = False
 
     def _has_session(self, router: Router) -> bool:
-        silent_since = router.stopped_at
-        return router.alive and (silent_since is None or self.now - silent_since < SESSION_TIMEOUT_S)
+        silent_since = self.now if router.stopped_at is None else router.stopped_at
+        return router.alive and router.opens_at <= self.now and self.now - silent_since < SESSION_TIMEOUT_S
 
     def _router(self, router: Router) -> None:
         """As pdray.actors.vigil: the process that is silent twice in a row is ended."""
         coordinator = self.coordinator
+        self.serve.run(self.now, router)
+        if router.opens_at > self.now:
+            return
+        if router.cut:  # its calls fail
+            coordinator.watches.pop(router, None)
+            router.suspect = None
+            return
         if router not in coordinator.watches:  # the last call was answered, or failed with its process
-            coordinator.watches.add(router)
+            coordinator.watches[router] = self.now + self.rng.uniform(STEP_S, WATCH_S)
+            coordinator.calls.append(router)
             router.suspect = None
             router.silent.expect(self.now, "coordinator", "", COORDINATOR_LIMIT_S, sign="", next="")
         if not self._vigilant or not router.silent.due(self.now) or not coordinator.alive:
             return
         if router.suspect is coordinator:
-            if coordinator.longest_idle_s < 2 * COORDINATOR_LIMIT_S - ROUND_TRIP_S:
+            if coordinator.longest_idle_s < 2 * COORDINATOR_LIMIT_S - WATCH_S - ROUND_TRIP_S:
                 self.problems.append(f"{coordinator.name} {coordinator.incarnation} was ended, and was not sick")
             coordinator.alive = False
         router.suspect = coordinator
@@ -195,35 +174,43 @@ class World:
             if me.adopts_at <= self.now:
                 self._adopt(me)
         if me is self.coordinator:
-            me.watches.clear()  # answered
+            me.watches = {router: until for router, until in me.watches.items() if until > self.now}  # or answered
         self._carry_out(me)
 
     def _adopt(self, me: Coordinator) -> None:
         if me is not self.coordinator and self._fenced:
             me.alive = False
             return
-        identities, strays = [], []
+        identities, strays, loading = [], [], []
         for worker in self.workers.values():
             if not worker.alive:
                 continue
             if worker in me.identified:
                 assert worker.info is not None
-                identities.append(WorkerIdentity(worker.info, "", {}, []))
-                self._expect(me, worker)
+                if worker.loaded_at > self.now:
+                    loading.append(WorkerLoading(worker.name, worker.incarnation, ""))
+                    me.loading[worker] = self.now + START_TIMEOUT_S
+                else:
+                    identities.append(WorkerIdentity(worker.info, "", {}, []))
+                    self._expect(me, worker)
             else:
                 strays.append(Stray(worker.name, f"{worker.name} of a former Coordinator"))
                 me.strays[strays[-1].incarnation] = worker
         me.adopts_at = None
-        me.table.adopt(identities, strays)
+        me.table.adopt(identities, strays, loading)
 
     def _expect(self, me: Coordinator, worker: Worker) -> None:
         me.suspicions.expect(self.now, worker.name, worker.incarnation, WORKER_TIMEOUT_S, sign="", next="")
 
     def _read(self, me: Coordinator) -> None:
-        for worker in me.answers:
+        for worker, router_ids in me.answers:
             me.asked.discard(worker.incarnation)
             me.suspicions.heard(self.now, worker.name, worker.incarnation)
+            for router_id in router_ids:
+                me.told[router_id] = self.now
+                me.routers.session_seen(self.now, router_id)
         me.answers.clear()
+        self.serve.read(self.now, me)
 
     def _look(self, me: Coordinator) -> None:
         for suspicion in me.suspicions.due(self.now):
@@ -237,7 +224,9 @@ class World:
                 elif not worker.alive:  # join() has ended
                     me.suspicions.forget(worker.name, worker.incarnation)
                     me.table.suspect(worker.name, worker.incarnation)
-        for effect in me.table.tick(self.now):
+        self.serve.end_looks(self.now, me)
+        self._await_loading(me)
+        for effect in [*me.table.tick(self.now), *me.routers.tick(self.now)]:
             me.effects.append((self.now + STEP_S * self.rng.randint(1, 4), effect))
 
     def _carry_out(self, me: Coordinator) -> None:
@@ -254,17 +243,33 @@ class World:
                     self._start(me, worker_id, incarnation)
                 case Kill(worker_id, incarnation):
                     self._kill(me, worker_id, incarnation)
+                case Look():
+                    self.serve.look(self.now, me, effect, fails=self._fails())
+                case EndRouter():
+                    self.serve.end(self.now, me, effect, fails=self._fails())
 
     def _start(self, me: Coordinator, worker_id: str, incarnation: str) -> None:
         if self._fails() or ((taken := self.workers.get(worker_id)) is not None and taken.alive):
             me.table.start_failed(worker_id, incarnation, "injected")
             return
         info = WorkerInfo(worker_id, incarnation, "both", "", 0, 0, "", "", "", 8, 16, 1024, 8, 64)
-        worker = Worker(worker_id, incarnation, info=info, masters=self._suspicions(STEP_S))
+        loaded_at = self.now + self.rng.uniform(0.0, LOAD_S)
+        worker = Worker(worker_id, incarnation, info=info, loaded_at=loaded_at, masters=self._suspicions(STEP_S))
         worker.masters.expect(self.now, "masters", "", ORPHANED_AFTER_S, sign="", next="")
         self.workers[worker_id] = worker
-        me.table.ready(info)
-        self._expect(me, worker)
+        me.loading[worker] = self.now + START_TIMEOUT_S
+
+    def _await_loading(self, me: Coordinator) -> None:
+        for worker, deadline in list(me.loading.items()):
+            if worker.runs and worker.loaded_at <= self.now:
+                assert worker.info is not None
+                me.table.ready(worker.info)
+                self._expect(me, worker)
+            elif worker.alive and self.now < deadline:
+                continue
+            else:
+                me.table.start_failed(worker.name, worker.incarnation, "died" if not worker.alive else "hung")
+            del me.loading[worker]
 
     def _kill(self, me: Coordinator, worker_id: str, incarnation: str) -> None:
         if self._fails():
@@ -283,8 +288,8 @@ class World:
     # disturbances
 
     def disturbances(self) -> list[Callable[[], None]]:
-        result: list[Callable[[], None]] = []
-        for process in (*self.workers.values(), *self.routers, self.coordinator):
+        result = self.serve.disturbances(self.now)
+        for process in (*self.workers.values(), *self.serve.all, self.coordinator):
             if process.runs:
                 result += [
                     lambda p=process: self.stop(p, None),
@@ -293,16 +298,20 @@ class World:
                     lambda p=process: self.stop(p, 90.0),
                     lambda p=process: setattr(p, "pause", self.rng.randint(1, 3)),
                 ]
-            if process.alive and not isinstance(process, Router):
+            if process.alive:
                 result.append(lambda p=process: setattr(p, "alive", False))
+        result += [self._lose_workers] * 3
         if self.coordinator.stopped_at is not None and self.coordinator.alive:
             result += [self.give_node_up] * 3
         return result
 
+    def _lose_workers(self) -> None:
+        """All at once: their node is lost, and nobody tells of sessions with routers."""
+        for worker in self.workers.values():
+            worker.alive = False
+
     def stop(self, process: Process, seconds: float | None) -> None:
-        """SIGSTOP; and SIGCONT after so long, or never. Serve replaces a router that hangs: it comes back."""
-        if isinstance(process, Router):
-            seconds = min(seconds or 15.0, 15.0)
+        """SIGSTOP; and SIGCONT after so long, or never."""
         process.stopped_at, process.wakes_at = self.now, None if seconds is None else self.now + seconds
 
     @property
@@ -313,6 +322,7 @@ class World:
             and self.coordinator.adopts_at is None
             and self.coordinator.table.serving
             and len(self.workers) == NUM_WORKERS
+            and all(router.runs and router.opens_at <= self.now for router in self.serve.current)
             and all(worker.runs for worker in self.workers.values())
         )
 

@@ -1,6 +1,6 @@
 """Supervision against thousands of interleavings of death, hang, late wake, exception and failed effects.
 
-No healthy worker and no healthy Coordinator is ever ended, no two Coordinators act, and whatever is sick is replaced.
+No healthy worker, router or Coordinator is ever ended, no two Coordinators act, and whatever is sick is replaced.
 
 PDRAY_MODEL_WALKS sets how many random walks are made (default: some hundred, some seconds).
 """
@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from pdray.control.silent_routers import EndRouter, Look, SilentRouters
 from pdray.control.suspicions import Suspicion, Suspicions
 
-_spec = importlib.util.spec_from_file_location("supervision_world", Path(__file__).with_name("supervision_world.py"))
-assert _spec is not None and _spec.loader is not None
-supervision_world = sys.modules["supervision_world"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(supervision_world)
+for _name in ("supervision_parts", "supervised_routers", "supervision_world"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None and _spec.loader is not None
+    _module = sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+supervision_world = sys.modules["supervision_world"]
 
 NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "2400")) // 12
 WALK_STEPS = 400
@@ -39,8 +42,8 @@ def test_one_part_hangs(name: str, seconds: float | None) -> None:
     world = supervision_world.World(0)
     while not world.whole:
         world.step()
-    workers = dict(world.workers)
-    victim = next(p for p in (*workers.values(), *world.routers, world.coordinator) if p.name == name)
+    workers, routers = dict(world.workers), list(world.serve.current)
+    victim = next(p for p in (*workers.values(), *world.serve.all, world.coordinator) if p.name == name)
     world.disturb = False
     world.stop(victim, seconds)
     began = world.now
@@ -48,6 +51,7 @@ def test_one_part_hangs(name: str, seconds: float | None) -> None:
         world.step()
     assert world.problems == [] and world.whole
     assert {n for n, worker in world.workers.items() if worker is not workers[n]} == {name} & workers.keys()
+    assert {router.name for router in world.serve.current if router not in routers} <= {name}
     assert world.coordinator.incarnation == "1" or name == "coordinator"
     assert world.settle() == []
 
@@ -67,6 +71,52 @@ class SuspectsNobody(Suspicions):
         return []
 
 
+class EndsAtOnce(SilentRouters):
+    """One question that is not answered is enough."""
+
+    def silent(self, look: Look) -> EndRouter | None:
+        if look.router_id in self._routers:
+            self._routers[look.router_id].was_silent = True
+        return super().silent(look)
+
+
+class TakesForSilent(SilentRouters):
+    """What is no silence counts as one."""
+
+    def __init__(self, interval_s: float, session_limit_s: float) -> None:
+        super().__init__(interval_s, session_limit_s)
+        self._owed: list[EndRouter] = []
+
+    def tick(self, now: float) -> list[Any]:
+        owed, self._owed = self._owed, []
+        return [*super().tick(now), *owed]
+
+    def _silent(self, look: Look) -> None:
+        if (end := self.silent(look)) is not None:
+            self._owed.append(end)
+
+
+class HearsNoAnswer(TakesForSilent):
+    """A router that answers is silent to it all the same."""
+
+    def answered(self, now: float, look: Look) -> None:
+        self._silent(look)
+
+
+class TakesIgnoranceForSilence(TakesForSilent):
+    """Whoever could be asked about a router does not say, and it is ended."""
+
+    def unknown(self, look: Look) -> None:
+        self._silent(look)
+
+
+class ForgetsSessions(SilentRouters):
+    """What workers tell of their sessions is no sign of life."""
+
+    def session_seen(self, now: float, router_id: str) -> None:
+        return
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -75,6 +125,11 @@ class SuspectsNobody(Suspicions):
         {"fenced": False},
         {"vigilant": False},
         {"vigilant": False, "orphans_ask_routers": False},
+        {"silent_routers": EndsAtOnce},
+        {"silent_routers": HearsNoAnswer},
+        {"silent_routers": TakesIgnoranceForSilence},
+        {"silent_routers": ForgetsSessions},
+        {"asks_ray": False},
     ],
     ids=str,
 )
