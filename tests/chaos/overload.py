@@ -79,7 +79,7 @@ async def measure(duration_s: float, factor: float) -> Measured:
             state = await load.at_rest()
             rss_after = server.rss_mib()
     problems = [*state["problems"], *(f"lease {lease}" for lease in state["leases"])]
-    problems += [f"{number} {name}" for name, number in state["router"].items() if isinstance(number, int) and number]
+    problems += [f"{state['router'][name]} {name}" for name in ("queue_depth", "running") if state["router"][name]]
     if state["blocks_in_use"]:
         problems.append(f"{state['blocks_in_use']} blocks in use")
     return Measured(capacity, factor, normal, over, (rss_before, rss_after), problems)
