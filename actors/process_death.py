@@ -41,8 +41,9 @@ async def make_dead(pid: int, node_id: str, *, grace_s: float = RAY_KILL_GRACE_S
     A node that Ray's GCS has given up counts as the death of its processes. It is the best evidence there is of a
     machine that does not answer, and not only a timeout: Ray lets that node never come back, and its raylet ends itself
     and its processes as soon as it hears so. Until then a process there might run, cut off. What it could still send
-    is refused where it arrives: sessions and channels to it are closed, and both kinds of channel write into a
-    pool only what the receiver itself takes, in the epoch that it knows.
+    is refused where it arrives: sessions and channels to it are closed, and channels between machines write into a
+    pool only what the receiver itself takes, in the epoch that it knows. A pool that is mapped (cuda_ipc) lies on the
+    writer's own node, and is lost with it.
 
     Raises:
         NoAnswerError: Ray's GCS does not answer, or a process of this node does not end.

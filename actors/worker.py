@@ -58,6 +58,7 @@ IDLE_CHECK_INTERVAL_S = 5.0
 SETTLE_S = 0.2
 TELL_TIMEOUT_S = 0.5  # a router that does not acknowledge the last word for so long has itself to blame
 TELL_POLL_S = 0.01
+LONG_STEP_S = 2e-3  # the host's part of the next one takes a quarter of it
 TELL_FIRST_TIMEOUT_S = 1e-3  # a loop that is longer at it has other things to do
 HUNG_CHECK_INTERVAL_S = 1.0
 ORPHAN_CHECK_INTERVAL_S = 1.0
@@ -283,9 +284,10 @@ class Worker:
     # engine's thread
 
     def _updates_from_engine(self, updates: list[RequestUpdate]) -> None:
-        """First tokens, and the first of a leg that has come from elsewhere, leave before the next step is planned: it
-        would hold Python's lock, and the device has the step that was launched before this one was read."""
-        if not any(update.prefill is not None or update.join_wait is not None for update in updates):
+        """First tokens of legs that came from elsewhere leave before the next step is planned: that would hold Python's
+        lock. If steps are long the device has enough to do: one was launched before this one was read.
+        """
+        if not any((update.first_decode_step or 0.0) >= LONG_STEP_S for update in updates):
             self._loop.call_soon_threadsafe(self._on_updates, updates)
             return
         told = threading.Event()

@@ -103,7 +103,11 @@ class Config(BaseModel):
         description="how KV blocks travel; auto: for each pair of workers the first of cuda_ipc (one GPU, or two of one"
         " machine that can write to each other), nccl (two GPUs) and object_store that can join them",
     )
-    transfer_layer_group: Positive = Field(8, description="layers pushed together while the next ones compute")
+    transfer_layer_group: Positive = Field(
+        16,
+        description="layers pushed together, at most, while the next ones compute; on a GPU few where they hold much"
+        " KV, and all together for a short prompt",
+    )
     transfer_staging_bytes: Positive = Field(
         128 * 1024 * 1024,
         description="GPU memory for blocks on their way, for each nccl channel of a prefill worker"

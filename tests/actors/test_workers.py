@@ -465,14 +465,11 @@ class ListeningWorker(Worker):
         self.heard += updates
 
 
-@pytest.mark.parametrize("first", [{"prefill": 0.1}, {"join_wait": 0.0}])
-async def test_first_tokens_leave_before_the_next_step(
-    first: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_first_tokens_of_long_steps_leave_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's thread goes on once the loop has told of them; for any other it does not wait."""
     monkeypatch.setattr("pdray.actors.worker.TELL_FIRST_TIMEOUT_S", PATIENCE_S)
     worker = ListeningWorker()
-    told, later = RequestUpdate("r", **first), RequestUpdate("r")
+    told, later = RequestUpdate("r", first_decode_step=0.01), RequestUpdate("r", first_decode_step=0.001)
     heard = await asyncio.to_thread(lambda: (worker._updates_from_engine([later, told]), list(worker.heard))[1])
     assert heard == [later, told]
     worker._updates_from_engine([later])  # by the loop's own thread, which would wait for itself
