@@ -81,15 +81,22 @@ def _kill_and_wait(pid: int, grace_s: float) -> None:
     """Blocks until the process has ended. A pid that is no Ray worker's belongs to somebody else by now."""
     try:
         process = psutil.Process(pid)
-        if not any(part.startswith("ray::") for part in process.cmdline()):
+        # the name stays when the command line is gone: of a process whose first thread has ended, and others have not
+        if not any(part.startswith("ray::") for part in (process.name(), *process.cmdline())):
             return
         if process.status() != psutil.STATUS_STOPPED:  # a stopped one cannot end by itself
             with contextlib.suppress(psutil.TimeoutExpired):
                 process.wait(timeout=grace_s)
                 return
         os.kill(pid, signal.SIGKILL)
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        while process.is_running() and not _has_ended(process):
             with contextlib.suppress(psutil.TimeoutExpired):
                 process.wait(timeout=DEATH_POLL_S)
     except (psutil.NoSuchProcess, ProcessLookupError):
         return
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether all of its threads have. The last one closes its devices: until then a GPU works off what it was given,
+    and may write into memory that another process has lent."""
+    return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
