@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
+import time
 
 import psutil
 import ray
@@ -81,22 +81,31 @@ def _kill_and_wait(pid: int, grace_s: float) -> None:
     """Blocks until the process has ended. A pid that is no Ray worker's belongs to somebody else by now."""
     try:
         process = psutil.Process(pid)
-        # the name stays when the command line is gone: of a process whose first thread has ended, and others have not
-        if not any(part.startswith("ray::") for part in (process.name(), *process.cmdline())):
+        if not _is_rays(process):
             return
-        if process.status() != psutil.STATUS_STOPPED:  # a stopped one cannot end by itself
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(timeout=grace_s)
-                return
-        os.kill(pid, signal.SIGKILL)
-        while process.is_running() and not _has_ended(process):
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(timeout=DEATH_POLL_S)
+        can_end = process.status() != psutil.STATUS_STOPPED  # a stopped one cannot end by itself
+        deadline = time.monotonic() + (grace_s if can_end else 0.0)
+        while not _is_gone(process) and time.monotonic() < deadline:
+            time.sleep(DEATH_POLL_S)
+        if not _is_gone(process):
+            os.kill(pid, signal.SIGKILL)
+        while not _is_gone(process):
+            time.sleep(DEATH_POLL_S)
     except (psutil.NoSuchProcess, ProcessLookupError):
         return
 
 
-def _has_ended(process: psutil.Process) -> bool:
-    """Whether all of its threads have. The last one closes its devices: until then a GPU works off what it was given,
-    and may write into memory that another process has lent."""
-    return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+def _is_rays(process: psutil.Process) -> bool:
+    """By its title. When its first thread has ended and others have not, the command line is gone and the name stays."""
+    if process.name().startswith("ray::"):
+        return True
+    try:
+        return any(part.startswith("ray::") for part in process.cmdline())
+    except psutil.ZombieProcess:
+        return False
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    """Whether all of its threads have ended. The last one closes its devices: until then a GPU works off what it was
+    given, and may write into memory that another process has lent."""
+    return not process.is_running() or (process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1)

@@ -75,8 +75,8 @@ class Answer(NamedTuple):
         times, token_ids = output.timings, output.outputs[0].token_ids
         assert times.ttft is not None and times.first_gap is not None and times.e2e is not None
         step = (times.e2e - times.ttft - times.first_gap) / (len(token_ids) - 2)
-        parts = [None if s is None else 1e3 * s for s in (times.transfer_wait, times.first_decode_step)]
-        return cls(1e3 * times.ttft, 1e3 * times.first_gap, 1e3 * step, *parts, token_ids)
+        wait, first_step = (None if s is None else 1e3 * s for s in (times.transfer_wait, times.first_decode_step))
+        return cls(1e3 * times.ttft, 1e3 * times.first_gap, 1e3 * step, wait, first_step, token_ids)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
