@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
+import time
 
 import psutil
 import ray
@@ -81,15 +81,31 @@ def _kill_and_wait(pid: int, grace_s: float) -> None:
     """Kill a process and block until it has ended. A pid that is not a Ray worker's has been used again: left alone."""
     try:
         process = psutil.Process(pid)
-        if not any(part.startswith("ray::") for part in process.cmdline()):
+        if not _is_rays(process):
             return
-        if process.status() != psutil.STATUS_STOPPED:  # a stopped one cannot end by itself
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(timeout=grace_s)
-                return
-        os.kill(pid, signal.SIGKILL)
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(timeout=DEATH_POLL_S)
+        can_end = process.status() != psutil.STATUS_STOPPED  # a stopped one cannot end by itself
+        deadline = time.monotonic() + (grace_s if can_end else 0.0)
+        while not _is_gone(process) and time.monotonic() < deadline:
+            time.sleep(DEATH_POLL_S)
+        if not _is_gone(process):
+            os.kill(pid, signal.SIGKILL)
+        while not _is_gone(process):
+            time.sleep(DEATH_POLL_S)
     except (psutil.NoSuchProcess, ProcessLookupError):
         return
+
+
+def _is_rays(process: psutil.Process) -> bool:
+    """By its title. When its first thread has ended and others have not, the command line is gone and the name stays."""
+    if process.name().startswith("ray::"):
+        return True
+    try:
+        return any(part.startswith("ray::") for part in process.cmdline())
+    except psutil.ZombieProcess:
+        return False
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    """Whether all of its threads have ended. The last one closes its devices: until then a GPU works off what it was
+    given, and may write into memory that another process has lent."""
+    return not process.is_running() or (process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1)

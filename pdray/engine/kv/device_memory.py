@@ -40,6 +40,7 @@ def allocate_alone(num_bytes: int, device: torch.device) -> torch.Tensor:
 
     index = torch.cuda.current_device() if device.index is None else device.index
     runtime.setDevice(index)
+    torch.cuda.empty_cache()  # what torch keeps for itself and does not use
     try:
         memory = _Allocation(num_bytes)
     except runtime.CUDARuntimeError as error:

@@ -262,9 +262,9 @@ class CudaIpcSender(Sender):
         return landed
 
     def _next_poll(self) -> float:
-        """Seconds until the next one: none while the device is at the first write."""
-        ready = self._writing[0].parts[0].ready
-        if ready is not None and not ready.query():
+        """Seconds until the next one: none while the device is at the first write, and somebody waits for it."""
+        first = self._writing[0].parts[0]
+        if self._is_beside_a_step(first) or (first.ready is not None and not first.ready.query()):
             return POLL_S
         now = time.monotonic()
         if self._spin_until is None:
@@ -282,8 +282,7 @@ class CudaIpcSender(Sender):
         for _ in parts:
             self._to_write.popleft()
         layers, ready = parts[0].layers, parts[0].ready
-        is_beside_a_step = ready is not None and layers.stop < self._pool.layout.num_layers
-        num_programs = HIDDEN_PROGRAMS if is_beside_a_step else None
+        num_programs = HIDDEN_PROGRAMS if self._is_beside_a_step(parts[0]) else None
 
         def write() -> None:
             ids = self._ids.upload(region, len(source))
@@ -294,6 +293,10 @@ class CudaIpcSender(Sender):
         self._stream.run(write)
         self._writing.append(Write(parts, region, self._stream.record()))
         return True
+
+    def _is_beside_a_step(self, part: Part) -> bool:
+        """Whether more layers follow, in whose shadow it is written."""
+        return part.ready is not None and part.layers.stop < self._pool.layout.num_layers
 
     def _settle(self, outgoing: Outgoing, *, accepted: bool) -> None:
         with self._lock:

@@ -1,0 +1,46 @@
+"""When a process counts as gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from pdray.actors.process_death import _kill_and_wait
+
+# Its first thread ends, as when it is killed while another one is still in a driver; ps says that it is a zombie.
+LEADER_ENDS = """
+import ctypes, sys, threading, time
+libc = ctypes.CDLL(None)
+libc.prctl(15, sys.argv[1].encode(), 0, 0, 0)
+threading.Thread(target=time.sleep, args=(600,)).start()
+print("ready", flush=True)
+libc.syscall(60, 0)
+"""
+
+
+def start(name: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", LEADER_ENDS, name], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        pass
+    return process
+
+
+def test_a_process_is_gone_when_its_last_thread_is() -> None:
+    """Its GPU works until then."""
+    process = start("ray::Test")
+    assert len(list(Path(f"/proc/{process.pid}/task").iterdir())) == 2
+    _kill_and_wait(process.pid, 0.01)
+    assert psutil.Process(process.pid).num_threads() <= 1
+    assert process.wait(10) == -9
+
+
+def test_somebody_elses_process_is_left_alone() -> None:
+    process = start("somebody")
+    _kill_and_wait(process.pid, 0.01)
+    assert psutil.Process(process.pid).num_threads() == 2
+    process.kill()
+    process.wait(10)
