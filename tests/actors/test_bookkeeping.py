@@ -41,6 +41,7 @@ async def test_the_integrity_check_runs_beside_the_event_loop() -> None:
 class RecordingSession:
     def __init__(self, name: str) -> None:
         self.peer = SimpleNamespace(id=name)
+        self.closed = False
         self.sent: list[PrefixUpdate] = []
 
     def send(self, message: PrefixUpdate) -> None:
