@@ -20,9 +20,9 @@ from pdray.actors.placement import NAMESPACE, OUTSIDE_PLACEMENT_GROUPS
 from pdray.actors.succession import application_of, coordinator_name, coordinator_names
 from pdray.actors.vigil import keep_vigil
 from pdray.config import Config
+from pdray.control.pair_health import BrokenPair
 from pdray.control.startup import StartState
 from pdray.errors import PdrayError, StartTimeoutError, WorkerDiedError
-from pdray.router.probe import BrokenPair
 from pdray.wire.cluster_view import ClusterView
 
 logger = logging.getLogger(__name__)

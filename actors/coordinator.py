@@ -14,37 +14,32 @@ import contextlib
 import logging
 import os
 import time
+from functools import partial
 from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayError
 
+from pdray.actors.description import WatchingRouters, check_workers, describe_worker, loop_failures
 from pdray.actors.fence import Fence, SupersededError
 from pdray.actors.fleet import TICK_S, WorkerFleet
-from pdray.actors.questions import ask
 from pdray.actors.router_vigil import RouterVigil
-from pdray.actors.serve_status import SERVE_TIMEOUT_S, is_listed
+from pdray.actors.serve_status import keep_asking
 from pdray.actors.succession import Standing, Succession
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
 from pdray.control.generations import Phase
 from pdray.control.membership import Membership
-from pdray.control.pair_health import PairHealth, Reconnect, Replace
+from pdray.control.pair_health import BrokenPair, PairHealth
 from pdray.control.room import Held
 from pdray.control.startup import StartState, Startup
 from pdray.control.wanted import Wanted
-from pdray.errors import PdrayError
 from pdray.metrics import LoopMetrics
-from pdray.router.probe import BrokenPair
-from pdray.wire.cluster_view import ClusterView, Draining, Heartbeat, WorkerInfo
+from pdray.wire.cluster_view import ClusterView, Draining, Heartbeat
 
 logger = logging.getLogger(__name__)
 
 WATCH_TIMEOUT_S = 2.0  # a watch that saw nothing new answers with the view it has: its sign of life
-FORGET_ROUTER_S = 20.0
-SERVE_CHECK_INTERVAL_S = 2.0
-DESCRIBE_TIMEOUT_S = 10.0
 START_POLL_S = 1.0
 HANDING_OVER = "a newer configuration of this application takes its place; try again shortly"
 
@@ -75,7 +70,7 @@ class Coordinator:
         self._make_fleet()
         self._succession = Succession(config, app_name, self)
         self._adopted = asyncio.Event()
-        self._routers: dict[str, dict[str, Any]] = {}
+        self._routers = WatchingRouters(2 * WATCH_TIMEOUT_S)
         self._worker_failures: dict[str, dict[str, str]] = {}
         self._wanted = Wanted(time.monotonic(), TICK_S)
         self._tasks = BackgroundTasks(self._task_failed, self._failures)
@@ -83,7 +78,7 @@ class Coordinator:
         self._tasks.keep_running("supervise", self._supervise)
         if detached:
             self._tasks.keep_running("hand over", self._hand_over)
-            self._tasks.keep_running("ask Serve", self._ask_serve)
+            self._tasks.keep_running("ask Serve", partial(keep_asking, app_name, self._wanted))
 
     def _make_fleet(self) -> None:
         """An empty table, newer than the one before, and hands for it."""
@@ -129,21 +124,13 @@ class Coordinator:
     async def report_broken(self, pair: BrokenPair) -> None:
         """A router's workers are connected, and do not serve a request."""
         logger.error("%s: %s and %s do not serve: %s", self.app_name, *pair[:2], pair.reason)
-        view = self._membership.view
-        if pair.incarnation not in {info.incarnation for info in view.workers}:
-            return  # it has been replaced since
-        step: Reconnect | Replace | None = Replace(pair.decode_worker_id)
-        if pair.prefill_worker_id != pair.decode_worker_id:
-            epochs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
-            if epochs.get(pair[:2]) != pair.epoch:
-                return  # it has been connected anew since
-            step = self._pair_health.failed(time.monotonic(), pair[:2], pair.epoch, epochs)
+        step = self._pair_health.reported(time.monotonic(), pair, self._membership.view)
         if step is not None:
             self._fleet.mend(step, f"{pair.prefill_worker_id} and {pair.decode_worker_id} do not serve: {pair.reason}")
 
     async def leave(self, router_id: str) -> None:
         """A router has ended, and will not watch again."""
-        self._routers.pop(router_id, None)
+        self._routers.left(router_id)
         self._router_vigil.left(router_id)
         self._succession.generation.router_left(router_id)
 
@@ -168,7 +155,7 @@ class Coordinator:
             if (process := router.get("process")) is not None:
                 self._router_vigil.watched(router["router_id"], process)
                 facts["pid"] = process.pid
-            self._routers[router["router_id"]] = {**facts, "seen": time.monotonic()}
+            self._routers.seen(time.monotonic(), facts)
             self._succession.generation.router_seen(time.monotonic(), router["router_id"], opened_at)
             if not router.get("ready"):
                 deadline = time.monotonic() + START_POLL_S  # so that it says soon when it is
@@ -185,10 +172,6 @@ class Coordinator:
             return msgspec.structs.replace(view, error=self._start_state().reason or view.error)
         left_s = generation.drain_left_s(time.monotonic())
         return msgspec.structs.replace(view, draining=Draining(HANDING_OVER, left_s))
-
-    def _has_ready_router(self) -> bool:
-        horizon = time.monotonic() - 2 * WATCH_TIMEOUT_S
-        return any(router.get("ready") and router["seen"] > horizon for router in self._routers.values())
 
     def _start_state(self) -> StartState:
         return self._startup.state(ready=self._membership.serving)
@@ -208,7 +191,7 @@ class Coordinator:
             if router_id:
                 self._succession.generation.router_seen(time.monotonic(), router_id, 0.0)
             state = self._start_state()
-            if with_router and state.ready and not self._has_ready_router():
+            if with_router and state.ready and not self._routers.has_ready(time.monotonic()):
                 state = StartState(False, reason="no router has reached the workers yet")
             if state.ready or state.failed or (left := deadline - time.monotonic()) <= 0:
                 return state
@@ -221,12 +204,11 @@ class Coordinator:
             worker_id: {"worker_id": worker_id, "role": worker_id.rpartition("-")[0], "state": state}
             for worker_id, state in self._membership.states().items()
         }
-        for answer in await asyncio.gather(*(self._describe(info) for info in view.workers)):
+        for answer in await self._describe_workers():
             rows[answer["worker_id"]] |= answer
         for worker_id, trouble in self._membership.troubles().items():
             rows[worker_id]["trouble"] = trouble
-        horizon = time.monotonic() - FORGET_ROUTER_S
-        self._routers = {name: router for name, router in self._routers.items() if router["seen"] > horizon}
+        routers = self._routers.current(time.monotonic())
         return {
             "name": self.app_name,
             "pid": os.getpid(),
@@ -239,28 +221,20 @@ class Coordinator:
             "workers": list(rows.values()),
             "suspicions": [str(each) for each in self._fleet.suspicions.growing(time.monotonic())]
             + self._router_vigil.growing(),
-            "loop_failures": self._loop_failures(),
-            "routers": [{k: v for k, v in router.items() if k != "seen"} for router in self._routers.values()],
+            "loop_failures": loop_failures(self._failures.describe(), self._worker_failures, routers),
+            "routers": routers,
             "pairs": [(pair.prefill_worker_id, pair.decode_worker_id, pair.epoch) for pair in view.pairs],
         }
 
-    async def _describe(self, info: WorkerInfo) -> dict[str, Any]:
-        """What a worker says of itself, or that it says nothing."""
-        try:
-            async with asyncio.timeout(self.config.worker_timeout_s):
-                answer: dict[str, Any] = await self._fleet.actor(info).describe.remote()
-        except (RayError, TimeoutError, KeyError) as error:
-            return {"worker_id": info.worker_id, "state": f"no answer ({type(error).__name__})"}
-        return answer
+    async def _describe_workers(self) -> list[dict[str, Any]]:
+        fleet, timeout_s = self._fleet, self.config.worker_timeout_s
+        return list(
+            await asyncio.gather(*(describe_worker(fleet, i, timeout_s) for i in self._membership.view.workers))
+        )
 
     async def check_integrity(self) -> dict[str, list[str]]:
         """Per worker, what is wrong with its block accounting; empty lists if nothing is."""
-        workers = self._membership.view.workers
-        async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-            answers: list[list[str]] = await asyncio.gather(
-                *(self._fleet.actor(info).check_integrity.remote() for info in workers)
-            )
-        return {info.worker_id: problems for info, problems in zip(workers, answers, strict=True)}
+        return await check_workers(self._fleet, self._membership.view.workers)
 
     async def stop(self) -> None:
         """End every worker and see its process gone; this actor is then killed by the caller. Idempotent."""
@@ -271,7 +245,7 @@ class Coordinator:
 
     async def num_running(self) -> int:
         """See SuccessionOwner, as the next ones. A worker that does not answer counts as one that runs something."""
-        answers = await asyncio.gather(*(self._describe(info) for info in self._membership.view.workers))
+        answers = await self._describe_workers()
         return sum(
             answer["running"] + answer["waiting"] + len(answer.get("leases", ())) if "running" in answer else 1
             for answer in answers
@@ -354,19 +328,6 @@ class Coordinator:
         await self._adopted.wait()
         await self._succession.run()
 
-    async def _ask_serve(self) -> None:
-        """Whether Serve still has the application. No answer is no answer: only _wanted draws conclusions."""
-        while True:
-            await asyncio.sleep(SERVE_CHECK_INTERVAL_S)
-            try:
-                listed = await ask(
-                    lambda: is_listed(self.app_name), what="Serve's applications", timeout_s=SERVE_TIMEOUT_S
-                )
-            except (RayError, PdrayError) as error:
-                logger.warning("%s: Serve cannot be asked: %s", self.app_name, error)
-            else:
-                self._wanted.serve_answered(time.monotonic(), is_listed=listed)
-
     async def _note_failure(self) -> None:
         """A generation that cannot start gives back what others have made room of."""
         generation, failed = self._succession.generation, self._start_state().failed or None
@@ -378,16 +339,6 @@ class Coordinator:
     def _end_superseded(self, error: SupersededError) -> None:
         logger.error("%s: %s: ending", self.app_name, error)
         os._exit(1)
-
-    def _loop_failures(self) -> dict[str, str]:
-        """Of every process of the application, by process and loop."""
-        found = {f"coordinator: {name}": text for name, text in self._failures.describe().items()}
-        for worker_id, failures in self._worker_failures.items():
-            found |= {f"{worker_id}: {name}": text for name, text in failures.items()}
-        for router in self._routers.values():
-            for name, text in router.get("loop_failures", {}).items():
-                found[f"{router['router_id']}: {name}"] = text
-        return found
 
     def _task_failed(self, error: BaseException) -> None:
         logger.error("%s: internal error", self.app_name, exc_info=error)

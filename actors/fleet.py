@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from pdray.actors.decode_worker import DecodeWorker
-from pdray.actors.placement import NAMESPACE, origin, worker_options
+from pdray.actors.placement import worker_options
 from pdray.actors.places import WorkerPlaces
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.process_death import end_actor, make_dead
-from pdray.actors.questions import ask, within
+from pdray.actors.questions import ask, cause_of, first_line
+from pdray.actors.signs_of_life import SignsOfLife
+from pdray.actors.worker_process import WorkerProcess, create_actor, find_worker
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
-from pdray.control.effects import Connect, Kill, MembershipEffect, Start, TellGone
+from pdray.control.effects import Connect, Kill, MembershipEffect, Start, TellGone, describe
 from pdray.control.membership import Membership, Stray
 from pdray.control.pair_health import Reconnect, Replace
 from pdray.control.room import Held
@@ -33,29 +33,10 @@ from pdray.wire.cluster_view import Heartbeat, WorkerIdentity, WorkerInfo, Worke
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
-RETRY_S = 0.1
-CREATE_TIMEOUT_S = 60.0  # Ray itself waits as long for its GCS
 KILL_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 60.0  # an init that hangs ends its process after 30 s
 TELL_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 15.0  # for processes whose node does not answer
-
-
-@dataclass(slots=True)
-class _Process:
-    """One incarnation of a worker.
-
-    Attributes:
-        creation: of its actor, where that was here; what it raised, if it came to nothing.
-        actor: None until it is created, and of a process that only others know.
-        info: None until it has started.
-    """
-
-    worker_id: str
-    incarnation: str
-    creation: asyncio.Task[ActorHandle | Exception] | None = None
-    actor: ActorHandle | None = None
-    info: WorkerInfo | None = None
 
 
 class FleetOwner(Protocol):
@@ -101,18 +82,19 @@ class WorkerFleet:
         self.may_start = False
         self.suspicions = Suspicions(TICK_S)
         self._owner = owner
-        self._processes: dict[str, _Process] = {}  # by incarnation
+        self._processes: dict[str, WorkerProcess] = {}  # by incarnation
         self._places: WorkerPlaces | None = None
         self._had_room = False  # in a former life
         self._tasks = BackgroundTasks(self._failed, failures)
         self._creations = BackgroundTasks(self._failed, failures)  # never cancelled: an actor would be forgotten
         self._stopping = False
+        self._signs = SignsOfLife(app_name, config.worker_timeout_s, self.suspicions, self._tasks, self)
 
     def tick(self) -> None:
         """What is due now: call it every TICK_S."""
         for suspicion in self.suspicions.due(time.monotonic()):
             logger.warning("%s: %s", self.app_name, suspicion)
-            self._suspect(suspicion.who, suspicion.incarnation)
+            self.suspect(suspicion.who, suspicion.incarnation)
         self._pump()
 
     async def adopt(self) -> bool:
@@ -128,15 +110,17 @@ class WorkerFleet:
             match each:
                 case WorkerIdentity(info=info), actor:
                     identities.append(each[0])
-                    self._supervise(_Process(info.worker_id, info.incarnation, actor=actor, info=info))
+                    self._watch(WorkerProcess(info.worker_id, info.incarnation, actor=actor, info=info))
                 case WorkerLoading() as one, actor:
                     loading.append(one)
-                    self._processes[one.incarnation] = _Process(one.worker_id, one.incarnation, actor=actor)
+                    self._processes[one.incarnation] = WorkerProcess(one.worker_id, one.incarnation, actor=actor)
                 case Stray() as stray, actor:
                     strays.append(stray)
-                    self._processes[stray.incarnation] = _Process(stray.worker_id, stray.incarnation, actor=actor)
+                    self._processes[stray.incarnation] = WorkerProcess(stray.worker_id, stray.incarnation, actor=actor)
         for writer in (writer for identity in identities for writer in identity.writers):
-            self._processes.setdefault(writer.incarnation, _Process(writer.worker_id, writer.incarnation, info=writer))
+            self._processes.setdefault(
+                writer.incarnation, WorkerProcess(writer.worker_id, writer.incarnation, info=writer)
+            )
         self.membership.adopt(identities, strays, loading)
         for one in loading:
             self._tasks.spawn(self._carry_out(Start(one.worker_id, one.incarnation)))
@@ -146,21 +130,8 @@ class WorkerFleet:
 
     async def _find(self, worker_id: str) -> tuple[WorkerIdentity | WorkerLoading | Stray, ActorHandle] | None:
         """The actor that has a worker's name, and whether it can be kept."""
-        options = await self._options(worker_id)
-        actor: Any
-        try:
-            actor = await ask(partial(ray.get_actor, options["name"], namespace=NAMESPACE), what="who has a name")
-        except ValueError:
-            return None
-        identity: WorkerIdentity | WorkerLoading | None = None
-        try:
-            identity = await within(actor.identify.remote(), self.config.worker_timeout_s)
-        except (RayError, TimeoutError) as error:
-            logger.warning("%s: %s does not answer: %r", self.app_name, worker_id, error)
-        if identity is not None and identity.origin == origin(self.config, self.secret):
-            return identity, actor
-        logger.warning("%s: ending %s, which a former Coordinator left behind", self.app_name, options["name"])
-        return Stray(worker_id, f"{worker_id} of a former Coordinator"), actor
+        name = (await self._options(worker_id))["name"]
+        return await find_worker(self.config, self.app_name, worker_id, name, self.secret)
 
     async def _options(self, worker_id: str) -> dict[str, Any]:
         options = partial(worker_options, self.config, self.app_name, worker_id, detached=self.detached)
@@ -208,9 +179,9 @@ class WorkerFleet:
                 info = next((i for i in self.membership.view.workers if i.worker_id == worker_id), None)
                 if info is not None:
                     logger.error("%s: %s is replaced: %s", self.app_name, worker_id, reason)
-                    self._suspect(worker_id, info.incarnation)
+                    self.suspect(worker_id, info.incarnation)
 
-    async def _end(self, process: _Process) -> None:
+    async def _end(self, process: WorkerProcess) -> None:
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await self._bury(process.incarnation)
@@ -219,7 +190,7 @@ class WorkerFleet:
                 "%s: %s was not seen dead (%s); Ray ends it once its node answers",
                 self.app_name,
                 process.incarnation,
-                _first_line(error),
+                first_line(error),
             )
 
     # effects
@@ -251,17 +222,17 @@ class WorkerFleet:
         self._pump()
 
     def _report_failure(self, effect: MembershipEffect, error: Exception) -> None:
-        table, now, reason = self.membership, time.monotonic(), _first_line(error)
-        logger.error("%s: %s failed: %s", self.app_name, _describe(effect), error)
+        table, now, reason = self.membership, time.monotonic(), first_line(error)
+        logger.error("%s: %s failed: %s", self.app_name, describe(effect), error)
         match effect:
             case Start(worker_id, incarnation):
-                self.startup.failed(worker_id, f"{worker_id} did not start: {reason}", _cause(error))
+                self.startup.failed(worker_id, f"{worker_id} did not start: {reason}", cause_of(error))
                 table.start_failed(worker_id, incarnation, reason)
             case Kill(_, incarnation):
                 table.kill_failed(now, incarnation, reason)
             case Connect(prefill, decode, epoch):
                 what = f"{prefill.worker_id} could not be connected to {decode.worker_id}"
-                self.startup.failed(_pair(prefill, decode), f"{what}: {reason}", _cause(error))
+                self.startup.failed(_pair_name(prefill, decode), f"{what}: {reason}", cause_of(error))
                 table.connect_failed(now, prefill.worker_id, decode.worker_id, epoch, reason)
             case TellGone(worker_id, incarnation, gone):
                 table.tell_failed(now, worker_id, incarnation, gone, reason)
@@ -275,9 +246,9 @@ class WorkerFleet:
         assert process.info is not None
         self.startup.cleared(start.worker_id)
         self.membership.ready(process.info)
-        self._supervise(process)
+        self._watch(process)
 
-    async def _make_process(self, start: Start) -> _Process:
+    async def _make_process(self, start: Start) -> WorkerProcess:
         """Where there is room; returns when it answers."""
         cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
         places = await self._get_places()
@@ -285,8 +256,9 @@ class WorkerFleet:
             options = await places.place(start.worker_id)
             self.startup.waits(start.worker_id, "")
             async with asyncio.timeout(self.config.start_timeout_s):
-                process = self._processes[start.incarnation] = _Process(start.worker_id, start.incarnation)
-                process.creation = self._creations.spawn(self._create(cls, options, start))
+                process = self._processes[start.incarnation] = WorkerProcess(start.worker_id, start.incarnation)
+                creation = create_actor(cls, options, self.config, start, self.secret, self.app_name)
+                process.creation = self._creations.spawn(creation)
                 created = await asyncio.shield(process.creation)
                 if isinstance(created, Exception):
                     raise created
@@ -295,25 +267,6 @@ class WorkerFleet:
         finally:
             places.started(start.worker_id)
         return process
-
-    async def _create(self, cls: type, options: dict[str, Any], start: Start) -> ActorHandle | Exception:
-        def create() -> ActorHandle:
-            actor_class: Any = ray.remote(cls)
-            arguments = (self.config, start.worker_id, start.incarnation, self.secret)
-            handle: ActorHandle = actor_class.options(**options).remote(*arguments, app_name=self.app_name)
-            return handle
-
-        try:
-            return await ask(create, what=f"to start {start.worker_id}", timeout_s=CREATE_TIMEOUT_S)
-        except ValueError as error:  # the name is taken, by an actor that the table does not know
-            logger.warning("%s: ending whoever is called %s: %s", self.app_name, options["name"], error)
-            try:
-                await end_actor(await ask(partial(ray.get_actor, options["name"], namespace=NAMESPACE), what="a name"))
-            except (ValueError, RayError, PdrayError) as another:
-                return another
-            return error
-        except (RayError, PdrayError) as error:
-            return error
 
     async def _kill(self, kill: Kill) -> None:
         async with asyncio.timeout(KILL_TIMEOUT_S):
@@ -341,7 +294,7 @@ class WorkerFleet:
             decode_actor = self.actor(decode)
             offer = await decode_actor.accept.remote(prefill, epoch)
             await self.actor(prefill).connect.remote(decode, epoch, offer, decode_actor)
-        self.startup.cleared(_pair(prefill, decode))
+        self.startup.cleared(_pair_name(prefill, decode))
         self.membership.connected(prefill.worker_id, decode.worker_id, epoch)
 
     async def _tell_gone(self, tell: TellGone) -> None:
@@ -356,56 +309,27 @@ class WorkerFleet:
 
     # signs of life
 
-    def _supervise(self, process: _Process) -> None:
+    def _watch(self, process: WorkerProcess) -> None:
         self._processes[process.incarnation] = process
-        limit_s = self.config.worker_timeout_s
-        self.suspicions.expect(
-            time.monotonic(),
-            process.worker_id,
-            process.incarnation,
-            limit_s,
-            sign="no heartbeat",
-            next="it is killed and replaced",
-        )
-        self._tasks.keep_running("await a worker's end", partial(self._watch, process), of=process.incarnation)
-        self._tasks.keep_running("heartbeats of a worker", partial(self._heartbeat, process), of=process.incarnation)
+        self._signs.watch(process)
 
-    def _suspect(self, worker_id: str, incarnation: str) -> None:
+    def heard(self, process: WorkerProcess, heartbeat: Heartbeat) -> None:
+        """See SignsOwner."""
+        worker_id = process.worker_id
+        self._owner.on_heartbeat(worker_id, heartbeat)
+        if worker_id.startswith("prefill") and self.membership.is_current(worker_id, process.incarnation):
+            self.membership.open_channels(worker_id, heartbeat.epochs)
+            self._pump()
+
+    def is_there(self, process: WorkerProcess) -> bool:
+        """See SignsOwner."""
+        return self._processes.get(process.incarnation) is process
+
+    def suspect(self, worker_id: str, incarnation: str) -> None:
+        """It is to be killed and replaced; see SignsOwner."""
         self.suspicions.forget(worker_id, incarnation)
         self.membership.suspect(worker_id, incarnation)
         self._pump()
-
-    async def _watch(self, process: _Process) -> None:
-        """The pending join() ends when the process does: Ray's death notice, in 10-25 ms."""
-        assert process.actor is not None
-        while self._processes.get(process.incarnation) is process:
-            try:
-                await process.actor.join.remote()
-            except ActorUnavailableError:  # a lost connection is no death; if it was one, the next call says so
-                await asyncio.sleep(RETRY_S)
-                continue
-            except RayError as error:
-                logger.warning("%s: %s ended: %s", self.app_name, process.worker_id, _first_line(error))
-            self._suspect(process.worker_id, process.incarnation)
-            return
-
-    async def _heartbeat(self, process: _Process) -> None:
-        """A process that is stopped or hung never breaks join(); the table of suspicions misses its heartbeats."""
-        assert process.actor is not None
-        while self._processes.get(process.incarnation) is process:
-            try:
-                heartbeat: Heartbeat = await process.actor.heartbeat.remote()
-            except RayActorError:  # join() says what that means
-                await asyncio.sleep(RETRY_S)
-                continue
-            self.suspicions.heard(time.monotonic(), process.worker_id, process.incarnation)
-            self._owner.on_heartbeat(process.worker_id, heartbeat)
-            if process.worker_id.startswith("prefill") and self.membership.is_current(
-                process.worker_id, process.incarnation
-            ):
-                self.membership.open_channels(process.worker_id, heartbeat.epochs)
-                self._pump()
-            await asyncio.sleep(self.config.worker_timeout_s / 4)
 
     def _waits(self, worker_id: str, reason: str) -> None:
         if self.startup.waits(worker_id, reason):
@@ -419,29 +343,5 @@ class WorkerFleet:
         self._owner.on_change()
 
 
-def _pair(prefill: WorkerInfo, decode: WorkerInfo) -> str:
+def _pair_name(prefill: WorkerInfo, decode: WorkerInfo) -> str:
     return f"{prefill.worker_id} to {decode.worker_id}"
-
-
-def _describe(effect: MembershipEffect) -> str:
-    match effect:
-        case Start(worker_id, _):
-            return f"the start of {worker_id}"
-        case Kill(_, incarnation):
-            return f"the end of {incarnation}"
-        case Connect(prefill, decode, epoch):
-            return f"connecting {prefill.worker_id} to {decode.worker_id} in epoch {epoch}"
-        case TellGone(worker_id, _, gone):
-            return f"telling {worker_id} of the end of {gone.incarnation}"
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Ray wraps an actor's exception in its traceback."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, BaseException) else error
-
-
-def _first_line(error: BaseException) -> str:
-    """The cause's own words."""
-    cause = _cause(error)
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -96,7 +96,7 @@ def _kill_and_wait(pid: int, grace_s: float) -> None:
 
 
 def _is_rays(process: psutil.Process) -> bool:
-    """By its title. When its first thread has ended and others have not, the command line is gone and the name stays."""
+    """By its title. When its first thread has ended before others, the command line is gone and the name stays."""
     if process.name().startswith("ray::"):
         return True
     try:

@@ -110,3 +110,15 @@ async def node_is_alive(node_id: str) -> bool:
 def own_process() -> ActorProcess:
     """This process, in the form in which find_process() describes an actor's."""
     return ActorProcess("ALIVE", os.getpid(), ray.get_runtime_context().get_node_id())
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The exception that an actor raised: Ray wraps it in its traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def first_line(error: BaseException) -> str:
+    """The cause's own words."""
+    cause = cause_of(error)
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

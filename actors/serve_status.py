@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from typing import Any
 
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayError
 
+from pdray.actors.questions import ask
+from pdray.control.wanted import Wanted
+from pdray.errors import PdrayError
+
+logger = logging.getLogger(__name__)
+
+CHECK_INTERVAL_S = 2.0
 SERVE_TIMEOUT_S = 10.0
 SERVE_NAMESPACE = "serve"  # of the replicas' actors
 
@@ -26,6 +36,18 @@ def is_listed(app_name: str) -> bool:
         return app_name in serve.status().applications
     except (ActorDiedError, RayServeException):  # it has ended for good
         return False
+
+
+async def keep_asking(app_name: str, wanted: Wanted) -> None:
+    """Ask for ever whether Serve still has the application. No answer is none: only ``wanted`` draws conclusions."""
+    while True:
+        await asyncio.sleep(CHECK_INTERVAL_S)
+        try:
+            listed = await ask(lambda: is_listed(app_name), what="Serve's applications", timeout_s=SERVE_TIMEOUT_S)
+        except (RayError, PdrayError) as error:
+            logger.warning("%s: Serve cannot be asked: %s", app_name, error)
+        else:
+            wanted.serve_answered(time.monotonic(), is_listed=listed)
 
 
 def replica_actor_name(app_name: str, replica_id: str) -> str | None:

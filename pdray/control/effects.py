@@ -69,3 +69,16 @@ class TellGone(NamedTuple):
 
 
 MembershipEffect = Start | Kill | Connect | TellGone
+
+
+def describe(effect: MembershipEffect) -> str:
+    """The effect in words, for logs."""
+    match effect:
+        case Start(worker_id, _):
+            return f"the start of {worker_id}"
+        case Kill(_, incarnation):
+            return f"the end of {incarnation}"
+        case Connect(prefill, decode, epoch):
+            return f"connecting {prefill.worker_id} to {decode.worker_id} in epoch {epoch}"
+        case TellGone(worker_id, _, gone):
+            return f"telling {worker_id} of the end of {gone.incarnation}"

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pdray.wire.cluster_view import ClusterView
+
 FORGOTTEN_S = 300.0  # a failure so long ago has nothing to do with this one
 
 
@@ -26,6 +28,21 @@ class Replace(NamedTuple):
     worker_id: str
 
 
+class BrokenPair(NamedTuple):
+    """Two workers that could not serve a request; one twice if it does both.
+
+    Attributes:
+        epoch: of their channel; of one worker, how often it has failed.
+        incarnation: of the decode worker.
+    """
+
+    prefill_worker_id: str
+    decode_worker_id: str
+    epoch: int
+    incarnation: str
+    reason: str
+
+
 @dataclass(slots=True)
 class _Failures:
     epoch: int
@@ -38,6 +55,17 @@ class PairHealth:
     """Failures of pairs, by their workers."""
 
     _failures: dict[tuple[str, str], _Failures] = field(default_factory=dict, init=False)
+
+    def reported(self, now: float, pair: BrokenPair, view: ClusterView) -> Reconnect | Replace | None:
+        """Take a router's report of a pair, or of a worker that does both. None if that is replaced already."""
+        if pair.incarnation not in {info.incarnation for info in view.workers}:
+            return None
+        if pair.prefill_worker_id == pair.decode_worker_id:
+            return Replace(pair.decode_worker_id)
+        epochs = {(p.prefill_worker_id, p.decode_worker_id): p.epoch for p in view.pairs}
+        if epochs.get(pair[:2]) != pair.epoch:
+            return None
+        return self.failed(now, pair[:2], pair.epoch, epochs)
 
     def failed(
         self, now: float, pair: tuple[str, str], epoch: int, connected: Iterable[tuple[str, str]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pdray.control.effects import Send
+from pdray.control.pair_health import BrokenPair
 from pdray.router.request import Request
 from pdray.wire.cluster_view import WorkerInfo
 
@@ -49,21 +50,6 @@ class TickAt(NamedTuple):
 
 class BecameReady(NamedTuple):
     """Requests can be served for the first time."""
-
-
-class BrokenPair(NamedTuple):
-    """Two workers that could not serve a request; one twice if it does both.
-
-    Attributes:
-        epoch: of their channel; of one worker, how often it has failed.
-        incarnation: of the decode worker.
-    """
-
-    prefill_worker_id: str
-    decode_worker_id: str
-    epoch: int
-    incarnation: str
-    reason: str
 
 
 class ReportBroken(NamedTuple):

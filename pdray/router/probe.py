@@ -16,7 +16,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from pdray.control.effects import Send
-from pdray.router.effects import BrokenPair, ProbesDone, ReportBroken, RouterEffect, TickAt
+from pdray.control.pair_health import BrokenPair
+from pdray.router.effects import ProbesDone, ReportBroken, RouterEffect, TickAt
 from pdray.router.leg import Leg
 from pdray.router.link import WorkerLink
 from pdray.router.request import Request

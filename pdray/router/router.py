@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
 from pdray.control.effects import Send
+from pdray.control.pair_health import BrokenPair
 from pdray.errors import ConfigError, InvalidRequestError, NoWorkerError, PdrayError
 from pdray.models.generation_config import NEUTRAL, SamplingDefaults
 from pdray.outputs import Outcome
 from pdray.router.connections import Connections
 from pdray.router.effects import (
     BecameReady,
-    BrokenPair,
     Connect,
     Disconnect,
     Ended,

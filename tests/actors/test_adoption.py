@@ -13,6 +13,7 @@ import pytest
 
 from pdray.actors import fleet as fleet_module
 from pdray.actors import places as places_module
+from pdray.actors import worker_process
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.fleet import WorkerFleet
 from pdray.actors.placement import origin
@@ -90,7 +91,7 @@ async def fleet(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
 
 
 async def adopt(fleet: Any, actor: LoadingActor, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(fleet_module.ray, "get_actor", lambda *_, **__: actor)
+    monkeypatch.setattr(worker_process.ray, "get_actor", lambda *_, **__: actor)
     kept: bool = await fleet.adopt()
     return kept
 

@@ -15,6 +15,7 @@ from pdray.config import Config
 from pdray.control.prefixes import PART
 from pdray.engine.kv.block_pool import PrefixChanges
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.peers import Role
 from pdray.wire.worker_news import PrefixUpdate, unpack_hashes
 
 CONFIG = Config(model="config.json", skip_tokenizer_init=True)
@@ -40,7 +41,7 @@ async def test_the_integrity_check_runs_beside_the_event_loop() -> None:
 
 class RecordingSession:
     def __init__(self, name: str) -> None:
-        self.peer = SimpleNamespace(id=name)
+        self.peer = SimpleNamespace(id=name, role=Role.ROUTER)
         self.closed = False
         self.sent: list[PrefixUpdate] = []
 

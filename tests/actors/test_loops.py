@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pdray.actors import coordinator as coordinator_module
+from pdray.actors import serve_status
 from pdray.actors import succession as succession_module
 from pdray.actors import worker as worker_module
 from pdray.actors.coordinator import Coordinator
@@ -250,7 +251,7 @@ async def test_an_exception_in_any_loop_stops_nothing(name: str, monkeypatch: py
     monkeypatch.setattr(worker_module, "LoopMetrics", NoMetrics)
     monkeypatch.setattr(coordinator_module, "LoopMetrics", NoMetrics)
     monkeypatch.setattr(coordinator_module, "Fence", FakeFence)
-    monkeypatch.setattr(coordinator_module, "is_listed", lambda app_name: True)
+    monkeypatch.setattr(serve_status, "is_listed", lambda app_name: True)
     monkeypatch.setattr(succession_module, "coordinator_names", lambda: [])
     async with SCENARIOS[name]() as (owners, failures, works):
         (tasks, key) = next(

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pdray.config import Config
+from pdray.control.pair_health import BrokenPair
 from pdray.outputs import Logprob, RequestOutput, RequestTimings, SampledToken
-from pdray.router.effects import BrokenPair
 from pdray.router.routed import RoutedRequest
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
