@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from pdray.actors.assembly import assemble
+from pdray.actors.assembly import Assembly, assemble
 from pdray.actors.engine_watch import check_when_idle, report_metrics, wait_until_hung
 from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
@@ -113,9 +113,7 @@ class Worker(ABC):
         if in_ray := ray.is_initialized():
             log_to_stderr()
         self._loop = asyncio.get_running_loop()
-        self.device, self.kinds, self.engine = await asyncio.to_thread(
-            assemble, self.config, self.role, self.worker_id, self._fail
-        )
+        self.device, self.kinds, self.engine = await asyncio.to_thread(self._assemble)
         self.engine.on_layer_group = self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
         self._engine_loop.start()
@@ -151,6 +149,9 @@ class Worker(ABC):
         self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
         self._log_start()
+
+    def _assemble(self) -> Assembly:
+        return assemble(self.config, self.role, self.worker_id, self._fail)
 
     def _start_loops(self, step_timeout_s: float | None, *, in_ray: bool) -> None:
         if step_timeout_s is not None:

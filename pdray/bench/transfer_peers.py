@@ -158,6 +158,8 @@ class _Peer:
 class ReceivingPeer(_Peer):
     """Takes whatever it is sent. Sink and SessionHandler of its own; a Ray actor, for kinds that call one."""
 
+    role = Role.DECODE
+
     def __init__(self, spec: PoolSpec, make_kind: Callable[[Site], Kind] | None = None) -> None:
         super().__init__(spec, make_kind)
         self._receiver: Receiver | None = None

@@ -13,7 +13,9 @@ import pytest
 
 from pdray.actors import fleet as fleet_module
 from pdray.actors import places as places_module
+from pdray.actors import worker as worker_module
 from pdray.actors import worker_process
+from pdray.actors.assembly import assemble
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.fleet import WorkerFleet
 from pdray.actors.placement import origin
@@ -121,7 +123,7 @@ async def test_one_of_another_secret_is_ended(fleet: Any, monkeypatch: pytest.Mo
     await until(lambda: fleet.ended == [actor])
 
 
-async def test_a_worker_loads_once_and_says_that_it_does(tmp_path: Path) -> None:
+async def test_a_worker_loads_once_and_says_that_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two Coordinators, one after the other, ask it to start."""
     model = tmp_path / "config.json"
     model.write_text(json.dumps(TINY_CONFIG))
@@ -136,15 +138,15 @@ async def test_a_worker_loads_once_and_says_that_it_does(tmp_path: Path) -> None
         max_num_batched_tokens=32,
     )
     worker = DecodeWorker(config, "decode-0", "d1", SECRET)
-    build, go_on, num_built = worker._build_engine, threading.Event(), 0
+    go_on, num_built = threading.Event(), 0
 
-    def slowly() -> Any:
+    def slowly(*arguments: Any) -> Any:
         nonlocal num_built
         num_built += 1
         assert go_on.wait(PATIENCE_S)
-        return build()
+        return assemble(*arguments)
 
-    worker._build_engine = slowly  # type: ignore[method-assign]
+    monkeypatch.setattr(worker_module, "assemble", slowly)
     starts = [asyncio.ensure_future(worker.start()) for _ in range(2)]
     await until(lambda: num_built)
     assert await worker.identify() == WorkerLoading("decode-0", "d1", origin(config, SECRET))
@@ -155,17 +157,17 @@ async def test_a_worker_loads_once_and_says_that_it_does(tmp_path: Path) -> None
     await worker.stop()
 
 
-async def test_a_worker_that_could_not_load_says_so_again() -> None:
+async def test_a_worker_that_could_not_load_says_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = DecodeWorker(CONFIG, "decode-0", "d1", SECRET)
 
-    def fail() -> Any:
+    def fail(*arguments: Any) -> Any:
         raise ModelLoadError("no such file")
 
-    worker._build_engine = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(worker_module, "assemble", fail)
     for _ in range(2):
         with pytest.raises(ModelLoadError, match="no such file"):
             await worker.start()
-        worker._build_engine = lambda: pytest.fail("loaded again")  # type: ignore[method-assign]
+        monkeypatch.setattr(worker_module, "assemble", lambda *_: pytest.fail("loaded again"))
 
 
 # --- room that has left the cluster -----------------------------------------------------------------

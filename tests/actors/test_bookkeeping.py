@@ -15,7 +15,7 @@ from pdray.config import Config
 from pdray.control.prefixes import PART
 from pdray.engine.kv.block_pool import PrefixChanges
 from pdray.testing.patience import PATIENCE_S
-from pdray.wire.peers import Role
+from pdray.wire.peers import PeerName, Role
 from pdray.wire.worker_news import PrefixUpdate, unpack_hashes
 
 CONFIG = Config(model="config.json", skip_tokenizer_init=True)
@@ -40,8 +40,8 @@ async def test_the_integrity_check_runs_beside_the_event_loop() -> None:
 
 
 class RecordingSession:
-    def __init__(self, name: str) -> None:
-        self.peer = SimpleNamespace(id=name, role=Role.ROUTER)
+    def __init__(self, name: str, role: Role = Role.ROUTER) -> None:
+        self.peer = PeerName(name, "1", role)
         self.closed = False
         self.sent: list[PrefixUpdate] = []
 
@@ -62,8 +62,10 @@ async def test_prefixes_are_told_in_parts_to_old_routers_and_new_ones() -> None:
     changes = [PrefixChanges(set(range(3 * PART)), set()), PrefixChanges({-1 % 2**64}, set(range(PART + 1)))]
     held = (changes[0].added - changes[1].removed) | changes[1].added
     worker = make_worker(take_prefix_changes=lambda: changes.pop(0) if changes else PrefixChanges(set(), set()))
-    old, new = RecordingSession("router-0"), RecordingSession("router-1")
+    old, new = RecordingSession("first"), RecordingSession("second")  # whatever a router is called
+    other = RecordingSession("router-like", Role.DECODE)
     worker.on_open(old)
+    worker.on_open(other)
     publishing = asyncio.create_task(worker._prefix_news.publish(worker.engine))
     await asyncio.sleep(0)
     assert len(old.sent) == 1, "more than a part without a pause"
@@ -71,6 +73,7 @@ async def test_prefixes_are_told_in_parts_to_old_routers_and_new_ones() -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not (old.known == new.known == held):
             await asyncio.sleep(0.01)
+    assert not other.sent
     for session in (old, new):
         assert all(len(update.added) <= 8 * 2 * PART and len(update.removed) <= 8 * PART for update in session.sent)
     publishing.cancel()

@@ -215,7 +215,7 @@ async def a_coordinator() -> AsyncIterator[tuple[list[BackgroundTasks], LoopFail
         seen = actor.num_heartbeats
         await until(lambda: actor.num_heartbeats > seen)
         assert coordinator._membership.states() == {"decode-0": "ready"}
-        assert len(coordinator._loop_failures()) == 1
+        assert len((await coordinator.describe())["loop_failures"]) == 1
         actor.ended.set()
         await until(lambda: coordinator._membership.states() == {"decode-0": "dying"})
 

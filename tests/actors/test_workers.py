@@ -451,10 +451,8 @@ async def finish(pair: Pair, name: str, epoch: int) -> list[int]:
     return pair.router.tokens(key)
 
 
-class ListeningWorker(Worker):
+class ListeningWorker(DecodeWorker):
     """Notes the updates that its loop has come to."""
-
-    role = "decode"
 
     def __init__(self) -> None:
         super().__init__(Config(), "decode-0", "1", SECRET)

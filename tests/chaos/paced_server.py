@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import secrets
-from typing import Any
+from typing import Any, cast
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 from paced_engine import Pace, PacedEngine
 
+from pdray.actors.assembly import Assembly
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.config import Config
+from pdray.engine.engine import Engine
 from pdray.router.router import Router
 from pdray.serve.api import create_app
 from pdray.wire.cluster_view import ClusterView, WorkerInfo
@@ -32,9 +34,9 @@ class PacedWorker(DecodeWorker):
         super().__init__(config, "worker-0", "1", secret)
         self._pace = pace
 
-    def _build_engine(self) -> PacedEngine:
+    def _assemble(self) -> Assembly:
         torch.set_num_threads(1)
-        return PacedEngine(self.config, self._pace)
+        return Assembly(torch.device("cpu"), {}, cast(Engine, PacedEngine(self.config, self._pace)))
 
 
 async def watch_one(info: WorkerInfo, version: int) -> ClusterView:

@@ -49,12 +49,12 @@ from pdray.wire.worker_news import StepFailed
 
 LEASE_TIMEOUT_S = 10.0
 BLOCK_SIZE = 16
-NUM_BLOCKS = 12
+NUM_BLOCKS = (12, 4)  # by walk: much at once, and routers that wait for each other's credit
 BLOCKS_PER_LEG = 2
 OUTPUT_TOKENS = 4
 LAYER_GROUPS = 3
 ALONE_STEPS = 2
-MAX_QUEUE_SIZE = 2
+MAX_QUEUE_SIZE = 4
 DRAIN_S = 3.0
 PROGRESS_WEIGHT = 30  # or kills and stops would leave nothing that could get anywhere
 
@@ -72,7 +72,8 @@ def sampled(request_id: str, index: int, position: int) -> SampledToken:
 class Pool:
     """An allocator that remembers who owns each block."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self.owner: dict[int, LegKey] = {}
         self.requests: dict[LegKey, EngineRequest] = {}
         self.running: dict[LegKey, dict[int, int]] = {}  # leg -> index -> next position
@@ -80,7 +81,7 @@ class Pool:
         self.had_turn = False  # the last step was of one leg alone
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
-        free = [block for block in range(NUM_BLOCKS) if block not in self.owner]
+        free = [block for block in range(self.num_blocks) if block not in self.owner]
         if len(free) < BLOCKS_PER_LEG:
             return None
         assert request.key not in self.requests
@@ -139,7 +140,7 @@ class Process:
 
 @dataclass(eq=False)
 class DecodeProcess(Process):
-    pool: Pool = field(default_factory=Pool)
+    pool: Pool = field(init=False)
     table: LeaseTable = field(init=False)
     waiters: CreditWaiters = field(default_factory=CreditWaiters)
     writers: dict[str, WorkerInfo] = field(default_factory=dict)  # by incarnation, until told of their death
@@ -191,7 +192,7 @@ def router_config(num_prefill: int, num_decode: int) -> Config:
 
 class World:
     """Args:
-    num_prefill: 0 is colocated.
+    num_prefill: 0 is colocated. num_blocks: of each worker.
     table, ledger, members, waiters, blame: what is under test, or mutants of it.
     """
 
@@ -204,8 +205,10 @@ class World:
         members: type[Membership] = Membership,
         waiters: type[CreditWaiters] = CreditWaiters,
         blame: Callable[[list[LegKey]], Verdict] = blame,
+        num_blocks: int = NUM_BLOCKS[0],
     ) -> None:
         self.now = 0.0
+        self._num_blocks = num_blocks
         self._table, self._ledger, self._waiters, self._blame = table, ledger, waiters, blame
         self._members = members
         self.poison: dict[str, bool] = {}  # whether it breaks prefill workers, too
@@ -256,10 +259,13 @@ class World:
             role = Role.PREFILL
         else:
             process = decode = DecodeProcess(start.worker_id, start.incarnation, waiters=self._waiters())
+            decode.pool = Pool(self._num_blocks)
             decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S, BLOCK_SIZE)
             role = Role.DECODE if self.membership.num_prefill else Role.BOTH
         self.processes[start.worker_id] = process
-        info = WorkerInfo(start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", NUM_BLOCKS, 16, 1024, 8, 64)
+        info = WorkerInfo(
+            start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", self._num_blocks, 16, 1024, 8, 64
+        )
         process.info = info
         self.membership.ready(info)
 
@@ -786,13 +792,13 @@ class World:
 
 
 def credit(pool: Pool) -> Credit:
-    return Credit(NUM_BLOCKS - len(pool.owner), 8, len(pool.running), 0, len(pool.requests))
+    return Credit(pool.num_blocks - len(pool.owner), 8, len(pool.running), 0, len(pool.requests))
 
 
 def walk(seed: int, steps: int, **world_options: Any) -> list[str]:
     """One random interleaving; what was violated, if anything."""
     rng = random.Random(seed)
-    world = World(**world_options)
+    world = World(num_blocks=NUM_BLOCKS[seed % len(NUM_BLOCKS)], **world_options)
     for _ in range(steps):
         rng.choice(world.actions())()
         if problems := world.violations():
