@@ -16,10 +16,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import pdray
-from pdray.testing.patience import PATIENCE_S
 from pdray import LLM, SamplingParams
 from pdray.actors.importable import why_not_importable
 from pdray.errors import InvalidRequestError
+from pdray.testing.patience import PATIENCE_S
 
 COMMON: dict[str, Any] = {"device": "cpu", "max_model_len": 1024, "num_kv_blocks": 256, "max_num_batched_tokens": 256}
 
