@@ -192,10 +192,14 @@ class FakeActor:
         self.ended = asyncio.Event()
         self.num_heartbeats = 0
         self.heartbeat, self.join = FakeMethod(self._heartbeat), FakeMethod(self.ended.wait)
+        self.describe = FakeMethod(self._describe)
 
     async def _heartbeat(self) -> Heartbeat:
         self.num_heartbeats += 1
         return Heartbeat({}, ["router-0"], {})
+
+    async def _describe(self) -> dict[str, str]:
+        return {"worker_id": "decode-0"}
 
 
 @asynccontextmanager
