@@ -109,9 +109,10 @@ class PrefillWorker(Worker):
             self._tasks.spawn(self.disconnect(decode_worker_id))
 
     def disconnect(self, decode_worker_id: str) -> Coroutine[Any, Any, None]:
-        """Give up the channel and the session to a decode worker, now; with the coroutine's end they are closed, and
-        the legs that used them have failed. Idempotent."""
+        """Give up the channel and the session to a decode worker, and the legs that use them, now; with the coroutine's
+        end they are closed, and nothing of those legs is written any more. Idempotent."""
         channel, session = self._channels.pop(decode_worker_id, None), self.sessions.pop(decode_worker_id, None)
+        self._perform(self.ledger.decode_worker_gone(decode_worker_id))  # else what they compute would still be put
         return self._close(decode_worker_id, channel, session)
 
     async def _close(self, decode_worker_id: str, channel: Sender | None, session: Session | None) -> None:
@@ -124,7 +125,6 @@ class PrefillWorker(Worker):
                 raise
             if session is not None:
                 await session.close()
-            self._perform(self.ledger.decode_worker_gone(decode_worker_id))
 
     async def describe(self) -> dict[str, Any]:
         return await super().describe() | {

@@ -18,7 +18,7 @@ from pdray.actors.decode_worker import DecodeWorker
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.worker import Worker
 from pdray.config import Config
-from pdray.engine.request import RequestUpdate
+from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import EngineHungError, HandshakeError, TransferError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.fault_injection import Fault, FaultInjectingSender
@@ -569,6 +569,7 @@ async def test_blocks_that_are_being_written_are_nobody_elses(pair: Pair) -> Non
     assert await asyncio.to_thread(entered.wait, PATIENCE_S)
     pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
     closing = pair.prefill.disconnect("decode-0")
+    pair.prefill._on_layer_group(LayerGroupReady(key, range(0, 1), 0, [1], None))  # computed since, and put nowhere
     closed = asyncio.ensure_future(closing)
     await asyncio.sleep(0.1)
     assert await held(pair) == 5 and not closed.done()
