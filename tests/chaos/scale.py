@@ -25,7 +25,7 @@ class Scale:
     overload_s: float = 30.0
     paced_overload_s: float = 60.0
     slow_client_s: float = 60.0
-    soak_minutes: float = 10.0
+    soak_minutes: float = 4.0
     every_wake: bool = True
     soak_kills: bool = False
 

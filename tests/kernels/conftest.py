@@ -1,4 +1,7 @@
-"""Starts the kernel checks in Triton's interpreter before the first test: they take a minute of a core's time."""
+"""Starts the kernel checks in Triton's interpreter early: they take some minutes of a core's time.
+
+Before the first test; where several processes share the tests (pytest-xdist), when one of them comes to the checks.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,16 @@ def start(name: str) -> subprocess.Popen[str]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    names = {item.callspec.params["interpreted"] for item in session.items if _is_interpreted(item)}  # type: ignore[attr-defined]
-    can_run = find_spec("triton") is not None and not session.config.option.collectonly
-    session.config.stash[STARTED] = {name: start(name) for name in sorted(names) if can_run}
+    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        start_all(session)
+
+
+def start_all(session: pytest.Session) -> None:
+    """Every file of checks that this session is to run; once."""
+    if STARTED not in session.config.stash:
+        names = {item.callspec.params["interpreted"] for item in session.items if _is_interpreted(item)}  # type: ignore[attr-defined]
+        can_run = find_spec("triton") is not None
+        session.config.stash[STARTED] = {name: start(name) for name in sorted(names) if can_run}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -40,4 +50,5 @@ def _is_interpreted(item: pytest.Item) -> bool:
 @pytest.fixture
 def interpreting(request: pytest.FixtureRequest) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     """The process that was started for a file of checks."""
+    start_all(request.session)
     yield lambda name: request.config.stash[STARTED][name]
