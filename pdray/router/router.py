@@ -120,7 +120,7 @@ class Router:
         await self._connections.close()
 
     def drain(self, left_s: float, reason: str) -> None:
-        """This router is about to end: what still runs after `left_s` is told so. New requests are taken until then."""
+        """This router is about to end: what still runs after `left_s` is told so. New requests are still taken."""
         self._perform(self.machine.drain(time.monotonic(), left_s, reason))
 
     @property

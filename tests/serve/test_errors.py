@@ -13,9 +13,17 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from pdray.errors import NoWorkerError, OutOfMemoryError, QueueFullError, RequestFailedError, WorkerDiedError
+from pdray.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    NoWorkerError,
+    OutOfMemoryError,
+    QueueFullError,
+    RequestFailedError,
+    WorkerDiedError,
+)
 from pdray.router.chat_template import renderer_options
-from pdray.serve.errors import MAX_MESSAGE_CHARS
+from pdray.serve.errors import MAX_MESSAGE_CHARS, to_api_error
 from pdray.serve.protocol import ChatBody, CompletionBody, GenerationBody
 
 USER = {"role": "user", "content": "hi"}
@@ -443,3 +451,11 @@ async def test_without_a_chat_template(http: httpx.AsyncClient, router: Any) -> 
 def test_template_options_are_the_renderers() -> None:
     assert {"tokenize", "chat_template", "padding", "tools", "messages"} <= renderer_options()
     assert "enable_thinking" not in renderer_options()
+
+
+def test_a_code_comes_from_the_errors_type_and_not_from_its_text() -> None:
+    """Texts quote what clients send."""
+    quoted = InvalidRequestError("stop is 'maximum context length'; it must be shorter", "stop")
+    assert to_api_error(quoted).body["error"]["code"] is None
+    assert to_api_error(ContextLengthError("too long", "prompt")).body["error"]["code"] == "context_length_exceeded"
+    assert to_api_error(QueueFullError("context length", 1.0)).body["error"]["code"] == "rate_limit_exceeded"
