@@ -25,6 +25,7 @@ settings.register_profile("pdray", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("pdray")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (pytest-xdist) a file stays whole, for its fixtures; one process starts all clusters."""
     with_ray = {item.path for item in items if item.get_closest_marker("ray")}
