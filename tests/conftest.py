@@ -25,14 +25,6 @@ settings.register_profile("pdray", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("pdray")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (pytest-xdist) a file stays whole, for its fixtures; one process starts all clusters."""
-    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[SESSION] = session
 
