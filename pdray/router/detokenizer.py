@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pdray.models.vocabulary import vocabulary_of
 from pdray.outputs import Logprob
 from pdray.router.text_stream import TextStream
-from pdray.router.vocabulary import vocabulary_of
 from pdray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
