@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from pdray.kernels.sampling.mask import TokenMasks
 
 GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM
 
@@ -31,6 +33,8 @@ class Parameters(Protocol):
     def repetition_penalty(self) -> float: ...
     @property
     def logprobs(self) -> int | None: ...
+    @property
+    def logit_bias(self) -> Mapping[int, float] | None: ...
 
 
 class SamplingRow(NamedTuple):
@@ -61,6 +65,14 @@ class PenaltyRows(NamedTuple):
     frequency: Tensor
     prompt_token_ids: Tensor
     output_token_ids: Tensor
+
+
+class BiasedTokens(NamedTuple):
+    """Logits that something is added to: rows, token_ids [K] int64, values [K] float32."""
+
+    rows: Tensor
+    token_ids: Tensor
+    values: Tensor
 
 
 class BannedTokens(NamedTuple):
@@ -101,6 +113,8 @@ class SamplingMetadata:
     banned: BannedTokens | None = None
     random: RandomRows | None = None
     logprobs: LogprobRows | None = None
+    masks: TokenMasks | None = None
+    bias: BiasedTokens | None = None
 
     @classmethod
     def build(cls, rows: Sequence[SamplingRow], device: torch.device | str = "cpu") -> SamplingMetadata:
@@ -110,6 +124,7 @@ class SamplingMetadata:
             banned=_build_banned(rows, device),
             random=_build_random(rows, device),
             logprobs=_build_logprobs(rows, device),
+            bias=_build_bias(rows, device),
         )
 
 
@@ -130,6 +145,14 @@ def _build_penalties(rows: Sequence[SamplingRow], device: torch.device | str) ->
         _padded([rows[i].prompt_token_ids for i in index], device),
         _padded([rows[i].output_token_ids for i in index], device),
     )
+
+
+def _build_bias(rows: Sequence[SamplingRow], device: torch.device | str) -> BiasedTokens | None:
+    biased = [(i, *item) for i, row in enumerate(rows) for item in (row.params.logit_bias or {}).items()]
+    if not biased:
+        return None
+    row_index, token_ids, values = zip(*biased, strict=True)
+    return BiasedTokens(_ints(list(row_index), device), _ints(list(token_ids), device), _floats(list(values), device))
 
 
 def _build_banned(rows: Sequence[SamplingRow], device: torch.device | str) -> BannedTokens | None:

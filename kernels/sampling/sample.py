@@ -1,6 +1,7 @@
 """Choosing the next token of each row: penalties, masks, temperature, filters, and a seeded draw.
 
-Order: penalties, banned ids, (greedy rows: argmax), and draw.py: temperature, min_p, top_k, top_p, Gumbel-max.
+Order: bias, penalties, banned ids, masks, (greedy rows: argmax), and draw.py: temperature, min_p, top_k, top_p,
+Gumbel-max.
 
 Every operation works within a row, so that a row's result does not depend on the rest of the batch, and each
 group of parameters holds only the rows that need it: a batch of greedy rows costs one argmax.
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from pdray.kernels.sampling.draw import clean_logits, draw, draw_filtered, draw_tokens, keep_top_k, keep_top_p
+from pdray.kernels.sampling.mask import apply_masks
 from pdray.kernels.sampling.metadata import (
     BannedTokens,
+    BiasedTokens,
     LogprobRows,
     PenaltyRows,
     RandomRows,
@@ -72,12 +75,16 @@ def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
     if not logits.is_cuda:
         logits = logits.float()
     raw_logits = logits
-    if meta.penalties is not None or meta.banned is not None:
+    if any(part is not None for part in (meta.bias, meta.penalties, meta.banned, meta.masks)):
         logits = logits.to(torch.float32, copy=True)
+    if meta.bias is not None:
+        add_bias(logits, meta.bias)
     if meta.penalties is not None:
         apply_penalties(logits, meta.penalties)
     if meta.banned is not None:
         ban_tokens(logits, meta.banned)
+    if meta.masks is not None:
+        apply_masks(logits, meta.masks)
     if meta.random is None:
         token_ids = clean_logits(logits).argmax(-1)
     elif len(meta.random.rows) == len(logits):
@@ -112,6 +119,11 @@ def apply_penalties(logits: Tensor, penalties: PenaltyRows) -> None:
     selected -= penalties.frequency[:, None] * counts
     selected -= penalties.presence[:, None] * (counts > 0)
     logits[penalties.rows] = selected
+
+
+def add_bias(logits: Tensor, bias: BiasedTokens) -> None:
+    """In place on [B, V]: to each (row, token id)."""
+    logits.index_put_((bias.rows, bias.token_ids), bias.values, accumulate=True)
 
 
 def ban_tokens(logits: Tensor, banned: BannedTokens) -> None:
