@@ -77,6 +77,7 @@ class RequestUpdate:
         first_decode_step: that step's duration, s.
         failure: why the step that was to compute it failed; the engine knows the request no more.
         suspects: keys of all requests of the step that failed.
+        param: the request's own field that made it fail.
     """
 
     key: Hashable
@@ -89,6 +90,7 @@ class RequestUpdate:
     first_decode_step: float | None = None
     failure: str | None = None
     suspects: tuple[Hashable, ...] = ()
+    param: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

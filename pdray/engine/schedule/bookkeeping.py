@@ -24,18 +24,12 @@ class Finish(NamedTuple):
 GOES_ON = Finish()
 
 
-def find_finish(params: SamplingParams, eos_token_ids: Rows[int], token_id: int, *, is_last: bool) -> Finish:
-    """Whether a completion ends with this token.
-
-    Args:
-        is_last: the completion has reached max_tokens or max_model_len.
-    """
+def find_stop(params: SamplingParams, eos_token_ids: Rows[int], token_id: int) -> Finish:
+    """Whether this token itself ends a completion."""
     if not params.ignore_eos and token_id in eos_token_ids:
         return Finish("stop")
     if token_id in params.stop_token_ids:
         return Finish("stop", token_id)
-    if is_last:
-        return Finish("length")
     return GOES_ON
 
 
@@ -107,13 +101,13 @@ class Bookkeeper:
                 del self.scheduler.requests[live.key]
 
     def _token(self, sequence: Sequence, row: SampledRow) -> SampledToken:
+        """A drawn token, of which the sequence's rules hear unless it ends the sequence by itself."""
         position = sequence.num_output_tokens
-        finish = find_finish(
-            sequence.request.params,
-            self.scheduler.limits.eos_token_ids,
-            row.token_id,
-            is_last=len(sequence.token_ids) + 1 >= sequence.max_total_tokens,
-        )
+        finish = find_stop(sequence.request.params, self.scheduler.limits.eos_token_ids, row.token_id)
+        if finish is GOES_ON and sequence.tell(row.token_id):
+            finish = Finish("stop")
+        elif finish is GOES_ON and len(sequence.token_ids) + 1 >= sequence.max_total_tokens:
+            finish = Finish("length")
         return SampledToken(sequence.index, position, row.token_id, row.logprobs, finish.reason, finish.stop_reason)
 
     @staticmethod

@@ -53,6 +53,7 @@ class StepPlan:
         num_draws: of all chunks.
         is_decode: each chunk is one token, and draws one.
         num_decodes: leading chunks of one token.
+        has_masks: of draws; they are filled when the tokens before them are known.
         alone: the request that it computes and no other, where that was asked for.
     """
 
@@ -62,6 +63,7 @@ class StepPlan:
     num_draws: int = 0
     is_decode: bool = True
     num_decodes: int = 0
+    has_masks: bool = False
     alone: LiveRequest | None = None
 
     @property
@@ -77,6 +79,7 @@ class StepPlan:
         if start + num_tokens == sequence.num_tokens:
             samplers = [sequence] if sequence.request.forked else sequence.request.sequences
             draws = [self._draw(sampler, num_tokens - 1) for sampler in samplers]
+            self.has_masks |= sequence.request.has_mask
         self.chunks.append(Chunk(sequence, start, num_tokens, draws, late_row))
         if self.num_decodes == self.num_tokens and num_tokens == 1:
             self.num_decodes += 1

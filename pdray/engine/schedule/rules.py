@@ -6,44 +6,15 @@ replay, a fork and a preempted sequence need nothing of their own.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
+from pdray.engine.grammar.matcher import Words
+from pdray.engine.schedule.masks import AllowedTokens, BadWords, GrammarRule, set_bits
+from pdray.engine.schedule.rule import History, Rule
 from pdray.kernels.sampling.metadata import SamplingRow
 from pdray.sampling_params import SamplingParams
 
-
-class History(NamedTuple):
-    """The facts that a rule is made from.
-
-    Attributes:
-        output_token_ids: so far; a copy, which the rule may keep.
-        end_token_ids: end-of-sequence and stop token ids of the request.
-    """
-
-    params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: list[int]
-    end_token_ids: tuple[int, ...]
-
-
-class Rule(ABC):
-    """See the module.
-
-    Attributes:
-        needs_tokens: every token must be known before the next one is drawn; False: their number is enough.
-    """
-
-    needs_tokens = True
-
-    def told(self, token_id: int) -> None:
-        """The sequence has this token now."""
-        return
-
-    @abstractmethod
-    def change(self, row: SamplingRow) -> SamplingRow:
-        """Change how the next token is drawn: return ``row`` with more banned tokens, or other fields."""
+__all__ = ["RULES", "History", "Rule", "make_rules"]
 
 
 class Penalties(Rule):
@@ -69,28 +40,51 @@ class Penalties(Rule):
 
 
 class MinTokens(Rule):
-    """Bans what would end the sequence before min_tokens."""
+    """Bans what would end the sequence before min_tokens, unless a grammar leaves nothing else."""
 
     needs_tokens = False
 
-    def __init__(self, min_tokens: int, end_token_ids: tuple[int, ...]) -> None:
-        self._min_tokens, self._end_token_ids = min_tokens, end_token_ids
+    def __init__(self, history: History) -> None:
+        self._min_tokens, self._end_token_ids = history.params.min_tokens, history.end_token_ids
+        self._is_in_mask = has_mask(history.params)
+
+    def narrow(self, words: Words, position: int) -> None:
+        """See Rule."""
+        if position < self._min_tokens:
+            narrowed = words.copy()
+            set_bits(narrowed, self._end_token_ids, False)
+            if narrowed.any():
+                words[:] = narrowed
 
     def change(self, row: SamplingRow) -> SamplingRow:
         """See Rule."""
-        if row.position >= self._min_tokens:
+        if self._is_in_mask or row.position >= self._min_tokens:
             return row
         return row._replace(banned_token_ids=(*row.banned_token_ids, *self._end_token_ids))
 
     @staticmethod
     def make(history: History) -> Rule | None:
         """The rule for a request with min_tokens; None without."""
-        min_tokens = history.params.min_tokens
-        return MinTokens(min_tokens, history.end_token_ids) if min_tokens else None
+        return MinTokens(history) if history.params.min_tokens else None
 
 
 # In the order in which they are asked.
-RULES: list[Callable[[History], Rule | None]] = [Penalties.make, MinTokens.make]
+RULES: list[Callable[[History], Rule | None]] = [
+    Penalties.make,
+    GrammarRule.make,
+    AllowedTokens.make,
+    BadWords.make,
+    MinTokens.make,
+]
+
+
+def has_mask(params: SamplingParams) -> bool:
+    """Whether the request says which tokens may be drawn."""
+    return (
+        params.structured_outputs is not None
+        or params.allowed_token_ids is not None
+        or len(params.bad_words_token_ids) > 0
+    )
 
 
 def make_rules(history: History) -> list[Rule]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.kv.block_pool import hash_blocks
+from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.kv.block_pool import hash_blocks, salted
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.rules import History, Rule, make_rules
 from pdray.sampling_params import SamplingParams, wrap_seed
@@ -120,10 +122,15 @@ class Sequence:
         return self._rules
 
     def append(self, token_id: int) -> None:
-        """A token that was drawn is known."""
+        """A token is known; its rules, if there are any by now, have been told."""
         self.token_ids.append(token_id)
-        for rule in self._rules or ():
+
+    def tell(self, token_id: int) -> bool:
+        """Tell its rules of a token that was drawn; returns whether nothing may follow it."""
+        rules = self._rules or ()
+        for rule in rules:
             rule.told(token_id)
+        return any(rule.ended for rule in rules)
 
     def extend_blocks(self, blocks: list[int]) -> None:
         """Append to the block table."""
@@ -157,7 +164,7 @@ class Sequence:
         """Hashes of all full blocks of token_ids; only new ones are computed."""
         known = len(self.block_hashes)
         if len(self.token_ids) // block_size > known:
-            parent = self.block_hashes[-1] if known else b""
+            parent = self.block_hashes[-1] if known else salted(self.request.params.cache_salt)
             self.block_hashes += hash_blocks(self.token_ids[known * block_size :], block_size, parent)
         return self.block_hashes
 
@@ -171,7 +178,9 @@ class LiveRequest:
         end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
         is_plain: its draws know no filter and no rule, and nothing but the token is asked for.
         forked: every sequence runs on its own.
-        needs_history: its draws depend on the tokens before them, beyond the KV.
+        needs_history: its steps depend on the tokens before them, beyond the KV.
+        grammar: what its outputs follow, once it is compiled.
+        has_mask: its draws depend on the tokens before them, its steps do not.
         has_places: its unfinished sequences are counted against max_num_seqs.
         num_cached_tokens: found in the prefix cache when blocks were first allocated.
         num_alone_steps: steps that draw for it and compute nothing else, still to come.
@@ -183,6 +192,8 @@ class LiveRequest:
         "arrival",
         "end_token_ids",
         "forked",
+        "grammar",
+        "has_mask",
         "has_places",
         "is_plain",
         "joined_at",
@@ -197,13 +208,20 @@ class LiveRequest:
     )
 
     def __init__(
-        self, request: EngineRequest, arrival: int, max_total_tokens: int, end_token_ids: tuple[int, ...]
+        self,
+        request: EngineRequest,
+        arrival: int,
+        max_total_tokens: int,
+        end_token_ids: tuple[int, ...],
+        grammar: Future[Grammar] | None = None,
     ) -> None:
         self.request = request
         self.end_token_ids = end_token_ids
+        self.grammar = grammar
         rules = self.make_rules([])
         self.is_plain = is_plain(request.params) and not rules
         self.needs_history = any(rule.needs_tokens for rule in rules)
+        self.has_mask = any(rule.masks for rule in rules)
         self.arrival = arrival
         token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.sequences = [Sequence(self, index, token_ids, max_total_tokens) for index in request.indices]
@@ -218,7 +236,25 @@ class LiveRequest:
 
     def make_rules(self, output_token_ids: list[int]) -> list[Rule]:
         """New rules for a sequence that has these outputs."""
-        return make_rules(History(self.params, self.prompt_token_ids, output_token_ids, self.end_token_ids))
+        history = History(self.params, self.prompt_token_ids, output_token_ids, self.end_token_ids, self.grammar)
+        return make_rules(history)
+
+    def note_scheduled(self, now: float) -> None:
+        """A step computes some of it; only the first one counts."""
+        if self.queued_at is not None and self.scheduled_at is None:
+            self.scheduled_at = now
+        if self.started_at is not None and self.joined_at is None:
+            self.joined_at = now
+
+    @property
+    def may_draw(self) -> bool:
+        """False while its grammar is being compiled."""
+        return self.grammar is None or self.grammar.done()
+
+    @property
+    def refusal(self) -> BaseException | None:
+        """Why there is no such grammar, if that is known."""
+        return self.grammar.exception() if self.grammar is not None and self.grammar.done() else None
 
     @property
     def key(self) -> Hashable:
@@ -258,4 +294,5 @@ class LiveRequest:
 
 def is_plain(params: SamplingParams) -> bool:
     """Whether a draw without rules needs no more than temperature and seed, and no log-probabilities are asked for."""
-    return not (params.top_p < 1 or params.top_k > 0 or params.min_p > 0) and params.logprobs is None
+    has_filter = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+    return not has_filter and params.logprobs is None and params.logit_bias is None

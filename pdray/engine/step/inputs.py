@@ -58,6 +58,7 @@ class StepInputs(NamedTuple):
         draws: on CUDA.
         sampling: None where ``draws`` says all, on CUDA.
         num_logprobs: for each draw, how many most likely tokens are asked for; None: not even the drawn one.
+        has_masks: of draws; see StepPlan.
         shape: of the tensors; what is beyond the plan's own is padding.
     """
 
@@ -70,6 +71,7 @@ class StepInputs(NamedTuple):
     sampling: SamplingMetadata | None
     num_logprobs: list[int | None]
     shape: StepShape
+    has_masks: bool = False
 
 
 class HostInputs:
@@ -173,7 +175,9 @@ class InputBuffers:
             self._device_buffer[:used].copy_(host.buffer[:used], non_blocking=True)
         inputs = self.views(shape, plan)
         sampling, num_logprobs = self._sampling(plan)
-        return inputs._replace(copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs)
+        return inputs._replace(
+            copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs, has_masks=plan.has_masks
+        )
 
     def _fill_decodes(self, host: HostInputs, plan: StepPlan) -> None:
         """One token for each sequence, most of it without a loop in Python."""

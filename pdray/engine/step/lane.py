@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw import draw_tokens
+from pdray.kernels.sampling.mask import TokenMasks
 from pdray.kernels.sampling.sample import SampleOutput, sample
 from pdray.models.decoder import Decoder
 from pdray.outputs import Logprob
@@ -42,6 +44,13 @@ class Draws(NamedTuple):
         if self.num_top is None:
             return [SampledRow(token_id) for token_id in self.packed.tolist()]
         return unpack_samples(self.packed, self.num_logprobs, self.num_top)
+
+
+class Undrawn(NamedTuple):
+    """A step that was launched up to its logits."""
+
+    inputs: StepInputs
+    logits: torch.Tensor
 
 
 class Lane:
@@ -107,11 +116,14 @@ class Lane:
         return layer_groups(layout.num_layers, layer_bytes, self._largest_group, worth_bytes)
 
     @torch.inference_mode()
-    def launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws:
+    def launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws | Undrawn:
         """Start the step, which reads ``sampled`` and then overwrites it; on CPU, compute it.
 
         Args:
             on_group: called when a group's KV is stored; on CUDA, when the work is launched that does so.
+
+        Returns:
+            Undrawn if its draws have masks: then draw() is to follow, before the next launch.
         """
         copy_blocks(self.pool.tensor, list(inputs.copies))
         num_draws = len(inputs.num_logprobs)
@@ -124,9 +136,17 @@ class Lane:
             logits = self.compute(inputs, None if on_group is None else self._on_layer(inputs.shape, on_group))
         if self.on_logits is not None and num_draws:
             self.on_logits(logits[:num_draws].float())
+        undrawn = Undrawn(inputs, logits)
+        return undrawn if inputs.has_masks else self.draw(undrawn, None)
+
+    @torch.inference_mode()
+    def draw(self, undrawn: Undrawn, masks: TokenMasks | None) -> Draws:
+        """Start the draws of the step launched last."""
+        inputs, logits = undrawn
+        num_draws = len(inputs.num_logprobs)
         if inputs.sampling is None:
             return self._to_host(self.sampled[:num_draws], inputs)
-        output = sample(logits[:num_draws], inputs.sampling)
+        output = sample(logits[:num_draws], replace(inputs.sampling, masks=masks))
         self.sampled[:num_draws] = output.token_ids
         return self._to_host(pack_samples(output), inputs, output)
 
