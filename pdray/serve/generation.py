@@ -26,7 +26,10 @@ from pdray.serve.responses import SSE_DONE, encode_json, envelope, sse, timings_
 class Submits(Protocol):
     """What the API needs of a Router."""
 
-    async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+
+    async def tokenize(self, prompts: Sequence[str | list[int]], keep_last: int | None = None) -> list[list[int]]: ...
 
     async def submit(
         self,
@@ -102,7 +105,10 @@ class Generation(ABC):
                 return EventStream(self._stream(requests), lambda: _abort(requests))
             outputs = await unless_gone(http.receive, asyncio.gather(*(request.wait() for request in requests)))
         except InvalidRequestError as error:
-            error.param = self.prompt_field if error.param == "prompt" else error.param
+            if error.param == "prompt":
+                error.param = self.prompt_field
+            if error.param == "structured_outputs" and self.body.structured_outputs is None:
+                error.param = "response_format"
             raise
         finally:
             if not streaming:
@@ -133,7 +139,7 @@ class Generation(ABC):
                 default_max_tokens=self.default_max_tokens,
             )
 
-        prompts = await router.tokenize(self.prompts)
+        prompts = await router.tokenize(self.prompts, self._num_kept(router.max_model_len))
         tasks = [asyncio.ensure_future(one(index, ids)) for index, ids in enumerate(prompts)]
         try:
             await asyncio.gather(*tasks)
@@ -141,6 +147,20 @@ class Generation(ABC):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _num_kept(self, max_model_len: int | None) -> int | None:
+        """Tokens at a prompt's end that truncate_prompt_tokens leaves; None without it."""
+        wanted = self.body.truncate_prompt_tokens
+        if wanted is None or max_model_len is None:  # nobody is there, as tokenize() will say
+            return None
+        room = max_model_len - (self.params.max_tokens or self.default_max_tokens or 1)
+        if wanted >= max_model_len or room < 1:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens is {wanted} and max_tokens {self.params.max_tokens}, which leaves no room in "
+                f"max_model_len ({max_model_len}); lower them",
+                "truncate_prompt_tokens",
+            )
+        return room if wanted == -1 else wanted
 
     async def _stream(self, requests: list[RoutedRequest]) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error after the start is an event, for the status has been sent."""

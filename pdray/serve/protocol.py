@@ -12,16 +12,19 @@ from pydantic.config import JsonDict
 from pdray.errors import InvalidRequestError
 from pdray.router.conversation import MAX_MESSAGES, MAX_NAME_CHARS, MAX_ROLE_CHARS, Message, parse_messages
 from pdray.sampling_params import (
+    MAX_BAD_WORDS,
     MAX_INT32,
     MAX_LOGPROBS,
     MAX_N,
+    MAX_SALT_CHARS,
     MAX_SEED,
     MIN_SEED,
     SMALLEST_FLOAT32,
     SamplingParams,
 )
 from pdray.serve.fields import IGNORED, known_fields
-from pdray.serve.values import Int32, Integer, Number, Prompts, Stop, TextFormat, TokenId, value_range
+from pdray.serve.output_format import ResponseFormat, StructuredOutputs, structured_outputs
+from pdray.serve.values import BadWord, Int32, Integer, LogitBias, Number, Prompts, Stop, TokenId, value_range
 
 MAX_PROMPTS = 128
 MAX_COMPLETIONS = 256
@@ -67,12 +70,6 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: TextFormat
-
-
 def _describe_ignored(schema: JsonDict) -> None:
     """Into a body's schema: the fields that are taken whatever they say."""
     properties = schema["properties"]
@@ -86,6 +83,7 @@ class GenerationBody(BaseModel):
     Attributes:
         model: left out, it means the one that is served.
         priority: lower goes first.
+        truncate_prompt_tokens: keep so many tokens at the prompt's end; -1: as many as fit beside max_tokens.
         return_token_ids: answer with the ids of prompt and completions, too.
     """
 
@@ -112,8 +110,14 @@ class GenerationBody(BaseModel):
     skip_special_tokens: StrictBool | None = None
     priority: Int32 | None = 0
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    cache_salt: Annotated[StrictStr, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     echo: StrictBool | None = False
     return_token_ids: StrictBool | None = False
+    truncate_prompt_tokens: Annotated[Int32, value_range(-1, MAX_INT32)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +128,11 @@ class GenerationBody(BaseModel):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is only allowed with stream=true", "stream_options")
+        kept = self.truncate_prompt_tokens
+        if kept is not None and kept < 1 and kept != -1:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens is {kept}; it must be -1, or at least 1", "truncate_prompt_tokens"
+            )
         return self
 
     def _check_echo(self, *, with_logprobs: bool) -> None:
@@ -140,9 +149,13 @@ class GenerationBody(BaseModel):
         Raises:
             InvalidRequestError: a value is out of range.
         """
-        names = [name for name in SamplingParams.__struct_fields__ if name not in ("max_tokens", "logprobs")]
+        apart = ("max_tokens", "logprobs", "structured_outputs", "bad_words_token_ids")
+        names = [name for name in SamplingParams.__struct_fields__ if name not in apart]
+        wanted = structured_outputs(self.response_format, self.structured_outputs)
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return SamplingParams(**{**defaults, **given}, max_tokens=max_tokens, logprobs=logprobs)
+        return SamplingParams(
+            **{**defaults, **given}, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=wanted
+        )
 
 
 class CompletionBody(GenerationBody):

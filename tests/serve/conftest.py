@@ -19,6 +19,7 @@ from pdray.config import Config
 from pdray.errors import WorkerDiedError
 from pdray.models.generation_config import NEUTRAL
 from pdray.outputs import Logprob, SampledToken
+from pdray.router.grammars import check_grammar
 from pdray.router.request import Request
 from pdray.router.routed import RoutedRequest
 from pdray.router.validation import check_tokenizer, complete_params, tokenize_all
@@ -74,8 +75,8 @@ class ScriptedRouter:
         self.aborted: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        return await tokenize_all(self.tokenizer, prompts, self.max_model_len, self.vocab_size)
+    async def tokenize(self, prompts: Sequence[str | list[int]], keep_last: int | None = None) -> list[list[int]]:
+        return await tokenize_all(self.tokenizer, prompts, self.max_model_len, self.vocab_size, keep_last)
 
     async def submit(
         self,
@@ -92,6 +93,7 @@ class ScriptedRouter:
         if (refusal := self.refusals.get(number)) is not None:
             raise refusal
         check_tokenizer(params, self.tokenizer)
+        await check_grammar(params, self.tokenizer)
         params = complete_params(params, len(prompt), self.max_model_len or 0, default_max_tokens)
         self.num_waiting += 1
         try:
