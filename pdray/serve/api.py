@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 import pdray
 from pdray.config import Config
@@ -200,7 +200,7 @@ def create_app(
         stats = {} if (current := get_router()) is None else current.stats()
         return {"server_load": stats.get("running", 0) + stats.get("queue_depth", 0)}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus_metrics() -> Response:
         """This router's, in Prometheus' text format."""
         if metrics is None or (current := get_router()) is None:

@@ -36,6 +36,8 @@ CHAT_NOTES = """## Tools and thoughts
   like a call stays text. A model whose template has no place for tools gets them in its system message.
 - `finish_reason` is `tool_calls` if every call is complete, `length` if max_tokens cut one, and `stop` for a named
   `tool_choice`, as OpenAI's.
+- `tool_choice` required, and a named one, are forced by a grammar, and so are the tools' schemas then, `strict` or not;
+  with auto the model is only told of them.
 - `tool_choice` none leaves the tools out of the prompt. `parallel_tool_calls: false` keeps the first call.
 - Thoughts between `<think>` tags are `reasoning_content`, and the same as `reasoning`. `reasoning_effort` goes to a
   template that knows it; where the template only switches thinking, `none` is off and every other value on; where it
