@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from pdray.models.generation_config import SamplingDefaults
 from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.completion import CompletionDelta
-from pdray.router.request import RoutedRequest
+from pdray.router.routed import RoutedRequest
 from pdray.router.tokenization import encoder_of
 from pdray.serve.endpoints import RenderedChat, force
 from pdray.serve.errors import to_api_error
