@@ -34,6 +34,11 @@ def answer_format(
     Raises:
         InvalidRequestError: this server does not know how the model calls tools.
     """
+    names = frozenset(tool.name for tool in tools)
+    if (named := choice.named) is not None:  # a grammar leaves no place for thoughts
+        return AnswerFormat(tools=lambda: NamedCallParser(named), named=True)
+    if choice.mode == "required":
+        return AnswerFormat(tools=lambda: RequiredCallsParser(names), single_call=not parallel)
     reasoning = None
     if separate_reasoning and has_thoughts(config, template):
         thinking = ends_in_thoughts(prompt)
@@ -43,11 +48,6 @@ def answer_format(
 
     if not tools:
         return AnswerFormat(reasoning)
-    names = frozenset(tool.name for tool in tools)
-    if (named := choice.named) is not None:
-        return AnswerFormat(reasoning, lambda: NamedCallParser(named), named=True)
-    if choice.mode == "required":
-        return AnswerFormat(reasoning, lambda: RequiredCallsParser(names), single_call=not parallel)
     make = TOOL_PARSERS[_tool_parser(config, template)]
     return AnswerFormat(reasoning, lambda: make(names), single_call=not parallel)
 
