@@ -69,7 +69,8 @@ class GrowingCompletion:
         """Book the next token; returns the stop string that it has completed."""
         output, detokenizer = self.output, self._detokenizer
         text_offset = detokenizer.num_chars
-        if token.finish_reason == "stop" and not self._params.include_stop_str_in_output:
+        is_mark = token.finish_reason == "stop" and not token.is_text
+        if is_mark and not self._params.include_stop_str_in_output:
             piece = Piece("", None)  # an end-of-sequence or stop token; it is no text, as in vLLM
         else:
             piece = detokenizer.feed(token.token_id)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
@@ -33,6 +33,7 @@ from pdray.router.effects import (
     TickAt,
 )
 from pdray.router.grammars import check_grammar
+from pdray.router.link import NO_CREDIT
 from pdray.router.machine import RouterMachine
 from pdray.router.request import Request
 from pdray.router.requests import Metrics
@@ -52,6 +53,14 @@ logger = logging.getLogger(__name__)
 HOUSEKEEPING_S = 0.25
 
 Report = Callable[[BrokenPair], Awaitable[None]]
+
+
+class DecodePool(NamedTuple):
+    """Blocks of one decode worker's KV pool. free_blocks: those that a new lease could get."""
+
+    num_blocks: int
+    free_blocks: int
+    block_size: int
 
 
 class Router:
@@ -140,6 +149,15 @@ class Router:
     def max_model_len(self) -> int | None:
         """Tokens of prompt and output; None before any worker is known."""
         return self.machine.workers.max_model_len
+
+    @property
+    def pools(self) -> list[DecodePool]:
+        """The connected decode workers' KV blocks, as they have told last."""
+        return [
+            DecodePool(link.info.num_blocks, link.credit.free_blocks, link.info.block_size)
+            for link in self.machine.workers.open_links(Role.DECODE, Role.BOTH)
+            if link.credit is not NO_CREDIT
+        ]
 
     @property
     def vocab_size(self) -> int | None:

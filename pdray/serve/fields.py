@@ -7,7 +7,8 @@ refused.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pdray.errors import InvalidRequestError
@@ -38,7 +39,7 @@ class Refused(NamedTuple):
 
 OFF = Refused()
 ON = Refused((True,))
-NO_TOOLS = Ignored("it says how tools are called, and no tools are taken")
+USE_CHAT = "use /v1/chat/completions"
 A_HINT = Ignored("a hint for caching or routing")
 A_LABEL = Ignored("a label for the client's own use")
 USE_STRUCTURED_OUTPUTS = Refused(instead="use structured_outputs")
@@ -51,23 +52,23 @@ FIELDS: dict[str, Ignored | Refused] = {
     "function_call": Refused(("none", "auto")),
     "functions": OFF,
     "max_completion_tokens": Refused(instead="use max_tokens"),
-    "messages": Refused(instead="use /v1/chat/completions"),
+    "messages": Refused(instead=USE_CHAT),
     "metadata": A_LABEL,
     "modalities": Refused(([], ["text"])),
     "moderation": OFF,
-    "parallel_tool_calls": NO_TOOLS,
+    "parallel_tool_calls": Refused((True,), USE_CHAT),
     "prediction": Ignored("it makes an answer faster, not another one"),
     "prompt": Refused(instead="use /v1/completions"),
     "prompt_cache_key": A_HINT,
     "prompt_cache_options": A_HINT,
     "prompt_cache_retention": A_HINT,
-    "reasoning_effort": Refused(instead="use chat_template_kwargs, if the model's template has such a variable"),
+    "reasoning_effort": Refused(instead=USE_CHAT),
     "safety_identifier": A_LABEL,
     "service_tier": Refused(("auto", "default")),
     "store": OFF,
     "suffix": OFF,
-    "tool_choice": Refused(("none", "auto")),
-    "tools": OFF,
+    "tool_choice": Refused(("none", "auto"), USE_CHAT),
+    "tools": Refused(instead=USE_CHAT),
     "top_logprobs": Refused((0,), "use logprobs"),
     "user": A_LABEL,
     "verbosity": Refused(("medium",)),
@@ -86,7 +87,7 @@ FIELDS: dict[str, Ignored | Refused] = {
     "guided_json": USE_STRUCTURED_OUTPUTS,
     "guided_regex": USE_STRUCTURED_OUTPUTS,
     "guided_whitespace_pattern": USE_STRUCTURED_OUTPUTS,
-    "include_reasoning": ON,
+    "include_reasoning": Refused((True,), USE_CHAT),
     "kv_transfer_params": OFF,
     "length_penalty": Refused((1, 1.0)),
     "logits_processors": OFF,
@@ -99,6 +100,7 @@ FIELDS: dict[str, Ignored | Refused] = {
     "request_id": USE_REQUEST_ID,
     "return_mm_kwargs": ON,
     "return_prompt_text": OFF,
+    "return_token_strs": Refused((False,), "use /tokenize"),
     "return_token_offsets": OFF,
     "return_tokens_as_token_ids": OFF,
     "routed_experts_prompt_start": Refused((0,)),
@@ -106,7 +108,7 @@ FIELDS: dict[str, Ignored | Refused] = {
     "spaces_between_special_tokens": ON,
     "stream_interval": Refused((1,)),
     "structural_tag": OFF,
-    "thinking_token_budget": Refused((-1,)),
+    "thinking_token_budget": Refused((-1,), "use max_tokens, or switch thinking off with reasoning_effort='none'"),
     "truncation_side": Refused(("left",)),
     "use_beam_search": OFF,
     "vllm_xargs": OFF,
@@ -139,7 +141,7 @@ FIELDS: dict[str, Ignored | Refused] = {
     "rid": USE_REQUEST_ID,
     "routed_dp_rank": OFF,
     "routed_experts_start_len": Refused((0,)),
-    "separate_reasoning": OFF,
+    "separate_reasoning": Refused((True, False)),
     "session_params": OFF,
     "stop_regex": OFF,
     "stream_reasoning": ON,
@@ -154,8 +156,13 @@ FIELDS: dict[str, Ignored | Refused] = {
 IGNORED = {name: entry.why for name, entry in FIELDS.items() if isinstance(entry, Ignored)}
 
 
-def known_fields(body: dict[str, Any], served: Collection[str]) -> dict[str, Any]:
+def known_fields(
+    body: dict[str, Any], served: Collection[str], own: Mapping[str, Ignored | Refused] = MappingProxyType({})
+) -> dict[str, Any]:
     """The fields of a body that its endpoint serves. What else it holds must ask for nothing.
+
+    Args:
+        own: what the endpoint does with some other fields, in place of FIELDS' entries.
 
     Raises:
         InvalidRequestError: naming a field that is not supported or not known.
@@ -165,7 +172,7 @@ def known_fields(body: dict[str, Any], served: Collection[str]) -> dict[str, Any
         if name in served:
             kept[name] = value
             continue
-        match FIELDS.get(name):
+        match own.get(name, FIELDS.get(name)):
             case None:
                 if value is not None:
                     raise InvalidRequestError(f"unknown field {name!r}{_guess(name, served)}", name)

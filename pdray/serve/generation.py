@@ -102,17 +102,21 @@ class Generation(ABC):
             requests = [admitted[index] for index in range(len(self.prompts))]
             if self.body.stream:
                 streaming = True
-                return EventStream(self._stream(requests), lambda: _abort(requests))
+                return EventStream(self.stream(requests), lambda: _abort(requests))
             outputs = await unless_gone(http.receive, asyncio.gather(*(request.wait() for request in requests)))
         except InvalidRequestError as error:
             if error.param == "prompt":
                 error.param = self.prompt_field
             if error.param == "structured_outputs" and self.body.structured_outputs is None:
-                error.param = "response_format"
+                error.param = "tools" if self.body.response_format is None else "response_format"
             raise
         finally:
             if not streaming:
                 _abort(admitted.values())
+        return Response(encode_json(self.answer(outputs)), media_type="application/json")
+
+    def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The whole answer."""
         choices = [
             self.choice(p * self.params.n + completion.index, output, completion)
             for p, output in enumerate(outputs)
@@ -120,8 +124,7 @@ class Generation(ABC):
         ]
         answer = envelope(self.object_name, self.request_id, self.created, self.model)(choices)
         answer |= self.prompt_fields(outputs[0])
-        answer |= {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)}
-        return Response(encode_json(answer), media_type="application/json")
+        return answer | {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)}
 
     async def _submit(self, router: Submits, admitted: dict[int, RoutedRequest]) -> None:
         """Submit all prompts at once. Whatever happens, `admitted` holds those that the router has taken."""
@@ -162,7 +165,7 @@ class Generation(ABC):
             )
         return room if wanted == -1 else wanted
 
-    async def _stream(self, requests: list[RoutedRequest]) -> AsyncGenerator[bytes, None]:
+    async def stream(self, requests: list[RoutedRequest]) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error after the start is an event, for the status has been sent."""
         wrap = envelope(self.chunk_object_name, self.request_id, self.created, self.model)
         options = self.body.stream_options
@@ -181,7 +184,7 @@ class Generation(ABC):
                 for i in range(self.params.n):
                     for choice in self.first_choices(p * self.params.n + i, output):
                         yield chunk([choice], **self.prompt_fields(output))
-            async with contextlib.aclosing(_merged(requests)) as arriving:
+            async with contextlib.aclosing(merged(requests)) as arriving:
                 async for p, deltas in arriving:
                     for delta in deltas:
                         for choice in self.delta_choices(p * self.params.n + delta.index, delta):
@@ -198,7 +201,7 @@ def _abort(requests: Iterable[RoutedRequest]) -> None:
         request.abort()
 
 
-async def _merged(requests: Sequence[RoutedRequest]) -> AsyncGenerator[tuple[int, list[CompletionDelta]], None]:
+async def merged(requests: Sequence[RoutedRequest]) -> AsyncGenerator[tuple[int, list[CompletionDelta]], None]:
     """Deltas of all requests as they come, each with its request's index."""
     if len(requests) == 1:
         async for deltas in requests[0]:

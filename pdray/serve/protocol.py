@@ -24,12 +24,15 @@ from pdray.sampling_params import (
 )
 from pdray.serve.fields import IGNORED, known_fields
 from pdray.serve.output_format import ResponseFormat, StructuredOutputs, structured_outputs
+from pdray.serve.tools import Choice, Tools
 from pdray.serve.values import BadWord, Int32, Integer, LogitBias, Number, Prompts, Stop, TokenId, value_range
 
 MAX_PROMPTS = 128
 MAX_COMPLETIONS = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_TEMPLATE_BYTES = 16 * 1024
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class TextPart(BaseModel):
@@ -41,12 +44,33 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """What a tool call calls. The arguments are the JSON of an object."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str | dict[str, Any] | None = None
+
+
+class CallInput(BaseModel):
+    """An assistant's tool call, for the API's schema; pdray.router.tool_calls checks it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """A message, for the API's schema; pdray.router.conversation checks it.
 
     Attributes:
         content: text parts are joined by newlines where the model's template takes strings. Only an assistant's may be
             null.
+        tool_calls, reasoning_content, reasoning: an assistant's.
+        tool_call_id: of the call that a message of role tool answers.
         name: for the template, which may have no place for it.
     """
 
@@ -56,6 +80,10 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart] | None = None
     name: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     refusal: str | None = None
+    tool_calls: list[CallInput] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 MessagesInput = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -70,11 +98,12 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-def _describe_ignored(schema: JsonDict) -> None:
+def describe_ignored(schema: JsonDict) -> None:
     """Into a body's schema: the fields that are taken whatever they say."""
     properties = schema["properties"]
     assert isinstance(properties, dict)
-    properties.update({name: {"description": f"ignored: {why}"} for name, why in IGNORED.items()})
+    for name, why in IGNORED.items():
+        properties.setdefault(name, {"description": f"ignored: {why}"})
 
 
 class GenerationBody(BaseModel):
@@ -87,7 +116,7 @@ class GenerationBody(BaseModel):
         return_token_ids: answer with the ids of prompt and completions, too.
     """
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_describe_ignored)
+    model_config = ConfigDict(extra="forbid", json_schema_extra=describe_ignored)
 
     model: StrictStr | None = None
     stream: StrictBool | None = False
@@ -197,6 +226,10 @@ class ChatBody(GenerationBody):
         echo: begin the answer with the last message, if it is an assistant's.
         add_special_tokens: on top of those in the model's template.
         chat_template_kwargs: variables for the model's template, e.g. Qwen3's enable_thinking.
+        tools, tool_choice, parallel_tool_calls: see pdray.serve.tools.
+        reasoning_effort: for the model's template; where that only knows thinking on or off, "none" is off.
+        include_reasoning: answer with the model's thoughts.
+        separate_reasoning: apart from the content.
     """
 
     messages: Messages
@@ -207,6 +240,12 @@ class ChatBody(GenerationBody):
     add_generation_prompt: StrictBool | None = True
     continue_final_message: StrictBool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools = []
+    tool_choice: Choice = None
+    parallel_tool_calls: StrictBool | None = True
+    reasoning_effort: ReasoningEffort | None = None
+    include_reasoning: StrictBool | None = True
+    separate_reasoning: StrictBool | None = True
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

@@ -24,11 +24,15 @@ LINE_ENDS = {char.encode(): b"\\u%04x" % ord(char) for char in "\u0085\u2028\u20
 
 
 def sse(value: dict[str, Any]) -> bytes:
-    """One server-sent event: one line by any reader's rules."""
-    event = encode_json(value)
+    """One server-sent event."""
+    return b"data: " + one_line(encode_json(value)) + b"\n\n"
+
+
+def one_line(json: bytes) -> bytes:
+    """The same JSON, one line by any reader's rules."""
     for raw, escaped in LINE_ENDS.items():
-        event = event.replace(raw, escaped)
-    return b"data: " + event + b"\n\n"
+        json = json.replace(raw, escaped)
+    return json
 
 
 SSE_DONE = b"data: [DONE]\n\n"

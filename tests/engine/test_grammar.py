@@ -225,7 +225,8 @@ def test_the_output_ends_where_nothing_may_follow(make: Callable[..., Any]) -> N
 
 
 def test_with_its_last_token_at_max_tokens_it_is_complete(make: Callable[..., Any]) -> None:
-    assert run(make, wanted("regex", "[x-z]{6}", max_tokens=6)).tokens["r"][0][-1].finish_reason == "stop"
+    last = run(make, wanted("regex", "[x-z]{6}", max_tokens=6)).tokens["r"][0][-1]
+    assert last.finish_reason == "stop" and last.is_text
     assert run(make, wanted("regex", "[x-z]{7}", max_tokens=6)).tokens["r"][0][-1].finish_reason == "length"
 
 

@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from pdray.config import Config
 from pdray.errors import WorkerDiedError
+from pdray.exposition import Exposition
 from pdray.models.generation_config import NEUTRAL
 from pdray.outputs import Logprob, SampledToken
 from pdray.router.grammars import check_grammar
 from pdray.router.request import Request
 from pdray.router.routed import RoutedRequest
+from pdray.router.router import DecodePool
 from pdray.router.validation import check_tokenizer, complete_params, tokenize_all
 from pdray.sampling_params import SamplingParams
 from pdray.serve.api import create_app
@@ -61,6 +63,7 @@ class ScriptedRouter:
         self.sampling_defaults = NEUTRAL
         self.vocab_size: int | None = None
         self.ready = True
+        self.pools: list[DecodePool] = []
         self.why_not_ready = "no prefill and decode worker are connected now"
         self.reply = REPLY
         self.refusals: dict[int, Exception] = {}
@@ -155,9 +158,29 @@ class ScriptedRouter:
         step = {token: Logprob(-float(rank), rank) for rank, token in enumerate(top, 1)}
         return step if token_id in step else step | {token_id: Logprob(float("-inf"), 99)}
 
+    def stats(self) -> dict[str, Any]:
+        return {"running": self.num_running, "queue_depth": self.num_waiting}
+
     @property
     def num_running(self) -> int:
         return sum(not request.ended for request in self.requests)
+
+
+class Measured:
+    """RouterMetrics' part that knows no Ray."""
+
+    def __init__(self) -> None:
+        self.exposition = Exposition({"router": "router-0"}, 'a "model"')
+
+    def text(self, *, vllm: bool, cache_config: Any, running: int, kv_usage: float) -> bytes:
+        self.exposition.samples["running"].set(running)
+        self.exposition.samples["kv_usage"].set(kv_usage)
+        return self.exposition.text(vllm=vllm, cache_config=cache_config)
+
+
+@pytest.fixture
+def metrics() -> Measured:
+    return Measured()
 
 
 @pytest.fixture
@@ -182,7 +205,7 @@ def make_app() -> Callable[..., FastAPI]:
     def make(config: Config, max_model_len: int = MAX_MODEL_LEN) -> FastAPI:
         router = ScriptedRouter()
         router.max_model_len = max_model_len
-        return create_app(config, lambda: router)  # type: ignore[arg-type, return-value]
+        return create_app(config, lambda: router, metrics=Measured())  # type: ignore[arg-type, return-value]
 
     return make
 

@@ -22,13 +22,20 @@ from pdray.errors import (
     RequestFailedError,
     WorkerDiedError,
 )
-from pdray.router.chat_template import renderer_options
+from pdray.router.template_facts import renderer_options
 from pdray.serve.errors import MAX_MESSAGE_CHARS, to_api_error
 from pdray.serve.protocol import ChatBody, CompletionBody, GenerationBody
 
 USER = {"role": "user", "content": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 DEEP = json.loads("[" * 400 + "]" * 400)
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": fields}
+
+
+FUNCTION = function(name="f")
 
 
 def completion(**fields: Any) -> dict[str, Any]:
@@ -138,7 +145,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "text"),
     (chat(messages=[{"role": "user", "content": [{"type": DEEP}]}]), "content"),
     (chat(messages=[{"role": "pirate", "content": "arr"}]), "no pirates"),
-    (chat(messages=[USER, {"role": "tool", "content": "4", "tool_call_id": "1"}]), "tool"),
+    (chat(messages=[USER, {"role": "tool", "tool_call_id": "1"}]), "tool"),
     (chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "tool"),
     (chat(messages=[{"role": "user", "content": "x" * 200}]), "context length"),
     (chat(messages=[{"role": "x" * 65, "content": "hi"}]), "role"),
@@ -150,7 +157,27 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (chat(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]), "refusal"),
     (chat(echo=True, logprobs=True), "echo"),
     (chat(n=65), "n is 65"),
-    (chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
+    (chat(tools=[FUNCTION], tool_choice={"type": "function", "function": {"name": "g"}}), "'g'"),
+    (chat(tools=[FUNCTION], tool_choice="any"), "tool_choice"),
+    (chat(tools=[FUNCTION], tool_choice={"type": "allowed_tools", "allowed_tools": {}}), "tool_choice"),
+    (chat(tool_choice="required"), "set tools"),
+    (chat(tools=[FUNCTION, FUNCTION]), "several functions of the name 'f'"),
+    (chat(tools=[FUNCTION] * 129), "at most 128"),
+    (chat(tools={}, tool_choice="required"), "set tools"),
+    (chat(tools="f"), "tools must be a list"),
+    (chat(tools=["f"]), "tools[0]"),
+    (chat(tools=[{"type": "web_search"}]), "web_search"),
+    (chat(tools=[{"type": "function"}]), "tools[0].function"),
+    (chat(tools=[{**FUNCTION, "mood": 1}]), "mood"),
+    (chat(tools=[function(name="a b")]), "tools[0].function.name"),
+    (chat(tools=[function(name=DEEP)]), "tools[0].function.name"),
+    (chat(tools=[function(name="f", parameters=5)]), "parameters"),
+    (chat(tools=[function(name="f", parameters={"type": "array"})]), "type 'object'"),
+    (chat(tools=[function(name="f", strict="yes")]), "strict"),
+    (chat(tools=[function(name="f", mood="calm")]), "mood"),
+    (chat(reasoning_effort="enormous"), "reasoning_effort"),
+    (chat(reasoning_effort="high"), "no switch for thoughts"),
+    (chat(thinking_token_budget=100), "thinking_token_budget"),
     (chat(functions=[{"name": "f"}]), "functions"),
     (chat(response_format={"type": "json_schema", "json_schema": {}}), "json_schema"),
     (chat(logprobs=5), "logprobs"),

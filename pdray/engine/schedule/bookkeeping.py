@@ -104,11 +104,14 @@ class Bookkeeper:
         """A drawn token, of which the sequence's rules hear unless it ends the sequence by itself."""
         position = sequence.num_output_tokens
         finish = find_stop(sequence.request.params, self.scheduler.limits.eos_token_ids, row.token_id)
-        if finish is GOES_ON and sequence.tell(row.token_id):
+        is_text = finish is GOES_ON and sequence.tell(row.token_id)
+        if is_text:
             finish = Finish("stop")
         elif finish is GOES_ON and len(sequence.token_ids) + 1 >= sequence.max_total_tokens:
             finish = Finish("length")
-        return SampledToken(sequence.index, position, row.token_id, row.logprobs, finish.reason, finish.stop_reason)
+        return SampledToken(
+            sequence.index, position, row.token_id, row.logprobs, finish.reason, finish.stop_reason, is_text
+        )
 
     @staticmethod
     def _note_timings(live: LiveRequest, update: RequestUpdate, now: float) -> None:
