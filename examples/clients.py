@@ -37,7 +37,8 @@ class Clients:
         self.client, self.model, self.base_url, self.key = client, model, base_url, key
 
     def openai_chat(self) -> str:
-        with self.client.chat.completions.stream(model=self.model, messages=ASK, max_tokens=20) as stream:
+        ask: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+        with self.client.chat.completions.stream(model=self.model, messages=ask, temperature=0) as stream:
             text = stream.get_final_completion().choices[0].message.content
         assert text
         return text
@@ -49,7 +50,9 @@ class Clients:
         [call] = answer.choices[0].message.tool_calls or []
         assert call.type == "function"
         history = [*ASK, answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "sunny, 21 C"}]
-        said = self.client.chat.completions.create(model=self.model, messages=history, tools=TOOLS, max_tokens=32)
+        said = self.client.chat.completions.create(
+            model=self.model, messages=history, tools=TOOLS, max_tokens=32, temperature=0
+        )
         return f"{call.function.name}({call.function.arguments}), then {said.choices[0].message.content!r}"
 
     def openai_responses(self) -> str:
