@@ -1,7 +1,8 @@
 """Rules of sampling that look at a sequence's history: each is told every token, and changes how the next is drawn.
 
 A rule belongs to one sequence. Rules are made when the sequence first draws, from all tokens that it has by then, so a
-replay, a fork and a preempted sequence need nothing of their own.
+replay, a fork and a preempted sequence need nothing of their own. Penalties and min_tokens are no rules: the device
+keeps what they need (pdray/engine/step/histories.py).
 """
 
 from __future__ import annotations
@@ -43,54 +44,11 @@ class Rule(ABC):
 
     @abstractmethod
     def change(self, row: SamplingRow) -> SamplingRow:
-        """Change how the next token is drawn: return ``row`` with more banned tokens, or other fields."""
+        """How the next token is drawn: ``row`` with more banned tokens."""
 
 
-class Penalties(Rule):
-    """Repetition, presence and frequency penalties; see pdray.kernels.sampling.sample.apply_penalties."""
-
-    def __init__(self, history: History) -> None:
-        self._prompt_token_ids, self._output_token_ids = history.prompt_token_ids, history.output_token_ids
-
-    def told(self, token_id: int) -> None:
-        """See Rule."""
-        self._output_token_ids.append(token_id)
-
-    def change(self, row: SamplingRow) -> SamplingRow:
-        """See Rule."""
-        return row._replace(prompt_token_ids=self._prompt_token_ids, output_token_ids=self._output_token_ids)
-
-    @staticmethod
-    def make(history: History) -> Rule | None:
-        """The rule for a request with penalties; None without."""
-        p = history.params
-        used = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
-        return Penalties(history) if used else None
-
-
-class MinTokens(Rule):
-    """Bans what would end the sequence before min_tokens."""
-
-    needs_tokens = False
-
-    def __init__(self, min_tokens: int, end_token_ids: tuple[int, ...]) -> None:
-        self._min_tokens, self._end_token_ids = min_tokens, end_token_ids
-
-    def change(self, row: SamplingRow) -> SamplingRow:
-        """See Rule."""
-        if row.position >= self._min_tokens:
-            return row
-        return row._replace(banned_token_ids=(*row.banned_token_ids, *self._end_token_ids))
-
-    @staticmethod
-    def make(history: History) -> Rule | None:
-        """The rule for a request with min_tokens; None without."""
-        min_tokens = history.params.min_tokens
-        return MinTokens(min_tokens, history.end_token_ids) if min_tokens else None
-
-
-# In the order in which they are asked.
-RULES: list[Callable[[History], Rule | None]] = [Penalties.make, MinTokens.make]
+# In the order in which they are asked; pdray itself has none.
+RULES: list[Callable[[History], Rule | None]] = []
 
 
 def make_rules(history: History) -> list[Rule]:

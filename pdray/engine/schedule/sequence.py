@@ -11,6 +11,7 @@ import numpy as np
 from pdray.engine.kv.block_pool import hash_blocks
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.rules import History, Rule, make_rules
+from pdray.kernels.sampling.metadata import has_penalty
 from pdray.sampling_params import SamplingParams, wrap_seed
 
 # Steps that draw, after which a request that was to be computed alone joins the others. The step that failed was at
@@ -50,6 +51,7 @@ class Sequence:
         block_table: blocks in order; may reach beyond token_ids. Change it through the methods.
         block_row: [at least len(block_table)] int32, block_table again, for copying into a batch. What it holds never
             changes but by growing: where the table does, another array replaces it.
+        draw_record: how its tokens are drawn, for the device; None before the first draw.
         num_hashed_blocks: leading blocks that were offered to the prefix cache.
         pending_copy: to be done before this sequence's first step; it holds a reference on the source.
         preempted: in the queue to be computed again.
@@ -59,6 +61,7 @@ class Sequence:
         "block_hashes",
         "block_row",
         "block_table",
+        "draw_record",
         "index",
         "max_total_tokens",
         "num_computed_tokens",
@@ -82,6 +85,7 @@ class Sequence:
         self.index = index
         self.token_ids = token_ids
         self._rules: list[Rule] | None = None
+        self.draw_record: bytes | None = None
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_total_tokens = max_total_tokens
         self.seed = wrap_seed((request.params.seed or 0) + index)
@@ -169,7 +173,8 @@ class LiveRequest:
         arrival: rank among the engine's requests, from 0.
         sequences: one per index; the first one computes the prompt for all.
         end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
-        is_plain: its draws know no filter and no rule, and nothing but the token is asked for.
+        has_rules: its draws follow rules; see rules.py.
+        prompt_array: prompt_token_ids as int32, if its draws look at them; else empty.
         forked: every sequence runs on its own.
         needs_history: its draws depend on the tokens before them, beyond the KV.
         has_places: its unfinished sequences are counted against max_num_seqs.
@@ -184,11 +189,12 @@ class LiveRequest:
         "end_token_ids",
         "forked",
         "has_places",
-        "is_plain",
+        "has_rules",
         "joined_at",
         "needs_history",
         "num_alone_steps",
         "num_cached_tokens",
+        "prompt_array",
         "queued_at",
         "request",
         "scheduled_at",
@@ -202,7 +208,9 @@ class LiveRequest:
         self.request = request
         self.end_token_ids = end_token_ids
         rules = self.make_rules([])
-        self.is_plain = is_plain(request.params) and not rules
+        self.has_rules = bool(rules)
+        remembered = request.prompt_token_ids if has_penalty(request.params) else ()
+        self.prompt_array = np.array(remembered, dtype=np.int32)
         self.needs_history = any(rule.needs_tokens for rule in rules)
         self.arrival = arrival
         token_ids = [*request.prompt_token_ids, *request.output_token_ids]
@@ -254,8 +262,3 @@ class LiveRequest:
     def num_places(self) -> int:
         """Sequences of it that count against max_num_seqs while it has_places."""
         return sum(s.status not in (SequenceStatus.FINISHED, SequenceStatus.HELD) for s in self.sequences)
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Whether a draw without rules needs no more than temperature and seed, and no log-probabilities are asked for."""
-    return not (params.top_p < 1 or params.top_k > 0 or params.min_p > 0) and params.logprobs is None

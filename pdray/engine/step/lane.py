@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -11,23 +10,28 @@ import torch
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
-from pdray.engine.step.graphs import StepGraphs
+from pdray.engine.step.draw_inputs import Masks
+from pdray.engine.step.graphs import StepGraphs, decode_sizes
+from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
+from pdray.engine.step.late_graphs import LateGraphs
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
+from pdray.engine.step.reports import unpack_reports
+from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
-from pdray.kernels.sampling.draw import draw_tokens
-from pdray.kernels.sampling.sample import SampleOutput, sample
+from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
+from pdray.kernels.sampling.history import remember
 from pdray.models.decoder import Decoder
-from pdray.outputs import Logprob
+from pdray.sampling_params import MAX_LOGPROBS
 
 
 class Draws(NamedTuple):
     """Draws of a launched step.
 
     Attributes:
-        packed: on the host, and on CUDA only once ``done`` has passed.
+        packed: on the host, and on CUDA only once ``done`` has passed: token ids, or reports if num_top is not None.
         num_logprobs: see StepInputs.
-        num_top: most likely tokens that each asking row has in ``packed``; None if no row asked.
+        num_top: most likely tokens in each report; None if no row asked for any.
     """
 
     packed: torch.Tensor
@@ -41,17 +45,17 @@ class Draws(NamedTuple):
             self.done.synchronize()
         if self.num_top is None:
             return [SampledRow(token_id) for token_id in self.packed.tolist()]
-        return unpack_samples(self.packed, self.num_logprobs, self.num_top)
+        return unpack_reports(self.packed.numpy(), self.num_logprobs, self.num_top)
 
 
 class Lane:
     """Launches plans one after the other: input buffers, padding, graphs. For one thread.
 
-    Several lanes may serve one pool. Draws that the host has not read are looked up in ``sampled``, so lanes whose
-    plans continue each other's share it.
+    Several lanes may serve one pool. Draws that the host has not read are looked up in ``sampled``, and what penalties
+    look at is in ``histories``, so lanes whose plans continue each other's share both.
 
     Args:
-        sampled: [max_num_seqs] int64 on the device; default: its own.
+        sampled: [max_num_seqs] int64 on the device; default: its own. histories: likewise.
         largest_group: layers that are told of together at most; see layer_groups().
         capture: make CUDA graphs, and load what launched steps need.
 
@@ -68,6 +72,7 @@ class Lane:
         limits: EngineLimits,
         *,
         sampled: torch.Tensor | None = None,
+        histories: Histories | None = None,
         largest_group: int = 16,
         capture: bool = False,
     ) -> None:
@@ -78,11 +83,16 @@ class Lane:
             torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device) if sampled is None else sampled
         )
         self.graphs: StepGraphs | None = None
+        self._late_graphs: LateGraphs | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device)
-        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device)
+        draws = limits.max_num_seqs, decoder.config.vocab_size, device
+        self.histories, masks = histories or Histories(*draws), Masks(*draws)
+        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device, self.histories, masks)
+        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, masks)
+        if device.type == "cuda":
+            load_late_draws(self.histories.words, masks.words, decoder.dtype)
         if capture:
             self._capture(limits.max_num_batched_tokens)
 
@@ -91,6 +101,9 @@ class Lane:
         logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.pool.device)
         self.graphs = StepGraphs(logits, max_num_batched_tokens)
         self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups)
+        num = len(self.sampled)
+        table = self._decode_buffers.views(StepShape(num, num, num, True), StepPlan()).draws
+        self._late_graphs = LateGraphs(logits, self.sampled, table, decode_sizes(num))
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
 
@@ -114,6 +127,8 @@ class Lane:
             on_group: called when a group's KV is stored; on CUDA, when the work is launched that does so.
         """
         copy_blocks(self.pool.tensor, list(inputs.copies))
+        if inputs.needs.joins is not None:
+            remember(self.histories.words, inputs.needs.joins)
         num_draws = len(inputs.num_logprobs)
         if self.graphs is not None and inputs.shape in self.graphs:
             logits = self.graphs.replay(inputs.shape)
@@ -124,11 +139,7 @@ class Lane:
             logits = self.compute(inputs, None if on_group is None else self._on_layer(inputs.shape, on_group))
         if self.on_logits is not None and num_draws:
             self.on_logits(logits[:num_draws].float())
-        if inputs.sampling is None:
-            return self._to_host(self.sampled[:num_draws], inputs)
-        output = sample(logits[:num_draws], inputs.sampling)
-        self.sampled[:num_draws] = output.token_ids
-        return self._to_host(pack_samples(output), inputs, output)
+        return self._end(logits, inputs)
 
     def _on_layer(self, shape: StepShape, on_group: OnGroup) -> Callable[[int], None]:
         by_last_layer = {group.stop - 1: group for group in self.groups(shape)}
@@ -162,59 +173,36 @@ class Lane:
         on_layer: Callable[[int], None] | None = None,
         logits_out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of the step's draws; plain draws go to ``sampled``. Can be captured."""
+        """Logits of the step's draws, which go to ``sampled`` but for late ones. Can be captured."""
         tokens = inputs.input_ids, inputs.positions
         rows = None if inputs.shape.is_decode else inputs.logit_rows
         hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
         logits = self.decoder.compute_logits(hidden, logits_out)
-        if inputs.draws is not None and len(logits):
-            draw_tokens(logits, *inputs.draws, out=self.sampled[: len(logits)])
+        if len(logits):
+            draw_tokens(logits, inputs.draws, self.sampled[: len(logits)])
         return logits
 
-    def _to_host(self, packed: torch.Tensor, inputs: StepInputs, output: SampleOutput | None = None) -> Draws:
-        logprobs = None if output is None else output.logprobs
-        num_top = None if logprobs is None else logprobs.top_token_ids.shape[1]
+    def _end(self, logits: torch.Tensor, inputs: StepInputs) -> Draws:
+        """Late draws, and what the host is to read; nothing here waits."""
+        num, needs = len(inputs.num_logprobs), inputs.needs
+        sampled, num_top = self.sampled[:num], None
+        graphs, size = self._late_graphs, inputs.shape.num_draws
+        if not inputs.shape.is_decode or graphs is None or size not in graphs:  # graphs read decode steps' records
+            graphs = None
+        table = inputs.draws._replace(records=inputs.draws.records[:num])
+        if needs.has_late:
+            if graphs is not None:
+                graphs.draw(size)
+            else:
+                draw_late(logits[:num], table, sampled, may_need_search=needs.may_need_search)
+        packed = sampled
+        if needs.has_reports:
+            num_top = MAX_LOGPROBS
+            packed = report(logits[:num], table, sampled, num_top) if graphs is None else graphs.report(size)[:num]
         if packed.device.type == "cpu":
-            return Draws(packed, inputs.num_logprobs, num_top)
+            return Draws(packed.clone(), inputs.num_logprobs, num_top)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         host.copy_(packed, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
         return Draws(host, inputs.num_logprobs, num_top, done)
-
-
-def pack_samples(output: SampleOutput) -> torch.Tensor:
-    """Pack the output into one int64 tensor: ids, ranks, top ids, then float64 bits of the log-probabilities."""
-    if output.logprobs is None:
-        return output.token_ids
-    _, sampled, ranks, top_ids, top_logprobs = output.logprobs
-    floats = torch.cat((sampled, top_logprobs.flatten())).double().view(torch.int64)
-    return torch.cat((output.token_ids, ranks, top_ids.flatten(), floats))
-
-
-def unpack_samples(packed: torch.Tensor, num_logprobs: list[int | None], num_top: int) -> list[SampledRow]:
-    """Rows from what pack_samples() made, on the host.
-
-    Args:
-        num_logprobs: see StepInputs; must be what the output was computed with.
-    """
-    num_rows, num_asked = len(num_logprobs), sum(number is not None for number in num_logprobs)
-    integers, floats = packed.split((num_rows + num_asked * (1 + num_top), num_asked * (1 + num_top)))
-    integer, value = iter(integers.tolist()), iter(floats.view(torch.float64).tolist())
-    token_ids = list(islice(integer, num_rows))
-    sampled_ranks, sampled_logprobs = list(islice(integer, num_asked)), list(islice(value, num_asked))
-
-    rows = []
-    asked = iter(zip(sampled_ranks, sampled_logprobs, strict=True))
-    for token_id, number in zip(token_ids, num_logprobs, strict=True):
-        if number is None:
-            rows.append(SampledRow(token_id))
-            continue
-        rank, logprob = next(asked)
-        entries = {token_id: Logprob(logprob, rank)}
-        tops = zip(islice(integer, num_top), islice(value, num_top), strict=True)
-        for place, (top_id, top_logprob) in enumerate(tops, start=1):
-            if place <= number:
-                entries.setdefault(top_id, Logprob(top_logprob, place))
-        rows.append(SampledRow(token_id, entries))
-    return rows
