@@ -261,6 +261,7 @@ class DecodeWorker(Worker):
             prefill=update.prefill,
             transfer_wait=transfer_wait,
             first_decode_step=update.first_decode_step,
+            prompt_scores=update.prompt_scores,
         )
 
     def _on_layer_group(self, ready: LayerGroupReady) -> None:

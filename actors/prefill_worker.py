@@ -203,7 +203,12 @@ class PrefillWorker(Worker):
             elif update.tokens:
                 assert update.prefill_queue is not None and update.prefill is not None, update
                 message = FirstTokens(
-                    *key, update.tokens, update.num_cached_tokens or 0, update.prefill_queue, update.prefill
+                    *key,
+                    update.tokens,
+                    update.num_cached_tokens or 0,
+                    update.prefill_queue,
+                    update.prefill,
+                    update.prompt_scores,
                 )
                 self._perform(self.ledger.computed(now, message))
 

@@ -124,6 +124,8 @@ class RequestOutput:
 
     Attributes:
         num_cached_tokens: prompt tokens whose KV came from a prefix cache.
+        prompt_logprobs: as CompletionOutput.logprobs, for each token of the prompt; None for the first one. None if not
+            asked for.
     """
 
     request_id: str
@@ -133,3 +135,4 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     timings: RequestTimings = field(default_factory=RequestTimings)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

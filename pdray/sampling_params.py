@@ -14,7 +14,7 @@ from pdray.structured_outputs import StructuredOutputsParams
 MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 256
-MAX_LOGIT_BIAS = 1024
+MAX_LOGIT_BIAS = 1000  # the device keeps up to 1,023 different numbers; see kernels/sampling/history.py
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 1024
 MAX_SALT_CHARS = 1024
@@ -48,11 +48,12 @@ INTEGERS = {
     "n": Range(1, MAX_N, f"between 1 and {MAX_N}"),
     "top_k": Range(-1, MAX_INT32, f"-1 or 0 (off), or between 1 and {MAX_INT32}"),
     "seed": Range(MIN_SEED, MAX_SEED, f"in [{MIN_SEED}, {MAX_SEED}]"),
-    "max_tokens": Range(1, MAX_INT32, f"between 1 and {MAX_INT32}"),
+    "max_tokens": Range(0, MAX_INT32, f"between 0 and {MAX_INT32}"),
     "min_tokens": Range(0, MAX_INT32, f"between 0 and {MAX_INT32}"),
     "logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
 }
-MAY_BE_NONE = ("seed", "max_tokens", "logprobs")
+MAY_BE_NONE = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,11 +72,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         top_k: 0 or -1 switches it off.
         seed: any 64-bit integer; None or -1 draws one at the router. Completion ``i`` uses ``seed + i``, wrapped to
             64 bits.
-        max_tokens: None means as many as ``max_model_len`` leaves.
+        max_tokens: None means as many as ``max_model_len`` leaves. With 0 nothing but the prompt is computed.
         min_tokens: end-of-sequence and stop token ids are masked before this many tokens.
         stop: strings that end the text; cut from it unless include_stop_str_in_output.
         stop_token_ids: token ids that end generation, besides the model's own.
         logprobs: None, or the number of most likely tokens to report beside the sampled one.
+        prompt_logprobs: the same for each token of the prompt but the first. All of it is computed then, whatever part
+            of it is cached.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: what the text must look like. It ends where nothing may follow, whatever ignore_eos and
             min_tokens say.
@@ -105,6 +108,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     logit_bias: dict[int, float] | None = None

@@ -1,4 +1,4 @@
-"""The seeded draw: temperature, min_p, top_k, top_p, then Gumbel-max.
+"""The seeded draw: temperature, min_p, top_k, top_p, then Gumbel-max. The reference of all kernels that draw.
 
 The draw is ``argmax(logits / T + Gumbel)`` with Gumbel noise from Philox (Gumbel 1954; Maddison et al. 2014, "A*
 Sampling"), so it is a pure function of the logits, the parameters, the seed and the position. Ties go to the lowest id.
@@ -22,57 +22,8 @@ LARGEST_LOGIT = 2.0**99  # a power of two, which bfloat16 has too
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-7, 1e7
 
 
-def draw_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, out: Tensor) -> None:
-    """One token for each row, without filters. On CUDA two launches, which can be captured.
-
-    There the uniform numbers have the reference's bits, and the tokens are the reference's unless two scores are
-    closer than the rounding of a logarithm.
-
-    Args:
-        logits: [B, V], any float dtype.
-        temperature: [B] float32; 0 (or less, or NaN) where greedy.
-        seeds, positions: [B] int64; see philox_uniform.
-        out: [B] int64; written.
-    """
-    if logits.is_cuda:
-        from pdray.kernels.sampling.draw_triton import triton_draw_tokens
-
-        return triton_draw_tokens(logits, temperature, seeds, positions, out)
-    draw_filtered(logits, temperature, seeds, positions, out)
-
-
-def draw_filtered(
-    logits: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    out: Tensor,
-    min_p: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-) -> None:
-    """draw_tokens() among the tokens that pass the filters, in this order. On CUDA one launch, which can be captured.
-
-    There the boundary of min_p and of top_k is exact. The mass that top_p compares is summed in float32, in an order
-    that depends on nothing but V: it may differ from the float64 sum by 1e-6 of itself, and the token at which it
-    crosses top_p by its neighbours within that.
-
-    Args:
-        min_p, top_k, top_p: [B] float32, int64, float32; see RandomRows. None: no row uses it. Greedy rows read none.
-    """
-    if logits.is_cuda:
-        from pdray.kernels.sampling.filtered_draw_triton import triton_draw_filtered
-
-        return triton_draw_filtered(logits, temperature, seeds, positions, out, min_p, top_k, top_p)
-    logits = clean_logits(logits.float())
-    rows = torch.arange(len(logits), device=logits.device)
-    warm = torch.where(temperature > 0, temperature, 1.0)
-    drawn = draw(logits, RandomRows(rows, warm, seeds, positions, min_p, top_k, top_p))
-    out.copy_(torch.where(temperature > 0, drawn, logits.argmax(-1)))
-
-
 def draw(logits: Tensor, random: RandomRows) -> Tensor:
-    """One token id [R] int64 for each of the R rows of [R, V] float32 logits: the reference of all draws."""
+    """One token id [R] int64 for each of the R rows of [R, V] float32 logits."""
     scaled = clean_logits(logits) / random.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)[:, None]
     if random.min_p is not None:
         margin = torch.where(random.min_p > 0, random.min_p.clamp(max=1.0).log(), float("-inf"))

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pdray.kernels.sampling.history import BIASES, Join, no_history, pack_joins, remember
 from pdray.kernels.sampling.mask import TokenMasks
 
 GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM
@@ -57,14 +58,13 @@ class SamplingRow(NamedTuple):
 
 class PenaltyRows(NamedTuple):
     """Rows with any penalty: rows [R] int64; repetition, presence, frequency [R] float32 (1, 0, 0 is none);
-    prompt_token_ids [R, P], output_token_ids [R, O] int64, padded with -1."""
+    history [R, at most vocab_size] int32: see history.py; ids beyond it are in neither prompt nor output."""
 
     rows: Tensor
     repetition: Tensor
     presence: Tensor
     frequency: Tensor
-    prompt_token_ids: Tensor
-    output_token_ids: Tensor
+    history: Tensor
 
 
 class BiasedTokens(NamedTuple):
@@ -128,12 +128,18 @@ class SamplingMetadata:
         )
 
 
-def _has_penalty(params: Parameters) -> bool:
+def has_filter(params: Parameters) -> bool:
+    """Whether a draw looks at no more than some of the tokens."""
+    return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+
+
+def has_penalty(params: Parameters) -> bool:
+    """Whether logits depend on the tokens before them."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def _build_penalties(rows: Sequence[SamplingRow], device: torch.device | str) -> PenaltyRows | None:
-    index = [i for i, row in enumerate(rows) if _has_penalty(row.params)]
+    index = [i for i, row in enumerate(rows) if has_penalty(row.params)]
     if not index:
         return None
     params = [rows[i].params for i in index]
@@ -142,8 +148,7 @@ def _build_penalties(rows: Sequence[SamplingRow], device: torch.device | str) ->
         _floats([p.repetition_penalty for p in params], device),
         _floats([p.presence_penalty for p in params], device),
         _floats([p.frequency_penalty for p in params], device),
-        _padded([rows[i].prompt_token_ids for i in index], device),
-        _padded([rows[i].output_token_ids for i in index], device),
+        _history([rows[i] for i in index]).to(device),
     )
 
 
@@ -193,7 +198,9 @@ def _floats(values: list[float], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _padded(lists: list[Sequence[int]], device: torch.device | str) -> Tensor:
-    length = max(len(ids) for ids in lists)
-    rows = [[*ids, *([-1] * (length - len(ids)))] for ids in lists]
-    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(lists), length)
+def _history(rows: Sequence[SamplingRow]) -> Tensor:
+    width = 1 + max((max([*row.prompt_token_ids, *row.output_token_ids], default=-1) for row in rows), default=-1)
+    history = no_history(len(rows), width)
+    joins = [Join(i, row.prompt_token_ids, row.output_token_ids, ()) for i, row in enumerate(rows)]
+    remember(history, pack_joins(joins))
+    return history[:, BIASES:]

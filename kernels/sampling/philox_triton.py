@@ -14,12 +14,25 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def philox_uniform(seed, position, first_token_id, NUM: tl.constexpr):
     """[NUM] float32 for NUM token ids from first_token_id on, which must be a multiple of 4; see philox.py."""
-    group = (first_token_id // 4 + tl.arange(0, NUM // 4)).to(tl.uint32)
+    return _uniform(seed, position, first_token_id // 4 + tl.arange(0, NUM // 4), [NUM])
+
+
+@triton.jit
+def philox_uniform_groups(seed, position, first_token_ids, NUM: tl.constexpr, WIDTH: tl.constexpr):
+    """[NUM, WIDTH] float32 for WIDTH token ids from each of [NUM] first ones on, which must be multiples of 4."""
+    groups = first_token_ids[:, None] // 4 + tl.arange(0, WIDTH // 4)[None, :]
+    return _uniform(seed, position, groups, [NUM, WIDTH])
+
+
+@triton.jit
+def _uniform(seed, position, group, SHAPE: tl.constexpr):
+    """Numbers of the four token ids of each group, one group after the other."""
+    group = group.to(tl.uint32)
     zero = group * 0
     low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
     high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     x0, x1, x2, x3 = tl.philox(seed, group, low, high, zero, 10)
-    bits = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [NUM])  # x0, x1, x2, x3, then the next group's
+    bits = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), SHAPE)  # x0, x1, x2, x3, then the next group's
     return tl.minimum((bits.to(tl.float32) + 0.5) * INVERSE_2_32, LARGEST_UNIFORM)
 
 

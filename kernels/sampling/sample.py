@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from pdray.kernels.sampling.draw import clean_logits, draw, draw_filtered, draw_tokens, keep_top_k, keep_top_p
+from pdray.kernels.sampling.draw import clean_logits, draw, keep_top_k, keep_top_p
+from pdray.kernels.sampling.history import COUNT, PROMPT
 from pdray.kernels.sampling.mask import apply_masks
 from pdray.kernels.sampling.metadata import (
     BannedTokens,
@@ -33,7 +35,6 @@ __all__ = [
     "SamplingMetadata",
     "SamplingRow",
     "draw",
-    "draw_tokens",
     "keep_top_k",
     "keep_top_p",
     "sample",
@@ -67,16 +68,12 @@ class SampleOutput(NamedTuple):
 def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
     """Choose one token for each row, of the vocabulary whatever the logits are: see draw.py for NaN and infinities.
 
-    On CUDA the host waits for nothing.
-
     Args:
         logits: [B, V], any float dtype; unchanged on return.
     """
-    if not logits.is_cuda:
-        logits = logits.float()
-    raw_logits = logits
-    if any(part is not None for part in (meta.bias, meta.penalties, meta.banned, meta.masks)):
-        logits = logits.to(torch.float32, copy=True)
+    raw_logits = logits.float()
+    changes = meta.bias, meta.penalties, meta.banned, meta.masks
+    logits = raw_logits if all(part is None for part in changes) else raw_logits.clone()
     if meta.bias is not None:
         add_bias(logits, meta.bias)
     if meta.penalties is not None:
@@ -85,34 +82,20 @@ def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
         ban_tokens(logits, meta.banned)
     if meta.masks is not None:
         apply_masks(logits, meta.masks)
-    if meta.random is None:
-        token_ids = clean_logits(logits).argmax(-1)
-    elif len(meta.random.rows) == len(logits):
-        token_ids = draw_rows(logits, meta.random)
-    else:
-        token_ids = clean_logits(logits).argmax(-1)
-        token_ids[meta.random.rows] = draw_rows(logits[meta.random.rows], meta.random)
+    logits = clean_logits(logits)
+    token_ids = logits.argmax(-1)
+    if meta.random is not None:
+        token_ids[meta.random.rows] = draw(logits[meta.random.rows], meta.random)
     logprobs = None if meta.logprobs is None else compute_logprobs(raw_logits, token_ids, meta.logprobs)
     return SampleOutput(token_ids, logprobs)
-
-
-def draw_rows(logits: Tensor, random: RandomRows) -> Tensor:
-    """One token id [R] int64 for each of the R rows of [R, V] logits."""
-    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    _, temperature, seeds, positions, *filters = random
-    if all(limit is None for limit in filters):
-        draw_tokens(logits, temperature, seeds, positions, out)
-    else:
-        draw_filtered(logits, temperature, seeds, positions, out, *filters)
-    return out
 
 
 def apply_penalties(logits: Tensor, penalties: PenaltyRows) -> None:
     """In place on [B, V]: repetition over prompt and output, frequency and presence over output only."""
     selected = logits[penalties.rows]
-    num_rows, vocab_size = selected.shape
-    counts = _count(penalties.output_token_ids, num_rows, vocab_size)
-    seen = (_count(penalties.prompt_token_ids, num_rows, vocab_size) > 0) | (counts > 0)
+    words = pad(penalties.history, (0, selected.shape[1] - penalties.history.shape[1]))
+    counts = (words & COUNT).float()
+    seen = (words & (PROMPT | COUNT)) != 0
     repetition = penalties.repetition[:, None]
     penalized = torch.where(selected > 0, selected / repetition, selected * repetition)
     selected = torch.where(seen, penalized, selected)
@@ -154,11 +137,3 @@ def _top_token_ids(logits: Tensor, k: int) -> Tensor:
     reversed_id = torch.arange(vocab_size - 1, -1, -1, device=logits.device)
     keys = (ordered << 32) + reversed_id
     return vocab_size - 1 - (keys.topk(k, -1).values & 0xFFFFFFFF)
-
-
-def _count(token_ids: Tensor, num_rows: int, vocab_size: int) -> Tensor:
-    """How often each id occurs in each row of [R, N] padded with -1: [R, V] float32."""
-    counts = torch.zeros(num_rows, vocab_size + 1, device=token_ids.device)
-    padded = torch.where(token_ids < 0, vocab_size, token_ids)
-    counts.scatter_add_(1, padded, torch.ones_like(padded, dtype=torch.float32))
-    return counts[:, :vocab_size]

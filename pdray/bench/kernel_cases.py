@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +22,22 @@ from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.kernels.kv.pack import PackedBlocks, pack_blocks, unpack_blocks
 from pdray.kernels.linear.linear import linear, pack_weight
 from pdray.kernels.linear.norm_linear import norm_linear
-from pdray.kernels.sampling.draw import draw_filtered, draw_tokens
+from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
+from pdray.kernels.sampling.history import no_history
+from pdray.kernels.sampling.mask import num_mask_words
+from pdray.kernels.sampling.rows import WORDS, DrawTable, make_record
 from pdray.models.decoder import shapes_of_layer
 from pdray.models.model_config import ModelConfig
 from pdray.models.rope import build_rotary_table
+from pdray.sampling_params import MAX_LOGPROBS, SamplingParams
 
 EPS = 1e-6
 MAX_CALLS = 32
+DRAW_FILTERS: dict[str, dict[str, float]] = {
+    "top_k, top_p": {"top_k": 20, "top_p": 0.95},
+    "min_p": {"min_p": 0.05},
+    "top_p": {"top_p": 0.9},
+}
 
 Call = Callable[[], object]
 
@@ -233,16 +243,29 @@ class KernelCases:
         for rows in self.batch_sizes:
             num_calls = self._num_calls(rows * vocab_size * self.dtype.itemsize)
             logits = [self._random(rows, vocab_size).mul_(100) for _ in range(num_calls)]
-            temperature = torch.full((rows,), 0.6, device=self.device)
-            seeds, positions = (torch.arange(rows, device=self.device) for _ in range(2))
             out = torch.empty(rows, dtype=torch.int64, device=self.device)
-            top_k = torch.full((rows,), 50, dtype=torch.int64, device=self.device)
-            top_p = torch.full((rows,), 0.95, device=self.device)
-            plain = [partial(draw_tokens, x, temperature, seeds, positions, out) for x in logits]
-            filters = {"top_k": top_k, "top_p": top_p}
-            filtered = [partial(draw_filtered, x, temperature, seeds, positions, out, **filters) for x in logits]
-            yield Case(f"{rows} x {vocab_size:,}", plain, self._size(logits[0]))
-            yield Case(f"{rows} x {vocab_size:,}, top_k, top_p", filtered, self._size(logits[0]))
+            size = self._size(logits[0])
+            plain = self._draw_table(rows, temperature=0.6)
+            yield Case(f"{rows} x {vocab_size:,}", [partial(draw_tokens, x, plain, out) for x in logits], size)
+            penalty = self._draw_table(rows, temperature=0.6, presence_penalty=0.5)
+            calls = [partial(draw_tokens, x, penalty, out) for x in logits]
+            yield Case(f"{rows} x {vocab_size:,}, penalty", calls, size + self._size(penalty.history))
+            for name, filters in DRAW_FILTERS.items():
+                table = self._draw_table(rows, temperature=0.6, **filters)
+                calls = [partial(draw_late, x, table, out, may_need_search=name != "min_p") for x in logits]
+                yield Case(f"{rows} x {vocab_size:,}, {name}", calls, size)
+            asking = self._draw_table(rows, temperature=0.6, logprobs=5)
+            reports = [partial(report, x, asking, out.zero_(), MAX_LOGPROBS) for x in logits]
+            yield Case(f"{rows} x {vocab_size:,}, 5 logprobs", reports, size)
+
+    def _draw_table(self, rows: int, **params: Any) -> DrawTable:
+        """Rows of one kind, each with a slot of its own."""
+        records = [make_record(SamplingParams(**params), i, slot=i) for i in range(rows)]
+        words = torch.from_numpy(np.concatenate(records).view(np.int32).reshape(-1, WORDS))
+        vocab_size = self.model.vocab_size
+        history = no_history(rows, vocab_size, self.device)
+        masks = torch.zeros(1, num_mask_words(vocab_size), dtype=torch.int32, device=self.device)
+        return DrawTable(words.to(self.device), history, masks)
 
     def _packs(self) -> Iterator[Case]:
         num_layers, num_blocks = min(4, self.model.num_layers), min(512, self.max_len // self.block_size)

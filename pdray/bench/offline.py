@@ -134,7 +134,7 @@ def _rows_of(
 ) -> list[Measured]:
     started = time.perf_counter()
     with make(config) as generate:
-        print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | | | |")
+        print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | | | | |")
         return measure_rows(names, {way: lambda requests: time_requests(generate, requests)}, model, repeat)
 
 

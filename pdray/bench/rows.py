@@ -1,7 +1,8 @@
 """The named workloads of `pdray bench offline --rows`, and the least time that each can take on a GPU.
 
 They are those that other engines publish figures for: one long answer, batches of equal length, nano-vllm's uniform
-mix, prompts only, and one token. Tokens in, tokens out; temperature 0.6; no end-of-sequence; no prefix cache.
+mix, prompts only, and one token. Tokens in, tokens out; temperature 0.6; no end-of-sequence; no prefix cache. Besides,
+steps that decode under each of the settings that people use, and what they take next to plain ones.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,16 +24,33 @@ BYTES_PER_VALUE = 2
 VOCABULARY_START = 1000  # prompts avoid special tokens
 
 
+STEP_UNIT = "ms a step"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "top-p": {"top_p": 0.95, "top_k": 20},  # what Qwen3's authors recommend
+    "penalty": {"repetition_penalty": 1.05, "presence_penalty": 0.5},
+    "logprobs": {"logprobs": 5},
+    "min-p": {"min_p": 0.05},
+}
+
+
 class Requests(NamedTuple):
-    """Prompts and how many tokens to answer each with."""
+    """Prompts, how many tokens to answer each with, and names of settings, which they take by turns."""
 
     prompts: list[list[int]]
     output_lens: list[int]
+    settings: tuple[str, ...] = ("plain",)
 
     @property
     def params(self) -> list[SamplingParams]:
         return [
-            SamplingParams(temperature=0.6, seed=i, max_tokens=length, ignore_eos=True)
+            SamplingParams(
+                temperature=0.6,
+                seed=i,
+                max_tokens=length,
+                ignore_eos=True,
+                **SETTINGS[self.settings[i % len(self.settings)]],
+            )
             for i, length in enumerate(self.output_lens)
         ]
 
@@ -44,13 +62,15 @@ class Workload:
     Attributes:
         num_requests: all sent at once.
         input_len, output_len: tokens of each; (low, high) are drawn uniformly.
-        unit: what the figure counts: "output tok/s", "prompt tok/s", or "ms" until the end.
+        unit: what the figure counts: "output tok/s", "prompt tok/s", "ms" until the end, or "ms a step", the median.
+        settings: of Requests.
     """
 
     num_requests: int
     input_len: int | tuple[int, int]
     output_len: int | tuple[int, int]
     unit: str = "output tok/s"
+    settings: tuple[str, ...] = ("plain",)
 
     def requests(self, vocab_size: int, seed: int) -> Requests:
         """Requests of the same lengths for every seed, with other prompts, so that no cache helps a repetition."""
@@ -58,7 +78,7 @@ class Workload:
         inputs, outputs = (self._draw(lengths, length) for length in (self.input_len, self.output_len))
         tokens = np.random.default_rng((1, seed))
         start = min(VOCABULARY_START, vocab_size // 2)
-        return Requests([tokens.integers(start, vocab_size, size=n).tolist() for n in inputs], outputs)
+        return Requests([tokens.integers(start, vocab_size, size=n).tolist() for n in inputs], outputs, self.settings)
 
     def _draw(self, rng: np.random.Generator, length: int | tuple[int, int]) -> list[int]:
         if isinstance(length, int):
@@ -82,6 +102,10 @@ WORKLOADS = {
     "batch-256": Workload(256, 512, 257),
     "prefill-32x2048": Workload(32, 2048, 1, "prompt tok/s"),
     "first-token": Workload(1, 128, 1, "ms"),
+} | {
+    f"{name}-{num}x{length}": Workload(num, length, 257, STEP_UNIT, settings)
+    for num, length in ((1, 512), (64, 512), (256, 512), (1, 8192), (32, 8192))
+    for name, settings in [*((name, (name,)) for name in SETTINGS), ("mixed", tuple(SETTINGS))]
 }
 
 
@@ -93,17 +117,24 @@ def floor_seconds(model: ModelConfig, requests: Requests) -> float:
     """
     weights = num_layer_weights(model)
     head_weights = model.vocab_size * model.hidden_size
-    kv_bytes = kv_bytes_of_token(model)
     flops = 0.0
     for prompt in requests.prompts:
         attention = 2 * model.num_layers * model.num_heads * model.head_dim * len(prompt) ** 2
         flops += 2 * weights * len(prompt) + attention + 2 * head_weights
     weight_bytes = (weights + head_weights) * BYTES_PER_VALUE
     total = max(flops / FLOPS_PER_S, weight_bytes / BYTES_PER_S)
+    return total + sum(floor_of_steps(model, requests))
+
+
+def floor_of_steps(model: ModelConfig, requests: Requests) -> list[float]:
+    """floor_seconds() of each step but the first."""
+    weight_bytes = (num_layer_weights(model) + model.vocab_size * model.hidden_size) * BYTES_PER_VALUE
+    kv_bytes = kv_bytes_of_token(model)
+    floors = []
     for step in range(1, max(requests.output_lens)):
         running = [len(p) + step for p, n in zip(requests.prompts, requests.output_lens, strict=True) if n > step]
-        total += (weight_bytes + kv_bytes * sum(running)) / BYTES_PER_S
-    return total
+        floors.append((weight_bytes + kv_bytes * sum(running)) / BYTES_PER_S)
+    return floors
 
 
 def kv_bytes_of_token(model: ModelConfig) -> int:
@@ -132,6 +163,7 @@ class Timed(NamedTuple):
 class Measured(NamedTuple):
     """Attributes:
     figure: median, in the workload's unit. share: of the floor's speed.
+    to_plain: figure / that of the plain row of the same way and lengths, if that came before; else None.
     steps: of the last run.
     """
 
@@ -143,6 +175,7 @@ class Measured(NamedTuple):
     share: float
     seconds: list[float]
     steps: StepSpread | None
+    to_plain: float | None = None
 
 
 def measure_rows(
@@ -156,28 +189,43 @@ def measure_rows(
     Args:
         ways: run the requests, and say how long it took.
     """
-    rows = []
+    rows: list[Measured] = []
     for name in names:
         workload = WORKLOADS[name]
         for way, run in ways.items():
             timed = [run(workload.requests(model.vocab_size, seed)) for seed in range(repeat + 1)][1:]
             taken = [run.seconds for run in timed]
             requests = workload.requests(model.vocab_size, 0)
-            seconds, least = statistics.median(taken), floor_seconds(model, requests)
-            figure, floor = workload.figure(requests, seconds), workload.figure(requests, least)
-            rows.append(Measured(name, way, figure, workload.unit, floor, least / seconds, taken, timed[-1].steps))
+            if workload.unit == STEP_UNIT:
+                figure = statistics.median(run.steps.step.p50 for run in timed if run.steps is not None)
+                floor = statistics.median(floor_of_steps(model, requests)) * 1000
+                share = floor / figure
+            else:
+                seconds, least = statistics.median(taken), floor_seconds(model, requests)
+                figure, floor = workload.figure(requests, seconds), workload.figure(requests, least)
+                share = least / seconds
+            row = Measured(name, way, figure, workload.unit, floor, share, taken, timed[-1].steps)
+            rows.append(row._replace(to_plain=_to_plain(row, rows)))
             print(format_row(rows[-1]), flush=True)
     return rows
 
 
+def _to_plain(row: Measured, rows: list[Measured]) -> float | None:
+    plain = "plain-" + row.name.rpartition("-")[2]
+    same = [r.figure for r in rows if r.name == plain and r.way == row.way and r.unit == row.unit == STEP_UNIT]
+    return row.figure / same[0] if same else None
+
+
 HEADER = (
-    "| work | way | figure | unit | floor | share of it | step ms: p50, p99, max | host |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| work | way | figure | unit | floor | share of it | step ms: p50, p99, max | host | to plain |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def format_row(row: Measured) -> str:
-    digits = 2 if row.unit == "ms" else 0
+    digits = 2 if row.unit == "ms" else 3 if row.unit == STEP_UNIT else 0
     figure, floor = f"{row.figure:,.{digits}f}", f"{row.floor:,.{digits}f}"
     steps = ("", "") if row.steps is None else (", ".join(f"{ms:.2f}" for ms in part) for part in row.steps)
-    return f"| {row.name} | {row.way} | {figure} | {row.unit} | {floor} | {row.share:.0%} | {' | '.join(steps)} |"
+    to_plain = "" if row.to_plain is None else f" {row.to_plain:.3f}"
+    cells = (row.name, row.way, figure, row.unit, floor, f"{row.share:.0%}", *steps)
+    return f"| {' | '.join(cells)} |{to_plain} |"

@@ -235,8 +235,8 @@ class Engine:
             raise StepFailedError(describe_error(error), self._scheduler.planned_keys()) from error
 
     def _launch(self, plan: StepPlan) -> Undrawn | Exception | None:
-        """Launch a plan, but for its draws if they have masks; or return what is that plan's fault alone, and has left
-        everything else as it was.
+        """Launch a plan, but for its late draws if any has a mask; or return what is the plan's fault alone, and has
+        left everything else as it was.
 
         On CUDA an error may be that of any earlier launch, and the device be lost, unless it is Python's own and comes
         before this plan's first launch. The device's errors are RuntimeErrors.
@@ -257,10 +257,11 @@ class Engine:
         return None
 
     def _draw(self, plan: StepPlan, undrawn: Undrawn) -> list[RequestUpdate]:
-        """Every token before the plan's draws is known: fill their masks while the device computes, and draw."""
+        """Every token before the plan's draws is known: fill their masks beside the device's work, then draw."""
         try:
-            masks, failures = self._mask_filler.fill([draw for chunk in plan.chunks for draw in chunk.draws])
-            self._in_flight = plan, self._lane_for(plan).draw(undrawn, masks)
+            lane = self._lane_for(plan)
+            failures = self._mask_filler.fill([draw for chunk in plan.chunks for draw in chunk.draws], lane.masks.host)
+            self._in_flight = plan, lane.draw(undrawn)
         except Exception as error:
             if self.device.type != "cpu":
                 raise
@@ -289,7 +290,8 @@ class Engine:
         with self._lock:
             self._num_steps += 1
             self._is_stuck = False
-            updates = self._bookkeeper.update(booked, rows, ended)
+            scores = None if draws.scores is None else draws.scores.numpy()
+            updates = self._bookkeeper.update(booked, rows, ended, scores)
             self._step_times.add(wait_began, ended)
             if not self._scheduler.running:
                 self._step_times.pause()

@@ -11,6 +11,7 @@ import msgspec
 
 from pdray.engine.schedule.limits import check_token_ids
 from pdray.errors import InvalidRequestError
+from pdray.prompt_scores import check_size
 from pdray.router.prompt import CompleteText
 from pdray.router.tokenization import beside_loop, encoder_of, over_context
 from pdray.sampling_params import SamplingParams
@@ -152,6 +153,7 @@ def complete_params(
     Raises:
         ContextLengthError: prompt, or prompt and max_tokens, do not fit max_model_len.
     """
+    check_size(params, num_prompt_tokens)
     left = max_model_len - num_prompt_tokens
     if left < 1 or (params.max_tokens or 1) > left:
         raise over_context(num_prompt_tokens, max_model_len, params.max_tokens)

@@ -18,12 +18,13 @@ from pdray.router.tokenization import beside_loop
 from pdray.sampling_params import SamplingParams
 from pdray.serve.answer_format import answer_format, check_tools, effort_variables
 from pdray.serve.chat_answer import ChatStream, whole_message
+from pdray.serve.echo import Echo
 from pdray.serve.generation import Generation
 from pdray.serve.output_format import structured_outputs
 from pdray.serve.parsers.answer import AnswerFormat
 from pdray.serve.parsers.forced_call import forced_call
 from pdray.serve.protocol import ChatBody, CompletionBody
-from pdray.serve.responses import chat_logprobs, completion_logprobs
+from pdray.serve.responses import chat_logprobs, completion_logprobs, joined_logprobs, prompt_logprobs
 from pdray.serve.tools import choose
 from pdray.structured_outputs import StructuredOutputsParams
 
@@ -50,49 +51,67 @@ class Completion(Generation):
         prompts = body.prompt
         if body.add_special_tokens is False:
             prompts = [CompleteText(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        if body.echo and body.logprobs is not None:
+            most = max(body.logprobs, body.prompt_logprobs or 0)
+            params = msgspec.structs.replace(params, prompt_logprobs=most)
         super().__init__(body, prompts, params, request_id, model, max_tokens)
         if body.echo and tokenizer is None:
             raise InvalidRequestError("echo needs a tokenizer, and this server has none", "echo")
-        self._tokenizer = tokenizer if body.echo else None
+        self._echo = Echo(tokenizer, body.logprobs) if body.echo and tokenizer is not None else None
         self._num_top = body.logprobs or 0
+        self._awaited: dict[int, RequestOutput] = {}  # prompts that are echoed when their logprobs are known
+        self._shifts: dict[int, int] = {}  # characters before a choice's own text
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+        text, logprobs = (
+            completion.text,
+            completion_logprobs(completion.token_ids, completion.logprobs, self._num_top, completion.text_offsets),
+        )
+        if self._echo is not None:
+            echo = self._echo.text(output)
+            text, first = echo + text, self._echo.logprobs(output)
+            logprobs = logprobs if first is None else joined_logprobs(first, logprobs, len(echo))
         choice = {
             "index": index,
-            "text": self._echo(output) + completion.text,
-            "logprobs": completion_logprobs(
-                completion.token_ids, completion.logprobs, self._num_top, completion.text_offsets
-            ),
+            "text": text,
+            "logprobs": logprobs,
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
+        if self.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], self.body.prompt_logprobs)
         if self.body.return_token_ids:
             choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": completion.token_ids}
         return choice
 
     def first_choices(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        echo = self._echo(output)
-        choice: dict[str, Any] = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
+        if self._echo is not None and self._echo.num_top is not None:
+            self._awaited[index] = output
+            return []
+        return self._prompt_choices(index, output)
+
+    def _prompt_choices(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        echo = "" if self._echo is None else self._echo.text(output)
+        logprobs = None if self._echo is None else self._echo.logprobs(output)
+        self._shifts[index] = len(echo)
+        choice: dict[str, Any] = {"index": index, "text": echo, "logprobs": logprobs, "finish_reason": None}
         if self.body.return_token_ids:
             return [choice | {"prompt_token_ids": output.prompt_token_ids, "token_ids": []}]
-        return [choice] if echo else []
+        return [choice] if echo or logprobs else []
 
     def delta_choices(self, index: int, delta: CompletionDelta) -> list[dict[str, Any]]:
+        prompt = self._awaited.pop(index, None)
+        first = [] if prompt is None else self._prompt_choices(index, prompt)
+        offsets = [offset + self._shifts.get(index, 0) for offset in delta.text_offsets or ()]
         choice = {
             "index": index,
             "text": delta.text,
-            "logprobs": completion_logprobs(delta.token_ids, delta.logprobs, self._num_top, delta.text_offsets),
+            "logprobs": completion_logprobs(delta.token_ids, delta.logprobs, self._num_top, offsets),
             "finish_reason": delta.finish_reason,
         }
         if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        return [choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}]
-
-    def _echo(self, output: RequestOutput) -> str:
-        """The prompt's text, if it was asked for. Its ids have been checked: the router has taken them."""
-        if self._tokenizer is None:
-            return ""
-        return str(self._tokenizer.decode(output.prompt_token_ids) if output.prompt is None else output.prompt)
+        return [*first, choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}]
 
 
 class Chat(Generation):
@@ -124,7 +143,10 @@ class Chat(Generation):
         return self._streams[index]
 
     def prompt_fields(self, output: RequestOutput) -> dict[str, Any]:
-        return {"prompt_token_ids": output.prompt_token_ids} if self.body.return_token_ids else {}
+        fields: dict[str, Any] = {"prompt_token_ids": output.prompt_token_ids} if self.body.return_token_ids else {}
+        if self.body.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], self.body.prompt_logprobs)
+        return fields
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         stream = self._stream_of(index)

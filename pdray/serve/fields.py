@@ -95,7 +95,6 @@ FIELDS: dict[str, Ignored | Refused] = {
     "media_io_kwargs": OFF,
     "mm_processor_kwargs": OFF,
     "prompt_embeds": OFF,
-    "prompt_logprobs": OFF,
     "repetition_detection": OFF,
     "request_id": USE_REQUEST_ID,
     "return_mm_kwargs": ON,

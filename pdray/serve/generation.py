@@ -15,7 +15,8 @@ from fastapi.responses import Response
 from pdray.errors import InvalidRequestError
 from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.completion import CompletionDelta
-from pdray.router.routed import RoutedRequest
+from pdray.router.routed import CHARS_PER_ENTRY, RoutedRequest
+from pdray.router.tokenization import beside_loop
 from pdray.sampling_params import SamplingParams
 from pdray.serve.connection import EventStream, unless_gone
 from pdray.serve.errors import to_api_error
@@ -113,7 +114,10 @@ class Generation(ABC):
         finally:
             if not streaming:
                 _abort(admitted.values())
-        return Response(encode_json(self.answer(outputs)), media_type="application/json")
+        num_scored = 0 if self.params.prompt_logprobs is None else sum(len(each.prompt_token_ids) for each in outputs)
+        work = num_scored * self.params.n * CHARS_PER_ENTRY * (1 + (self.params.prompt_logprobs or 0))
+        answer = await beside_loop(work, lambda: encode_json(self.answer(outputs)))
+        return Response(answer, media_type="application/json")
 
     def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The whole answer."""
@@ -156,7 +160,8 @@ class Generation(ABC):
         wanted = self.body.truncate_prompt_tokens
         if wanted is None or max_model_len is None:  # nobody is there, as tokenize() will say
             return None
-        room = max_model_len - (self.params.max_tokens or self.default_max_tokens or 1)
+        wanted_tokens = self.default_max_tokens if self.params.max_tokens is None else self.params.max_tokens
+        room = max_model_len - (wanted_tokens or 1)
         if wanted >= max_model_len or room < 1:
             raise InvalidRequestError(
                 f"truncate_prompt_tokens is {wanted} and max_tokens {self.params.max_tokens}, which leaves no room in "

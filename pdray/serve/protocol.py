@@ -111,7 +111,9 @@ class GenerationBody(BaseModel):
 
     Attributes:
         model: left out, it means the one that is served.
+        max_tokens: 0 computes the prompt alone.
         priority: lower goes first.
+        prompt_logprobs: answer with the log-probabilities of the prompt's tokens, and of so many most likely ones.
         truncate_prompt_tokens: keep so many tokens at the prompt's end; -1: as many as fit beside max_tokens.
         return_token_ids: answer with the ids of prompt and completions, too.
     """
@@ -122,7 +124,7 @@ class GenerationBody(BaseModel):
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[Int32, value_range(1, MAX_N)] | None = 1
-    max_tokens: Annotated[Int32, value_range(1, MAX_INT32)] | None = None
+    max_tokens: Annotated[Int32, value_range(0, MAX_INT32)] | None = None
     temperature: Annotated[Number, value_range(0, 100)] | None = None
     top_p: Annotated[Number, value_range(SMALLEST_FLOAT32, 1)] | None = None
     top_k: Annotated[Int32, value_range(-1, MAX_INT32)] | None = None
@@ -144,6 +146,7 @@ class GenerationBody(BaseModel):
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     cache_salt: Annotated[StrictStr, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    prompt_logprobs: Annotated[Int32, value_range(0, MAX_LOGPROBS)] | None = None
     echo: StrictBool | None = False
     return_token_ids: StrictBool | None = False
     truncate_prompt_tokens: Annotated[Int32, value_range(-1, MAX_INT32)] | None = None
@@ -157,18 +160,14 @@ class GenerationBody(BaseModel):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is only allowed with stream=true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs is not supported with stream=true", "prompt_logprobs")
         kept = self.truncate_prompt_tokens
         if kept is not None and kept < 1 and kept != -1:
             raise InvalidRequestError(
                 f"truncate_prompt_tokens is {kept}; it must be -1, or at least 1", "truncate_prompt_tokens"
             )
         return self
-
-    def _check_echo(self, *, with_logprobs: bool) -> None:
-        if self.echo and with_logprobs:
-            raise InvalidRequestError(
-                "echo together with logprobs is not supported: prompt logprobs are not computed", "echo"
-            )
 
     def sampling_params(
         self, *, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
@@ -192,7 +191,7 @@ class CompletionBody(GenerationBody):
 
     Attributes:
         prompt: one or more, each text or token ids.
-        echo: begin the text with the prompt's.
+        echo: begin the text with the prompt's, and logprobs with those of its tokens.
         add_special_tokens: to a text, those that the tokenizer adds by itself, e.g. a first <s>.
     """
 
@@ -204,7 +203,6 @@ class CompletionBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
-        self._check_echo(with_logprobs=self.logprobs is not None)
         n = 1 if self.n is None else self.n
         if self.suffix:
             raise InvalidRequestError("suffix is not supported", "suffix")
@@ -249,7 +247,6 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
-        self._check_echo(with_logprobs=bool(self.logprobs))
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs=true", "top_logprobs")
         if (size := len(msgspec.json.encode(self.chat_template_kwargs))) > MAX_TEMPLATE_BYTES:

@@ -36,6 +36,7 @@ FIELDS: dict[str, Ignored | Refused] = {
     "messages": Refused(instead="use input"),
     "previous_response_id": Refused(instead=STATELESS),
     "prompt": Refused(instead="use input"),
+    "prompt_logprobs": Refused(instead="use /v1/chat/completions"),
     "response_format": Refused(instead="use text.format"),
     "store": Refused((False,), STATELESS),
     "stream_options": Refused(({}, {"include_obfuscation": False})),

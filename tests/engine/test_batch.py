@@ -11,7 +11,9 @@ from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.step.graphs import StepGraphs, decode_sizes, launched_sizes, prefill_shapes
+from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepShape
+from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.sampling_params import SamplingParams
 
 LIMITS = EngineLimits(
@@ -45,8 +47,13 @@ class Steps:
         self.bookkeeper.update(plan, [SampledRow(50 + i) for i in range(plan.num_draws)], 0.0)
 
 
+def make_buffers(num_tokens: int) -> InputBuffers:
+    draws = LIMITS.max_num_seqs, LIMITS.vocab_size, CPU
+    return InputBuffers(LIMITS, num_tokens, CPU, Histories(*draws), MaskBuffer(*draws))
+
+
 def test_a_token_that_only_the_device_knows_is_named_by_its_draw() -> None:
-    steps, buffers = Steps(), InputBuffers(LIMITS, 16, CPU)
+    steps, buffers = Steps(), make_buffers(16)
     for key in ("a", "b"):
         steps.add(key, [7, 8, 9])
     prompts = steps.plan()
@@ -59,7 +66,7 @@ def test_a_token_that_only_the_device_knows_is_named_by_its_draw() -> None:
 
 
 def test_padding_of_a_decode_step_holds_no_kv_and_writes_to_the_dummy_block() -> None:
-    steps, buffers = Steps(), InputBuffers(LIMITS, 4, CPU)
+    steps, buffers = Steps(), make_buffers(4)
     buffers.fill(StepPlan(), StepShape(4, 4, 4, True))
     steps.add("a", list(range(20, 26)))
     steps.book(steps.plan())
@@ -76,7 +83,7 @@ def test_padding_of_a_decode_step_holds_no_kv_and_writes_to_the_dummy_block() ->
 
 
 def test_padding_of_a_prompt_belongs_to_no_sequence() -> None:
-    steps, buffers = Steps(), InputBuffers(LIMITS, 16, CPU)
+    steps, buffers = Steps(), make_buffers(16)
     steps.add("a", list(range(20, 26)))
     steps.add("b", [30])
     inputs = buffers.fill(steps.plan(), StepShape(16, 3, 3, False))
@@ -89,7 +96,7 @@ def test_padding_of_a_prompt_belongs_to_no_sequence() -> None:
 
 
 def test_block_tables_follow_growth_and_preemption() -> None:
-    steps, buffers = Steps(), InputBuffers(LIMITS, 16, CPU)
+    steps, buffers = Steps(), make_buffers(16)
     steps.add("a", [7, 8, 9])
     steps.book(steps.plan())
     sequence = steps.scheduler.requests["a"].lead

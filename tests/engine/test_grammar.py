@@ -11,14 +11,14 @@ from typing import Any
 
 import jsonschema
 import llguidance
+import numpy as np
 import pytest
 from jsonschema.validators import validator_for
 
 from pdray.engine.grammar.compiler import GrammarCompiler
-from pdray.engine.grammar.matcher import fill_all
+from pdray.engine.grammar.matcher import fill_all, num_words
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.engine.request import EngineRequest
-from pdray.engine.schedule.masks import no_words
 from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams
 from pdray.structured_outputs import StructuredOutputsParams
@@ -274,7 +274,7 @@ def test_threads_fill_the_masks_that_one_fills(grammars: GrammarCompiler) -> Non
     tokens = TokenPieces(PIECES, SPECIAL, lambda text: [PIECES.index(char.encode()) for char in text])
     grammar = GrammarCompiler(lambda: tokens).check(StructuredOutputsParams(choice=("name: abc", "12")))
     executor, texts = llguidance.LLExecutor(2), [b"", b"n", b"na", b"name: a", b"1", b"12"]
-    words = [no_words(len(texts) + 1, VOCAB_SIZE) for _ in range(2)]
+    words = [np.full((len(texts) + 1, num_words(VOCAB_SIZE + 1)), -1, np.int32) for _ in range(2)]
     for each, threads in zip(words, (None, executor), strict=True):
         matchers = [grammar.result(PATIENCE_S).matcher(PIECES.index(bytes([c])) for c in text) for text in texts]
         fill_all(matchers, each, threads, list(range(len(texts))))

@@ -20,7 +20,8 @@ class TwoLanes(Engine):
     def __init__(self, config: Any, model: Any, device: Any, **kwargs: Any) -> None:
         super().__init__(config, model, make_pool(config, model, device), **kwargs)
         limits = self._scheduler.limits
-        self.prefill_lane = Lane(model.decoder, self.pool, limits, sampled=self.lane.sampled)
+        shared = {"sampled": self.lane.sampled, "histories": self.lane.histories}
+        self.prefill_lane = Lane(model.decoder, self.pool, limits, **shared)
         self.used: list[Lane] = []
 
     def _lane_for(self, plan: StepPlan) -> Lane:

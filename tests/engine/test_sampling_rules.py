@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pdray.engine.request import EngineRequest
-from pdray.engine.step.lane import pack_samples, unpack_samples
-from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
+from pdray.engine.step.reports import unpack_reports
+from pdray.kernels.sampling.draw_rows import report
+from pdray.kernels.sampling.history import no_history
+from pdray.kernels.sampling.rows import WORDS, DrawTable, make_record
 from pdray.sampling_params import SamplingParams
 
 PROMPT = list(range(10, 40))
@@ -89,9 +92,10 @@ def test_logprobs_are_those_of_the_raw_logits(llama: Any) -> None:
 def test_rows_with_and_without_logprobs_are_read_together() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     numbers = [2, None, 0, 5]
-    params = [SamplingParams(temperature=0.0, logprobs=number) for number in numbers]
-    output = sample(logits, SamplingMetadata.build([SamplingRow(p, 0, 0) for p in params]))
-    rows = unpack_samples(pack_samples(output), numbers, 5)
+    records = [make_record(SamplingParams(temperature=0.0, logprobs=number), 0) for number in numbers]
+    words = torch.from_numpy(np.concatenate(records).view(np.int32).reshape(-1, WORDS))
+    table = DrawTable(words, no_history(1, 50), torch.zeros(1, 2, dtype=torch.int32))
+    rows = unpack_reports(report(logits, table, logits.argmax(-1), 9).numpy(), numbers, 9)
     assert [row.token_id for row in rows] == logits.argmax(-1).tolist()
     expected = logits.log_softmax(-1)
     for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):

@@ -23,7 +23,9 @@ from text import check_memory, check_text
 
 def check_kernels() -> Iterator[Row]:
     """Triton kernels against their torch references."""
-    for path in sorted((Path(__file__).parents[1] / "kernels").glob("*_cases.py")):
+    folder = Path(__file__).parents[1] / "kernels"
+    sys.path.append(str(folder))
+    for path in sorted(folder.glob("*_cases.py")):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         cases = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +11,11 @@ from pdray.kernels.attention.rotary_store import rotate_and_store
 from pdray.kernels.elementwise.embedding import embed
 from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.kernels.kv.blocks import store_kv
-from pdray.kernels.sampling.draw import draw, draw_filtered, draw_tokens
+from pdray.kernels.sampling.draw import draw
+from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens
+from pdray.kernels.sampling.history import no_history
 from pdray.kernels.sampling.metadata import RandomRows
+from pdray.kernels.sampling.rows import RECORD, WORDS, DrawTable, RowFlag
 from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.sampling_params import SamplingParams
 
@@ -43,13 +47,19 @@ def test_draws_of_greedy_and_random_rows() -> None:
     """Rows at temperature 0 take the argmax and read no filter; the others draw as alone."""
     logits = torch.randn(6, 200)
     temperature = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0, 1.0])
-    seeds, positions, top_k = torch.arange(6), torch.arange(6) + 3, torch.tensor([3, 3, 1, 0, 0, 7])
+    seeds, positions, top_k = torch.arange(6), torch.arange(6) + 3, torch.tensor([3, 0, 1, 0, 7, 0])
     for limit in (None, top_k):
-        out = torch.empty(6, dtype=torch.int64)
-        if limit is None:
-            draw_tokens(logits, temperature, seeds, positions, out)
-        else:
-            draw_filtered(logits, temperature, seeds, positions, out, top_k=limit)
+        out = torch.full((6,), -7)
+        records = np.zeros(6, RECORD)
+        records["temperature"], records["seed"], records["position"] = temperature, seeds, positions
+        records["top_p"] = 1.0
+        if limit is not None:
+            records["top_k"], records["flags"][::2] = limit, RowFlag.LATE
+        words = torch.from_numpy(records.view(np.int32).reshape(-1, WORDS))
+        table = DrawTable(words, no_history(1, 200), torch.zeros(1, 7, dtype=torch.int32))
+        draw_tokens(logits, table, out)
+        assert (out == -7).tolist() == [limit is not None and i % 2 == 0 for i in range(6)]
+        draw_late(logits, table, out)
         for i in range(6):
             row = slice(i, i + 1)
             k = None if limit is None else limit[row]

@@ -1,10 +1,14 @@
-"""Token masks on the CPU; their kernel is checked by mask_cases.py."""
+"""Token masks and biases on the CPU; sampling_cases.py checks that the kernels do the same."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+from pdray.kernels.sampling.history import BIASES, END, PROMPT, Join, biased_tokens, no_history, pack_joins, remember
 from pdray.kernels.sampling.mask import TokenMasks, apply_masks, unpack_masks
 from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.sampling_params import SamplingParams
@@ -42,9 +46,7 @@ def test_masks_come_before_everything_and_logprobs_do_not_see_them() -> None:
     params = SamplingParams(temperature=1.0, top_k=5, top_p=0.5, repetition_penalty=1.5, logprobs=2, seed=0)
     rows = [SamplingRow(params, 4, position, [7], [9]) for position in range(3)]
     plain = SamplingMetadata.build(rows)
-    masked = SamplingMetadata(
-        plain.penalties, plain.banned, plain.random, plain.logprobs, TokenMasks(torch.tensor([1]), pack(allowed))
-    )
+    masked = replace(plain, masks=TokenMasks(torch.tensor([1]), pack(allowed)))
     before = logits.clone()
     free, bound = sample(logits, plain), sample(logits, masked)
     assert torch.equal(logits, before) and int(bound.token_ids[1]) in (7, 9)
@@ -60,3 +62,22 @@ def test_a_bias_is_added_before_everything_else() -> None:
     out = sample(logits, SamplingMetadata.build(rows))
     assert out.token_ids.tolist() == [3, int(logits[1].argmax())] and out.logprobs is not None
     assert float(out.logprobs.sampled[0]) == pytest.approx(float(logits[0].log_softmax(-1)[3]), abs=1e-5)
+
+
+def test_a_slot_keeps_biases_beside_what_it_counts() -> None:
+    """As many different numbers as there is room for, on tokens that are prompt, output and end as well."""
+    bias = {3 * i: (i - 500) / 8 for i in range(BIASES - 1)} | {1: -100.0}
+    del bias[0]
+    history = no_history(2, 3100)
+    remember(history, pack_joins([Join(1, [3, 4], [3, 3, 6], [6, 7], bias)]))
+    token_ids, values = biased_tokens(history[1].numpy())
+    assert dict(zip(token_ids.tolist(), values.tolist(), strict=True)) == bias
+    counts = history[1, BIASES:].numpy()
+    assert [int(counts[i]) & (PROMPT - 1) & ((1 << 20) - 1) for i in (3, 4, 6, 7)] == [2, 0, 1, 0]
+    assert np.flatnonzero(counts & PROMPT).tolist() == [3, 4] and np.flatnonzero(counts & END).tolist() == [6, 7]
+    assert not bool(history[0].any())
+
+
+def test_more_different_biases_than_a_slot_has_room_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="1024 different numbers"):
+        pack_joins([Join(0, [], [], [], {i: float(i) for i in range(BIASES)})])

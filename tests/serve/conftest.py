@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import uvicorn
@@ -20,6 +21,7 @@ from pdray.errors import WorkerDiedError
 from pdray.exposition import Exposition
 from pdray.models.generation_config import NEUTRAL
 from pdray.outputs import Logprob, SampledToken
+from pdray.prompt_scores import PromptScores
 from pdray.router.grammars import check_grammar
 from pdray.router.request import Request
 from pdray.router.routed import RoutedRequest
@@ -28,6 +30,7 @@ from pdray.router.validation import check_tokenizer, complete_params, tokenize_a
 from pdray.sampling_params import SamplingParams
 from pdray.serve.api import create_app
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.prefill_messages import FirstTokens
 
 EOS = 128
 REPLY = "The capital of France is Paris."
@@ -127,6 +130,8 @@ class ScriptedRouter:
     async def _run(self, request: Request, routed: RoutedRequest) -> None:
         params, leg = request.params, request.start()
         assert params.max_tokens is not None
+        if params.prompt_logprobs is not None:
+            request.note_prefill(leg, self._first_tokens(request, params.prompt_logprobs))
         codes = [ord(char) for char in self.reply]
         tokens = [codes[i % len(codes)] for i in range(params.max_tokens)] if params.ignore_eos else [*codes, EOS]
         for position, token_id in enumerate(tokens[: params.max_tokens]):
@@ -148,6 +153,19 @@ class ScriptedRouter:
             await asyncio.sleep(0)
         request.output.timings.queue = 0.001
         self._end(request, routed)
+
+    @staticmethod
+    def _first_tokens(request: Request, num_top: int) -> FirstTokens:
+        """A prefill worker's message: every prompt token comes after c, d, A, B and so on, unless it is one of them."""
+        rows = []
+        for token_id in request.output.prompt_token_ids[1:]:
+            ids = [99, 100, *range(65, 85)]
+            rank = ids.index(token_id) + 1 if token_id in ids else 3
+            top = np.array([-float(place + 1) for place in range(num_top)], np.float32)
+            own = np.array([-float(rank)], np.float32)
+            rows.append([token_id, rank, *own.view(np.int32), *ids[:num_top], *top.view(np.int32)])
+        scores = PromptScores(num_top, np.array(rows, "<i4").tobytes())
+        return FirstTokens(request.request_id, 0, [], 0, 0.0, 0.0, scores)
 
     def _logprobs(self, token_id: int, index: int, num_top: int | None) -> dict[int, Logprob] | None:
         """Completion 0 sampled the likeliest token; the others one that is not among the top."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.demand import Demand, lease_demand, num_blocks_for, num_reserved_tokens, num_start_blocks
 from pdray.errors import InvalidRequestError
+from pdray.prompt_scores import check_size
 from pdray.sampling_params import SamplingParams
 
 
@@ -108,6 +109,7 @@ class EngineLimits:
                 "n",
             )
         check_token_ids(request.params, self.vocab_size)
+        check_size(request.params, len(prompt))
         self._check_length(request)
         self._check_blocks(request, reserved)
 

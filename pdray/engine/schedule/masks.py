@@ -1,28 +1,19 @@
-"""Rules that say which tokens may come next: grammars, and what else narrows the vocabulary.
-
-A mask that depends on the last token is filled when that token is known, while the device already computes the step
-that draws the next one; see Engine. Where a sequence has any such rule, all its bans are in its mask.
-"""
+"""Rules that requests ask for: grammars, and what else narrows the vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from concurrent.futures import Future
 
 import numpy as np
 
-from pdray.engine.grammar.matcher import Grammar, GrammarError, GrammarMatcher, Words, num_words
-from pdray.engine.schedule.rule import History, Rule
-from pdray.kernels.sampling.metadata import SamplingRow
+from pdray.engine.grammar.matcher import Grammar, GrammarError, GrammarMatcher, Words
+from pdray.engine.schedule.rule import History, Rule, set_bits
 
 NOTHING_LEFT = "no token of the vocabulary satisfies all that the request asks of the next one"
 
 
 class GrammarRule(Rule):
     """Follows a grammar, which has been compiled by the first draw. The output ends where nothing may follow."""
-
-    needs_tokens = False
-    masks = True
 
     def __init__(self, grammar: Future[Grammar], history: History) -> None:
         self._grammar, self._history = grammar, history
@@ -57,10 +48,6 @@ class GrammarRule(Rule):
         """See Rule."""
         return self._matcher is not None and not self._failure and self._matcher.ended
 
-    def change(self, row: SamplingRow) -> SamplingRow:
-        """See Rule."""
-        return row
-
     def narrow(self, words: Words, position: int) -> None:
         """See Rule; words hold what the matcher allows. Where the text may end, so may the output."""
         grammar = self._grammar.result()
@@ -81,16 +68,9 @@ class GrammarRule(Rule):
 class AllowedTokens(Rule):
     """Nothing but the request's allowed_token_ids."""
 
-    needs_tokens = False
-    masks = True
-
     def __init__(self, token_ids: tuple[int, ...]) -> None:
         self._token_ids = token_ids
         self._words: Words | None = None
-
-    def change(self, row: SamplingRow) -> SamplingRow:
-        """See Rule."""
-        return row
 
     def narrow(self, words: Words, position: int) -> None:
         """See Rule."""
@@ -109,9 +89,6 @@ class AllowedTokens(Rule):
 class BadWords(Rule):
     """Bans the token that would complete one of the words."""
 
-    needs_tokens = False
-    masks = True
-
     def __init__(self, history: History) -> None:
         self._words_token_ids = history.params.bad_words_token_ids
         self._reach = max(len(token_ids) for token_ids in self._words_token_ids) - 1
@@ -120,10 +97,6 @@ class BadWords(Rule):
     def told(self, token_id: int) -> None:
         """See Rule."""
         self._last = (*self._last, token_id)[-self._reach :] if self._reach else ()
-
-    def change(self, row: SamplingRow) -> SamplingRow:
-        """See Rule."""
-        return row
 
     def narrow(self, words: Words, position: int) -> None:
         """See Rule."""
@@ -135,19 +108,3 @@ class BadWords(Rule):
     def make(history: History) -> Rule | None:
         """None without bad words."""
         return BadWords(history) if history.params.bad_words_token_ids else None
-
-
-def set_bits(words: Words, token_ids: Iterable[int], value: bool) -> None:
-    """Allow or ban some tokens."""
-    unsigned = words.view(np.uint32)
-    for token_id in token_ids:
-        bit = np.uint32(1 << token_id % 32)
-        if value:
-            unsigned[token_id // 32] |= bit
-        else:
-            unsigned[token_id // 32] &= ~bit
-
-
-def no_words(rows: int, vocab_size: int) -> Words:
-    """Masks that allow everything, with room for the bit that says whether a text may end."""
-    return np.full((rows, num_words(vocab_size + 1)), -1, dtype=np.int32)

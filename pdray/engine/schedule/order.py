@@ -32,4 +32,4 @@ def may_go_on(sequence: Sequence) -> bool:
         return True
     has_forks_to_wait_for = not live.forked and len(live.sequences) > 1
     will_end = sequence.num_tokens >= sequence.max_total_tokens or live.prefill_only
-    return not (will_end or has_forks_to_wait_for or live.needs_history)
+    return not (will_end or has_forks_to_wait_for)

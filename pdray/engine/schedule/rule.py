@@ -1,14 +1,15 @@
-"""What a rule of sampling is: it is told every token of one sequence, and changes how the next is drawn."""
+"""What a rule of sampling is: it is told every token of one sequence, and says which may come next."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import NamedTuple
 
+import numpy as np
+
 from pdray.engine.grammar.matcher import Grammar, Words
-from pdray.kernels.sampling.metadata import SamplingRow
 from pdray.sampling_params import SamplingParams
 
 
@@ -22,22 +23,13 @@ class History(NamedTuple):
     """
 
     params: SamplingParams
-    prompt_token_ids: Sequence[int]
     output_token_ids: list[int]
     end_token_ids: tuple[int, ...]
     grammar: Future[Grammar] | None = None
 
 
 class Rule(ABC):
-    """See the module.
-
-    Attributes:
-        needs_tokens: every token must be known before the step that draws the next one is planned.
-        masks: every token must be known before the next one is drawn, which narrow() has a word in.
-    """
-
-    needs_tokens = True
-    masks = False
+    """See the module."""
 
     def told(self, token_id: int) -> None:
         """The sequence has this token now."""
@@ -49,12 +41,19 @@ class Rule(ABC):
         return False
 
     @abstractmethod
-    def change(self, row: SamplingRow) -> SamplingRow:
-        """How the next token is drawn: ``row`` with more banned tokens, or with what else a row can say."""
-
     def narrow(self, words: Words, position: int) -> None:
         """Take away the bits of tokens that must not be the output's token at this position.
 
-        Called of all rules of a sequence that has one that masks, in their order.
+        Called of all rules of a sequence, in their order, when all tokens before the position have been told.
         """
-        return
+
+
+def set_bits(words: Words, token_ids: Iterable[int], value: bool) -> None:
+    """Allow or ban some tokens."""
+    unsigned = words.view(np.uint32)
+    for token_id in token_ids:
+        bit = np.uint32(1 << token_id % 32)
+        if value:
+            unsigned[token_id // 32] |= bit
+        else:
+            unsigned[token_id // 32] &= ~bit

@@ -134,6 +134,7 @@ class Scheduler:
         if live.refusal is not None:
             return self.updates.append(refuse(self, key, live.refusal))
         live.started_at = now
+        live.scores = None  # told by whoever has computed the prompt
         live.lead.num_computed_tokens = len(live.lead.token_ids)
         self.allocator.cache_computed(live.lead, live.lead.num_computed_tokens)
         self.allocator.fork(live)

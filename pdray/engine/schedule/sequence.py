@@ -13,6 +13,9 @@ from pdray.engine.grammar.matcher import Grammar
 from pdray.engine.kv.block_pool import hash_blocks, salted
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.rules import History, Rule, make_rules
+from pdray.kernels.sampling.metadata import has_penalty
+from pdray.prompt_scores import PromptScores, num_words
+from pdray.prompt_scores import Words as ScoreWords
 from pdray.sampling_params import SamplingParams, wrap_seed
 
 # Steps that draw, after which a request that was to be computed alone joins the others. The step that failed was at
@@ -52,6 +55,7 @@ class Sequence:
         block_table: blocks in order; may reach beyond token_ids. Change it through the methods.
         block_row: [at least len(block_table)] int32, block_table again, for copying into a batch. What it holds never
             changes but by growing: where the table does, another array replaces it.
+        draw_record: how its tokens are drawn, for the device; None before the first draw.
         num_hashed_blocks: leading blocks that were offered to the prefix cache.
         pending_copy: to be done before this sequence's first step; it holds a reference on the source.
         preempted: in the queue to be computed again.
@@ -61,6 +65,7 @@ class Sequence:
         "block_hashes",
         "block_row",
         "block_table",
+        "draw_record",
         "index",
         "max_total_tokens",
         "num_computed_tokens",
@@ -84,6 +89,7 @@ class Sequence:
         self.index = index
         self.token_ids = token_ids
         self._rules: list[Rule] | None = None
+        self.draw_record: bytes | None = None
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_total_tokens = max_total_tokens
         self.seed = wrap_seed((request.params.seed or 0) + index)
@@ -176,13 +182,14 @@ class LiveRequest:
         arrival: rank among the engine's requests, from 0.
         sequences: one per index; the first one computes the prompt for all.
         end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
-        is_plain: its draws know no filter and no rule, and nothing but the token is asked for.
+        prompt_array: prompt_token_ids as int32, if its draws look at them; else empty.
         forked: every sequence runs on its own.
-        needs_history: its steps depend on the tokens before them, beyond the KV.
         grammar: what its outputs follow, once it is compiled.
-        has_mask: its draws depend on the tokens before them, its steps do not.
+        has_rules: its draws follow rules, and so depend on the tokens before them, but its steps do not; see rules.py.
         has_places: its unfinished sequences are counted against max_num_seqs.
         num_cached_tokens: found in the prefix cache when blocks were first allocated.
+        scores: log-probabilities of its prompt tokens, as far as they are known; see PromptScores. None: not asked for,
+            or told already.
         num_alone_steps: steps that draw for it and compute nothing else, still to come.
         queued_at, scheduled_at: s on the engine's clock: add() or start_prefill(), and the first step.
         started_at, joined_at: the same for start_decode(). All are None again once reported.
@@ -193,16 +200,16 @@ class LiveRequest:
         "end_token_ids",
         "forked",
         "grammar",
-        "has_mask",
         "has_places",
-        "is_plain",
+        "has_rules",
         "joined_at",
-        "needs_history",
         "num_alone_steps",
         "num_cached_tokens",
+        "prompt_array",
         "queued_at",
         "request",
         "scheduled_at",
+        "scores",
         "sequences",
         "started_at",
     )
@@ -218,16 +225,19 @@ class LiveRequest:
         self.request = request
         self.end_token_ids = end_token_ids
         self.grammar = grammar
-        rules = self.make_rules([])
-        self.is_plain = is_plain(request.params) and not rules
-        self.needs_history = any(rule.needs_tokens for rule in rules)
-        self.has_mask = any(rule.masks for rule in rules)
+        self.has_rules = bool(self.make_rules([]))
+        remembered = request.prompt_token_ids if has_penalty(request.params) else ()
+        self.prompt_array = np.array(remembered, dtype=np.int32)
         self.arrival = arrival
         token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.sequences = [Sequence(self, index, token_ids, max_total_tokens) for index in request.indices]
         self.forked = False
         self.has_places = False
         self.num_cached_tokens: int | None = None
+        num_top = request.params.prompt_logprobs
+        self.scores: ScoreWords | None = None
+        if num_top is not None:
+            self.scores = np.zeros((len(request.prompt_token_ids) - 1, num_words(num_top)), dtype=np.int32)
         self.num_alone_steps = ALONE_STEPS if request.alone else 0
         self.queued_at: float | None = None
         self.scheduled_at: float | None = None
@@ -236,8 +246,18 @@ class LiveRequest:
 
     def make_rules(self, output_token_ids: list[int]) -> list[Rule]:
         """New rules for a sequence that has these outputs."""
-        history = History(self.params, self.prompt_token_ids, output_token_ids, self.end_token_ids, self.grammar)
-        return make_rules(history)
+        return make_rules(History(self.params, output_token_ids, self.end_token_ids, self.grammar))
+
+    def num_scores_between(self, start: int, end: int) -> int:
+        """How many tokens of these positions a prompt token follows that is to be scored."""
+        return 0 if self.scores is None else max(0, min(end, len(self.scores)) - start)
+
+    def take_scores(self) -> PromptScores | None:
+        """What has become of ``scores``, once."""
+        scores, self.scores = self.scores, None
+        if scores is None:
+            return None
+        return PromptScores(self.params.prompt_logprobs or 0, scores.astype("<i4").tobytes())
 
     def note_scheduled(self, now: float) -> None:
         """A step computes some of it; only the first one counts."""
@@ -290,9 +310,3 @@ class LiveRequest:
     def num_places(self) -> int:
         """Sequences of it that count against max_num_seqs while it has_places."""
         return sum(s.status not in (SequenceStatus.FINISHED, SequenceStatus.HELD) for s in self.sequences)
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Whether a draw without rules needs no more than temperature and seed, and no log-probabilities are asked for."""
-    has_filter = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
-    return not has_filter and params.logprobs is None and params.logit_bias is None

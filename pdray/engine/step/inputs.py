@@ -10,24 +10,13 @@ import torch
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import BlockCopy, StepPlan
 from pdray.engine.schedule.sequence import Sequence
+from pdray.engine.step.draw_inputs import DrawNeeds, fill_records
+from pdray.engine.step.histories import Histories
+from pdray.engine.step.mask_buffer import MaskBuffer
+from pdray.engine.step.scores import ScoreInputs
 from pdray.kernels.attention.paged import AttentionMetadata, find_fresh
 from pdray.kernels.elementwise.embedding import pending_id
-from pdray.kernels.sampling.metadata import GREEDY_TEMPERATURE
-from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow
-
-GREEDY = SamplingMetadata()
-
-
-class DrawInputs(NamedTuple):
-    """Parameters of S plain draws; see draw_tokens.
-
-    Attributes:
-        temperature: [S] float32, 0 where greedy. seeds, positions: [S] int64.
-    """
-
-    temperature: torch.Tensor
-    seeds: torch.Tensor
-    positions: torch.Tensor
+from pdray.kernels.sampling.rows import WORDS, DrawTable
 
 
 class StepShape(NamedTuple):
@@ -55,11 +44,10 @@ class StepInputs(NamedTuple):
         input_ids: [T] int64; pending_id(i) stands for the token that draw i of the step before has drawn.
         positions: [T] int64.
         logit_rows: [S] int64, the token whose logits each draw uses; a row may occur more than once.
-        draws: on CUDA.
-        sampling: None where ``draws`` says all, on CUDA.
+        draws: how each is made. needs: what the draws need beyond that.
         num_logprobs: for each draw, how many most likely tokens are asked for; None: not even the drawn one.
-        has_masks: of draws; see StepPlan.
         shape: of the tensors; what is beyond the plan's own is padding.
+        scores: prompt tokens to score; put in by the lane.
     """
 
     copies: list[BlockCopy]
@@ -67,11 +55,11 @@ class StepInputs(NamedTuple):
     positions: torch.Tensor
     attention: AttentionMetadata
     logit_rows: torch.Tensor
-    draws: DrawInputs | None
-    sampling: SamplingMetadata | None
+    draws: DrawTable
+    needs: DrawNeeds
     num_logprobs: list[int | None]
     shape: StepShape
-    has_masks: bool = False
+    scores: ScoreInputs | None = None
 
 
 class HostInputs:
@@ -85,8 +73,8 @@ class HostInputs:
         self.buffer = buffer
         arrays = {name: section.of(buffer).numpy() for name, section in sections.items()}
         self.ids, self.positions, self.slots = arrays["ids"], arrays["positions"], arrays["slots"]
-        self.rows, self.seeds, self.draw_positions = arrays["rows"], arrays["seeds"], arrays["draw_positions"]
-        self.temperature, self.starts, self.lens = arrays["temperature"], arrays["starts"], arrays["lens"]
+        self.rows, self.starts, self.lens = arrays["rows"], arrays["starts"], arrays["lens"]
+        self.records = arrays["records"]
         self.tables = arrays["tables"]
         self.owners: list[tuple[np.ndarray[Any, Any] | None, int]] = [(None, 0)] * len(self.tables)
 
@@ -117,11 +105,11 @@ class Section(NamedTuple):
 
 def lay_out(num_tokens: int, num_seqs: int, max_blocks: int) -> dict[str, Section]:
     """Sections of a step's buffer, each aligned to 16 bytes."""
-    long, single, int_ = torch.int64, torch.float32, torch.int32
+    long, int_ = torch.int64, torch.int32
     wanted = {
         **{name: (long, (num_tokens,)) for name in ("ids", "positions", "slots")},
-        **{name: (long, (num_seqs,)) for name in ("rows", "seeds", "draw_positions")},
-        "temperature": (single, (num_seqs,)),
+        "rows": (long, (num_seqs,)),
+        "records": (int_, (num_seqs, WORDS)),
         "starts": (int_, (num_seqs + 1,)),
         "lens": (int_, (num_seqs,)),
         "tables": (int_, (num_seqs, max_blocks)),
@@ -141,7 +129,10 @@ class InputBuffers:
     What was filled before the last fill() must have been used. On CPU both sides are the same memory.
     """
 
-    def __init__(self, limits: EngineLimits, num_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, limits: EngineLimits, num_tokens: int, device: torch.device, histories: Histories, masks: MaskBuffer
+    ) -> None:
+        self._histories, self._masks = histories, masks
         self.block_size = limits.block_size
         self.device = device
         self._sections = lay_out(num_tokens, limits.max_num_seqs, limits.num_blocks_for(limits.max_model_len))
@@ -169,15 +160,13 @@ class InputBuffers:
             self._fill_chunks(host, plan)
         if padded is not None:
             _pad(host, plan, padded)
+        draws = [draw for chunk in plan.chunks for draw in chunk.draws]
+        needs = fill_records(host.records, draws, shape.num_draws, self._histories)
         if self._device_buffer is not host.buffer:
-            self._fill_draws(host, plan, shape.num_draws)
             used = self._sections["tables"].start + shape.num_seqs * host.tables.shape[1] * host.tables.itemsize
             self._device_buffer[:used].copy_(host.buffer[:used], non_blocking=True)
-        inputs = self.views(shape, plan)
-        sampling, num_logprobs = self._sampling(plan)
-        return inputs._replace(
-            copies=plan.copies, sampling=sampling, num_logprobs=num_logprobs, has_masks=plan.has_masks
-        )
+        num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
+        return self.views(shape, plan)._replace(copies=plan.copies, needs=needs, num_logprobs=num_logprobs)
 
     def _fill_decodes(self, host: HostInputs, plan: StepPlan) -> None:
         """One token for each sequence, most of it without a loop in Python."""
@@ -219,16 +208,6 @@ class InputBuffers:
         host.starts[0] = 0
         host.starts[1 : len(query_lens) + 1] = np.cumsum(query_lens)
 
-    @staticmethod
-    def _fill_draws(host: HostInputs, plan: StepPlan, num_draws: int) -> None:
-        draws = [draw for chunk in plan.chunks for draw in chunk.draws]
-        num = len(draws)
-        host.temperature[:num] = [_temperature(draw.sequence) for draw in draws]
-        host.seeds[:num] = [draw.sequence.seed for draw in draws]
-        host.draw_positions[:num] = [draw.position for draw in draws]
-        for padding in (host.temperature, host.seeds, host.draw_positions):
-            padding[num:num_draws] = 0
-
     def views(self, shape: StepShape, plan: StepPlan) -> StepInputs:
         """The static tensors, cut to a shape, without what fill() adds."""
         part, on_gpu = self._device, self.device.type == "cuda"
@@ -248,42 +227,17 @@ class InputBuffers:
             num_decodes=num_seqs if is_decode else plan.num_decodes,
             fresh_from=find_fresh(query_lens, kv_lens, plan.num_decodes),
         )
-        draws = DrawInputs(
-            part["temperature"][:num_draws], part["seeds"][:num_draws], part["draw_positions"][:num_draws]
-        )
         return StepInputs(
             copies=[],
             input_ids=part["ids"][:num_tokens],
             positions=part["positions"][:num_tokens],
             attention=attention,
             logit_rows=part["rows"][:num_draws],
-            draws=draws if on_gpu else None,
-            sampling=None,
+            draws=DrawTable(part["records"][:num_draws], self._histories.words, self._masks.words),
+            needs=DrawNeeds(),
             num_logprobs=[],
             shape=shape,
         )
-
-    def _sampling(self, plan: StepPlan) -> tuple[SamplingMetadata | None, list[int | None]]:
-        """Sampling metadata and numbers of log-probabilities of the plan's draws; plain rows need no metadata."""
-        draws = [draw for chunk in plan.chunks for draw in chunk.draws]
-        num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
-        if self.device.type == "cuda" and all(draw.sequence.request.is_plain for draw in draws):
-            return None, num_logprobs
-        if all(draw.sequence.request.is_plain and draw.sequence.request.params.greedy for draw in draws):
-            return GREEDY, num_logprobs
-        rows = []
-        for sequence, _, position in draws:
-            row = SamplingRow(sequence.request.params, sequence.seed, position)
-            for rule in sequence.rules:
-                row = rule.change(row)
-            rows.append(row)
-        return SamplingMetadata.build(rows, self.device), num_logprobs
-
-
-def _temperature(sequence: Sequence) -> float:
-    """0 where the draw is greedy."""
-    temperature = sequence.request.params.temperature
-    return temperature if temperature >= GREEDY_TEMPERATURE else 0.0
 
 
 def _pad(host: HostInputs, plan: StepPlan, shape: StepShape) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -12,30 +10,37 @@ import torch
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
-from pdray.engine.step.graphs import StepGraphs
+from pdray.engine.step.graphs import StepGraphs, decode_sizes
+from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
+from pdray.engine.step.late_graphs import LateGraphs
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
+from pdray.engine.step.mask_buffer import MaskBuffer
+from pdray.engine.step.reports import unpack_reports
+from pdray.engine.step.scores import MAX_PIECE, ScoreInputs, compute_scores, make_scores
+from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
-from pdray.kernels.sampling.draw import draw_tokens
-from pdray.kernels.sampling.mask import TokenMasks
-from pdray.kernels.sampling.sample import SampleOutput, sample
+from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
+from pdray.kernels.sampling.history import remember
 from pdray.models.decoder import Decoder
-from pdray.outputs import Logprob
+from pdray.sampling_params import MAX_LOGPROBS
 
 
 class Draws(NamedTuple):
     """Draws of a launched step.
 
     Attributes:
-        packed: on the host, and on CUDA only once ``done`` has passed.
+        packed: on the host, and on CUDA only once ``done`` has passed: token ids, or reports if num_top is not None.
         num_logprobs: see StepInputs.
-        num_top: most likely tokens that each asking row has in ``packed``; None if no row asked.
+        num_top: most likely tokens in each report; None if no row asked for any.
+        scores: as packed, of prompt tokens: reports of MAX_LOGPROBS most likely tokens. None if none are asked for.
     """
 
     packed: torch.Tensor
     num_logprobs: list[int | None]
     num_top: int | None
     done: torch.cuda.Event | None = None
+    scores: torch.Tensor | None = None
 
     def read(self) -> list[SampledRow]:
         """One row for each draw, in order. Waits for the step."""
@@ -43,29 +48,30 @@ class Draws(NamedTuple):
             self.done.synchronize()
         if self.num_top is None:
             return [SampledRow(token_id) for token_id in self.packed.tolist()]
-        return unpack_samples(self.packed, self.num_logprobs, self.num_top)
+        return unpack_reports(self.packed.numpy(), self.num_logprobs, self.num_top)
 
 
 class Undrawn(NamedTuple):
-    """A step that was launched up to its logits."""
+    """A launched step whose late draws wait for masks."""
 
     inputs: StepInputs
     logits: torch.Tensor
+    scores: torch.Tensor | None
 
 
 class Lane:
     """Launches plans one after the other: input buffers, padding, graphs. For one thread.
 
-    Several lanes may serve one pool. Draws that the host has not read are looked up in ``sampled``, so lanes whose
-    plans continue each other's share it.
+    Several lanes may serve one pool. Draws that the host has not read are looked up in ``sampled``, and what penalties
+    look at is in ``histories``, so lanes whose plans continue each other's share both.
 
     Args:
-        sampled: [max_num_seqs] int64 on the device; default: its own.
+        sampled: [max_num_seqs] int64 on the device; default: its own. histories: likewise.
         largest_group: layers that are told of together at most; see layer_groups().
         capture: make CUDA graphs, and load what launched steps need.
 
     Attributes:
-        sampled: the last launched step's draws.
+        sampled: the last launched step's draws. masks: of those that wait for any.
         graphs: of decode steps and short prompts; None: every step is launched kernel by kernel.
         on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
@@ -77,6 +83,7 @@ class Lane:
         limits: EngineLimits,
         *,
         sampled: torch.Tensor | None = None,
+        histories: Histories | None = None,
         largest_group: int = 16,
         capture: bool = False,
     ) -> None:
@@ -87,11 +94,17 @@ class Lane:
             torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device) if sampled is None else sampled
         )
         self.graphs: StepGraphs | None = None
+        self._late_graphs: LateGraphs | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
+        self._score_piece = max(size for size in decode_sizes(limits.max_num_seqs) if size <= MAX_PIECE)
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device)
-        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device)
+        draws = limits.max_num_seqs, decoder.config.vocab_size, device
+        self.histories, self.masks = histories or Histories(*draws), MaskBuffer(*draws)
+        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device, self.histories, self.masks)
+        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, self.masks)
+        if device.type == "cuda":
+            load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
         if capture:
             self._capture(limits.max_num_batched_tokens)
 
@@ -100,13 +113,17 @@ class Lane:
         logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.pool.device)
         self.graphs = StepGraphs(logits, max_num_batched_tokens)
         self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups)
+        num = len(self.sampled)
+        table = self._decode_buffers.views(StepShape(num, num, num, True), StepPlan()).draws
+        self._late_graphs = LateGraphs(logits, self.sampled, table, decode_sizes(num))
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """The plan's inputs, padded for a graph where one can run it. Reads the sequences: under the engine's lock."""
         padded = None if self.graphs is None else self.graphs.shape_for(plan)
-        return (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
+        inputs = (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
+        return inputs._replace(scores=make_scores(plan, self._score_piece, self.pool.device))
 
     def groups(self, shape: StepShape) -> list[range]:
         """Layers of such a step that are told of together."""
@@ -123,32 +140,35 @@ class Lane:
             on_group: called when a group's KV is stored; on CUDA, when the work is launched that does so.
 
         Returns:
-            Undrawn if its draws have masks: then draw() is to follow, before the next launch.
+            Undrawn if draws wait for masks: then ``masks`` are to be filled and draw() is to follow, before the next
+            launch.
         """
         copy_blocks(self.pool.tensor, list(inputs.copies))
+        if inputs.needs.joins is not None:
+            remember(self.histories.words, inputs.needs.joins)
         num_draws = len(inputs.num_logprobs)
-        if self.graphs is not None and inputs.shape in self.graphs:
+        scores = None
+        if self.graphs is not None and inputs.shape in self.graphs and inputs.scores is None:
             logits = self.graphs.replay(inputs.shape)
             if on_group is not None:
                 for layers, stored in self.graphs.stored(inputs.shape):
                     on_group(layers, self._event_after(stored))
         else:
-            logits = self.compute(inputs, None if on_group is None else self._on_layer(inputs.shape, on_group))
+            on_layer = None if on_group is None else self._on_layer(inputs.shape, on_group)
+            if inputs.scores is None:
+                logits = self.compute(inputs, on_layer)
+            else:
+                logits, scores = self._compute_scored(inputs, inputs.scores, on_layer)
         if self.on_logits is not None and num_draws:
             self.on_logits(logits[:num_draws].float())
-        undrawn = Undrawn(inputs, logits)
-        return undrawn if inputs.has_masks else self.draw(undrawn, None)
+        undrawn = Undrawn(inputs, logits, scores)
+        return undrawn if inputs.needs.num_masks else self.draw(undrawn)
 
     @torch.inference_mode()
-    def draw(self, undrawn: Undrawn, masks: TokenMasks | None) -> Draws:
-        """Start the draws of the step launched last."""
-        inputs, logits = undrawn
-        num_draws = len(inputs.num_logprobs)
-        if inputs.sampling is None:
-            return self._to_host(self.sampled[:num_draws], inputs)
-        output = sample(logits[:num_draws], replace(inputs.sampling, masks=masks))
-        self.sampled[:num_draws] = output.token_ids
-        return self._to_host(pack_samples(output), inputs, output)
+    def draw(self, undrawn: Undrawn) -> Draws:
+        """Launch the late draws of the step launched last, by what ``masks`` hold; nothing here waits."""
+        self.masks.send(undrawn.inputs.needs.num_masks)
+        return self._end(*undrawn)
 
     def _on_layer(self, shape: StepShape, on_group: OnGroup) -> Callable[[int], None]:
         by_last_layer = {group.stop - 1: group for group in self.groups(shape)}
@@ -182,59 +202,54 @@ class Lane:
         on_layer: Callable[[int], None] | None = None,
         logits_out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of the step's draws; plain draws go to ``sampled``. Can be captured."""
+        """Logits of the step's draws, which go to ``sampled`` but for late ones. Can be captured."""
         tokens = inputs.input_ids, inputs.positions
         rows = None if inputs.shape.is_decode else inputs.logit_rows
         hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
+        return self._draw(hidden, inputs, logits_out)
+
+    def _compute_scored(
+        self, inputs: StepInputs, scores: ScoreInputs, on_layer: Callable[[int], None] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """compute(), and the scores; of a step that is no decode step."""
+        num = len(inputs.logit_rows)
+        rows = torch.cat((inputs.logit_rows, scores.rows))
+        tokens = inputs.input_ids, inputs.positions
+        hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
+        logits = self._draw(hidden[:num], inputs, None)
+        return logits, compute_scores(self.decoder, hidden[num:], scores, inputs.draws, self._score_piece)
+
+    def _draw(self, hidden: torch.Tensor, inputs: StepInputs, logits_out: torch.Tensor | None) -> torch.Tensor:
         logits = self.decoder.compute_logits(hidden, logits_out)
-        if inputs.draws is not None and len(logits):
-            draw_tokens(logits, *inputs.draws, out=self.sampled[: len(logits)])
+        if len(logits):
+            draw_tokens(logits, inputs.draws, self.sampled[: len(logits)])
         return logits
 
-    def _to_host(self, packed: torch.Tensor, inputs: StepInputs, output: SampleOutput | None = None) -> Draws:
-        logprobs = None if output is None else output.logprobs
-        num_top = None if logprobs is None else logprobs.top_token_ids.shape[1]
+    def _end(self, inputs: StepInputs, logits: torch.Tensor, scores: torch.Tensor | None) -> Draws:
+        """Late draws, and what the host is to read; nothing here waits."""
+        num, needs = len(inputs.num_logprobs), inputs.needs
+        sampled, num_top = self.sampled[:num], None
+        graphs, size = self._late_graphs, inputs.shape.num_draws
+        if not inputs.shape.is_decode or graphs is None or size not in graphs:  # graphs read decode steps' records
+            graphs = None
+        table = inputs.draws._replace(records=inputs.draws.records[:num])
+        if needs.has_late:
+            if graphs is not None:
+                graphs.draw(size)
+            else:
+                draw_late(logits[:num], table, sampled, may_need_search=needs.may_need_search)
+        packed = sampled
+        if needs.has_reports:
+            num_top = MAX_LOGPROBS
+            packed = report(logits[:num], table, sampled, num_top) if graphs is None else graphs.report(size)[:num]
         if packed.device.type == "cpu":
-            return Draws(packed, inputs.num_logprobs, num_top)
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
+            return Draws(packed.clone(), inputs.num_logprobs, num_top, None, scores)
+        host, scores_host = _to_host(packed), None if scores is None else _to_host(scores)
         done = torch.cuda.Event()
         done.record()
-        return Draws(host, inputs.num_logprobs, num_top, done)
+        return Draws(host, inputs.num_logprobs, num_top, done, scores_host)
 
 
-def pack_samples(output: SampleOutput) -> torch.Tensor:
-    """Pack the output into one int64 tensor: ids, ranks, top ids, then float64 bits of the log-probabilities."""
-    if output.logprobs is None:
-        return output.token_ids
-    _, sampled, ranks, top_ids, top_logprobs = output.logprobs
-    floats = torch.cat((sampled, top_logprobs.flatten())).double().view(torch.int64)
-    return torch.cat((output.token_ids, ranks, top_ids.flatten(), floats))
-
-
-def unpack_samples(packed: torch.Tensor, num_logprobs: list[int | None], num_top: int) -> list[SampledRow]:
-    """Rows from what pack_samples() made, on the host.
-
-    Args:
-        num_logprobs: see StepInputs; must be what the output was computed with.
-    """
-    num_rows, num_asked = len(num_logprobs), sum(number is not None for number in num_logprobs)
-    integers, floats = packed.split((num_rows + num_asked * (1 + num_top), num_asked * (1 + num_top)))
-    integer, value = iter(integers.tolist()), iter(floats.view(torch.float64).tolist())
-    token_ids = list(islice(integer, num_rows))
-    sampled_ranks, sampled_logprobs = list(islice(integer, num_asked)), list(islice(value, num_asked))
-
-    rows = []
-    asked = iter(zip(sampled_ranks, sampled_logprobs, strict=True))
-    for token_id, number in zip(token_ids, num_logprobs, strict=True):
-        if number is None:
-            rows.append(SampledRow(token_id))
-            continue
-        rank, logprob = next(asked)
-        entries = {token_id: Logprob(logprob, rank)}
-        tops = zip(islice(integer, num_top), islice(value, num_top), strict=True)
-        for place, (top_id, top_logprob) in enumerate(tops, start=1):
-            if place <= number:
-                entries.setdefault(top_id, Logprob(top_logprob, place))
-        rows.append(SampledRow(token_id, entries))
-    return rows
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A pinned copy, which is there when the current stream has come so far."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

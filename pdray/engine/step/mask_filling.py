@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
-from typing import NamedTuple
 
 import llguidance
 import numpy as np
 import torch
 
-from pdray.engine.grammar.matcher import GrammarError, GrammarMatcher, Words, fill_all, num_words
-from pdray.engine.schedule.masks import NOTHING_LEFT, GrammarRule, no_words
+from pdray.engine.grammar.matcher import GrammarError, GrammarMatcher, Words, fill_all
+from pdray.engine.schedule.masks import NOTHING_LEFT, GrammarRule
 from pdray.engine.schedule.plan import Draw
 from pdray.engine.schedule.sequence import Sequence, SequenceStatus
-from pdray.kernels.sampling.mask import TokenMasks
+from pdray.kernels.sampling.mask import num_mask_words
 
 MAX_THREADS = 8
-
-
-class FilledMasks(NamedTuple):
-    """Attributes:
-    masks: of the draws whose sequence goes on; None if there are none.
-    failures: requests that cannot, with the reason. What is drawn for them means nothing.
-    """
-
-    masks: TokenMasks | None
-    failures: dict[Hashable, str]
 
 
 class MaskFiller:
@@ -37,38 +26,41 @@ class MaskFiller:
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
-        self._device = device
+        self._last_word, self._last_bits = vocab_size // 32, np.int32((1 << vocab_size % 32) - 1)
+        self._everything = np.full(num_mask_words(vocab_size), -1, dtype=np.int32)
+        self._everything[self._last_word] = self._last_bits
         self._executor: llguidance.LLExecutor | None = None
         if device.type == "cuda":
             num_threads = min(MAX_THREADS, (os.cpu_count() or 1) // 2)
             self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
 
-    def fill(self, draws: list[Draw]) -> FilledMasks:
-        """Masks of a plan's draws, in order. Their sequences' rules have heard of all tokens."""
-        rows = [
-            (row, draw)
-            for row, draw in enumerate(draws)
-            if draw.sequence.request.has_mask and draw.sequence.status is not SequenceStatus.FINISHED
-        ]
-        if not rows:
-            return FilledMasks(None, {})
-        words = no_words(len(rows), self._vocab_size)
+    def fill(self, draws: list[Draw], words: Words) -> dict[Hashable, str]:
+        """Masks of those of a plan's draws that have any, in order. Their sequences' rules have heard of all tokens.
+
+        Args:
+            words: [at least their number, num_mask_words(vocab_size)].
+
+        Returns:
+            Requests that cannot go on, with the reason. What is drawn for them means nothing.
+        """
+        masked = [draw for draw in draws if draw.sequence.request.has_rules]
+        rows = {i: draw for i, draw in enumerate(masked) if draw.sequence.status is not SequenceStatus.FINISHED}
         failures: dict[Hashable, str] = {}
-        matchers = self._matchers([draw.sequence for _, draw in rows], failures)
+        matchers = self._matchers({i: draw.sequence for i, draw in rows.items()}, failures)
+        words[[i for i in rows if i not in matchers]] = self._everything
         fill_all(list(matchers.values()), words, self._executor, list(matchers))
-        for i, (_, draw) in enumerate(rows):
+        for i, draw in rows.items():
             matcher = matchers.get(i)
             reason = (matcher.error if matcher is not None else "") or self._narrow(draw, words[i])
             if reason:
                 failures.setdefault(draw.sequence.request.key, reason)
-        return FilledMasks(self._to_device([row for row, _ in rows], words), failures)
+        return failures
 
     @staticmethod
-    def _matchers(sequences: list[Sequence], failures: dict[Hashable, str]) -> dict[int, GrammarMatcher]:
-        """Those of sequences that follow a grammar, by their place in the list."""
+    def _matchers(sequences: dict[int, Sequence], failures: dict[Hashable, str]) -> dict[int, GrammarMatcher]:
+        """Those of sequences that follow a grammar, by their masks' places."""
         matchers = {}
-        for i, sequence in enumerate(sequences):
+        for i, sequence in sequences.items():
             for rule in sequence.rules:
                 if isinstance(rule, GrammarRule):
                     try:
@@ -81,13 +73,5 @@ class MaskFiller:
         """Let every rule have its word; returns why nothing is left, if so."""
         for rule in draw.sequence.rules:
             rule.narrow(words, draw.position)
-        last, bits = divmod(self._vocab_size, 32)
-        has_more = bool(bits) and bool(words[last] & np.int32((1 << bits) - 1))
-        return "" if has_more or words[:last].any() else NOTHING_LEFT
-
-    def _to_device(self, rows: list[int], words: Words) -> TokenMasks:
-        index, packed = torch.tensor(rows), torch.from_numpy(words[:, : num_words(self._vocab_size)])
-        if self._device.type == "cpu":
-            return TokenMasks(index, packed)
-        # Pinned memory that torch keeps until the copy has run.
-        return TokenMasks(*(part.pin_memory().to(self._device, non_blocking=True) for part in (index, packed)))
+        last = self._last_word
+        return "" if words[last] & self._last_bits or words[:last].any() else NOTHING_LEFT

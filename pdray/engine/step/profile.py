@@ -7,15 +7,16 @@ import torch
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
+from pdray.engine.step.histories import Histories
+from pdray.engine.step.mask_buffer import MaskBuffer
+from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.attention.paged import AttentionMetadata
-from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.models.decoder import Decoder
-from pdray.sampling_params import SamplingParams
 
 
 @torch.inference_mode()
 def profile_model(config: Config, decoder: Decoder) -> None:
-    """Run max_num_batched_tokens tokens, and sample max_num_seqs rows in the way that takes most memory.
+    """Run max_num_batched_tokens tokens, and draw for max_num_seqs rows in every way, beside all that a lane keeps.
 
     All sequences lie in the same few blocks: the results mean nothing.
     """
@@ -39,8 +40,9 @@ def profile_model(config: Config, decoder: Decoder) -> None:
         kv_lens=query_lens,
         fresh_from=0,
     )
+    draws = config.max_num_seqs, decoder.config.vocab_size, device
+    histories, masks = Histories(*draws), MaskBuffer(*draws)
+    logits = torch.empty(draws[:2], dtype=decoder.dtype, device=device)
     hidden = decoder.forward(torch.zeros_like(positions), positions, pool.tensor, meta)
-    num_rows = config.max_num_seqs
-    logits = decoder.compute_logits(hidden[:num_rows]).float()
-    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, repetition_penalty=1.1, logprobs=20)
-    sample(logits, SamplingMetadata.build([SamplingRow(params, 0, 0, (0,), (0,))] * len(logits), device))
+    decoder.compute_logits(hidden[: len(logits)], logits[: len(hidden)])
+    load_late_draws(histories.words, masks.words, decoder.dtype)
