@@ -37,7 +37,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("top_k", -2),
     ("n", 0),
     ("n", 65),
-    ("max_tokens", 0),
+    ("max_tokens", -1),
     ("min_tokens", -1),
     ("logprobs", 21),
     ("logprobs", -1),

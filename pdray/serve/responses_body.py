@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError, model_validator
 
@@ -98,6 +98,14 @@ class ResponsesBody(BaseModel):
     @classmethod
     def _check_fields(cls, body: dict[str, Any]) -> dict[str, Any]:
         return known_fields(body, cls.model_fields, FIELDS)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_output_tokens is not None and self.max_output_tokens < 1:
+            raise InvalidRequestError(
+                f"max_output_tokens is {self.max_output_tokens}; it must be at least 1", "max_output_tokens"
+            )
+        return self
 
 
 def to_chat(body: ResponsesBody) -> ChatBody:

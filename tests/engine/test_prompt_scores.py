@@ -75,7 +75,7 @@ def test_what_is_cached_is_computed_again(llama: Any) -> None:
 
 
 def test_the_prefill_engine_tells_them(llama: Any, disaggregated: Any) -> None:
-    pair = disaggregated(llama.engine(), llama.engine(async_scheduling=True, num_kv_blocks=25))
+    pair = disaggregated(llama.engine(), llama.engine(async_scheduling=True, num_kv_blocks=40))
     pair.run(*requests())
     assert_right(llama, pair.prefill)
     assert not scores_of(pair.decode)

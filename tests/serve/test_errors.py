@@ -69,7 +69,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(prompt=["a"] * 129), "129 prompts"),
     (completion(prompt=["a"] * 100, n=3), "100 prompts"),
     (completion(prompt="x" * 201), "context length"),
-    (completion(max_tokens=0), "max_tokens"),
+    (completion(max_tokens=-1), "max_tokens"),
     (completion(max_tokens=-5), "max_tokens"),
     (completion(max_tokens=200), "max_tokens"),
     (completion(max_tokens=2**31), "max_tokens"),
@@ -127,7 +127,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(response_format={"type": DEEP}), "response_format"),
     (completion(response_format={}), "response_format"),
     (completion(guided_regex="a*"), "guided_regex"),
-    (completion(prompt_logprobs=0), "prompt_logprobs"),
+    (completion(prompt_logprobs=-1), "prompt_logprobs"),
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"model": "smol"}, "messages"),
@@ -184,7 +184,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (chat(top_logprobs=2), "top_logprobs"),
     (chat(logprobs=True, top_logprobs=21), "logprobs"),
     (chat(logprobs=True, top_logprobs=2**31), "logprobs"),
-    (chat(max_completion_tokens=0), "max_tokens"),
+    (chat(max_completion_tokens=-1), "max_tokens"),
     (chat(min_tokens=500), "min_tokens"),
     (chat(continue_final_message=True), "continue_final_message"),
     (chat(chat_template_kwargs={"tokenize": False}), "tokenize"),

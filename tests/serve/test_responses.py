@@ -135,7 +135,7 @@ async def test_a_conversation(client: openai.AsyncOpenAI, router: Any) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image", "input"),
         ({"input": []}, "1 to", "input"),
         ({"input": 5}, "input", "input"),
-        ({"max_output_tokens": 0}, "max_tokens is 0", "max_output_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens is 0", "max_output_tokens"),
         ({"temprature": 1}, "did you mean 'temperature'", "temprature"),
         ({"text": {"verbosity": "high"}}, "verbosity", "text"),
     ],
