@@ -19,7 +19,7 @@ from pdray.serve import build
 PLACE = "place"  # each worker takes one, and the cluster has as many as workers where there is to be no room
 PROBE_INTERVAL_S = 0.2
 BACK_TIMEOUT_S = 180.0
-LONGER = 8  # times as many tokens, so that streams outlast the start of the new configuration
+LONGER = 4  # times as many tokens, so that streams outlast the start of the new configuration
 
 
 @dataclass(slots=True)

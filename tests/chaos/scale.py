@@ -20,7 +20,7 @@ class Scale:
     num_streams: int = 32
     num_tokens: int = 48
     num_storm_requests: int = 500
-    max_storm_s: float = 240.0
+    max_storm_s: float = 120.0
     kill_interval_s: float = 10.0
     overload_s: float = 30.0
     paced_overload_s: float = 60.0

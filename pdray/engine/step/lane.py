@@ -13,7 +13,6 @@ from pdray.engine.schedule.plan import SampledRow, StepPlan
 from pdray.engine.step.graphs import StepGraphs, decode_sizes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
-from pdray.engine.step.late_graphs import LateGraphs
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.reports import unpack_reports
@@ -94,7 +93,6 @@ class Lane:
             torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device) if sampled is None else sampled
         )
         self.graphs: StepGraphs | None = None
-        self._late_graphs: LateGraphs | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
         self._score_piece = max(size for size in decode_sizes(limits.max_num_seqs) if size <= MAX_PIECE)
@@ -113,9 +111,6 @@ class Lane:
         logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.pool.device)
         self.graphs = StepGraphs(logits, max_num_batched_tokens)
         self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups)
-        num = len(self.sampled)
-        table = self._decode_buffers.views(StepShape(num, num, num, True), StepPlan()).draws
-        self._late_graphs = LateGraphs(logits, self.sampled, table, decode_sizes(num))
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
 
@@ -229,19 +224,13 @@ class Lane:
         """Late draws, and what the host is to read; nothing here waits."""
         num, needs = len(inputs.num_logprobs), inputs.needs
         sampled, num_top = self.sampled[:num], None
-        graphs, size = self._late_graphs, inputs.shape.num_draws
-        if not inputs.shape.is_decode or graphs is None or size not in graphs:  # graphs read decode steps' records
-            graphs = None
         table = inputs.draws._replace(records=inputs.draws.records[:num])
         if needs.has_late:
-            if graphs is not None:
-                graphs.draw(size)
-            else:
-                draw_late(logits[:num], table, sampled, may_need_search=needs.may_need_search)
+            draw_late(logits[:num], table, sampled, may_need_search=needs.may_need_search)
         packed = sampled
         if needs.has_reports:
             num_top = MAX_LOGPROBS
-            packed = report(logits[:num], table, sampled, num_top) if graphs is None else graphs.report(size)[:num]
+            packed = report(logits[:num], table, sampled, num_top)
         if packed.device.type == "cpu":
             return Draws(packed.clone(), inputs.num_logprobs, num_top, None, scores)
         host, scores_host = _to_host(packed), None if scores is None else _to_host(scores)
