@@ -233,7 +233,9 @@ class DecodeWorker(Worker):
             if router_id is not None and update.tokens:
                 by_router.setdefault(router_id, []).append(self._leg_tokens(key, update))
             if update.failure is not None:
-                self._send(self.leases.failed(key, update.failure, blame(update.suspects)))
+                self._send(
+                    self.leases.failed(key, update.failure, "invalid" if update.param else blame(update.suspects))
+                )
             elif update.finished:
                 self.leases.finished(key)
         credit = self._credit()
@@ -259,6 +261,7 @@ class DecodeWorker(Worker):
             prefill=update.prefill,
             transfer_wait=transfer_wait,
             first_decode_step=update.first_decode_step,
+            prompt_scores=update.prompt_scores,
         )
 
     def _on_layer_group(self, ready: LayerGroupReady) -> None:

@@ -198,11 +198,17 @@ class PrefillWorker(Worker):
         for update in updates:
             key = LegKey(*update.key)  # type: ignore[misc]
             if update.failure is not None:
-                self._perform(self.ledger.fail(key, update.failure, blame(update.suspects)))
+                verdict = "invalid" if update.param else blame(update.suspects)
+                self._perform(self.ledger.fail(key, update.failure, verdict, param=update.param))
             elif update.tokens:
                 assert update.prefill_queue is not None and update.prefill is not None, update
                 message = FirstTokens(
-                    *key, update.tokens, update.num_cached_tokens or 0, update.prefill_queue, update.prefill
+                    *key,
+                    update.tokens,
+                    update.num_cached_tokens or 0,
+                    update.prefill_queue,
+                    update.prefill,
+                    update.prompt_scores,
                 )
                 self._perform(self.ledger.computed(now, message))
 

@@ -1,5 +1,7 @@
 """The whole of pdray on this machine: one actor prefills, another decodes, an openai client asks.
 
+It asks for answers, for one that matches a schema, and for a call of a function.
+
 Starts a Ray cluster of its own on free ports, serves the default model, asks, prints the answers and where each
 request's time went, and ends everything that it started. Exits 1 if the model does not know the capital of France or
 a process is left.
@@ -8,17 +10,19 @@ a process is left.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import ray
 from openai import OpenAI
+from pydantic import BaseModel, Field
 from ray import serve
 
 from pdray.bench.timings import breakdown_table, timings_of_response
@@ -35,7 +39,27 @@ TOGETHER = [
     "Which ocean lies between Europe and America?",
     "What color do you get when you mix blue and yellow?",
 ]
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 30}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
 EXIT_TIMEOUT_S = 30.0
+
+
+class City(BaseModel):
+    """What an answer must look like."""
+
+    name: str = Field(max_length=30)
+    country: str = Field(max_length=30)
 
 
 class Answer(NamedTuple):
@@ -80,8 +104,39 @@ def ask_streaming(client: OpenAI, model: str, question: str) -> Answer:
     return Answer(text.strip(), timings_of_response(timings))
 
 
+def ask_for_city(client: OpenAI, model: str, question: str) -> City | None:
+    """An answer that matches City's schema, whatever the model would rather say."""
+    answer = client.chat.completions.parse(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        response_format=City,
+        max_tokens=80,
+        temperature=0,
+    )
+    return answer.choices[0].message.parsed
+
+
+def ask_for_call(client: OpenAI, model: str, question: str) -> str:
+    """The call of a function that the model chooses and fills in."""
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        tools=[WEATHER],
+        tool_choice="required",
+        max_tokens=80,
+        temperature=0,
+    )
+    call = (answer.choices[0].message.tool_calls or [])[0]
+    city = json.loads(call.function.arguments)["city"]
+    return f"{call.function.name}(city={city!r})"
+
+
 def ask_everything(url: str, timeout_s: float) -> bool:
-    """Send the demo's requests. Returns whether the model knows the capital of France."""
+    """Send the demo's requests. Returns whether the model knows the capital of France.
+
+    Raises:
+        pydantic.ValidationError, openai.LengthFinishReasonError: an answer does not match its schema.
+    """
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=timeout_s)
     model = client.models.list().data[0].id
 
@@ -95,6 +150,10 @@ def ask_everything(url: str, timeout_s: float) -> bool:
         together = list(pool.map(lambda question: ask(client, model, question), TOGETHER))
     for question, answer in zip(TOGETHER, together, strict=True):
         print(f"> {question}\n{answer.text}")
+    about = "Tell me about Paris."
+    print(f"\n> {about} (as JSON, by a schema)\n{ask_for_city(client, model, about)!r}")
+    weather = "What is the weather in Paris?"
+    print(f"\n> {weather} (with a tool)\n{ask_for_call(client, model, weather)}")
 
     columns = {"first": whole.timings, "streamed": streamed.timings}
     columns |= {f"4x #{index}": answer.timings for index, answer in enumerate(together, 1)}

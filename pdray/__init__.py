@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pdray.llm import LLM, generate
     from pdray.outputs import CompletionOutput, Logprob, RequestOutput, RequestTimings
     from pdray.sampling_params import SamplingParams
+    from pdray.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -50,6 +51,7 @@ __all__ = [
     "RequestOutput",
     "RequestTimings",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TransferError",
     "WorkerDiedError",
     "__version__",
@@ -61,6 +63,7 @@ _MODULES = {
     "generate": "pdray.llm",
     "Config": "pdray.config",
     "SamplingParams": "pdray.sampling_params",
+    "StructuredOutputsParams": "pdray.structured_outputs",
     "CompletionOutput": "pdray.outputs",
     "Logprob": "pdray.outputs",
     "RequestOutput": "pdray.outputs",

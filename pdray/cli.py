@@ -12,12 +12,13 @@ from pdray.errors import ConfigError, PdrayError
 from pdray.health import wait_until_ready
 from pdray.interrupts import INTERRUPTED, interrupts_end_the_process
 from pdray.options import add_config_arguments, add_sampling_arguments, config_from_args, sampling_from_args
+from pdray.vllm_flags import add_vllm_flags, check_vllm_flags, normalized
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for an error, 2 for a wrong option, 130 for Ctrl-C."""
     with interrupts_end_the_process():
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(normalized(sys.argv[1:] if argv is None else argv))
     try:
         return int(args.run(args))
     except ConfigError as error:
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_address(serve, "Ray cluster to join; `local` starts one; default: a running one, else start one")
     add_config_arguments(serve)
+    add_vllm_flags(serve)
     serve.set_defaults(run=_serve)
 
     generate = commands.add_parser("generate", help="complete prompts and print the answers")
@@ -114,6 +116,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    check_vllm_flags(args)
     config = config_from_args(args)
     with interrupts_end_the_process():
         from pdray.serve_command import serve

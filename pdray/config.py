@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
@@ -19,15 +19,24 @@ from pdray.transfer.registry import KINDS
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 CHANNELS = ["auto", *KINDS]
+TOOL_CALL_PARSERS = ("auto", "none", "hermes", "qwen", "qwen25", "smollm2", "llama3_json", "llama3", "pythonic")
+REASONING_PARSERS = ("auto", "none", "think", "qwen3", "deepseek_r1", "deepseek-r1")
 VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
 
 GPU_MAX_NUM_SEQS = 256
 GPU_MAX_NUM_BATCHED_TOKENS = 8192
 GPU_STEP_TIMEOUT_S = 60.0
 
+Names = Annotated[list[str], Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+ToolCallParser = Annotated[
+    str, Field(pattern=f"^({'|'.join(TOOL_CALL_PARSERS)})$", json_schema_extra={"enum": [*TOOL_CALL_PARSERS]})
+]
+ReasoningParser = Annotated[
+    str, Field(pattern=f"^({'|'.join(REASONING_PARSERS)})$", json_schema_extra={"enum": [*REASONING_PARSERS]})
+]
 Channel = Annotated[str, Field(pattern=f"^({'|'.join(CHANNELS)})$", json_schema_extra={"enum": CHANNELS})]
 
 
@@ -45,7 +54,9 @@ class Config(BaseModel):
         " where the driver or command runs, and in a Serve YAML where Ray's workers run: give an absolute one there",
     )
     tokenizer: str | None = Field(None, description="Hugging Face id or folder; default: the model's own")
-    served_model_name: str | None = Field(None, description="name in the API; default: the model as given")
+    served_model_name: str | Names | None = Field(
+        None, description="name in the API, or several, of which answers bear the first; default: the model as given"
+    )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, the model's on CUDA"
@@ -151,10 +162,23 @@ class Config(BaseModel):
     )
 
     # API
-    api_key: SecretStr | None = Field(
+    api_key: SecretStr | Annotated[list[SecretStr], Field(min_length=1)] | None = Field(
         None,
         exclude=True,  # neither a dump nor a result file holds it
-        description="key that /v1 asks for as Authorization: Bearer; a server's default: $PDRAY_API_KEY, else none",
+        description="key, or any of several, that /v1 asks for as Authorization: Bearer; a server's default: "
+        "$PDRAY_API_KEY, else none",
+    )
+    allowed_origins: list[str] = Field(
+        ["*"], description="web pages of these origins may call the API (CORS); * is any, an empty list is none"
+    )
+    vllm_metrics: bool = Field(True, description="/metrics of the API has vLLM's names, too")
+    tool_call_parser: ToolCallParser = Field(
+        "auto", description="how the model writes tool calls; auto: as its chat template asks for; none: take no tools"
+    )
+    reasoning_parser: ReasoningParser = Field(
+        "auto",
+        description="how the model writes thoughts; auto: between think tags, if its chat template has them; "
+        "none: leave them in the text",
     )
     max_request_bytes: Positive = Field(4 * 1024 * 1024, description="larger HTTP bodies get 413")
     log_prompts: bool = False
@@ -186,8 +210,10 @@ class Config(BaseModel):
                     "CPU (worker_num_cpus) and GPU (prefill_num_gpus, decode_num_gpus)"
                 )
         self._check_device_ids()
-        if self.api_key is not None and not VISIBLE_ASCII.fullmatch(self.api_key.get_secret_value()):
+        if not all(VISIBLE_ASCII.fullmatch(key) for key in self.api_keys):
             raise ValueError("api_key must be one or more visible ASCII characters, without spaces")
+        if not all(self.model_names):
+            raise ValueError("served_model_name must not be empty")
         return self
 
     def _check_device_ids(self) -> None:
@@ -220,9 +246,24 @@ class Config(BaseModel):
         return _for_each(self.decode_device_id, self.num_decode_workers)
 
     @property
+    def model_names(self) -> list[str]:
+        """The model's names in the API."""
+        names = self.served_model_name
+        if names is None:
+            return [self.model]
+        return [names] if isinstance(names, str) else names
+
+    @property
     def model_name(self) -> str:
-        """The model's name in the API."""
-        return self.served_model_name or self.model
+        """The first of them, which answers bear."""
+        return self.model_names[0]
+
+    @property
+    def api_keys(self) -> list[str]:
+        """All that the API takes; none: it asks for none."""
+        keys = self.api_key
+        given = [] if keys is None else keys if isinstance(keys, list) else [keys]
+        return [key.get_secret_value() for key in given]
 
     def with_absolute_paths(self) -> Config:
         """A copy in which `model` and `tokenizer` are absolute, because workers have other working directories.
@@ -233,7 +274,7 @@ class Config(BaseModel):
         Raises:
             ConfigError: a relative path that leads nowhere.
         """
-        changes: dict[str, str] = {}
+        changes: dict[str, Any] = {}
         for name in ("model", "tokenizer"):
             given: str | None = getattr(self, name)
             if given is None or Path(given).is_absolute():
@@ -246,7 +287,7 @@ class Config(BaseModel):
                     f"{name} is {given!r}, and there is no {path.absolute()}; a path on other machines must be absolute"
                 )
         if "model" in changes:
-            changes.setdefault("served_model_name", self.model_name)
+            changes.setdefault("served_model_name", self.served_model_name or self.model)
         return self.model_copy(update=changes) if changes else self
 
     def for_device(self, device_type: str) -> Config:
@@ -271,8 +312,7 @@ class Config(BaseModel):
     def fingerprint(self) -> str:
         """16 hex digits that two processes share only if they hold the same configuration, its API key included."""
         digest = hashlib.sha256(self.model_dump_json().encode())
-        if self.api_key is not None:
-            digest.update(self.api_key.get_secret_value().encode())
+        digest.update("".join(f"\n{key}" for key in self.api_keys).encode())
         return digest.hexdigest()[:16]
 
 

@@ -178,17 +178,19 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """generate() on conversations, rendered with the model's chat template.
 
         Args:
             messages: one conversation, or a list of them, each in OpenAI's form and checked as over HTTP.
             add_generation_prompt, continue_final_message, chat_template_kwargs: see ChatOptions.
+            tools: that the model may call, in OpenAI's form; its calls are in the text, as the model writes them.
 
         Raises:
             InvalidRequestError: one cannot be rendered, and nothing was computed for the others; or see generate().
         """
-        options = ChatOptions(add_generation_prompt, continue_final_message, chat_template_kwargs or {})
+        options = ChatOptions(add_generation_prompt, continue_final_message, chat_template_kwargs or {}, tools or ())
         is_many = isinstance(messages, list | tuple) and all(isinstance(each, list | tuple) for each in messages)
         conversations: Sequence[Any] = messages if is_many else [messages]
         prompts: list[Prompt] = []

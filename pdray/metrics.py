@@ -6,6 +6,9 @@ that of its buckets' midpoints: read quantiles from a histogram, and means only 
 Every metric has the tags `application` and `model`: the Serve application's name, and the model's name in the API.
 Every counter is there from the start, at 0.
 
+/metrics of the API's own port has its router's, with sums that are exact, and under vLLM's names, too
+(pdray.metric_table); of several routers behind one port, those of whichever answers.
+
 Router (tag `router`):
     pdray_queue_depth                        gauge, requests waiting for credit
     pdray_time_to_first_token_seconds        histogram
@@ -40,72 +43,127 @@ Every process (tag `process`: coordinator, or the router or worker):
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from pdray.engine.request import EngineStats
+from pdray.exposition import Exposition
+from pdray.metric_table import LATENCY_BOUNDARIES_S, TABLE, Metric
 from pdray.outputs import Outcome, RequestOutput, RequestTimings
 
-LATENCY_BOUNDARIES_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
-LATENCY_BOUNDARIES_S += [120.0, 300.0, 600.0, 1800.0]  # waits reach max_queue_wait_s, long answers take minutes
-OUTCOMES = tuple(str(outcome) for outcome in Outcome)
 FIRST_TOKEN_PARTS = ("queue", "lease_wait", "prefill_queue", "prefill", "ttft_unexplained")
 FIRST_GAP_PARTS = ("transfer_wait", "first_decode_step", "first_gap_unexplained")
 
 
 class RouterMetrics:
-    """Metrics of one router. Called on its event loop."""
+    """Metrics of one router: for Ray, and for the API's own /metrics. Called on its event loop."""
 
     def __init__(self, router_id: str, *, application: str, model: str) -> None:
         tags = {"application": application, "model": model, "router": router_id}
-        self._queue_depth = _gauge("pdray_queue_depth", "Requests waiting for credit", tags)
-        self._ttft = _histogram("pdray_time_to_first_token_seconds", "Arrival until the first token", tags)
-        self._inter_token = _histogram("pdray_inter_token_latency_seconds", "Between two tokens of a request", tags)
-        self._timing = _histogram("pdray_request_timing_seconds", "Parts of a request's latency", tags, ("part",))
-        self._e2e = _histogram("pdray_e2e_request_latency_seconds", "Arrival until the last token", tags)
-        self._requests = _counter("pdray_requests", "Requests by outcome", tags, {"outcome": OUTCOMES})
-        self._replays = _counter("pdray_replays", "Attempts lost with a worker and replayed on another", tags)
-        self._prompt_tokens = _counter("pdray_prompt_tokens", "Prompt tokens of finished requests", tags)
-        self._generation_tokens = _counter("pdray_generation_tokens", "Output tokens of finished requests", tags)
+        self.exposition = Exposition(tags, model)
+        self._ray: dict[str, Gauge | Counter | Histogram] = {
+            key: _of_row(metric, metric.pdray, tags)
+            for key, metric in TABLE.items()
+            if metric.pdray is not None and metric.in_ray
+        }
 
     def on_queue_depth(self, depth: int) -> None:
         """The number of requests that wait has changed."""
-        self._queue_depth.set(depth)
+        self._gauge("queue_depth").set(depth)
+        self.exposition.samples["queue_depth"].set(depth)
 
     def on_first_token(self, timings: RequestTimings) -> None:
         """A request's first token reached the router; `timings` holds everything up to ttft."""
         if timings.ttft is not None:
-            self._ttft.observe(timings.ttft)
+            self._observe("ttft", timings.ttft)
         self._observe_parts(timings, FIRST_TOKEN_PARTS)
 
     def on_inter_token(self, seconds: float) -> None:
         """Seconds between two messages with tokens of one completion."""
-        self._inter_token.observe(seconds)
+        self._observe("inter_token", seconds)
 
     def on_replay(self) -> None:
         """A worker was lost under an attempt, and another goes on."""
-        self._replays.inc()
+        self._count("replays", 1)
 
     def on_finished(self, outcome: Outcome, output: RequestOutput | None) -> None:
         """A request ended. `output` is None if it never started (rejected, invalid, no worker)."""
-        self._requests.inc(tags={"outcome": str(outcome)})
+        self._count("requests", 1, str(outcome))
         if output is None:
             return
-        if output.prompt_token_ids:
-            self._prompt_tokens.inc(len(output.prompt_token_ids))
+        num_prompt_tokens = len(output.prompt_token_ids)
         num_output_tokens = sum(len(completion.token_ids) for completion in output.outputs)
-        if num_output_tokens:
-            self._generation_tokens.inc(num_output_tokens)
+        self._count("prompt_tokens", num_prompt_tokens)
+        self._count("generation_tokens", num_output_tokens)
+        self._count("cache_queries", num_prompt_tokens)
+        self._count("cache_hits", output.num_cached_tokens)
+        self._observe("request_prompt", num_prompt_tokens)
+        self._observe("request_generation", num_output_tokens)
         if output.timings.e2e is not None:
-            self._e2e.observe(output.timings.e2e)
+            self._observe("e2e", output.timings.e2e)
         self._observe_parts(output.timings, FIRST_GAP_PARTS)
+        self._observe_vllm(output.timings, max((len(each.token_ids) for each in output.outputs), default=0))
+
+    def text(self, *, vllm: bool, cache_config: Mapping[str, str] | None, running: int, kv_usage: float) -> bytes:
+        """The API's /metrics; see Exposition.text. What is not told by events is given here."""
+        self.exposition.samples["running"].set(running)
+        self.exposition.samples["kv_usage"].set(kv_usage)
+        return self.exposition.text(vllm=vllm, cache_config=cache_config)
 
     def _observe_parts(self, timings: RequestTimings, parts: tuple[str, ...]) -> None:
         for part in parts:
             seconds: float | None = getattr(timings, part)
             if seconds is not None:
-                self._timing.observe(max(0.0, seconds), tags={"part": part})
+                self._observe("timing", max(0.0, seconds), part)
+
+    def _observe_vllm(self, timings: RequestTimings, num_tokens: int) -> None:
+        """The parts as vLLM cuts them; of requests that came to their first token."""
+        if timings.ttft is None or timings.e2e is None:
+            return
+        prefill = timings.prefill or 0.0
+        decode = max(0.0, timings.e2e - timings.ttft)
+        self._observe("queue_time", max(0.0, timings.ttft - prefill))
+        self._observe("prefill_time", prefill)
+        self._observe("decode_time", decode)
+        self._observe("inference_time", prefill + decode)
+        if num_tokens > 1:
+            self._observe("token_time", decode / (num_tokens - 1))
+
+    def _gauge(self, key: str) -> Gauge:
+        metric = self._ray[key]
+        assert isinstance(metric, Gauge)
+        return metric
+
+    def _observe(self, key: str, value: float, tag: str = "") -> None:
+        self.exposition.samples[key].observe(value, tag)
+        if (metric := self._ray.get(key)) is not None:
+            assert isinstance(metric, Histogram)
+            metric.observe(value, tags=_tags(key, tag))
+
+    def _count(self, key: str, amount: int, tag: str = "") -> None:
+        if not amount:
+            return
+        self.exposition.samples[key].add(amount, tag)
+        if (metric := self._ray.get(key)) is not None:
+            assert isinstance(metric, Counter)
+            metric.inc(amount, tags=_tags(key, tag))
+
+
+def _of_row(metric: Metric, name: str, tags: dict[str, str]) -> Gauge | Counter | Histogram:
+    more: dict[str, Sequence[str]] = {} if metric.tag is None else {metric.tag: metric.values}
+    match metric.kind:
+        case "gauge":
+            return _gauge(name, metric.description, tags)
+        case "counter":
+            return _counter(name, metric.description, tags, more)
+        case "histogram":
+            return _histogram(name, metric.description, tags, tuple(more))
+
+
+def _tags(key: str, value: str) -> dict[str, str]:
+    tag = TABLE[key].tag
+    return {} if tag is None else {tag: value}
 
 
 class WorkerMetrics:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import types
 import typing
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -17,7 +20,10 @@ from pdray.sampling_params import SamplingParams
 
 # Fields whose plain names mean something else on a command line: the HTTP host, and the sampling seed.
 RENAMED = {"host": "worker-host", "seed": "weights-seed"}
+SIZES = ("max_model_len", "kv_cache_memory_bytes", "max_num_batched_tokens", "num_kv_blocks")
+SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)")
 NOT_SAMPLING_OPTIONS = ("stop_token_ids", "skip_special_tokens", "include_stop_str_in_output")
+METAVARS = {"integer": "N", "number": "X", "string": "TEXT"}
 PARSERS: dict[str, Callable[[str], Any]] = {"integer": int, "number": float, "string": str}
 
 
@@ -40,8 +46,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ..
             else f" (default: {str(default).lower() if default is True or default is False else default})"
         )
         add: dict[str, Any] = {"dest": f"config_{field}", "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        kind = next(s for s in schema.get("anyOf", [schema]) if s.get("type") != "null")
-        if kind["type"] == "object":
+        kinds = [s for s in schema.get("anyOf", [schema]) if s.get("type") != "null"]
+        kind = kinds[0]
+        items = next((s["items"]["type"] for s in kinds if s["type"] == "array"), None)
+        if items == "string":
+            group.add_argument(option_name(field), nargs="*", type=_text_or_list, metavar="TEXT", action=Several, **add)
+        elif kind["type"] == "object":
             group.add_argument(option_name(field), nargs="+", type=_pair, metavar="NAME=VALUE", **add)
         elif kind["type"] == "boolean":
             group.add_argument(option_name(field), action=argparse.BooleanOptionalAction, **add)
@@ -49,8 +59,47 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, skip: tuple[str, ..
             choices = [str(choice) for choice in kind["enum"]]
             group.add_argument(option_name(field), choices=choices, type=str, **add)
         else:
-            metavar = {"integer": "N", "number": "X", "string": "TEXT"}[kind["type"]]
-            group.add_argument(option_name(field), type=PARSERS[kind["type"]], metavar=metavar, **add)
+            parse = parse_size if field in SIZES else PARSERS[kind["type"]]
+            group.add_argument(option_name(field), type=parse, metavar=METAVARS[kind["type"]], **add)
+
+
+def parse_size(text: str) -> int | None:
+    """A number that may be written as vLLM takes it: 32k is 32,000 and 32K 32,768; auto is the default.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if text in ("auto", "-1"):
+        return None
+    if (found := SIZE.fullmatch(text)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number such as 32768, 32k (32,000), 32K (32,768) or auto")
+    unit = found[2]
+    factor = 1 if not unit else (1000 if unit.islower() else 1024) ** ("kmgt".index(unit.lower()) + 1)
+    if not (size := Decimal(found[1]) * factor) == int(size):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(size)
+
+
+class Several(argparse.Action):
+    """One or more values, or one JSON list of them as vLLM takes it: a list, but for a single one."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if len(values) == 1 and isinstance(values[0], list):
+            setattr(namespace, self.dest, values[0])
+        else:
+            setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def _text_or_list(text: str) -> str | list[Any]:
+    if not text.startswith("["):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON list: {error}") from None
+    return list(value)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -68,6 +117,11 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("worker_env", "worker_resources"):
         if name in values:
             values[name] = dict(values[name])
+    for name in SIZES:
+        if values.get(name, 0) is None and name == "max_num_batched_tokens":
+            del values[name]  # auto
+    if isinstance(values.get("allowed_origins"), str):
+        values["allowed_origins"] = [values["allowed_origins"]]
     if "block_size" in values:
         values["block_size"] = int(values["block_size"])
     return values

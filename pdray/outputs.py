@@ -46,6 +46,8 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
         logprobs: token id to Logprob, or None if not asked for.
         finish_reason: "stop" or "length" on the last token, else None.
         stop_reason: the stop token id; None for end-of-sequence and for length.
+        is_text: of a last token with finish_reason "stop": it is the text's end, behind which a grammar lets nothing
+            follow, and no end-of-sequence or stop token.
     """
 
     index: int
@@ -54,6 +56,7 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     logprobs: dict[int, Logprob] | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
+    is_text: bool = False
 
 
 @dataclass(slots=True)
@@ -121,6 +124,8 @@ class RequestOutput:
 
     Attributes:
         num_cached_tokens: prompt tokens whose KV came from a prefix cache.
+        prompt_logprobs: as CompletionOutput.logprobs, for each token of the prompt; None for the first one. None if not
+            asked for.
     """
 
     request_id: str
@@ -130,3 +135,4 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     timings: RequestTimings = field(default_factory=RequestTimings)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

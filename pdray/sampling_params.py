@@ -9,10 +9,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pdray.errors import InvalidRequestError
+from pdray.structured_outputs import StructuredOutputsParams
 
 MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 256
+MAX_LOGIT_BIAS = 1000  # the device keeps up to 1,023 different numbers; see kernels/sampling/history.py
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 1024
+MAX_SALT_CHARS = 1024
 MAX_INT32 = 2**31 - 1  # what the kernels count with
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 RANDOM_SEED = -1  # as in vLLM
@@ -43,17 +48,19 @@ INTEGERS = {
     "n": Range(1, MAX_N, f"between 1 and {MAX_N}"),
     "top_k": Range(-1, MAX_INT32, f"-1 or 0 (off), or between 1 and {MAX_INT32}"),
     "seed": Range(MIN_SEED, MAX_SEED, f"in [{MIN_SEED}, {MAX_SEED}]"),
-    "max_tokens": Range(1, MAX_INT32, f"between 1 and {MAX_INT32}"),
+    "max_tokens": Range(0, MAX_INT32, f"between 0 and {MAX_INT32}"),
     "min_tokens": Range(0, MAX_INT32, f"between 0 and {MAX_INT32}"),
     "logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
 }
-MAY_BE_NONE = ("seed", "max_tokens", "logprobs")
+MAY_BE_NONE = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling parameters of one request; immutable, and a wire type as it stands.
 
-    Order of application: penalties, min_tokens, temperature, min_p, top_k, top_p. Reported
+    Order of application: logit_bias, penalties, masks, temperature, min_p, top_k, top_p. Masks are those of
+    structured_outputs, allowed_token_ids, bad_words and min_tokens. Reported
     logprobs are those of the raw logits (vLLM's ``raw_logprobs``).
 
     Numbers are what is computed with: a float is rounded to float32 and holds the rounded value, an int fits 32 bits
@@ -65,12 +72,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         top_k: 0 or -1 switches it off.
         seed: any 64-bit integer; None or -1 draws one at the router. Completion ``i`` uses ``seed + i``, wrapped to
             64 bits.
-        max_tokens: None means as many as ``max_model_len`` leaves.
+        max_tokens: None means as many as ``max_model_len`` leaves. With 0 nothing but the prompt is computed.
         min_tokens: end-of-sequence and stop token ids are masked before this many tokens.
         stop: strings that end the text; cut from it unless include_stop_str_in_output.
         stop_token_ids: token ids that end generation, besides the model's own.
         logprobs: None, or the number of most likely tokens to report beside the sampled one.
+        prompt_logprobs: the same for each token of the prompt but the first. All of it is computed then, whatever part
+            of it is cached.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: what the text must look like. It ends where nothing may follow, whatever ignore_eos and
+            min_tokens say.
+        logit_bias: numbers in [-100, 100] that are added to the logits of these token ids.
+        allowed_token_ids: no other tokens are drawn. End-of-sequence ids are others unless they are listed.
+        bad_words: texts whose tokens are not drawn one after the other; each as it is written after a space, and not.
+        bad_words_token_ids: the same as token ids; the router tokenizes bad_words.
+        cache_salt: cached prefixes are shared only among requests that have the same.
 
     Raises:
         InvalidRequestError: from ``__post_init__``, naming field, value and range.
@@ -92,7 +108,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -101,6 +124,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "stop", tuple(self.stop or ()))
         if not isinstance(self.stop_token_ids, tuple):
             msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._check(
+            "structured_outputs",
+            isinstance(self.structured_outputs, StructuredOutputsParams | None),
+            "a pdray.StructuredOutputsParams",
+        )
+        check_controls(self)
         for name, allowed in FLOATS.items():
             self._set(name, _to_float32(getattr(self, name)), allowed)
         for name, allowed in INTEGERS.items():
@@ -117,13 +146,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 f"stop has {len(self.stop)} strings; it may have at most {MAX_STOP_STRINGS}", "stop"
             )
         self._check("stop", all(isinstance(each, str) and each for each in self.stop), "non-empty strings")
-        token_ids = tuple(_to_int(token_id) for token_id in self.stop_token_ids)
-        self._check(
-            "stop_token_ids",
-            all(token_id is not None and 0 <= token_id <= MAX_INT32 for token_id in token_ids),
-            f"token ids, between 0 and {MAX_INT32}",
-        )
-        msgspec.structs.force_setattr(self, "stop_token_ids", token_ids)
+        msgspec.structs.force_setattr(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
 
     def _set(self, name: str, number: float | None, allowed: Range) -> None:
         """Keep the number that a field's value stands for."""
@@ -140,6 +163,56 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def check_controls(params: SamplingParams) -> None:
+    """What says which tokens may be drawn, with numbers as they are computed with.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
+    put = msgspec.structs.force_setattr
+    if not params.logit_bias:
+        put(params, "logit_bias", None)
+    else:
+        put(params, "logit_bias", _logit_bias(params.logit_bias))
+    if params.allowed_token_ids is not None:
+        allowed = _token_ids("allowed_token_ids", params.allowed_token_ids)
+        if not allowed:
+            raise InvalidRequestError("allowed_token_ids is empty; it must have at least one id", "allowed_token_ids")
+        put(params, "allowed_token_ids", allowed)
+    words = (params.bad_words,) if isinstance(params.bad_words, str) else tuple(params.bad_words or ())
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequestError(f"bad_words has {len(words)} words; it may have at most {MAX_BAD_WORDS}", "bad_words")
+    if not all(isinstance(word, str) and len(word.strip()) > 0 and len(word) <= MAX_BAD_WORD_CHARS for word in words):
+        raise InvalidRequestError(
+            f"bad_words must be texts of 1 to {MAX_BAD_WORD_CHARS} characters, not all of them spaces", "bad_words"
+        )
+    put(params, "bad_words", words)
+    salt = params.cache_salt
+    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_CHARS):
+        raise InvalidRequestError(f"cache_salt must be a text of 1 to {MAX_SALT_CHARS} characters", "cache_salt")
+
+
+def _logit_bias(bias: dict[int, float]) -> dict[int, float]:
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise InvalidRequestError(f"logit_bias has {len(bias)} ids; it may have at most {MAX_LOGIT_BIAS}", "logit_bias")
+    numbers = {token_id: _to_float32(value) for token_id, value in bias.items()}
+    for token_id, number in numbers.items():
+        if number is None or not -100 <= number <= 100:
+            raise InvalidRequestError(
+                f"logit_bias of token id {token_id} is {_shown(bias[token_id])}; it must be in [-100, 100]",
+                "logit_bias",
+            )
+    ids = _token_ids("logit_bias", tuple(bias))
+    return dict(zip(ids, (number or 0.0 for number in numbers.values()), strict=True))
+
+
+def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    token_ids = tuple(_to_int(value) for value in values)
+    if not all(token_id is not None and 0 <= token_id <= MAX_INT32 for token_id in token_ids):
+        raise InvalidRequestError(f"{name} is {_shown(values)}; it must be token ids, between 0 and {MAX_INT32}", name)
+    return tuple(token_id for token_id in token_ids if token_id is not None)
 
 
 def wrap_seed(seed: int) -> int:

@@ -49,6 +49,8 @@ def another_value(field: str) -> Any:
         return not default
     if "enum" in kind:
         return next((choice for choice in reversed(kind["enum"]) if choice != default), default)
+    if kind["type"] == "array":
+        return ["other", "another"]
     if kind["type"] == "string":
         return "other"
     if kind["type"] == "number":
@@ -65,6 +67,8 @@ def test_every_field_of_config_has_its_option(field: str) -> None:
         words = [option_name(field), *(f"{name}={text}" for name, text in value.items())]
     elif isinstance(value, bool):
         words = [option_name(field) if value else option_name(field).replace("--", "--no-", 1)]
+    elif isinstance(value, list):
+        words = [option_name(field), *value]
     else:
         words = [option_name(field), str(value)]
     assert parse_config(*words) == Config(**{field: value})

@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from pdray.engine.request import EngineStats
-from pdray.metrics import OUTCOMES, LoopMetrics, RouterMetrics, WorkerMetrics
+from pdray.metric_table import OUTCOMES
+from pdray.metrics import LoopMetrics, RouterMetrics, WorkerMetrics
 from pdray.outputs import CompletionOutput, Outcome, RequestOutput, RequestTimings
 
 pytestmark = pytest.mark.ray

@@ -11,6 +11,7 @@ import pytest
 
 from pdray.errors import InvalidRequestError
 from pdray.sampling_params import SamplingParams, wrap_seed
+from pdray.structured_outputs import StructuredOutputsParams
 
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs")
@@ -36,7 +37,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("top_k", -2),
     ("n", 0),
     ("n", 65),
-    ("max_tokens", 0),
+    ("max_tokens", -1),
     ("min_tokens", -1),
     ("logprobs", 21),
     ("logprobs", -1),
@@ -113,6 +114,15 @@ def test_integers_that_fit(name: str, value: Any, held: Any) -> None:
 
 def test_the_wire_brings_the_same_parameters() -> None:
     params = SamplingParams(temperature=0.7, top_p=0.9, seed=-5, stop=["a"], stop_token_ids=[3], repetition_penalty=1.1)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+    params = SamplingParams(
+        logit_bias={5: 0.1, 7: -100},
+        allowed_token_ids=[5, 7],
+        bad_words=["a"],
+        bad_words_token_ids=((5, 6),),
+        cache_salt="s",
+        structured_outputs=StructuredOutputsParams(json={"type": "object"}, whitespace_pattern=" ?"),
+    )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
     with pytest.raises(msgspec.ValidationError, match="top_k is"):
         msgspec.msgpack.decode(msgspec.msgpack.encode({"top_k": 2**40}), type=SamplingParams)

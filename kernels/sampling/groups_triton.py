@@ -18,9 +18,9 @@ from pdray.kernels.sampling.philox_triton import gumbel, philox_uniform_groups
 from pdray.kernels.sampling.row_triton import (
     LATE,
     MIN_P,
-    PENALIZED,
     POSITION,
     SEED,
+    SHIFTED,
     TEMPERATURE,
     TOP_K,
     TOP_P,
@@ -225,7 +225,7 @@ def choose_kernel(
         top_k, top_p = load_int(records_ptr, row, TOP_K), load_float(records_ptr, row, TOP_P)
         is_random = load_float(records_ptr, row, TEMPERATURE) > 0
         has_top_k, has_top_p = is_random & (top_k > 0) & (top_k < VOCAB_SIZE), is_random & (top_p < 1)
-        shift = tl.where((flags & PENALIZED) != 0, 0, SHIFT)
+        shift = tl.where((flags & SHIFTED) != 0, 0, SHIFT)
 
         groups = tl.arange(0, PADDED_GROUPS)
         group_max = tl.load(group_max_ptr + row * NUM_GROUPS + groups, mask=groups < NUM_GROUPS, other=float("-inf"))

@@ -13,36 +13,42 @@ from pdray.kernels.sampling.history import Joins
 CLEARED, SCATTERED = 4096, 1024  # words, and ids, of a program
 PROMPT = tl.constexpr(reference.PROMPT)
 END = tl.constexpr(reference.END)
+BIAS_SHIFT = tl.constexpr(reference.BIAS_SHIFT)
+BIASES = tl.constexpr(reference.BIASES)
 HEADER = tl.constexpr(reference.HEADER)
 
 
 @triton.jit
-def clear_kernel(history_ptr, joins_ptr, VOCAB_SIZE: tl.constexpr, NUM: tl.constexpr):
+def clear_kernel(history_ptr, joins_ptr, SLOT_SIZE: tl.constexpr, NUM: tl.constexpr):
     slot = tl.load(joins_ptr + tl.program_id(1) * HEADER).to(tl.int64)
     at = tl.program_id(0) * NUM + tl.arange(0, NUM)
-    tl.store(history_ptr + slot * VOCAB_SIZE + at, tl.zeros([NUM], tl.int32), mask=at < VOCAB_SIZE)
+    tl.store(history_ptr + slot * SLOT_SIZE + at, tl.zeros([NUM], tl.int32), mask=at < SLOT_SIZE)
 
 
 @triton.jit
-def scatter_kernel(history_ptr, joins_ptr, VOCAB_SIZE: tl.constexpr, NUM: tl.constexpr):
+def scatter_kernel(history_ptr, joins_ptr, SLOT_SIZE: tl.constexpr, NUM: tl.constexpr):
     header_ptr = joins_ptr + tl.program_id(1) * HEADER
-    slot = tl.load(header_ptr).to(tl.int64)
-    end_of_prompt, end_of_outputs, end = tl.load(header_ptr + 2), tl.load(header_ptr + 3), tl.load(header_ptr + 4)
+    history_ptr += tl.load(header_ptr).to(tl.int64) * SLOT_SIZE + BIASES
     at = tl.load(header_ptr + 1) + tl.program_id(0) * NUM + tl.arange(0, NUM)
-    words = history_ptr + slot * VOCAB_SIZE + tl.load(joins_ptr + at, mask=at < end, other=0)
+    end_of_prompt, end_of_outputs = tl.load(header_ptr + 2), tl.load(header_ptr + 3)
+    end_of_ends, end_of_biased = tl.load(header_ptr + 4), tl.load(header_ptr + 5)
+    end_of_places, end = tl.load(header_ptr + 6), tl.load(header_ptr + 7)
+    part = tl.load(joins_ptr + at, mask=at < end, other=0)
     is_output = (at >= end_of_prompt) & (at < end_of_outputs)
-    tl.atomic_add(words, tl.full([NUM], 1, tl.int32), mask=is_output)
-    bits = tl.where(at < end_of_prompt, PROMPT, END)
-    tl.atomic_or(words, bits, mask=(at < end) & (is_output == 0))
+    is_biased = (at >= end_of_ends) & (at < end_of_biased)
+    place = tl.load(joins_ptr + at + (end_of_biased - end_of_ends), mask=is_biased, other=0)
+    bits = tl.where(at < end_of_prompt, PROMPT, tl.where(is_biased, place << BIAS_SHIFT, END))
+    words = tl.where(at < end_of_biased, part, 0)
+    tl.atomic_add(history_ptr + words, tl.full([NUM], 1, tl.int32), mask=is_output)
+    tl.atomic_or(history_ptr + words, bits, mask=(at < end_of_biased) & (is_output == 0))
+    tl.store(history_ptr - 1 - (at - end_of_places), part, mask=(at >= end_of_places) & (at < end))
 
 
 def triton_remember(history: Tensor, joins: Joins) -> None:
     """See history.remember; ``joins`` on the device. On the current stream."""
-    vocab_size = history.shape[1]
+    size = history.shape[1]
     if joins.num:
-        clear_kernel[(triton.cdiv(vocab_size, CLEARED), joins.num)](
-            history, joins.words, VOCAB_SIZE=vocab_size, NUM=CLEARED
-        )
+        clear_kernel[(triton.cdiv(size, CLEARED), joins.num)](history, joins.words, SLOT_SIZE=size, NUM=CLEARED)
         scatter_kernel[(triton.cdiv(max(joins.longest, 1), SCATTERED), joins.num)](
-            history, joins.words, VOCAB_SIZE=vocab_size, NUM=SCATTERED
+            history, joins.words, SLOT_SIZE=size, NUM=SCATTERED
         )

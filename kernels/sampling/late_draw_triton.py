@@ -31,7 +31,7 @@ from pdray.kernels.sampling.groups_triton import (
     survey_kernel,
 )
 from pdray.kernels.sampling.row_triton import (
-    PENALIZED,
+    SHIFTED,
     TEMPERATURE,
     TOP_K,
     TOP_P,
@@ -120,7 +120,7 @@ def search_kernel(
             records_ptr, row, history_ptr, masks_ptr, VOCAB_SIZE
         )
         row_ptr = logits_ptr + row.to(tl.int64) * stride_row
-        shift = tl.where((flags & PENALIZED) != 0, 0, SHIFT)
+        shift = tl.where((flags & SHIFTED) != 0, 0, SHIFT)
         temperature = clamp_temperature(load_float(records_ptr, row, TEMPERATURE))
         scale = LOG2_E / temperature
         at = tl.arange(0, TILE)

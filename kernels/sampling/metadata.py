@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pdray.kernels.sampling.history import Join, pack_joins, remember
+from pdray.kernels.sampling.history import BIASES, Join, no_history, pack_joins, remember
+from pdray.kernels.sampling.mask import TokenMasks
 
 GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM
 
@@ -33,6 +34,8 @@ class Parameters(Protocol):
     def repetition_penalty(self) -> float: ...
     @property
     def logprobs(self) -> int | None: ...
+    @property
+    def logit_bias(self) -> Mapping[int, float] | None: ...
 
 
 class SamplingRow(NamedTuple):
@@ -62,6 +65,14 @@ class PenaltyRows(NamedTuple):
     presence: Tensor
     frequency: Tensor
     history: Tensor
+
+
+class BiasedTokens(NamedTuple):
+    """Logits that something is added to: rows, token_ids [K] int64, values [K] float32."""
+
+    rows: Tensor
+    token_ids: Tensor
+    values: Tensor
 
 
 class BannedTokens(NamedTuple):
@@ -102,6 +113,8 @@ class SamplingMetadata:
     banned: BannedTokens | None = None
     random: RandomRows | None = None
     logprobs: LogprobRows | None = None
+    masks: TokenMasks | None = None
+    bias: BiasedTokens | None = None
 
     @classmethod
     def build(cls, rows: Sequence[SamplingRow], device: torch.device | str = "cpu") -> SamplingMetadata:
@@ -111,6 +124,7 @@ class SamplingMetadata:
             banned=_build_banned(rows, device),
             random=_build_random(rows, device),
             logprobs=_build_logprobs(rows, device),
+            bias=_build_bias(rows, device),
         )
 
 
@@ -136,6 +150,14 @@ def _build_penalties(rows: Sequence[SamplingRow], device: torch.device | str) ->
         _floats([p.frequency_penalty for p in params], device),
         _history([rows[i] for i in index]).to(device),
     )
+
+
+def _build_bias(rows: Sequence[SamplingRow], device: torch.device | str) -> BiasedTokens | None:
+    biased = [(i, *item) for i, row in enumerate(rows) for item in (row.params.logit_bias or {}).items()]
+    if not biased:
+        return None
+    row_index, token_ids, values = zip(*biased, strict=True)
+    return BiasedTokens(_ints(list(row_index), device), _ints(list(token_ids), device), _floats(list(values), device))
 
 
 def _build_banned(rows: Sequence[SamplingRow], device: torch.device | str) -> BannedTokens | None:
@@ -178,7 +200,7 @@ def _floats(values: list[float], device: torch.device | str) -> Tensor:
 
 def _history(rows: Sequence[SamplingRow]) -> Tensor:
     width = 1 + max((max([*row.prompt_token_ids, *row.output_token_ids], default=-1) for row in rows), default=-1)
-    history = torch.zeros(len(rows), width, dtype=torch.int32)
+    history = no_history(len(rows), width)
     joins = [Join(i, row.prompt_token_ids, row.output_token_ids, ()) for i, row in enumerate(rows)]
     remember(history, pack_joins(joins))
-    return history
+    return history[:, BIASES:]

@@ -31,10 +31,14 @@ PENALIZED = tl.constexpr(int(RowFlag.PENALIZED))
 ENDS_BANNED = tl.constexpr(int(RowFlag.ENDS_BANNED))
 MASKED = tl.constexpr(int(RowFlag.MASKED))
 REPORTED = tl.constexpr(int(RowFlag.REPORTED))
+BIASED = tl.constexpr(int(RowFlag.BIASED))
+SHIFTED = tl.constexpr(int(RowFlag.PENALIZED | RowFlag.BIASED))  # logits may become numbers that their dtype has not
 
 SEEN = tl.constexpr(history.PROMPT | history.COUNT)
 COUNT = tl.constexpr(history.COUNT)
 END = tl.constexpr(history.END)
+BIAS, BIAS_SHIFT = tl.constexpr(history.BIAS), tl.constexpr(history.BIAS_SHIFT)
+BIASES = tl.constexpr(history.BIASES)
 LARGEST_LOGIT = tl.constexpr(draw.LARGEST_LOGIT)
 MIN_TEMPERATURE = tl.constexpr(draw.MIN_TEMPERATURE)
 MAX_TEMPERATURE = tl.constexpr(draw.MAX_TEMPERATURE)
@@ -64,12 +68,12 @@ def clamp_temperature(temperature):
 
 @triton.jit
 def load_changes(records_ptr, row, history_ptr, masks_ptr, VOCAB_SIZE: tl.constexpr):
-    """What load_logits() does to the row: flags, where its history and its mask are, and its penalties."""
+    """What load_logits() does to the row: flags, where its words and its mask are, and its penalties."""
     flags = load_int(records_ptr, row, FLAGS)
     is_early = load_long(records_ptr, row, POSITION) < load_int(records_ptr, row, MIN_TOKENS)
     flags = tl.where(is_early, flags, flags & ~ENDS_BANNED)
-    history_ptr += load_int(records_ptr, row, SLOT).to(tl.int64) * VOCAB_SIZE
-    masks_ptr += load_int(records_ptr, row, MASK).to(tl.int64) * ((VOCAB_SIZE + 31) // 32)
+    history_ptr += load_int(records_ptr, row, SLOT).to(tl.int64) * (BIASES + VOCAB_SIZE) + BIASES
+    masks_ptr += load_int(records_ptr, row, MASK).to(tl.int64) * (VOCAB_SIZE // 32 + 1)
     repetition = load_float(records_ptr, row, REPETITION)
     presence = load_float(records_ptr, row, PRESENCE)
     frequency = load_float(records_ptr, row, FREQUENCY)
@@ -78,13 +82,17 @@ def load_changes(records_ptr, row, history_ptr, masks_ptr, VOCAB_SIZE: tl.conste
 
 @triton.jit
 def load_logits(row_ptr, history_ptr, mask_ptr, token_ids, inside, flags, repetition, presence, frequency):
-    """Logits with penalties, bans and mask, float32, as draw.clean_logits() has them; -inf where not ``inside``.
+    """Logits with bias, penalties, bans and mask, float32, as draw.clean_logits() has them; -inf where not ``inside``.
 
     Products and sums are rounded one by one, as in sample.py: kernels are launched without fusing them.
     """
     x = tl.load(row_ptr + token_ids, mask=inside, other=float("-inf")).to(tl.float32)
-    if (flags & (PENALIZED | ENDS_BANNED)) != 0:
+    if (flags & (PENALIZED | ENDS_BANNED | BIASED)) != 0:
         word = tl.load(history_ptr + token_ids, mask=inside, other=0)
+        if (flags & BIASED) != 0:
+            place = (word & BIAS) >> BIAS_SHIFT
+            bias = tl.load(history_ptr - place, mask=place > 0, other=0)
+            x += bias.to(tl.float32, bitcast=True)
         if (flags & PENALIZED) != 0:
             count = (word & COUNT).to(tl.float32)
             x = tl.where((word & SEEN) != 0, tl.where(x > 0, tl.div_rn(x, repetition), x * repetition), x)

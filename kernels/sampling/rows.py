@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdray.kernels.sampling.history import END, bits_of_masks
+from pdray.kernels.sampling.history import BIASES, END, biased_tokens
+from pdray.kernels.sampling.mask import TokenMasks
 from pdray.kernels.sampling.metadata import (
     GREEDY_TEMPERATURE,
     BannedTokens,
+    BiasedTokens,
     LogprobRows,
     Parameters,
     PenaltyRows,
@@ -53,6 +55,7 @@ class RowFlag(IntFlag):
     PENALIZED: a penalty; its drawn tokens are counted in its slot.
     ENDS_BANNED: before min_tokens, the tokens that its slot marks as ends.
     MASKED: has a mask. REPORTED: its log-probabilities are asked for.
+    BIASED: numbers of its slot are added to logits.
     """
 
     LATE = 1
@@ -60,6 +63,7 @@ class RowFlag(IntFlag):
     ENDS_BANNED = 4
     MASKED = 8
     REPORTED = 16
+    BIASED = 32
 
 
 class DrawTable(NamedTuple):
@@ -70,8 +74,8 @@ class DrawTable(NamedTuple):
             off), top_p (1 is off), repetition, presence and frequency penalty; flags, of RowFlag; slot, the row's in
             ``history``, and no other row's; mask, its row in ``masks``; num_logprobs, most likely tokens to report;
             seed and position, as in SamplingRow.
-        history: [H, vocab_size] int32; see history.py. Draws of rows that are PENALIZED add to it.
-        masks: [M, ceil(vocab_size / 32)] int32: bit i % 32 of word i // 32 is set where token i may be drawn.
+        history: [H, BIASES + vocab_size] int32; see history.py. Draws of rows that are PENALIZED add to it.
+        masks: [M, num_mask_words(vocab_size)] int32; see TokenMasks.
     """
 
     records: Tensor
@@ -80,7 +84,7 @@ class DrawTable(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        return self.history.shape[1]
+        return self.history.shape[1] - BIASES
 
     def view(self) -> Records:
         """The records as numpy has them; of a table on the CPU."""
@@ -96,13 +100,15 @@ class DrawTable(NamedTuple):
             banned=self._banned(records, flags, slots),
             random=_random(records),
             logprobs=_logprobs(records, flags),
+            masks=self._masks(records, flags),
+            bias=self._bias(flags, slots),
         )
 
     def remember(self, rows: Tensor, token_ids: Tensor) -> None:
         """Add what ``rows`` [R] int64 have drawn [R] int64 to their histories; of a table on the CPU."""
         records = self.view()[rows.numpy()]
         counted = (records["flags"] & RowFlag.PENALIZED) != 0
-        self.history.numpy()[records["slot"][counted], token_ids.numpy()[counted]] += 1
+        self.history.numpy()[records["slot"][counted], BIASES + token_ids.numpy()[counted]] += 1
 
     def _penalties(self, records: Records, flags: Any) -> PenaltyRows | None:
         index = np.flatnonzero(flags & RowFlag.PENALIZED)
@@ -113,28 +119,43 @@ class DrawTable(NamedTuple):
             torch.from_numpy(records["repetition"][index]),
             torch.from_numpy(records["presence"][index]),
             torch.from_numpy(records["frequency"][index]),
-            self.history[torch.from_numpy(records["slot"][index].astype(np.int64))],
+            self.history[torch.from_numpy(records["slot"][index].astype(np.int64)), BIASES:],
         )
 
     def _banned(self, records: Records, flags: Any, slots: Any) -> BannedTokens | None:
         banned = []
         early = records["position"] < records["min_tokens"]
         for i in np.flatnonzero(((flags & RowFlag.ENDS_BANNED) != 0) & early):
-            banned.append((i, np.flatnonzero(self.history[slots[i]].numpy() & END)))
-        for i in np.flatnonzero(flags & RowFlag.MASKED):
-            allowed = bits_of_masks(self.masks[records["mask"][i]].numpy(), self.vocab_size)
-            banned.append((i, np.flatnonzero(~allowed)))
+            banned.append((i, np.flatnonzero(self.history[slots[i], BIASES:].numpy() & END)))
         if not banned:
             return None
         rows = np.repeat([i for i, _ in banned], [len(ids) for _, ids in banned])
         return BannedTokens(torch.from_numpy(rows), torch.from_numpy(np.concatenate([ids for _, ids in banned])))
 
+    def _masks(self, records: Records, flags: Any) -> TokenMasks | None:
+        index = np.flatnonzero(flags & RowFlag.MASKED)
+        if not len(index):
+            return None
+        places = torch.from_numpy(records["mask"][index].astype(np.int64))
+        return TokenMasks(torch.from_numpy(index), self.masks[places])
 
-def make_record(params: Parameters, seed: int, *, slot: int = 0, min_tokens: int = 0) -> Records:
+    def _bias(self, flags: Any, slots: Any) -> BiasedTokens | None:
+        index = np.flatnonzero(flags & RowFlag.BIASED)
+        if not len(index):
+            return None
+        found = [biased_tokens(self.history[slots[i]].numpy()) for i in index]
+        rows = np.repeat(index, [len(token_ids) for token_ids, _ in found])
+        token_ids, values = (torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
+        return BiasedTokens(torch.from_numpy(rows), token_ids, values)
+
+
+def make_record(
+    params: Parameters, seed: int, *, slot: int = 0, min_tokens: int = 0, has_mask: bool = False
+) -> Records:
     """One record [1] for parameters; its position and its mask are its caller's.
 
     Args:
-        slot: read where the row needs one: where it has penalties or min_tokens.
+        slot: read where the row needs one: see needs_slot(). has_mask: one that comes late.
     """
     record = np.zeros(1, RECORD)
     is_random = params.temperature >= GREEDY_TEMPERATURE
@@ -144,12 +165,19 @@ def make_record(params: Parameters, seed: int, *, slot: int = 0, min_tokens: int
     record["frequency"], record["slot"], record["min_tokens"] = params.frequency_penalty, slot, min_tokens
     record["num_logprobs"], record["seed"] = params.logprobs or 0, seed
     record["flags"] = (
-        RowFlag.LATE * (is_random and has_filter(params))
+        RowFlag.LATE * (has_mask or (is_random and has_filter(params)))
+        | RowFlag.MASKED * has_mask
+        | RowFlag.BIASED * (params.logit_bias is not None)
         | RowFlag.PENALIZED * has_penalty(params)
         | RowFlag.ENDS_BANNED * (min_tokens > 0)
         | RowFlag.REPORTED * (params.logprobs is not None)
     )
     return record
+
+
+def needs_slot(params: Parameters, min_tokens: int) -> bool:
+    """Whether a sequence's draws look at anything that is kept of it."""
+    return has_penalty(params) or min_tokens > 0 or params.logit_bias is not None
 
 
 def _random(records: Records) -> RandomRows | None:

@@ -1,6 +1,7 @@
 """Choosing the next token of each row: penalties, masks, temperature, filters, and a seeded draw.
 
-Order: penalties, banned ids, (greedy rows: argmax), and draw.py: temperature, min_p, top_k, top_p, Gumbel-max.
+Order: bias, penalties, banned ids, masks, (greedy rows: argmax), and draw.py: temperature, min_p, top_k, top_p,
+Gumbel-max.
 
 Every operation works within a row, so that a row's result does not depend on the rest of the batch, and each
 group of parameters holds only the rows that need it: a batch of greedy rows costs one argmax.
@@ -16,8 +17,10 @@ from torch.nn.functional import pad
 
 from pdray.kernels.sampling.draw import clean_logits, draw, keep_top_k, keep_top_p
 from pdray.kernels.sampling.history import COUNT, PROMPT
+from pdray.kernels.sampling.mask import apply_masks
 from pdray.kernels.sampling.metadata import (
     BannedTokens,
+    BiasedTokens,
     LogprobRows,
     PenaltyRows,
     RandomRows,
@@ -69,11 +72,16 @@ def sample(logits: Tensor, meta: SamplingMetadata) -> SampleOutput:
         logits: [B, V], any float dtype; unchanged on return.
     """
     raw_logits = logits.float()
-    logits = raw_logits.clone() if meta.penalties is not None or meta.banned is not None else raw_logits
+    changes = meta.bias, meta.penalties, meta.banned, meta.masks
+    logits = raw_logits if all(part is None for part in changes) else raw_logits.clone()
+    if meta.bias is not None:
+        add_bias(logits, meta.bias)
     if meta.penalties is not None:
         apply_penalties(logits, meta.penalties)
     if meta.banned is not None:
         ban_tokens(logits, meta.banned)
+    if meta.masks is not None:
+        apply_masks(logits, meta.masks)
     logits = clean_logits(logits)
     token_ids = logits.argmax(-1)
     if meta.random is not None:
@@ -94,6 +102,11 @@ def apply_penalties(logits: Tensor, penalties: PenaltyRows) -> None:
     selected -= penalties.frequency[:, None] * counts
     selected -= penalties.presence[:, None] * (counts > 0)
     logits[penalties.rows] = selected
+
+
+def add_bias(logits: Tensor, bias: BiasedTokens) -> None:
+    """In place on [B, V]: to each (row, token id)."""
+    logits.index_put_((bias.rows, bias.token_ids), bias.values, accumulate=True)
 
 
 def ban_tokens(logits: Tensor, banned: BannedTokens) -> None:

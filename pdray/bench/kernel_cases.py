@@ -23,6 +23,8 @@ from pdray.kernels.kv.pack import PackedBlocks, pack_blocks, unpack_blocks
 from pdray.kernels.linear.linear import linear, pack_weight
 from pdray.kernels.linear.norm_linear import norm_linear
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
+from pdray.kernels.sampling.history import no_history
+from pdray.kernels.sampling.mask import num_mask_words
 from pdray.kernels.sampling.rows import WORDS, DrawTable, make_record
 from pdray.models.decoder import shapes_of_layer
 from pdray.models.model_config import ModelConfig
@@ -261,8 +263,8 @@ class KernelCases:
         records = [make_record(SamplingParams(**params), i, slot=i) for i in range(rows)]
         words = torch.from_numpy(np.concatenate(records).view(np.int32).reshape(-1, WORDS))
         vocab_size = self.model.vocab_size
-        history = torch.zeros(rows, vocab_size, dtype=torch.int32, device=self.device)
-        masks = torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device=self.device)
+        history = no_history(rows, vocab_size, self.device)
+        masks = torch.zeros(1, num_mask_words(vocab_size), dtype=torch.int32, device=self.device)
         return DrawTable(words.to(self.device), history, masks)
 
     def _packs(self) -> Iterator[Case]:

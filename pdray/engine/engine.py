@@ -6,29 +6,35 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from functools import partial
 
 from pdray.config import Config
+from pdray.engine.grammar.compiler import GrammarCompiler
+from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.grammar.pieces import load_pieces
 from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
-from pdray.engine.kv.integrity import check_in_slices
+from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.kv.sizing import longest_sequence
+from pdray.engine.kv.sizing import usable_model_len
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
 from pdray.engine.schedule.bookkeeping import Bookkeeper
-from pdray.engine.schedule.demand import num_blocks_for
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.refusals import grammar_compiled, refuse
 from pdray.engine.schedule.scheduler import Scheduler
-from pdray.engine.schedule.sequence import LiveRequest, SequenceStatus
-from pdray.engine.step.lane import Draws, Lane
+from pdray.engine.schedule.sequence import LiveRequest
+from pdray.engine.schedule.stats import engine_stats
+from pdray.engine.step.lane import Draws, Lane, Undrawn
 from pdray.engine.step.layer_groups import OnGroup, group_callback
+from pdray.engine.step.mask_filling import MaskFiller
 from pdray.engine.step.times import StepSpread, StepTimes
 from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
+from pdray.structured_outputs import FIELD
 
 logger = logging.getLogger(__name__)
-
-CHECK_PAUSE_S = 20e-6  # between two slices: who has waited for the lock gets it only if it is free for a moment
 
 
 class Engine:
@@ -47,6 +53,7 @@ class Engine:
         on_layer_group: called by the engine's thread in the midst of a step, for prefill_only requests, after each
             group of layers (see layer_groups()); over a request's life, each block of each layer once.
         on_work: called, without the lock, after anything that may have given step() something to do.
+        grammars: compiles structured outputs, on a thread of its own.
     """
 
     def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
@@ -58,16 +65,7 @@ class Engine:
         self.device = device
         self.block_size = pool.layout.block_size
         self.num_blocks = pool.num_blocks
-        max_model_len = model.decoder.max_len
-        self.max_model_len = min(max_model_len, longest_sequence(self.num_blocks, self.block_size))
-        if self.max_model_len < max_model_len:  # only num_kv_blocks asks for a pool so small
-            logger.warning(
-                "max_model_len is %d, not %d: num_kv_blocks (%d) holds no longer sequence; raise it to %d or more",
-                self.max_model_len,
-                max_model_len,
-                self.num_blocks,
-                num_blocks_for(max_model_len, self.block_size) + 1,
-            )
+        self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
         limits = EngineLimits(
@@ -90,6 +88,8 @@ class Engine:
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
         self._lock = threading.Lock()
+        self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
+        self._mask_filler = MaskFiller(limits.vocab_size, device)
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
         self._num_steps = 0
         self._step_times = StepTimes()
@@ -105,6 +105,7 @@ class Engine:
         with self._lock:
             self._scheduler.add(live, time.perf_counter())
             self._is_stuck = False
+        self._watch_grammar(live)
         self._notify()
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
@@ -119,16 +120,33 @@ class Engine:
         """
         live = self._prepare(request, reserved=True)
         with self._lock:
-            return self._scheduler.reserve(live)
+            reservation = self._scheduler.reserve(live)
+        if reservation is not None:
+            self._watch_grammar(live)
+        return reservation
 
     def _prepare(self, request: EngineRequest, *, reserved: bool) -> LiveRequest:
+        wanted = request.params.structured_outputs
         try:
-            return self._scheduler.prepare(request, reserved=reserved)
+            grammar = None if wanted is None else self.grammars.compile(wanted)
+            return self._scheduler.prepare(request, reserved=reserved, grammar=grammar)
         except InvalidRequestError:
             raise
         except Exception as error:
             logger.exception("request %r could not be prepared", request.key)
             raise RequestFailedError(f"the request could not be prepared: {describe_error(error)}") from error
+
+    def _watch_grammar(self, live: LiveRequest) -> None:
+        """Go on with the request when its grammar is there; end it if there is none, once nobody writes its blocks."""
+
+        def compiled(_: Future[Grammar]) -> None:
+            with self._lock:
+                grammar_compiled(self._scheduler, live)
+                self._is_stuck = False
+            self._notify()
+
+        if live.grammar is not None:
+            live.grammar.add_done_callback(compiled)
 
     def start_prefill(self, key: Hashable) -> None:
         """Compute a reserved request here.
@@ -198,13 +216,16 @@ class Engine:
             plan = self._schedule()
             self._is_stuck = not plan.chunks and done is None
         self._in_flight = None
-        failure = self._launch(plan) if plan.chunks else None
-        if not self.overlap:
-            done, self._in_flight = self._in_flight, None
+        launched = self._launch(plan) if plan.chunks else None
         if done is not None:
-            updates += self._book(*done)
-        if failure is not None:
-            updates += self._give_up(plan, failure)
+            updates += self._book(*done)  # beside the device's work on the step after it
+        if isinstance(launched, Undrawn):
+            updates += self._draw(plan, launched)
+        elif launched is not None:
+            updates += self._give_up(plan, launched)
+        if not self.overlap and self._in_flight is not None:
+            booked, self._in_flight = self._in_flight, None
+            updates += self._book(*booked)
         return updates
 
     def _schedule(self) -> StepPlan:
@@ -213,8 +234,9 @@ class Engine:
         except Exception as error:
             raise StepFailedError(describe_error(error), self._scheduler.planned_keys()) from error
 
-    def _launch(self, plan: StepPlan) -> Exception | None:
-        """Launch a plan; returns what is that plan's fault alone, and has left everything else as it was.
+    def _launch(self, plan: StepPlan) -> Undrawn | Exception | None:
+        """Launch a plan, but for its late draws if any has a mask; or return what is the plan's fault alone, and has
+        left everything else as it was.
 
         On CUDA an error may be that of any earlier launch, and the device be lost, unless it is Python's own and comes
         before this plan's first launch. The device's errors are RuntimeErrors.
@@ -224,12 +246,28 @@ class Engine:
             with self._lock:
                 inputs, on_group = lane.prepare(plan), self._group_callback(plan)
             launching = True
-            self._in_flight = plan, lane.launch(inputs, on_group)
+            launched = lane.launch(inputs, on_group)
+            if isinstance(launched, Undrawn):
+                return launched
+            self._in_flight = plan, launched
         except Exception as error:
             if self.device.type != "cpu" and (launching or isinstance(error, RuntimeError)):
                 raise
             return error
         return None
+
+    def _draw(self, plan: StepPlan, undrawn: Undrawn) -> list[RequestUpdate]:
+        """Every token before the plan's draws is known: fill their masks beside the device's work, then draw."""
+        try:
+            lane = self._lane_for(plan)
+            failures = self._mask_filler.fill([draw for chunk in plan.chunks for draw in chunk.draws], lane.masks.host)
+            self._in_flight = plan, lane.draw(undrawn)
+        except Exception as error:
+            if self.device.type != "cpu":
+                raise
+            return self._give_up(plan, error)
+        with self._lock:
+            return [refuse(self._scheduler, key, InvalidRequestError(why, FIELD)) for key, why in failures.items()]
 
     def _give_up(self, plan: StepPlan, error: Exception) -> list[RequestUpdate]:
         """The plan could not be launched: end its requests. What it has written is in their blocks alone."""
@@ -252,7 +290,8 @@ class Engine:
         with self._lock:
             self._num_steps += 1
             self._is_stuck = False
-            updates = self._bookkeeper.update(booked, rows, ended)
+            scores = None if draws.scores is None else draws.scores.numpy()
+            updates = self._bookkeeper.update(booked, rows, ended, scores)
             self._step_times.add(wait_began, ended)
             if not self._scheduler.running:
                 self._step_times.pause()
@@ -275,25 +314,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges."""
         with self._lock:
-            scheduler = self._scheduler
-            prefilling = [s for s in scheduler.running if s.num_uncomputed_tokens > 1]
-            counters = scheduler.counters
-            return EngineStats(
-                num_blocks=self.num_blocks,
-                free_blocks=scheduler.pool.num_free,
-                free_places=scheduler.limits.max_num_seqs - scheduler.num_places,
-                running=len(scheduler.running),
-                preempted=sum(s.preempted for s in scheduler.waiting),
-                waiting=sum(1 if s.request.forked else len(s.request.sequences) for s in scheduler.waiting),
-                reserved=sum(r.lead.status is SequenceStatus.RESERVED for r in scheduler.requests.values()),
-                queued_tokens=sum(s.num_uncomputed_tokens for s in (*prefilling, *scheduler.waiting)),
-                num_steps=self._num_steps,
-                num_preemptions=counters.num_preemptions,
-                prefix_cache_queries=counters.prefix_cache_queries,
-                prefix_cache_hits=counters.prefix_cache_hits,
-                num_prompt_tokens=self._bookkeeper.num_prompt_tokens,
-                num_output_tokens=self._bookkeeper.num_output_tokens,
-            )
+            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps)
 
     def step_times(self) -> StepSpread | None:
         """Durations of the last steps, and the host's share of them."""
@@ -315,15 +336,7 @@ class Engine:
 
         Takes a while for a large pool, and the lock only for moments: not to be called from an event loop.
         """
-        problems: dict[str, None] = {}
-        slices = check_in_slices(self._scheduler)
-        while True:
-            with self._lock:
-                found = next(slices, None)
-            if found is None:
-                return list(problems)
-            problems |= dict.fromkeys(found)
-            time.sleep(CHECK_PAUSE_S)
+        return check_in_pauses(self._scheduler, self._lock)
 
     def _notify(self) -> None:
         if self.on_work is not None:

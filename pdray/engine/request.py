@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pdray.outputs import SampledToken
+from pdray.prompt_scores import PromptScores
 from pdray.sampling_params import SamplingParams
 
 
@@ -77,6 +78,8 @@ class RequestUpdate:
         first_decode_step: that step's duration, s.
         failure: why the step that was to compute it failed; the engine knows the request no more.
         suspects: keys of all requests of the step that failed.
+        param: the request's own field that made it fail.
+        prompt_scores: with the first tokens, where they are asked for.
     """
 
     key: Hashable
@@ -89,6 +92,8 @@ class RequestUpdate:
     first_decode_step: float | None = None
     failure: str | None = None
     suspects: tuple[Hashable, ...] = ()
+    param: str | None = None
+    prompt_scores: PromptScores | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,26 +8,34 @@ is first rendered with marks for texts. The form in which every mark comes out i
 from __future__ import annotations
 
 import functools
-import inspect
 import json
-import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pdray.errors import InvalidRequestError
-from pdray.router.conversation import Message
+from pdray.router.conversation import REASONING_FIELDS, Message
 from pdray.router.prompt import CompleteText
+from pdray.router.template_facts import renderer_options, template_facts
+from pdray.router.template_plan import (
+    COMPLETE,
+    ArgumentsForm,
+    Attempt,
+    MessageShape,
+    Plan,
+    as_dict,
+    attempt,
+    calls,
+    candidates,
+    content,
+    strings,
+)
+from pdray.router.tool_prompt import with_tool_prompt
 
 if TYPE_CHECKING:
-    from jinja2.nodes import Template
     from transformers import PreTrainedTokenizerBase
 
-Form = Literal["string", "parts", "part"]  # "part": a list of one part, which holds the joined text
-
-MARK = re.compile(r"zqx(\d+)x(\d+)xqz")
-LIST = 9  # where marks count texts, that of the list around them
 MAX_PLANS = 256
 MAX_PLANNED_MESSAGES = 256  # longer conversations are planned each time, so that the plans' memory is bounded
 
@@ -40,21 +48,13 @@ class ChatOptions:
         add_generation_prompt: end with the header of the assistant's next message.
         continue_final_message: leave the last message open, for the model to continue.
         variables: for the template, e.g. Qwen3's enable_thinking.
+        tools: in OpenAI's form, that the model may call.
     """
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
-
-
-class MessageShape(NamedTuple):
-    """What of a message decides how a template treats it. More than two texts count as two."""
-
-    role: str
-    num_texts: int
-    in_parts: bool
-    named: bool
-    empty: bool
+    tools: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +63,6 @@ class Variables:
 
     as_json: str
     values: dict[str, Any] = field(compare=False)
-
-
-class Plan(NamedTuple):
-    """How each message is given to the template."""
-
-    roles: tuple[str, ...]
-    forms: tuple[Form, ...]
-
-
-class Attempt(NamedTuple):
-    """What became of the marks in one form: the messages that were lost, or why the template refused them all."""
-
-    lost: list[int]
-    error: Exception | None
 
 
 class ChatTemplate:
@@ -97,22 +83,37 @@ class ChatTemplate:
             InvalidRequestError: there is no template, it refuses the conversation, or it would drop a message.
         """
         source = self._source()
-        self._check_options(source, options)
+        self._check_options(options)
+        tools = list(options.tools)
+        if not self.shows_tools and (tools or any(m.tool_calls or m.role == "tool" for m in messages)):
+            messages, tools = with_tool_prompt(messages, tools), []
         shapes = tuple(
-            MessageShape(m.role, min(len(m.texts), 2), m.in_parts, m.name is not None, not m.text.strip())
+            MessageShape(
+                m.role,
+                min(len(m.texts), 2),
+                m.in_parts,
+                m.name is not None,
+                not m.text.strip(),
+                min(len(m.tool_calls), 2),
+            )
             for m in messages
         )
         make_plan = self._cached_plan if len(messages) <= MAX_PLANNED_MESSAGES else self._make_plan
-        plan = make_plan(source, shapes, _as_json(options.variables), options.add_generation_prompt)
+        plan = make_plan(source, shapes, _as_json(options.variables), options.add_generation_prompt, bool(tools))
         end = secrets.token_hex(16) if options.continue_final_message else ""
         chat: list[dict[str, Any]] = []
         for index, (message, role, form) in enumerate(zip(messages, plan.roles, plan.forms, strict=True)):
             texts = list(message.texts)
             if index == len(messages) - 1:
                 texts[-1] += end  # whatever the template puts behind the message, its text ends here
-            chat.append(_as_dict(role, message.name, _content(form, texts)))
+            chat.append(
+                as_dict(role, message.name, content(form, texts))
+                | calls(message.tool_calls, plan.arguments)
+                | ({} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id})
+                | ({} if message.reasoning is None else dict.fromkeys(REASONING_FIELDS, message.reasoning))
+            )
         try:
-            prompt = self._apply(source, chat, options.add_generation_prompt, options.variables)
+            prompt = self._apply(source, chat, tools, options.add_generation_prompt, options.variables)
         except Exception as error:  # templates are programs of the model's authors
             raise _refused(error) from error
         if not end:
@@ -135,14 +136,29 @@ class ChatTemplate:
         except ValueError as error:
             raise InvalidRequestError(f"this model has no default chat template: {error}", "messages") from error
 
-    def _check_options(self, source: str, options: ChatOptions) -> None:
+    @property
+    def source(self) -> str:
+        """The template's text; empty if there is none."""
+        return self._source() if self.tokenizer is not None and self.tokenizer.chat_template else ""
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the template has a place for tools; see pdray.router.tool_prompt for those that have none."""
+        return "tools" in template_facts(self._source()).variables
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that a request may set with chat_template_kwargs."""
+        return template_facts(self._source()).variables - renderer_options()
+
+    def _check_options(self, options: ChatOptions) -> None:
         if options.add_generation_prompt and options.continue_final_message:
             raise InvalidRequestError(
                 "continue_final_message needs add_generation_prompt=false", "continue_final_message"
             )
         if not options.variables:
             return
-        known = _template_facts(source).variables - renderer_options()
+        known = self.variables
         for name in options.variables:
             if name not in known:
                 raise InvalidRequestError(
@@ -150,101 +166,72 @@ class ChatTemplate:
                     "chat_template_kwargs",
                 )
 
-    def _apply(self, source: str, chat: list[dict[str, Any]], add_prompt: bool, variables: dict[str, Any]) -> str:
+    def _apply(
+        self,
+        source: str,
+        chat: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        add_prompt: bool,
+        variables: dict[str, Any],
+    ) -> str:
         assert self.tokenizer is not None
         prompt = self.tokenizer.apply_chat_template(
-            chat, chat_template=source, add_generation_prompt=add_prompt, tokenize=False, **variables
+            chat,
+            tools=[*tools] or None,
+            chat_template=source,
+            add_generation_prompt=add_prompt,
+            tokenize=False,
+            **variables,
         )
         assert isinstance(prompt, str)
         return prompt
 
-    def _make_plan(self, source: str, shapes: tuple[MessageShape, ...], variables: Variables, add_prompt: bool) -> Plan:
+    def _make_plan(
+        self,
+        source: str,
+        shapes: tuple[MessageShape, ...],
+        variables: Variables,
+        add_prompt: bool,
+        with_tools: bool,
+    ) -> Plan:
         """The first form in which the template shows every message, or all but those without a text."""
-        knows_developer = "developer" in _template_facts(source).strings
+        knows_developer = "developer" in template_facts(source).strings
         roles = tuple("system" if s.role == "developer" and not knows_developer else s.role for s in shapes)
-        tried: dict[tuple[Form, ...], Attempt] = {}
+        arguments: tuple[ArgumentsForm, ...] = ("object", "json") if any(s.num_calls for s in shapes) else ("object",)
+        tried: dict[Plan, Attempt] = {}
 
-        def attempt(forms: tuple[Form, ...]) -> Attempt:
-            if forms not in tried:
-                tried[forms] = self._try(source, shapes, Plan(roles, forms), variables.values, add_prompt)
-            return tried[forms]
+        def apply(chat: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+            return self._apply(source, chat, tools, add_prompt, variables.values)
 
-        for forms in _candidates(shapes, attempt):
-            if attempt(forms) == Attempt([], None):
-                return Plan(roles, forms)
+        def try_plan(plan: Plan) -> Attempt:
+            if plan not in tried:
+                tried[plan] = attempt(shapes, plan, apply, with_tools=with_tools)
+            return tried[plan]
+
+        for form in arguments:
+            plan_of = functools.partial(Plan, roles, arguments=form)
+            for forms in candidates(shapes, lambda forms, plan_of=plan_of: try_plan(plan_of(forms))):  # type: ignore[misc]
+                if try_plan(plan_of(forms)) == COMPLETE:
+                    return plan_of(forms)
         missed: list[list[int]] = []
-        for forms, (all_lost, error) in tried.items():
-            lost_texts = [index for index in all_lost if not shapes[index].empty]
-            if error is None and not lost_texts:
-                return Plan(roles, forms)
-            missed.append(lost_texts)
-        plain = attempt(_strings(shapes))
+        for plan, (all_lost, error, lost_calls, lost_tools) in tried.items():
+            lost = sorted({*lost_calls, *(index for index in all_lost if not shapes[index].empty)})
+            if error is None and not lost and not lost_tools:
+                return plan
+            missed.append(lost)
+        plain = try_plan(Plan(roles, strings(shapes), arguments[-1]))
         if plain.error is not None:
             raise _refused(plain.error) from plain.error
-        lost = min(filter(None, missed), key=len)[0]
-        was = shapes[lost].role
-        sent_as = "" if was == roles[lost] else f", sent as {roles[lost]!r}"
+        if any(each.lost_tools and not each.lost and not each.lost_calls for each in tried.values()):
+            raise InvalidRequestError("the model's chat template does not show the tools it is given", "tools")
+        first = min(filter(None, missed), key=len)[0]
+        was = shapes[first].role
+        sent_as = "" if was == roles[first] else f", sent as {roles[first]!r}"
         raise InvalidRequestError(
-            f"the model's chat template drops messages[{lost}] (role {was!r}{sent_as}): its text would not be in the "
+            f"the model's chat template drops messages[{first}] (role {was!r}{sent_as}): its text would not be in the "
             "prompt; use a role that the template knows, in a place where it takes it",
             "messages",
         )
-
-    def _try(
-        self, source: str, shapes: tuple[MessageShape, ...], plan: Plan, variables: dict[str, Any], add_prompt: bool
-    ) -> Attempt:
-        chat = []
-        for index, (shape, role, form) in enumerate(zip(shapes, plan.roles, plan.forms, strict=True)):
-            content = _content(form, [_mark(index, part) for part in range(shape.num_texts)])
-            if isinstance(content, list):
-                content[0][_mark(index, LIST)] = ""  # shows where a template prints the list as Python does
-            chat.append(_as_dict(role, "Ann" if shape.named else None, content))
-        try:
-            prompt = self._apply(source, chat, add_prompt, variables)
-        except Exception as error:  # reported, unless another form is taken
-            return Attempt([], error)
-        found = {(int(index), int(part)) for index, part in MARK.findall(prompt.lower())}
-        lost = [
-            index
-            for index, shape in enumerate(shapes)
-            if (index, LIST) in found or any((index, part) not in found for part in range(shape.num_texts))
-        ]
-        return Attempt(lost, None)
-
-
-def _candidates(
-    shapes: Sequence[MessageShape], attempt: Callable[[tuple[Form, ...]], Attempt]
-) -> Iterator[tuple[Form, ...]]:
-    """Forms to try, best first: lists of several parts as they are, strings, and lists where strings are lost."""
-    if any(shape.in_parts and shape.num_texts > 1 for shape in shapes):
-        yield tuple("parts" if shape.in_parts and shape.num_texts > 1 else "string" for shape in shapes)
-    yield _strings(shapes)
-    lost = attempt(_strings(shapes)).lost
-    lists: tuple[Form, ...] = ("parts", "part")
-    for form in lists:
-        yield tuple(form if index in lost else "string" for index in range(len(shapes)))
-    for form in lists:
-        yield (form,) * len(shapes)
-
-
-def _strings(shapes: Sequence[MessageShape]) -> tuple[Form, ...]:
-    return tuple("string" for _ in shapes)
-
-
-def _content(form: Form, texts: list[str]) -> str | list[dict[str, str]]:
-    if form == "string":
-        return "\n".join(texts)
-    return [{"type": "text", "text": text} for text in (texts if form == "parts" else ["\n".join(texts)])]
-
-
-def _as_dict(role: str, name: str | None, content: str | list[dict[str, str]]) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": role, "content": content}
-    return message if name is None else message | {"name": name}
-
-
-def _mark(index: int, part: int) -> str:
-    """A text that no template holds."""
-    return f"zqx{index}x{part}xqz"
 
 
 def _as_json(variables: dict[str, Any]) -> Variables:
@@ -258,43 +245,3 @@ def _as_json(variables: dict[str, Any]) -> Variables:
 
 def _refused(error: Exception) -> InvalidRequestError:
     return InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages")
-
-
-class TemplateFacts(NamedTuple):
-    """What a template's source says.
-
-    Attributes:
-        variables: names that it reads and does not set.
-        strings: its string constants.
-    """
-
-    variables: frozenset[str]
-    strings: frozenset[str]
-
-
-@functools.lru_cache(8)
-def _template_facts(source: str) -> TemplateFacts:
-    from jinja2 import meta
-    from jinja2.nodes import Const
-
-    tree = _parse(source)
-    strings = frozenset(node.value for node in tree.find_all(Const) if isinstance(node.value, str))
-    return TemplateFacts(frozenset(meta.find_undeclared_variables(tree)), strings)
-
-
-def _parse(source: str) -> Template:
-    from transformers.utils.chat_template_utils import _compile_jinja_template  # its environment has tags of its own
-
-    try:
-        return _compile_jinja_template(source).environment.parse(source)
-    except Exception as error:
-        raise InvalidRequestError(f"the model's chat template cannot be read: {error}", "messages") from error
-
-
-@functools.lru_cache(1)
-def renderer_options() -> frozenset[str]:
-    """Arguments of transformers' renderer. A request must not set them as variables of the template."""
-    from transformers import PreTrainedTokenizerBase
-
-    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    return frozenset({*parameters, "messages"})

@@ -68,8 +68,12 @@ class GrowingCompletion:
     def take(self, token: SampledToken) -> str | None:
         """Book the next token; returns the stop string that it has completed."""
         output, detokenizer = self.output, self._detokenizer
+        if self._params.max_tokens == 0:
+            self._end_empty()
+            return None
         text_offset = detokenizer.num_chars
-        if token.finish_reason == "stop" and not self._params.include_stop_str_in_output:
+        is_mark = token.finish_reason == "stop" and not token.is_text
+        if is_mark and not self._params.include_stop_str_in_output:
             piece = Piece("", None)  # an end-of-sequence or stop token; it is no text, as in vLLM
         else:
             piece = detokenizer.feed(token.token_id)
@@ -97,6 +101,13 @@ class GrowingCompletion:
             self.close()
         return piece.stop
 
+    def _end_empty(self) -> None:
+        """No token is wanted: the one that a step draws in any case is dropped."""
+        self.output.finish_reason = "length"
+        if self._is_streamed:
+            self._growing_delta().finish_reason = "length"
+        self.close()
+
     def _release(self) -> None:
         """Pass on the tokens whose text is shown, or that no text is held back for."""
         num_chars, num_shown = self._detokenizer.num_chars, self._detokenizer.num_shown
@@ -119,7 +130,7 @@ class GrowingCompletion:
         output = self.output
         self._is_streamed = True
         num_released = len(output.token_ids) - len(self._held)
-        if output.token_ids:
+        if output.token_ids or output.finished:
             self._delta = CompletionDelta(
                 output.index,
                 "",

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdray.errors import InvalidRequestError
+from pdray.router.tool_calls import ToolCall, parse_tool_calls
 
 MAX_MESSAGES = 2048
 MAX_ROLE_CHARS = 64
 MAX_NAME_CHARS = 64
 
-ROLES_OF_TOOLS = ("tool", "function")
-MESSAGE_FIELDS = ("role", "content", "name", "refusal")
+REASONING_FIELDS = ("reasoning_content", "reasoning")  # two names of one thing
+MESSAGE_FIELDS = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id", *REASONING_FIELDS)
 # Fields of a part beside its type and text. A cache hint changes no answer, and prefixes are cached anyway.
 IGNORED_IN_PARTS = ("cache_control",)
 
@@ -25,12 +26,18 @@ class Message:
         texts: its content's text parts; a string is one. None are empty lists.
         in_parts: it was given as a list of parts.
         name: of the participant; a template may have no place for it.
+        tool_calls: an assistant's.
+        tool_call_id: of the call that a tool's message answers; a template may have no place for it.
+        reasoning: an assistant's thoughts. Templates leave those of former turns out.
     """
 
     role: str
     texts: tuple[str, ...]
     in_parts: bool = False
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning: str | None = None
 
     @property
     def text(self) -> str:
@@ -71,11 +78,17 @@ def _message(value: Any, place: str) -> Message:
     role = value.get("role")
     if not isinstance(role, str) or not 1 <= len(role) <= MAX_ROLE_CHARS:
         raise _refusal(f"{place}.role is {shown(role)}; it must be a string of 1 to {MAX_ROLE_CHARS} characters")
-    if role in ROLES_OF_TOOLS or not is_empty(value.get("tool_calls")) or not is_empty(value.get("function_call")):
-        raise _refusal(f"{place} (role {role!r}): messages with tool calls or their results are not supported yet")
+    if role == "function" or not is_empty(value.get("function_call")):
+        raise _refusal(f"{place} (role {role!r}): functions are not supported; use tools: tool_calls, and role 'tool'")
     for name, given in value.items():
-        if name not in MESSAGE_FIELDS and not is_empty(given):
+        if not (name in MESSAGE_FIELDS or is_empty(given)):
             raise _refusal(f"{place} (role {role!r}): field {name!r} is not supported; leave it out")
+    calls: tuple[ToolCall, ...] = ()
+    if not is_empty(value.get("tool_calls")):
+        _only_of("assistant", role, f"{place}.tool_calls")
+        calls = parse_tool_calls(value["tool_calls"], place)
+    call_id = _text_of("tool", "tool_call_id", value, role, place)
+    reasoning = [_text_of("assistant", name, value, role, place) for name in REASONING_FIELDS]
     texts, in_parts = _texts(value.get("content"), role, f"{place}.content")
     refusal = value.get("refusal")
     if not is_empty(refusal):
@@ -85,7 +98,23 @@ def _message(value: Any, place: str) -> Message:
     name = value.get("name")
     if not (name is None or isinstance(name, str)) or len(name or "") > MAX_NAME_CHARS:
         raise _refusal(f"{place}.name is {shown(name)}; it must be a string of at most {MAX_NAME_CHARS} characters")
-    return Message(role, tuple(texts), in_parts, name)
+    return Message(role, tuple(texts), in_parts, name, calls, call_id, reasoning[0] or reasoning[1])
+
+
+def _text_of(only_role: str, field: str, value: dict[str, Any], role: str, place: str) -> str | None:
+    """A message's field that is a text, and that messages of one role alone may have."""
+    text = value.get(field)
+    if is_empty(text):
+        return None
+    _only_of(only_role, role, f"{place}.{field}")
+    if not isinstance(text, str):
+        raise _refusal(f"{place}.{field} must be a string, not {kind_of(text)}")
+    return text
+
+
+def _only_of(only_role: str, role: str, place: str) -> None:
+    if role != only_role:
+        raise _refusal(f"{place}: only a message of role {only_role!r} may have it, not one of {role!r}")
 
 
 def _texts(content: Any, role: str, place: str) -> tuple[list[str], bool]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pdray.models.vocabulary import vocabulary_of
 from pdray.outputs import Logprob
+from pdray.prompt_scores import PromptScores
 from pdray.router.text_stream import TextStream
-from pdray.router.vocabulary import vocabulary_of
 from pdray.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -99,3 +100,8 @@ def decode_logprobs(tokenizer: PreTrainedTokenizerBase | None, logprobs: dict[in
         token_id: Logprob(entry.logprob, entry.rank, vocabulary.shown(token_id), vocabulary.piece(token_id))
         for token_id, entry in logprobs.items()
     }
+
+
+def decode_scores(tokenizer: PreTrainedTokenizerBase | None, scores: PromptScores) -> list[dict[int, Logprob] | None]:
+    """RequestOutput.prompt_logprobs."""
+    return [None, *(decode_logprobs(tokenizer, entry) for entry in scores.unpack())]

@@ -17,7 +17,7 @@ from pdray.config import Config
 from pdray.control.admission import AdmissionQueue
 from pdray.control.effects import Send
 from pdray.control.losses import Loss
-from pdray.engine.kv.block_pool import hash_blocks, short_hash
+from pdray.engine.kv.block_pool import hash_blocks, salted, short_hash
 from pdray.errors import InvalidRequestError, PdrayError, RequestFailedError
 from pdray.router.effects import Granted, RouterEffect, TickAt
 from pdray.router.leg import Leg, LegState
@@ -89,7 +89,9 @@ class Dispatch:
         if self._config.enable_prefix_caching:
             token_ids = [*leg.request.output.prompt_token_ids, *leg.output_token_ids]
             # The last token is always computed, so a block that it completes is of no use.
-            leg.prefix_hashes = [short_hash(h) for h in hash_blocks(token_ids[:-1], self._config.block_size)]
+            salt = salted(leg.request.params.cache_salt)
+            hashes = hash_blocks(token_ids[:-1], self._config.block_size, salt)
+            leg.prefix_hashes = [short_hash(h) for h in hashes]
 
     def wake(self, now: float) -> None:
         """Let those wait again that have rested."""

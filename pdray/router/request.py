@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from pdray.control.losses import Losses
 from pdray.outputs import RequestOutput, SampledToken
+from pdray.prompt_scores import PromptScores
 from pdray.router.completion import GrowingCompletion
 from pdray.router.leg import Leg
 from pdray.sampling_params import SamplingParams
@@ -31,12 +34,13 @@ class Request:
     """See the module.
 
     Attributes:
-        params: with max_tokens; see complete_params().
+        params: of its legs, with max_tokens; see complete_params().
         output: everything so far, but for the text of completions that go on; complete at the end, but for logprobs:
             who streams has them in deltas alone.
         legs: the live ones.
         granted: its first lease stood: it is no longer refused, but goes on or fails.
         outruns: completions ended by a stop string that their worker does not know of.
+        prompt_scores: what prompt_logprobs asks for, once it is known.
     """
 
     def __init__(
@@ -50,7 +54,10 @@ class Request:
         arrival: float,
     ) -> None:
         self.request_id = request_id
-        self.params = params
+        self.tokenizer = tokenizer
+        # A step that computes a prompt draws a token, wanted or not.
+        self.params = msgspec.structs.replace(params, max_tokens=1) if params.max_tokens == 0 else params
+        self.prompt_scores: PromptScores | None = None
         self.priority = priority
         self.arrival = arrival
         self.completions = [GrowingCompletion(i, tokenizer, prompt_token_ids, params) for i in range(params.n)]
@@ -182,6 +189,7 @@ class Request:
         """What the first token's message tells beside it."""
         if self.first_token_at is None:
             self.output.timings.prefill_queue, self.output.timings.prefill = message.prefill_queue, message.prefill
+        self._note_scores(message.prompt_scores)
         self._note_cached(leg, message.num_cached_tokens)
 
     def note_steps(self, leg: Leg, message: LegTokens) -> None:
@@ -192,8 +200,15 @@ class Request:
                 seconds = getattr(message, name)
                 if seconds is not None and getattr(timings, name) is None:
                     setattr(timings, name, seconds)
+            self._note_scores(message.prompt_scores)
         if message.num_cached_tokens is not None:
             self._note_cached(leg, message.num_cached_tokens)
+
+    def _note_scores(self, scores: PromptScores | None) -> None:
+        """Kept once: what is computed again for a replay need not be scored again."""
+        if scores is not None:
+            self.prompt_scores = scores
+            self.params = msgspec.structs.replace(self.params, prompt_logprobs=None)
 
     def _note_cached(self, leg: Leg, num_cached_tokens: int) -> None:
         """Of the prompt; a leg that goes on from outputs finds those in the cache, too."""

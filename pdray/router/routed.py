@@ -7,8 +7,12 @@ from collections.abc import AsyncIterator, Callable
 
 from pdray.outputs import RequestOutput
 from pdray.router.completion import CompletionDelta
+from pdray.router.detokenizer import decode_scores
 from pdray.router.request import Request
+from pdray.router.tokenization import beside_loop
 from pdray.sampling_params import SamplingParams
+
+CHARS_PER_ENTRY = 8  # to name a token takes as long as to tokenize so many
 
 
 class RoutedRequest:
@@ -47,7 +51,7 @@ class RoutedRequest:
         return self._request.ended
 
     async def __aiter__(self) -> AsyncIterator[list[CompletionDelta]]:
-        """Deltas as they come, one list for each wake-up.
+        """Deltas as they come, one list for each wake-up. The output has prompt_logprobs before the first.
 
         Raises:
             WorkerDiedError: the request was lost; nothing more will come.
@@ -59,6 +63,7 @@ class RoutedRequest:
             await self._wake.wait()
             self._wake.clear()
             ended = self._has_ended.is_set()  # nothing comes after it
+            await self._score_prompt()
             deltas = [delta for each in completions if (delta := each.take_delta()) is not None]
             if deltas:
                 yield deltas
@@ -76,7 +81,15 @@ class RoutedRequest:
         await self._has_ended.wait()
         if self._error is not None:
             raise self._error
+        await self._score_prompt()
         return self.output
+
+    async def _score_prompt(self) -> None:
+        """Put the prompt's log-probabilities into the output once they are there; long ones beside the event loop."""
+        scores, output = self._request.prompt_scores, self.output
+        if scores is not None and output.prompt_logprobs is None:
+            work = len(output.prompt_token_ids) * (1 + scores.num_top) * CHARS_PER_ENTRY
+            output.prompt_logprobs = await beside_loop(work, lambda: decode_scores(self._request.tokenizer, scores))
 
     def abort(self) -> None:
         """Give the request up, in whatever state it is. Idempotent; nothing happens after its end."""

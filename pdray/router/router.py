@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
@@ -32,12 +32,14 @@ from pdray.router.effects import (
     RouterEffect,
     TickAt,
 )
+from pdray.router.grammars import check_grammar
+from pdray.router.link import NO_CREDIT
 from pdray.router.machine import RouterMachine
 from pdray.router.request import Request
 from pdray.router.requests import Metrics
 from pdray.router.routed import RoutedRequest
 from pdray.router.tokenization import encoder_of
-from pdray.router.validation import check_tokenizer, complete_params, tokenize, tokenize_all
+from pdray.router.validation import check_tokenizer, complete_params, tokenize, tokenize_all, tokenize_bad_words
 from pdray.sampling_params import SamplingParams
 from pdray.wire.cluster_view import ClusterView
 from pdray.wire.messages import AnyMessage
@@ -51,6 +53,14 @@ logger = logging.getLogger(__name__)
 HOUSEKEEPING_S = 0.25
 
 Report = Callable[[BrokenPair], Awaitable[None]]
+
+
+class DecodePool(NamedTuple):
+    """Blocks of one decode worker's KV pool. free_blocks: those that a new lease could get."""
+
+    num_blocks: int
+    free_blocks: int
+    block_size: int
 
 
 class Router:
@@ -141,6 +151,15 @@ class Router:
         return self.machine.workers.max_model_len
 
     @property
+    def pools(self) -> list[DecodePool]:
+        """The connected decode workers' KV blocks, as they have told last."""
+        return [
+            DecodePool(link.info.num_blocks, link.credit.free_blocks, link.info.block_size)
+            for link in self.machine.workers.open_links(Role.DECODE, Role.BOTH)
+            if link.credit is not NO_CREDIT
+        ]
+
+    @property
     def vocab_size(self) -> int | None:
         """The model's, None before any worker is known. A prompt may hold ids that the tokenizer has not."""
         return self.machine.workers.vocab_size
@@ -152,14 +171,17 @@ class Router:
         stats = {"router_id": self.router_id, "ready": self.ready, "queue_depth": queue_depth, "running": running}
         return stats | ({"loop_failures": self.failures.describe()} if self.failures.counts else {})
 
-    async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    async def tokenize(self, prompts: Sequence[str | list[int]], keep_last: int | None = None) -> list[list[int]]:
         """Token ids of prompts that belong together: one that cannot be served refuses all, before any is submitted.
+
+        Args:
+            keep_last: see tokenize_all.
 
         Raises:
             InvalidRequestError: see tokenize_all. NoWorkerError: nobody is there.
         """
         try:
-            return await tokenize_all(self.tokenizer, prompts, self._context_length(), self.vocab_size)
+            return await tokenize_all(self.tokenizer, prompts, self._context_length(), self.vocab_size, keep_last)
         except PdrayError:
             self._note_rejected()
             raise
@@ -179,6 +201,8 @@ class Router:
                 f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
             )
         check_tokenizer(params, self.tokenizer)
+        await check_grammar(params, self.tokenizer)
+        params = tokenize_bad_words(params, self.tokenizer, self.vocab_size)
         ids = await tokenize(self.tokenizer, prompt, max_model_len, self.vocab_size)
         return ids, complete_params(params, len(ids), max_model_len, default_max_tokens)
 

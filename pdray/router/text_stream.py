@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from typing import TYPE_CHECKING
 
-from pdray.router.vocabulary import REPLACE_EACH_BYTE, vocabulary_of
+from pdray.models.vocabulary import REPLACE_EACH_BYTE, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from pdray.engine.schedule.limits import check_token_ids
 from pdray.errors import InvalidRequestError
+from pdray.prompt_scores import check_size
 from pdray.router.prompt import CompleteText
 from pdray.router.tokenization import beside_loop, encoder_of, over_context
 from pdray.sampling_params import SamplingParams
@@ -23,6 +25,8 @@ NEED_TOKENIZER = {
     "stop": "use stop_token_ids",
     "include_stop_str_in_output": "leave it out",
     "skip_special_tokens": "leave it out",
+    "structured_outputs": "leave it out",
+    "bad_words": "use bad_words_token_ids",
 }
 
 
@@ -42,10 +46,12 @@ async def tokenize_all(
     prompts: Sequence[str | list[int]],
     max_model_len: int | None = None,
     vocab_size: int | None = None,
+    keep_last: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt. All are looked at before any is tokenized, and those of a call are tokenized in turn.
 
     Args:
+        keep_last: of each prompt, only so many tokens at its end; whatever else it has may be too long.
         vocab_size: the model's, which may be larger than the tokenizer's: a model can draw the ids that pad it. None
             where it is not known.
 
@@ -53,24 +59,25 @@ async def tokenize_all(
         InvalidRequestError: a prompt is empty, no text or ids, has ids outside of the vocabulary, or is too long for
             max_model_len.
     """
+    longest = max_model_len if keep_last is None else None
     for prompt in prompts:
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise InvalidRequestError(
                     "this server has no tokenizer (skip_tokenizer_init); send token ids", "prompt"
                 )
-            if max_model_len is not None:
-                encoder_of(tokenizer).check_length(prompt, max_model_len)
+            if longest is not None:
+                encoder_of(tokenizer).check_length(prompt, longest)
         else:
             limit = vocab_size or (2**31 if tokenizer is None else len(tokenizer))
-            _check_ids(prompt, limit, max_model_len)
+            _check_ids(prompt, limit, longest)
     abandoned = threading.Event()
 
     def encode(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             assert tokenizer is not None
             add_special_tokens = not isinstance(prompt, CompleteText)
-            ids = encoder_of(tokenizer).encode(prompt, max_model_len, add_special_tokens=add_special_tokens)
+            ids = encoder_of(tokenizer).encode(prompt, longest, add_special_tokens=add_special_tokens)
             if vocab_size is not None and (largest := max(ids, default=0)) >= vocab_size:
                 raise InvalidRequestError(
                     f"the prompt has the token {tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), which the "
@@ -81,7 +88,7 @@ async def tokenize_all(
         return list(prompt)
 
     def encode_all() -> list[list[int]]:
-        return [encode(prompt) for prompt in prompts if not abandoned.is_set()]
+        return [encode(prompt)[-(keep_last or 0) :] for prompt in prompts if not abandoned.is_set()]
 
     try:
         result = await beside_loop(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode_all)
@@ -119,6 +126,24 @@ def check_tokenizer(params: SamplingParams, tokenizer: PreTrainedTokenizerBase |
             )
 
 
+def tokenize_bad_words(
+    params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None
+) -> SamplingParams:
+    """The parameters with the token ids of bad_words, and every token id that they name in the vocabulary.
+
+    Raises:
+        InvalidRequestError: one is not.
+    """
+    if params.bad_words and tokenizer is not None:
+        encoder = encoder_of(tokenizer)
+        texts = [text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())]
+        words = dict.fromkeys(tuple(encoder.encode(text, add_special_tokens=False)) for text in texts)
+        params = msgspec.structs.replace(params, bad_words_token_ids=tuple(word for word in words if word))
+    if vocab_size is not None:
+        check_token_ids(params, vocab_size)
+    return params
+
+
 def complete_params(
     params: SamplingParams, num_prompt_tokens: int, max_model_len: int, default_max_tokens: int | None = None
 ) -> SamplingParams:
@@ -130,6 +155,7 @@ def complete_params(
     Raises:
         ContextLengthError: prompt, or prompt and max_tokens, do not fit max_model_len.
     """
+    check_size(params, num_prompt_tokens)
     left = max_model_len - num_prompt_tokens
     if left < 1 or (params.max_tokens or 1) > left:
         raise over_context(num_prompt_tokens, max_model_len, params.max_tokens)

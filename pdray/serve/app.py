@@ -68,6 +68,7 @@ class RouterReplica:
         self._coordinator: CoordinatorClient | None = None
         self._router_id = f"router-{uuid.uuid4().hex[:8]}"
         self._app_name = serve.get_replica_context().app_name
+        self._metrics = RouterMetrics(self._router_id, application=self._app_name, model=config.model_name)
         self._tasks: list[asyncio.Task[None]] = []
         others = await routers_alive(self._app_name, config)
         if others.same or others.former:
@@ -106,7 +107,7 @@ class RouterReplica:
             router_id=self._router_id,
             secret=coordinator.secret,
             watch=watch,
-            metrics=RouterMetrics(self._router_id, application=self._app_name, model=self.config.model_name),
+            metrics=self._metrics,
             report_broken=coordinator.report_broken,
             sampling_defaults=defaults,
         )
@@ -148,7 +149,7 @@ class RouterReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook: the ASGI application of this replica."""
-        return create_app(self.config, lambda: self.router, lambda: self.problem)
+        return create_app(self.config, lambda: self.router, lambda: self.problem, self._metrics)
 
     def reconfigure(self, user_config: object) -> None:
         """Serve's hook for a user_config, which here is only a mark for others to see."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -18,14 +19,17 @@ from pdray.serve.inflate import Inflater, coding_of
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
+async def read_body(request: Request, parse: Callable[[dict[str, Any]], Body], max_bytes: int) -> Body:
     """The request's body, whatever its Content-Type says.
+
+    Args:
+        parse: makes it of a JSON object, as a model's model_validate.
 
     Raises:
         ApiError: 413 as soon as it is known to be too large, inflated or not; 415 for a Content-Encoding other than
             gzip and deflate; 400 if it is no JSON object. msgspec refuses what RFC 8259 does (NaN, Infinity, invalid
             UTF-8), lone surrogates, and numbers that no float can hold.
-        ValidationError: it is not of this kind (400). ClientGone: it never came to its end.
+        ValidationError: parse() refuses it (400). ClientGone: it never came to its end.
     """
     raw = await _read(request, max_bytes)
     text = memoryview(raw)[len(codecs.BOM_UTF8) :] if raw.startswith(codecs.BOM_UTF8) else raw
@@ -35,7 +39,7 @@ async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
         raise ApiError(400, f"the body is no valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body must be a JSON object, not {kind_of(value)}")
-    return kind.model_validate(value)
+    return parse(value)
 
 
 async def _read(request: Request, max_bytes: int) -> bytearray:

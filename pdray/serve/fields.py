@@ -7,7 +7,8 @@ refused.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pdray.errors import InvalidRequestError
@@ -38,9 +39,10 @@ class Refused(NamedTuple):
 
 OFF = Refused()
 ON = Refused((True,))
-NO_TOOLS = Ignored("it says how tools are called, and no tools are taken")
+USE_CHAT = "use /v1/chat/completions"
 A_HINT = Ignored("a hint for caching or routing")
 A_LABEL = Ignored("a label for the client's own use")
+USE_STRUCTURED_OUTPUTS = Refused(instead="use structured_outputs")
 USE_REQUEST_ID = Refused(instead="send the header X-Request-Id")
 
 FIELDS: dict[str, Ignored | Refused] = {
@@ -49,47 +51,43 @@ FIELDS: dict[str, Ignored | Refused] = {
     "best_of": Refused((1,)),
     "function_call": Refused(("none", "auto")),
     "functions": OFF,
-    "logit_bias": OFF,
     "max_completion_tokens": Refused(instead="use max_tokens"),
-    "messages": Refused(instead="use /v1/chat/completions"),
+    "messages": Refused(instead=USE_CHAT),
     "metadata": A_LABEL,
     "modalities": Refused(([], ["text"])),
     "moderation": OFF,
-    "parallel_tool_calls": NO_TOOLS,
+    "parallel_tool_calls": Refused((True,), USE_CHAT),
     "prediction": Ignored("it makes an answer faster, not another one"),
     "prompt": Refused(instead="use /v1/completions"),
     "prompt_cache_key": A_HINT,
     "prompt_cache_options": A_HINT,
     "prompt_cache_retention": A_HINT,
-    "reasoning_effort": Refused(instead="use chat_template_kwargs, if the model's template has such a variable"),
+    "reasoning_effort": Refused(instead=USE_CHAT),
     "safety_identifier": A_LABEL,
     "service_tier": Refused(("auto", "default")),
     "store": OFF,
     "suffix": OFF,
-    "tool_choice": Refused(("none", "auto")),
-    "tools": OFF,
+    "tool_choice": Refused(("none", "auto"), USE_CHAT),
+    "tools": Refused(instead=USE_CHAT),
     "top_logprobs": Refused((0,), "use logprobs"),
     "user": A_LABEL,
     "verbosity": Refused(("medium",)),
     "web_search_options": OFF,
     # vLLM
     "add_generation_prompt": OFF,
-    "allowed_token_ids": OFF,
-    "bad_words": OFF,
-    "cache_salt": OFF,
     "chat_template": Refused(instead="the model's own template is used"),
     "chat_template_kwargs": OFF,
     "continue_final_message": OFF,
     "documents": OFF,
     "early_stopping": OFF,
     "ec_transfer_params": OFF,
-    "guided_choice": OFF,
+    "guided_choice": USE_STRUCTURED_OUTPUTS,
     "guided_decoding_backend": OFF,
-    "guided_grammar": OFF,
-    "guided_json": OFF,
-    "guided_regex": OFF,
-    "guided_whitespace_pattern": OFF,
-    "include_reasoning": ON,
+    "guided_grammar": USE_STRUCTURED_OUTPUTS,
+    "guided_json": USE_STRUCTURED_OUTPUTS,
+    "guided_regex": USE_STRUCTURED_OUTPUTS,
+    "guided_whitespace_pattern": USE_STRUCTURED_OUTPUTS,
+    "include_reasoning": Refused((True,), USE_CHAT),
     "kv_transfer_params": OFF,
     "length_penalty": Refused((1, 1.0)),
     "logits_processors": OFF,
@@ -97,11 +95,11 @@ FIELDS: dict[str, Ignored | Refused] = {
     "media_io_kwargs": OFF,
     "mm_processor_kwargs": OFF,
     "prompt_embeds": OFF,
-    "prompt_logprobs": OFF,
     "repetition_detection": OFF,
     "request_id": USE_REQUEST_ID,
     "return_mm_kwargs": ON,
     "return_prompt_text": OFF,
+    "return_token_strs": Refused((False,), "use /tokenize"),
     "return_token_offsets": OFF,
     "return_tokens_as_token_ids": OFF,
     "routed_experts_prompt_start": Refused((0,)),
@@ -109,10 +107,8 @@ FIELDS: dict[str, Ignored | Refused] = {
     "spaces_between_special_tokens": ON,
     "stream_interval": Refused((1,)),
     "structural_tag": OFF,
-    "structured_outputs": OFF,
-    "thinking_token_budget": Refused((-1,)),
-    "truncate_prompt_tokens": OFF,
-    "truncation_side": OFF,
+    "thinking_token_budget": Refused((-1,), "use max_tokens, or switch thinking off with reasoning_effort='none'"),
+    "truncation_side": Refused(("left",)),
     "use_beam_search": OFF,
     "vllm_xargs": OFF,
     "watermarking": OFF,
@@ -125,17 +121,17 @@ FIELDS: dict[str, Ignored | Refused] = {
     "custom_params": OFF,
     "data_parallel_rank": OFF,
     "disagg_prefill_dp_rank": OFF,
-    "ebnf": OFF,
+    "ebnf": USE_STRUCTURED_OUTPUTS,
     "extra_key": OFF,
     "images_config": OFF,
     "input_ids": Refused(instead="use /v1/completions with token ids as its prompt"),
-    "json_schema": OFF,
+    "json_schema": USE_STRUCTURED_OUTPUTS,
     "lora_path": OFF,
     "max_dynamic_patch": OFF,
     "min_dynamic_patch": OFF,
     "ngram_corpus_id": OFF,
     "no_stop_trim": Refused(instead="use include_stop_str_in_output"),
-    "regex": OFF,
+    "regex": USE_STRUCTURED_OUTPUTS,
     "return_cached_tokens_details": OFF,
     "return_hidden_states": OFF,
     "return_meta_info": OFF,
@@ -144,14 +140,14 @@ FIELDS: dict[str, Ignored | Refused] = {
     "rid": USE_REQUEST_ID,
     "routed_dp_rank": OFF,
     "routed_experts_start_len": Refused((0,)),
-    "separate_reasoning": OFF,
+    "separate_reasoning": Refused((True, False)),
     "session_params": OFF,
     "stop_regex": OFF,
     "stream_reasoning": ON,
     "task": OFF,
     "use_audio_in_video": OFF,
     # llama.cpp, TGI
-    "grammar": OFF,
+    "grammar": USE_STRUCTURED_OUTPUTS,
     "n_predict": Refused(instead="use max_tokens"),
     "max_new_tokens": Refused(instead="use max_tokens"),
     "repeat_penalty": Refused(instead="use repetition_penalty"),
@@ -159,8 +155,13 @@ FIELDS: dict[str, Ignored | Refused] = {
 IGNORED = {name: entry.why for name, entry in FIELDS.items() if isinstance(entry, Ignored)}
 
 
-def known_fields(body: dict[str, Any], served: Collection[str]) -> dict[str, Any]:
+def known_fields(
+    body: dict[str, Any], served: Collection[str], own: Mapping[str, Ignored | Refused] = MappingProxyType({})
+) -> dict[str, Any]:
     """The fields of a body that its endpoint serves. What else it holds must ask for nothing.
+
+    Args:
+        own: what the endpoint does with some other fields, in place of FIELDS' entries.
 
     Raises:
         InvalidRequestError: naming a field that is not supported or not known.
@@ -170,7 +171,7 @@ def known_fields(body: dict[str, Any], served: Collection[str]) -> dict[str, Any
         if name in served:
             kept[name] = value
             continue
-        match FIELDS.get(name):
+        match own.get(name, FIELDS.get(name)):
             case None:
                 if value is not None:
                     raise InvalidRequestError(f"unknown field {name!r}{_guess(name, served)}", name)

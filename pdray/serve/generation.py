@@ -15,7 +15,8 @@ from fastapi.responses import Response
 from pdray.errors import InvalidRequestError
 from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.completion import CompletionDelta
-from pdray.router.routed import RoutedRequest
+from pdray.router.routed import CHARS_PER_ENTRY, RoutedRequest
+from pdray.router.tokenization import beside_loop
 from pdray.sampling_params import SamplingParams
 from pdray.serve.connection import EventStream, unless_gone
 from pdray.serve.errors import to_api_error
@@ -26,7 +27,10 @@ from pdray.serve.responses import SSE_DONE, encode_json, envelope, sse, timings_
 class Submits(Protocol):
     """What the API needs of a Router."""
 
-    async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+
+    async def tokenize(self, prompts: Sequence[str | list[int]], keep_last: int | None = None) -> list[list[int]]: ...
 
     async def submit(
         self,
@@ -99,14 +103,24 @@ class Generation(ABC):
             requests = [admitted[index] for index in range(len(self.prompts))]
             if self.body.stream:
                 streaming = True
-                return EventStream(self._stream(requests), lambda: _abort(requests))
+                return EventStream(self.stream(requests), lambda: _abort(requests))
             outputs = await unless_gone(http.receive, asyncio.gather(*(request.wait() for request in requests)))
         except InvalidRequestError as error:
-            error.param = self.prompt_field if error.param == "prompt" else error.param
+            if error.param == "prompt":
+                error.param = self.prompt_field
+            if error.param == "structured_outputs" and self.body.structured_outputs is None:
+                error.param = "tools" if self.body.response_format is None else "response_format"
             raise
         finally:
             if not streaming:
                 _abort(admitted.values())
+        num_scored = 0 if self.params.prompt_logprobs is None else sum(len(each.prompt_token_ids) for each in outputs)
+        work = num_scored * self.params.n * CHARS_PER_ENTRY * (1 + (self.params.prompt_logprobs or 0))
+        answer = await beside_loop(work, lambda: encode_json(self.answer(outputs)))
+        return Response(answer, media_type="application/json")
+
+    def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The whole answer."""
         choices = [
             self.choice(p * self.params.n + completion.index, output, completion)
             for p, output in enumerate(outputs)
@@ -114,8 +128,7 @@ class Generation(ABC):
         ]
         answer = envelope(self.object_name, self.request_id, self.created, self.model)(choices)
         answer |= self.prompt_fields(outputs[0])
-        answer |= {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)}
-        return Response(encode_json(answer), media_type="application/json")
+        return answer | {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)}
 
     async def _submit(self, router: Submits, admitted: dict[int, RoutedRequest]) -> None:
         """Submit all prompts at once. Whatever happens, `admitted` holds those that the router has taken."""
@@ -133,7 +146,7 @@ class Generation(ABC):
                 default_max_tokens=self.default_max_tokens,
             )
 
-        prompts = await router.tokenize(self.prompts)
+        prompts = await router.tokenize(self.prompts, self._num_kept(router.max_model_len))
         tasks = [asyncio.ensure_future(one(index, ids)) for index, ids in enumerate(prompts)]
         try:
             await asyncio.gather(*tasks)
@@ -142,7 +155,22 @@ class Generation(ABC):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _stream(self, requests: list[RoutedRequest]) -> AsyncGenerator[bytes, None]:
+    def _num_kept(self, max_model_len: int | None) -> int | None:
+        """Tokens at a prompt's end that truncate_prompt_tokens leaves; None without it."""
+        wanted = self.body.truncate_prompt_tokens
+        if wanted is None or max_model_len is None:  # nobody is there, as tokenize() will say
+            return None
+        wanted_tokens = self.default_max_tokens if self.params.max_tokens is None else self.params.max_tokens
+        room = max_model_len - (wanted_tokens or 1)
+        if wanted >= max_model_len or room < 1:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens is {wanted} and max_tokens {self.params.max_tokens}, which leaves no room in "
+                f"max_model_len ({max_model_len}); lower them",
+                "truncate_prompt_tokens",
+            )
+        return room if wanted == -1 else wanted
+
+    async def stream(self, requests: list[RoutedRequest]) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error after the start is an event, for the status has been sent."""
         wrap = envelope(self.chunk_object_name, self.request_id, self.created, self.model)
         options = self.body.stream_options
@@ -161,7 +189,7 @@ class Generation(ABC):
                 for i in range(self.params.n):
                     for choice in self.first_choices(p * self.params.n + i, output):
                         yield chunk([choice], **self.prompt_fields(output))
-            async with contextlib.aclosing(_merged(requests)) as arriving:
+            async with contextlib.aclosing(merged(requests)) as arriving:
                 async for p, deltas in arriving:
                     for delta in deltas:
                         for choice in self.delta_choices(p * self.params.n + delta.index, delta):
@@ -178,7 +206,7 @@ def _abort(requests: Iterable[RoutedRequest]) -> None:
         request.abort()
 
 
-async def _merged(requests: Sequence[RoutedRequest]) -> AsyncGenerator[tuple[int, list[CompletionDelta]], None]:
+async def merged(requests: Sequence[RoutedRequest]) -> AsyncGenerator[tuple[int, list[CompletionDelta]], None]:
     """Deltas of all requests as they come, each with its request's index."""
     if len(requests) == 1:
         async for deltas in requests[0]:

@@ -12,21 +12,27 @@ from pydantic.config import JsonDict
 from pdray.errors import InvalidRequestError
 from pdray.router.conversation import MAX_MESSAGES, MAX_NAME_CHARS, MAX_ROLE_CHARS, Message, parse_messages
 from pdray.sampling_params import (
+    MAX_BAD_WORDS,
     MAX_INT32,
     MAX_LOGPROBS,
     MAX_N,
+    MAX_SALT_CHARS,
     MAX_SEED,
     MIN_SEED,
     SMALLEST_FLOAT32,
     SamplingParams,
 )
 from pdray.serve.fields import IGNORED, known_fields
-from pdray.serve.values import Int32, Integer, Number, Prompts, Stop, TextFormat, TokenId, value_range
+from pdray.serve.output_format import ResponseFormat, StructuredOutputs, structured_outputs
+from pdray.serve.tools import Choice, Tools
+from pdray.serve.values import BadWord, Int32, Integer, LogitBias, Number, Prompts, Stop, TokenId, value_range
 
 MAX_PROMPTS = 128
 MAX_COMPLETIONS = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_TEMPLATE_BYTES = 16 * 1024
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class TextPart(BaseModel):
@@ -38,12 +44,33 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """What a tool call calls. The arguments are the JSON of an object."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str | dict[str, Any] | None = None
+
+
+class CallInput(BaseModel):
+    """An assistant's tool call, for the API's schema; pdray.router.tool_calls checks it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """A message, for the API's schema; pdray.router.conversation checks it.
 
     Attributes:
         content: text parts are joined by newlines where the model's template takes strings. Only an assistant's may be
             null.
+        tool_calls, reasoning_content, reasoning: an assistant's.
+        tool_call_id: of the call that a message of role tool answers.
         name: for the template, which may have no place for it.
     """
 
@@ -53,6 +80,10 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart] | None = None
     name: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     refusal: str | None = None
+    tool_calls: list[CallInput] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 MessagesInput = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -67,17 +98,12 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: TextFormat
-
-
-def _describe_ignored(schema: JsonDict) -> None:
+def describe_ignored(schema: JsonDict) -> None:
     """Into a body's schema: the fields that are taken whatever they say."""
     properties = schema["properties"]
     assert isinstance(properties, dict)
-    properties.update({name: {"description": f"ignored: {why}"} for name, why in IGNORED.items()})
+    for name, why in IGNORED.items():
+        properties.setdefault(name, {"description": f"ignored: {why}"})
 
 
 class GenerationBody(BaseModel):
@@ -85,17 +111,20 @@ class GenerationBody(BaseModel):
 
     Attributes:
         model: left out, it means the one that is served.
+        max_tokens: 0 computes the prompt alone.
         priority: lower goes first.
+        prompt_logprobs: answer with the log-probabilities of the prompt's tokens, and of so many most likely ones.
+        truncate_prompt_tokens: keep so many tokens at the prompt's end; -1: as many as fit beside max_tokens.
         return_token_ids: answer with the ids of prompt and completions, too.
     """
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_describe_ignored)
+    model_config = ConfigDict(extra="forbid", json_schema_extra=describe_ignored)
 
     model: StrictStr | None = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[Int32, value_range(1, MAX_N)] | None = 1
-    max_tokens: Annotated[Int32, value_range(1, MAX_INT32)] | None = None
+    max_tokens: Annotated[Int32, value_range(0, MAX_INT32)] | None = None
     temperature: Annotated[Number, value_range(0, 100)] | None = None
     top_p: Annotated[Number, value_range(SMALLEST_FLOAT32, 1)] | None = None
     top_k: Annotated[Int32, value_range(-1, MAX_INT32)] | None = None
@@ -112,8 +141,15 @@ class GenerationBody(BaseModel):
     skip_special_tokens: StrictBool | None = None
     priority: Int32 | None = 0
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    cache_salt: Annotated[StrictStr, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    prompt_logprobs: Annotated[Int32, value_range(0, MAX_LOGPROBS)] | None = None
     echo: StrictBool | None = False
     return_token_ids: StrictBool | None = False
+    truncate_prompt_tokens: Annotated[Int32, value_range(-1, MAX_INT32)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -124,13 +160,14 @@ class GenerationBody(BaseModel):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is only allowed with stream=true", "stream_options")
-        return self
-
-    def _check_echo(self, *, with_logprobs: bool) -> None:
-        if self.echo and with_logprobs:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs is not supported with stream=true", "prompt_logprobs")
+        kept = self.truncate_prompt_tokens
+        if kept is not None and kept < 1 and kept != -1:
             raise InvalidRequestError(
-                "echo together with logprobs is not supported: prompt logprobs are not computed", "echo"
+                f"truncate_prompt_tokens is {kept}; it must be -1, or at least 1", "truncate_prompt_tokens"
             )
+        return self
 
     def sampling_params(
         self, *, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
@@ -140,9 +177,13 @@ class GenerationBody(BaseModel):
         Raises:
             InvalidRequestError: a value is out of range.
         """
-        names = [name for name in SamplingParams.__struct_fields__ if name not in ("max_tokens", "logprobs")]
+        apart = ("max_tokens", "logprobs", "structured_outputs", "bad_words_token_ids")
+        names = [name for name in SamplingParams.__struct_fields__ if name not in apart]
+        wanted = structured_outputs(self.response_format, self.structured_outputs)
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return SamplingParams(**{**defaults, **given}, max_tokens=max_tokens, logprobs=logprobs)
+        return SamplingParams(
+            **{**defaults, **given}, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=wanted
+        )
 
 
 class CompletionBody(GenerationBody):
@@ -150,7 +191,7 @@ class CompletionBody(GenerationBody):
 
     Attributes:
         prompt: one or more, each text or token ids.
-        echo: begin the text with the prompt's.
+        echo: begin the text with the prompt's, and logprobs with those of its tokens.
         add_special_tokens: to a text, those that the tokenizer adds by itself, e.g. a first <s>.
     """
 
@@ -162,7 +203,6 @@ class CompletionBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
-        self._check_echo(with_logprobs=self.logprobs is not None)
         n = 1 if self.n is None else self.n
         if self.suffix:
             raise InvalidRequestError("suffix is not supported", "suffix")
@@ -184,6 +224,10 @@ class ChatBody(GenerationBody):
         echo: begin the answer with the last message, if it is an assistant's.
         add_special_tokens: on top of those in the model's template.
         chat_template_kwargs: variables for the model's template, e.g. Qwen3's enable_thinking.
+        tools, tool_choice, parallel_tool_calls: see pdray.serve.tools.
+        reasoning_effort: for the model's template; where that only knows thinking on or off, "none" is off.
+        include_reasoning: answer with the model's thoughts.
+        separate_reasoning: apart from the content.
     """
 
     messages: Messages
@@ -194,10 +238,15 @@ class ChatBody(GenerationBody):
     add_generation_prompt: StrictBool | None = True
     continue_final_message: StrictBool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools = []
+    tool_choice: Choice = None
+    parallel_tool_calls: StrictBool | None = True
+    reasoning_effort: ReasoningEffort | None = None
+    include_reasoning: StrictBool | None = True
+    separate_reasoning: StrictBool | None = True
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
-        self._check_echo(with_logprobs=bool(self.logprobs))
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs=true", "top_logprobs")
         if (size := len(msgspec.json.encode(self.chat_template_kwargs))) > MAX_TEMPLATE_BYTES:

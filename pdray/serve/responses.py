@@ -24,11 +24,15 @@ LINE_ENDS = {char.encode(): b"\\u%04x" % ord(char) for char in "\u0085\u2028\u20
 
 
 def sse(value: dict[str, Any]) -> bytes:
-    """One server-sent event: one line by any reader's rules."""
-    event = encode_json(value)
+    """One server-sent event."""
+    return b"data: " + one_line(encode_json(value)) + b"\n\n"
+
+
+def one_line(json: bytes) -> bytes:
+    """The same JSON, one line by any reader's rules."""
     for raw, escaped in LINE_ENDS.items():
-        event = event.replace(raw, escaped)
-    return b"data: " + event + b"\n\n"
+        json = json.replace(raw, escaped)
+    return json
 
 
 SSE_DONE = b"data: [DONE]\n\n"
@@ -94,6 +98,42 @@ def completion_logprobs(
         "top_logprobs": [_top_by_name(step, num_top, token_id) for token_id, step in steps],
         "text_offset": list(text_offsets or ()),
     }
+
+
+def echoed_logprobs(
+    token_ids: Sequence[int],
+    logprobs: Sequence[dict[int, Logprob] | None],
+    num_top: int,
+    text_offsets: Sequence[int],
+    first_name: str,
+) -> dict[str, Any]:
+    """completion_logprobs() of a prompt's tokens; the first, called first_name, follows nothing and has none."""
+    rest = completion_logprobs(token_ids[1:], [step for step in logprobs if step is not None], num_top, text_offsets)
+    assert rest is not None
+    firsts = {"tokens": first_name, "token_logprobs": None, "top_logprobs": None}
+    return {name: [first, *rest[name]] for name, first in firsts.items()} | {"text_offset": list(text_offsets)}
+
+
+def joined_logprobs(first: dict[str, Any], then: dict[str, Any] | None, num_chars: int) -> dict[str, Any]:
+    """completion_logprobs() of two texts, the first of num_chars characters."""
+    if then is None:
+        return first
+    moved = then | {"text_offset": [offset + num_chars for offset in then["text_offset"]]}
+    return {name: [*values, *moved[name]] for name, values in first.items()}
+
+
+def prompt_logprobs(logprobs: Sequence[dict[int, Logprob] | None], num_top: int) -> list[dict[str, Any] | None]:
+    """vLLM's prompt_logprobs: for each token an object by token id, of it and of the most likely ones."""
+    return [
+        None
+        if step is None
+        else {
+            str(token_id): {"logprob": _finite(entry), "rank": entry.rank, "decoded_token": entry.decoded_token}
+            for i, (token_id, entry) in enumerate(step.items())
+            if i == 0 or entry.rank <= num_top
+        }
+        for step in logprobs
+    ]
 
 
 def _top_by_name(step: dict[int, Logprob], num_top: int, sampled: int) -> dict[str, float]:

@@ -9,7 +9,17 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from pdray.serve.protocol import ChatBody, CompletionBody
+from pdray.serve.responses_body import ResponsesBody
+from pdray.serve.tokens_api import DetokenizeBody, TokenizeBody, TokenizeChatBody
 
+BODIES: tuple[type[BaseModel], ...] = (
+    CompletionBody,
+    ChatBody,
+    ResponsesBody,
+    TokenizeBody,
+    TokenizeChatBody,
+    DetokenizeBody,
+)
 REF = "#/components/schemas/{model}"
 
 
@@ -30,9 +40,10 @@ GENERATED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def request_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """A route's openapi_extra: it takes a body of this kind."""
-    schema = {"$ref": REF.format(model=kind.__name__)}
+def request_body(*kinds: type[BaseModel]) -> dict[str, Any]:
+    """A route's openapi_extra: it takes a body of one of these kinds."""
+    references = [{"$ref": REF.format(model=kind.__name__)} for kind in kinds]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
@@ -42,7 +53,7 @@ def describe_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _, bodies = models_json_schema([(CompletionBody, "validation"), (ChatBody, "validation")], ref_template=REF)
+            _, bodies = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=REF)
             made_by_fastapi()["components"]["schemas"] |= bodies["$defs"]
         assert app.openapi_schema is not None
         return app.openapi_schema

@@ -9,8 +9,9 @@ from pydantic.fields import FieldInfo
 
 from pdray.errors import InvalidRequestError
 from pdray.router.conversation import shown
-from pdray.sampling_params import MAX_INT32, MAX_STOP_STRINGS
+from pdray.sampling_params import MAX_BAD_WORD_CHARS, MAX_INT32, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 
+FORMATS = ("text", "json_object", "json_schema")
 MAX_STOP_CHARS = 1024  # every token searches as much text for it
 MAX_ALL_STOP_CHARS = 16 * MAX_STOP_CHARS
 
@@ -63,11 +64,19 @@ def all_are(kind: type, values: list[Any]) -> bool:
 
 
 def _format(value: Any) -> str:
-    if value != "text":
+    if value not in FORMATS:
         raise InvalidRequestError(
-            f"response_format of type {shown(value)} is not supported yet; use 'text'", "response_format"
+            f"response_format of type {shown(value)} is not supported; use {', '.join(map(repr, FORMATS))}",
+            "response_format",
         )
-    return "text"
+    return str(value)
+
+
+def _token_id(value: Any) -> int:
+    """JSON's names are strings."""
+    if not (isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 10):
+        raise InvalidRequestError(f"logit_bias has the name {shown(value)}; names must be token ids", "logit_bias")
+    return int(value)
 
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -75,9 +84,15 @@ Integer = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
 Int32 = Annotated[int, Field(strict=True, ge=-(2**31), le=MAX_INT32), BeforeValidator(_whole)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_INT32), BeforeValidator(_whole)]
 
+BadWord = Annotated[str, Field(strict=True, max_length=MAX_BAD_WORD_CHARS, pattern=r"\S")]
+TokenIdName = Annotated[int, BeforeValidator(_token_id)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopInput = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None
 PromptInput = str | list[str] | list[int] | list[list[int]]
 Stop = Annotated[str | list[str] | None, PlainValidator(_stop, json_schema_input_type=StopInput)]
 Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts, json_schema_input_type=PromptInput)]
-TextFormat = Annotated[str, PlainValidator(_format, json_schema_input_type=Literal["text"])]
+Format = Annotated[str, PlainValidator(_format, json_schema_input_type=Literal["text", "json_object", "json_schema"])]
+LogitBias = Annotated[
+    dict[TokenIdName, Annotated[Number, value_range(-100, 100)]],
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+]

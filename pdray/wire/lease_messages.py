@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pdray.outputs import SampledToken
+from pdray.prompt_scores import PromptScores
 from pdray.sampling_params import SamplingParams
 from pdray.wire.message import LegKey, LegMessage, Message, Verdict
 
@@ -118,6 +119,7 @@ class LegTokens(LegMessage, frozen=True):
         prefill_queue, prefill: of a local prefill, with position 0.
         transfer_wait: of a disaggregated leg, prefill sampled its token until joined the batch,
             as far as the decode worker saw it; with first_decode_step, on the first decoded token.
+        prompt_scores: of a local prefill, where params ask for prompt_logprobs.
     """
 
     tokens: list[SampledToken]
@@ -126,6 +128,7 @@ class LegTokens(LegMessage, frozen=True):
     prefill: float | None = None
     transfer_wait: float | None = None
     first_decode_step: float | None = None
+    prompt_scores: PromptScores | None = None
 
 
 class Tokens(Message, frozen=True):

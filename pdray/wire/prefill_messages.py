@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdray.outputs import SampledToken
+from pdray.prompt_scores import PromptScores
 from pdray.sampling_params import SamplingParams
 from pdray.wire.message import LegMessage, Message, Verdict
 
@@ -41,12 +42,14 @@ class FirstTokens(LegMessage, frozen=True):
 
     Attributes:
         num_cached_tokens: prompt tokens that the prefill worker found in its own prefix cache.
+        prompt_scores: where params ask for prompt_logprobs.
     """
 
     tokens: list[SampledToken]
     num_cached_tokens: int
     prefill_queue: float
     prefill: float
+    prompt_scores: PromptScores | None = None
 
 
 class PrefillFailed(LegMessage, frozen=True):

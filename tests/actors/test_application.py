@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -39,6 +40,8 @@ CONFIG = Config(
     worker_timeout_s=5.0,  # a loaded machine is no failure
     graceful_shutdown_timeout_s=60.0,
 )
+NO_OTHERS = {"additionalProperties": False}
+CITY = {"city": {"type": "string", "maxLength": 20}}
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -115,6 +118,64 @@ def test_completions_n_logprobs_stop_and_seed(client: openai.OpenAI) -> None:
         model="smol", prompt="Count: one, two, three,", stop=[" five"], temperature=0, max_tokens=24
     )
     assert stopped.choices[0].finish_reason == "stop" and "five" not in stopped.choices[0].text
+
+
+def test_metrics_of_the_apis_own_port(url: str, client: openai.OpenAI) -> None:
+    """They count what was asked, under both names, and know the decode worker's pool."""
+
+    def samples() -> dict[str, float]:
+        text = httpx.get(f"{url}/metrics", timeout=10).text
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+
+    def value(of: dict[str, float], name: str) -> float:
+        [found] = [value for key, value in of.items() if key.startswith(name + "{")]
+        return found
+
+    before = samples()
+    answer = client.chat.completions.create(model="smol", messages=PARIS, max_tokens=5, extra_body={"ignore_eos": True})
+    assert answer.usage is not None and answer.usage.completion_tokens == 5
+    after = samples()
+    for name, added in (
+        ("vllm:generation_tokens_total", 5),
+        ("pdray_generation_tokens_total", 5),
+        ("vllm:prompt_tokens_total", answer.usage.prompt_tokens),
+        ("vllm:request_generation_tokens_count", 1),
+        ("vllm:time_to_first_token_seconds_count", 1),
+        ("vllm:request_time_per_output_token_seconds_count", 1),
+    ):
+        assert value(after, name) - value(before, name) == added, name
+    assert 0 <= value(after, "vllm:kv_cache_usage_perc") < 1 and value(after, "vllm:num_requests_running") == 0
+    assert any('num_gpu_blocks="512"' in key for key in after)
+
+
+def test_tools_are_described_and_answers_parsed(url: str, client: openai.OpenAI) -> None:
+    """Through the whole stack: the model's template has no place for tools, and they are in its prompt all the same."""
+    function = {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": CITY, "required": ["city"], **NO_OTHERS},
+    }
+    tools: list[Any] = [{"type": "function", "function": function}]
+    counted = httpx.post(f"{url}/tokenize", json={"messages": PARIS, "tools": tools, "return_token_strs": True}).json()
+    assert "get_weather" in "".join(counted["token_strs"])
+    answer = client.chat.completions.create(model="smol", messages=PARIS, tools=tools, max_tokens=8, temperature=0)
+    assert answer.usage is not None and answer.usage.prompt_tokens == counted["count"]
+    choice: Any = {"type": "function", "function": {"name": "get_weather"}}
+    for wanted, reason in ((choice, "stop"), ("required", "tool_calls")):
+        answer = client.chat.completions.create(
+            model="smol",
+            messages=PARIS,
+            tools=tools,
+            tool_choice=wanted,
+            parallel_tool_calls=False,
+            max_tokens=128,
+            temperature=0,
+        )
+        [call] = answer.choices[0].message.tool_calls or []
+        assert call.type == "function" and call.function.name == "get_weather"
+        assert isinstance(json.loads(call.function.arguments)["city"], str)
+        assert answer.choices[0].finish_reason == reason
+    response = client.responses.create(model="smol", input=PARIS[0]["content"], max_output_tokens=24, temperature=0)
+    assert "Paris" in response.output_text
 
 
 def test_errors_have_openai_shape(client: openai.OpenAI) -> None:

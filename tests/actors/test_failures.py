@@ -235,10 +235,10 @@ async def test_a_request_that_cannot_be_looked_at_costs_no_session(pair: Any, mo
     def fail_for(worker: Any) -> None:
         prepare = worker.engine._scheduler.prepare
 
-        def failing(request: Any, *, reserved: bool) -> Any:
+        def failing(request: Any, **settings: Any) -> Any:
             if POISON in request.prompt_token_ids:
                 raise ZeroDivisionError("by zero")
-            return prepare(request, reserved=reserved)
+            return prepare(request, **settings)
 
         monkeypatch.setattr(worker.engine._scheduler, "prepare", failing)
 

@@ -281,7 +281,7 @@ OTHERS = {
     ("pdray/serve/app.py", "__init__"): "check_health() raises what they raised, and Serve replaces the replica",
     ("pdray/serve/connection.py", "unless_gone"): "awaited where they are made",
     ("pdray/serve/generation.py", "_submit"): "awaited where they are made",
-    ("pdray/serve/generation.py", "_merged"): "what they raise comes through the queue that is read",
+    ("pdray/serve/generation.py", "merged"): "what they raise comes through the queue that is read",
     ("actors/questions.py", "within"): "awaited where it is made",
     ("actors/process_death.py", "make_dead"): "awaited where it is made",
     ("actors/vigil.py", "keep_vigil"): "awaited where it is made",

@@ -88,7 +88,7 @@ class RecordingEngine(Engine):
         """Add, and step until nothing is left to do."""
         for request in requests:
             self.add(request)
-        while self.has_work():
+        while self.has_work() or self._scheduler.compiling:
             self.step()
         return self
 
@@ -134,7 +134,8 @@ class Disaggregated:
             fields = {name: getattr(request, name) for name in EngineRequest.__dataclass_fields__}
             self.prefill.add(EngineRequest(**{**fields, "prefill_only": True}))
         started = set()
-        while self.prefill.has_work() or self.decode.has_work():
+        engines = self.prefill, self.decode
+        while any(engine.has_work() or engine._scheduler.compiling for engine in engines):
             for update in self.prefill.step():
                 if update.finished:
                     for token in update.tokens:

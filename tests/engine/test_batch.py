@@ -10,10 +10,10 @@ from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
 from pdray.engine.schedule.scheduler import Scheduler
-from pdray.engine.step.draw_inputs import Masks
 from pdray.engine.step.graphs import StepGraphs, decode_sizes, launched_sizes, prefill_shapes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepShape
+from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.sampling_params import SamplingParams
 
 LIMITS = EngineLimits(
@@ -49,7 +49,7 @@ class Steps:
 
 def make_buffers(num_tokens: int) -> InputBuffers:
     draws = LIMITS.max_num_seqs, LIMITS.vocab_size, CPU
-    return InputBuffers(LIMITS, num_tokens, CPU, Histories(*draws), Masks(*draws))
+    return InputBuffers(LIMITS, num_tokens, CPU, Histories(*draws), MaskBuffer(*draws))
 
 
 def test_a_token_that_only_the_device_knows_is_named_by_its_draw() -> None:

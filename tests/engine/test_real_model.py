@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
@@ -18,6 +21,8 @@ from pdray.engine.request import EngineRequest
 from pdray.models import load_model, load_tokenizer
 from pdray.models.resolve import resolve_model
 from pdray.sampling_params import SamplingParams
+from pdray.structured_outputs import StructuredOutputsParams
+from pdray.testing.patience import PATIENCE_S
 
 pytestmark = pytest.mark.model
 NUM_TOKENS = 64
@@ -107,3 +112,41 @@ def test_greedy_answers_equal_transformers_generate(transformers_model: Any, two
         )[:, longest:].tolist()
     differing = [key for key in outputs if outputs[key] != expected[key]]
     assert differing == [], [(tokenizer.decode(outputs[key]), tokenizer.decode(expected[key])) for key in differing]
+
+
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "population": {"type": "integer", "minimum": 1000, "maximum": 40_000_000},
+        "continent": {"enum": ["Europe", "Asia", "Africa", "America"]},
+        "sights": {"type": "array", "items": {"type": "string", "maxLength": 30}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "population", "continent", "sights"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_are_json_of_the_schema(two_threads: None) -> None:
+    """Greedy and at random, several at once, steps planned ahead: each is valid, and says what it was asked for."""
+    config = Config(max_model_len=1024, num_kv_blocks=200, async_scheduling=True)
+    tokenizer, cpu = load_tokenizer(config), torch.device("cpu")
+    assert tokenizer is not None
+    messages = [{"role": "user", "content": "Describe the city of Paris in JSON: name, population, continent, sights."}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    engine = build_engine(config, load_model(config, cpu), cpu)
+    wanted = StructuredOutputsParams(json=CITY)
+    for seed in range(4):
+        params = SamplingParams(temperature=seed / 4, seed=seed, max_tokens=250, structured_outputs=wanted)
+        engine.add(EngineRequest(seed, prompt, params))
+    ids: dict[Any, list[int]] = {seed: [] for seed in range(4)}
+    deadline = time.monotonic() + PATIENCE_S
+    while engine.live_keys():
+        assert time.monotonic() < deadline
+        for update in engine.step():
+            assert update.failure is None
+            ids[update.key] += [token.token_id for token in update.tokens]
+    for seed in range(4):
+        city = json.loads(tokenizer.decode(ids[seed], skip_special_tokens=True))
+        jsonschema.validate(city, CITY)
+        assert seed or city["name"] == "Paris"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from pdray.engine.grammar.matcher import Words
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule import rules
-from pdray.engine.schedule.rules import History, Rule
-from pdray.kernels.sampling.metadata import SamplingRow
+from pdray.engine.schedule.rule import History, Rule, set_bits
 from pdray.sampling_params import SamplingParams
 
 PROMPT = [(5 * i) % 190 for i in range(30)]
@@ -24,8 +24,8 @@ class NeverTwice(Rule):
     def told(self, token_id: int) -> None:
         self.seen.add(token_id)
 
-    def change(self, row: SamplingRow) -> SamplingRow:
-        return row._replace(banned_token_ids=(*row.banned_token_ids, *self.seen))
+    def narrow(self, words: Words, position: int) -> None:
+        set_bits(words, self.seen, False)
 
 
 @pytest.fixture

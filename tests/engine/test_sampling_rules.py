@@ -11,6 +11,7 @@ import torch
 from pdray.engine.request import EngineRequest
 from pdray.engine.step.reports import unpack_reports
 from pdray.kernels.sampling.draw_rows import report
+from pdray.kernels.sampling.history import no_history
 from pdray.kernels.sampling.rows import WORDS, DrawTable, make_record
 from pdray.sampling_params import SamplingParams
 
@@ -93,7 +94,7 @@ def test_rows_with_and_without_logprobs_are_read_together() -> None:
     numbers = [2, None, 0, 5]
     records = [make_record(SamplingParams(temperature=0.0, logprobs=number), 0) for number in numbers]
     words = torch.from_numpy(np.concatenate(records).view(np.int32).reshape(-1, WORDS))
-    table = DrawTable(words, torch.zeros(1, 50, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32))
+    table = DrawTable(words, no_history(1, 50), torch.zeros(1, 2, dtype=torch.int32))
     rows = unpack_reports(report(logits, table, logits.argmax(-1), 9).numpy(), numbers, 9)
     assert [row.token_id for row in rows] == logits.argmax(-1).tolist()
     expected = logits.log_softmax(-1)

@@ -99,6 +99,10 @@ SETTINGS = (
     {"temperature": 1.0, "top_p": 0.9, "logprobs": 5},
     {"temperature": 1.1, "min_p": 0.05, "repetition_penalty": 1.2},
     {"temperature": 0.7, "presence_penalty": 0.8, "logprobs": 20, "min_tokens": 6, "stop_token_ids": tuple(range(300))},
+    {"temperature": 0.8, "allowed_token_ids": tuple(range(40, 700, 3)), "presence_penalty": 0.5, "logprobs": 2},
+    {"temperature": 0.0, "allowed_token_ids": tuple(range(100, 900))},
+    {"temperature": 0.9, "logit_bias": {i: (i % 7) / 2 - 1 for i in range(3, 900)}, "top_k": 40},
+    {"temperature": 0.0, "logit_bias": {5: 100.0, 6: 99.5}, "frequency_penalty": 1.5},
 )
 
 
@@ -131,6 +135,8 @@ def check_settings(name: str, running: Engine) -> Row:
         for position, token in enumerate(tokens[request.key]):
             is_early = position < request.params.min_tokens
             banned = (*running._scheduler.limits.eos_token_ids, *request.params.stop_token_ids) if is_early else ()
+            if (allowed := request.params.allowed_token_ids) is not None:
+                banned = tuple(set(range(logits[request.key, position].shape[-1])) - set(allowed))
             seed = request.params.seed or 0
             row = SamplingRow(request.params, seed, position, request.prompt_token_ids, ids[:position], banned)
             expected = sample(logits[request.key, position][None], SamplingMetadata.build([row]))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
 from pdray.kernels.sampling.draw_triton import triton_draw_tokens
-from pdray.kernels.sampling.history import Join, pack_joins, remember
+from pdray.kernels.sampling.history import BIASES, Join, pack_joins, remember
 from pdray.kernels.sampling.history_triton import triton_remember
 from pdray.kernels.sampling.late_draw_triton import triton_draw_late
 from pdray.kernels.sampling.report_triton import triton_report
@@ -172,20 +172,24 @@ def check_remember() -> None:
     """Slots hold what the reference writes, whatever they held; others stay as they were."""
     rng = np.random.default_rng(0)
     joins = [
-        Join(slot, *(rng.integers(997, size=n) for n in sizes))
-        for slot, sizes in ((4, (0, 0, 0)), (1, (3000, 1, 2)), (3, (1, 2500, 0)))
+        Join(slot, *(rng.integers(997, size=n) for n in sizes), bias)
+        for slot, sizes, bias in (
+            (4, (0, 0, 0), None),
+            (1, (3000, 1, 2), {5: 0.25, 996: -100.0, 0: 0.25}),
+            (3, (1, 2500, 0), {i: i / 8 for i in range(900)}),
+        )
     ]
-    before = torch.full((5, 997), 123, dtype=torch.int32)
+    before = torch.full((5, BIASES + 997), 123, dtype=torch.int32)
     expected, out = before.clone(), before.clone().to(DEVICE)
     packed = pack_joins(joins)
     remember(expected, packed)
     triton_remember(out, packed._replace(words=packed.words.to(DEVICE)))
     assert torch.equal(out.cpu(), expected)
-    assert int(expected[3].sum()) > 0 and not bool(expected[4].any()) and bool((expected[[0, 2]] == 123).all())
+    assert bool(expected[3, BIASES:].any()) and not bool(expected[4].any()) and bool((expected[[0, 2]] == 123).all())
 
 
 def check_changed_logits() -> None:
-    """Penalties, ends, masks and filters together, drawn and counted as by the reference."""
+    """Biases, penalties, ends, masks and filters together, drawn and counted as by the reference."""
     num, vocab_size = 24, 1030 if INTERPRETED else 5000
     for dtype in DTYPES:
         logits, table = make_logits(num, vocab_size, dtype), make_everything(num, vocab_size)
@@ -231,7 +235,7 @@ def check_no_synchronisation() -> None:
     expected = torch.full((num,), -7)
     there, on_device, out = logits.to(DEVICE), moved(table), expected.to(DEVICE)
     history = on_device.history.clone()
-    packed = pack_joins([Join(0, [1, 2, 3], [4], [5])], pin_memory=True)
+    packed = pack_joins([Join(0, [1, 2, 3], [4], [5], {6: 1.0})], pin_memory=True)
 
     def everything() -> Tensor:
         on_device.history.copy_(history)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pdray.kernels.sampling.draw import draw, gumbel
 from pdray.kernels.sampling.draw_triton import triton_draw_tokens
-from pdray.kernels.sampling.history import Join, make_mask, pack_joins, remember
+from pdray.kernels.sampling.history import Join, no_history, pack_joins, remember
 from pdray.kernels.sampling.late_draw_triton import MOST_GROUPS, triton_draw_late
+from pdray.kernels.sampling.mask import num_mask_words
 from pdray.kernels.sampling.metadata import RandomRows
 from pdray.kernels.sampling.philox import philox_uniform
 from pdray.kernels.sampling.rows import RECORD, WORDS, DrawTable, RowFlag, make_record
@@ -46,8 +47,18 @@ def make_table(
             records[name] = limit.clamp(-(2**31), 2**31 - 1) if name == "top_k" else limit
     has_filter = not (min_p is top_k is top_p is None)
     records["flags"] = RowFlag.LATE * ((temperature > 0).numpy() & has_filter)
-    no_history, no_masks = (torch.zeros(1, n, dtype=torch.int32) for n in (vocab_size, -(-vocab_size // 32)))
-    return DrawTable(torch.from_numpy(records.view(np.int32).reshape(-1, WORDS)), no_history, no_masks)
+    words, no_masks = (
+        torch.from_numpy(records.view(np.int32).reshape(-1, WORDS)),
+        torch.zeros(1, num_mask_words(vocab_size), dtype=torch.int32),
+    )
+    return DrawTable(words, no_history(1, vocab_size), no_masks)
+
+
+def make_mask(allowed: np.ndarray) -> np.ndarray:
+    """Words of a mask from [V] truths."""
+    bits = np.zeros(num_mask_words(len(allowed)) * 32, dtype=np.bool_)
+    bits[: len(allowed)] = allowed
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def moved(table: DrawTable) -> DrawTable:
@@ -98,7 +109,7 @@ def make_logits(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def make_everything(num: int, vocab_size: int) -> DrawTable:
-    """Rows with every combination of penalties, bans, masks, filters and reports, each with a history of its own."""
+    """Rows with every combination of biases, penalties, bans, masks, filters and reports; each has its own history."""
     rng = np.random.default_rng(3)
     records, joins, masks = [], [], []
     for i in range(num):
@@ -111,15 +122,22 @@ def make_everything(num: int, vocab_size: int) -> DrawTable:
             frequency_penalty=(0.0, 0.3, -0.2)[i % 3],
             repetition_penalty=(1.0, 1.3, 0.8)[i % 3 - 1],
             logprobs=(None, 3, 0, 20)[i % 4],
+            logit_bias=make_bias(rng, vocab_size) if i % 4 == 2 else None,
         )
-        record = make_record(params, i, slot=num - 1 - i, min_tokens=(0, 9)[i % 3 == 0])
+        record = make_record(params, i, slot=num - 1 - i, min_tokens=(0, 9)[i % 3 == 0], has_mask=i % 5 == 0)
         record["position"], record["mask"] = 4 + 2 * (i % 4), i
-        record["flags"] |= RowFlag.MASKED * (i % 5 == 0)
         records.append(record)
         masks.append(make_mask(rng.random(vocab_size) < 0.7))
         prompt, outputs, ends = (rng.integers(vocab_size, size=n) for n in (700 * (i % 3), 30 * (i % 2), 25))
-        joins.append(Join(num - 1 - i, prompt, outputs, ends))
-    history = torch.zeros(num, vocab_size, dtype=torch.int32)
+        joins.append(Join(num - 1 - i, prompt, outputs, ends, params.logit_bias))
+    history = no_history(num, vocab_size)
     remember(history, pack_joins(joins))
     words = torch.from_numpy(np.concatenate(records).view(np.int32).reshape(-1, WORDS))
     return DrawTable(words, history, torch.from_numpy(np.stack(masks)))
+
+
+def make_bias(rng: np.random.Generator, vocab_size: int) -> dict[int, float]:
+    """Numbers for a third of the first ids, some of them shared, and a ban and a wish as clients write them."""
+    ids = rng.permutation(min(vocab_size, 900))[: vocab_size // 3 + 1].tolist()
+    bias = dict(zip(ids, np.round(rng.normal(size=len(ids)) * 3, 1).tolist(), strict=True))
+    return {**bias, ids[0]: -100.0, vocab_size - 1: 2.5}

@@ -13,6 +13,7 @@ from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.kernels.kv.blocks import store_kv
 from pdray.kernels.sampling.draw import draw
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens
+from pdray.kernels.sampling.history import no_history
 from pdray.kernels.sampling.metadata import RandomRows
 from pdray.kernels.sampling.rows import RECORD, WORDS, DrawTable, RowFlag
 from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
@@ -55,7 +56,7 @@ def test_draws_of_greedy_and_random_rows() -> None:
         if limit is not None:
             records["top_k"], records["flags"][::2] = limit, RowFlag.LATE
         words = torch.from_numpy(records.view(np.int32).reshape(-1, WORDS))
-        table = DrawTable(words, torch.zeros(1, 200, dtype=torch.int32), torch.zeros(1, 7, dtype=torch.int32))
+        table = DrawTable(words, no_history(1, 200), torch.zeros(1, 7, dtype=torch.int32))
         draw_tokens(logits, table, out)
         assert (out == -7).tolist() == [limit is not None and i % 2 == 0 for i in range(6)]
         draw_late(logits, table, out)

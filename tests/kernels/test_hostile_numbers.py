@@ -29,6 +29,7 @@ class Params:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = 3
+    logit_bias: dict[int, float] | None = None
 
 
 WAYS = {

@@ -124,3 +124,13 @@ def test_a_text_is_joined_once(streamed: bool) -> None:
     assert completion.output.text == "a" * 1000
     delta = completion.take_delta()
     assert (None if delta is None else delta.text) == ("a" * 1000 if streamed else None)
+
+
+@pytest.mark.parametrize("is_text,expected", [(True, "ab"), (False, "a")])
+def test_the_last_token_of_a_grammar_is_text(is_text: bool, expected: str) -> None:
+    """Unlike an end-of-sequence token: nothing may follow it, and it was written."""
+    completion = GrowingCompletion(0, TOKENIZER, PROMPT, SamplingParams())
+    first, last = TOKENIZER.encode("ab")
+    completion.take(SampledToken(0, 0, first))
+    completion.take(SampledToken(0, 1, last, None, "stop", None, is_text))
+    assert (completion.output.text, completion.output.finish_reason) == (expected, "stop")

@@ -9,9 +9,17 @@ import pytest
 
 from pdray.errors import InvalidRequestError
 from pdray.router.conversation import MAX_MESSAGES, Message, parse_messages
+from pdray.router.tool_calls import ToolCall
 
 DEEP = json.loads("[" * 400 + "]" * 400)
 USER = {"role": "user", "content": "hi"}
+
+
+def called(name: str, arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CALL = {"id": "c1", **called("f", '{"a": 1}')}
 
 
 def text(value: str, **more: Any) -> dict[str, Any]:
@@ -41,6 +49,27 @@ def text(value: str, **more: Any) -> dict[str, Any]:
         ),
         ({"role": "user", "content": [text("a", cache_control={"type": "ephemeral"})]}, Message("user", ("a",), True)),
         ({"role": "user", "content": [text("a", annotations=[])]}, Message("user", ("a",), True)),
+        # tools
+        (
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            Message("assistant", ("",), tool_calls=(ToolCall("f", {"a": 1}, "c1"),)),
+        ),
+        (
+            {"role": "assistant", "tool_calls": [called("f", {})]},
+            Message("assistant", ("",), tool_calls=(ToolCall("f", {}),)),
+        ),
+        (
+            {"role": "assistant", "tool_calls": [called("f", "")]},
+            Message("assistant", ("",), tool_calls=(ToolCall("f", {}),)),
+        ),
+        ({"role": "tool", "content": "4", "tool_call_id": "c1"}, Message("tool", ("4",), tool_call_id="c1")),
+        ({"role": "tool", "content": [text("4")]}, Message("tool", ("4",), True)),
+        # thoughts
+        (
+            {"role": "assistant", "content": "4", "reasoning_content": "Hm."},
+            Message("assistant", ("4",), reasoning="Hm."),
+        ),
+        ({"role": "assistant", "content": "4", "reasoning": "Hm."}, Message("assistant", ("4",), reasoning="Hm.")),
     ],
 )
 def test_what_is_understood(given: dict[str, Any], expected: Message) -> None:
@@ -74,10 +103,25 @@ def test_parts_are_lines() -> None:
         ({**USER, "refusal": "No."}, "messages[1].refusal"),
         ({**USER, "name": 5}, "messages[1].name is 5"),
         ({**USER, "name": "x" * 65}, "at most 64"),
-        ({**USER, "reasoning_content": "because"}, "field 'reasoning_content'"),
+        ({**USER, "reasoning_content": "because"}, "messages[1].reasoning_content: only a message of role 'assistant'"),
         ({**USER, "weight": 0}, "field 'weight'"),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "tool calls"),
-        ({"role": "tool", "content": "4", "tool_call_id": "1"}, "messages[1] (role 'tool')"),
+        ({"role": "assistant", "reasoning": 5}, "messages[1].reasoning must be a string"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[1].tool_calls[0] must be an object with id"),
+        ({"role": "assistant", "tool_calls": 5}, "messages[1].tool_calls must be a list"),
+        ({**USER, "tool_calls": [CALL]}, "messages[1].tool_calls: only a message of role 'assistant'"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}, "tool_calls[0].type must be 'function'"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "id": 5}]}, "tool_calls[0].id must be a string"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "mood": 5}]}, "field 'mood'"),
+        ({"role": "assistant", "tool_calls": [called("", "{}")]}, "function.name must be a string"),
+        ({"role": "assistant", "tool_calls": [called("f", "{")]}, "tool_calls[0].function.arguments is no valid JSON"),
+        ({"role": "assistant", "tool_calls": [called("f", "[" * 10_000)]}, "function.arguments is no valid JSON"),
+        ({"role": "assistant", "tool_calls": [called("f", "[]")]}, "must be the JSON of an object"),
+        ({"role": "assistant", "tool_calls": [CALL] * 129}, "at most 128"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "use tools"),
+        ({"role": "function", "content": "4", "name": "f"}, "use tools"),
+        ({"role": "tool", "tool_call_id": "1"}, "messages[1] (role 'tool') has no content"),
+        ({"role": "tool", "content": "4", "tool_call_id": 1}, "messages[1].tool_call_id must be a string"),
+        ({**USER, "tool_call_id": "1"}, "messages[1].tool_call_id: only a message of role 'tool'"),
     ],
 )
 def test_what_is_refused(given: Any, named: str) -> None:

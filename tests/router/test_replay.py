@@ -6,14 +6,17 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pdray.errors import NoWorkerError, QueueFullError, RequestTimeoutError, WorkerDiedError
+from pdray.outputs import SampledToken
+from pdray.prompt_scores import PromptScores
 from pdray.router.routed import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.lease_messages import CloseLease, LeaseClosed, LeaseRequest
-from pdray.wire.prefill_messages import PrefillFailed, PrefillRequest
+from pdray.wire.prefill_messages import FirstTokens, PrefillFailed, PrefillRequest
 
 MakeCluster = Callable[..., Awaitable[Any]]
 
@@ -238,3 +241,35 @@ async def test_a_worker_that_cannot_be_reached_yet(make_cluster: MakeCluster) ->
     await brought_to(cluster, "decoding")
     late._server._server = await asyncio.start_server(late._server._accept, "127.0.0.1", late.info.port)
     await cluster.settled(lambda: cluster.router.machine.workers.is_open("decode-1"))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+async def test_scores_of_the_prompt_are_asked_for_until_they_are_known(
+    make_cluster: MakeCluster, max_tokens: int
+) -> None:
+    cluster = await make_cluster()
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, prompt_logprobs=1)
+    task = asyncio.ensure_future(cluster.router.submit("xyz", params, request_id="r"))
+    if max_tokens:
+        await cluster.decode.expect(LeaseRequest, "r")
+        cluster.decode.grant("r")
+    asked = await cluster.prefill.expect(PrefillRequest, "r")
+    assert asked.params.prompt_logprobs == 1 and asked.params.max_tokens == max(1, max_tokens)
+    words = np.array([[ord("y"), 1, 0, ord("y"), 0], [ord("z"), 2, 0, ord("q"), 0]], "<i4")
+    token = SampledToken(0, 0, ord("a"), None, None if max_tokens else "stop")
+    cluster.prefill.send(FirstTokens("r", 0, [token], 0, 0.01, 0.02, PromptScores(1, words.tobytes())))
+    request = await task
+    if max_tokens:
+        await cluster.settled(lambda: request.output.outputs[0].token_ids == [97])
+        await cluster.decode.die()
+        await cluster.show(cluster.prefill, cluster.new_worker("decode-0", "decode", "2"))
+        assert (await cluster.decode.expect(LeaseRequest, "r", attempt=1)).params.prompt_logprobs is None
+        cluster.decode.grant("r", attempt=1)
+        assert (await cluster.prefill.expect(PrefillRequest, "r", attempt=1)).params.prompt_logprobs is None
+        cluster.prefill.first("r", "b", finish="stop", attempt=1, position=1)
+    output = await asyncio.wait_for(request.wait(), PATIENCE_S)
+    assert output.outputs[0].token_ids == ([97, 98] if max_tokens else [])
+    assert output.outputs[0].finish_reason == ("stop" if max_tokens else "length")
+    assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+    assert [list(step or ()) for step in output.prompt_logprobs[1:]] == [[ord("y")], [ord("z"), ord("q")]]
+    cluster.assert_clean()

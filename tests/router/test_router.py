@@ -12,9 +12,10 @@ from pdray.engine.kv.block_pool import hash_blocks, short_hash
 from pdray.errors import InvalidRequestError, NoWorkerError
 from pdray.router.completion import CompletionDelta
 from pdray.router.routed import RoutedRequest
+from pdray.router.router import DecodePool
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
-from pdray.wire.lease_messages import CloseLease, Credit, EndCompletion, LeaseRequest
+from pdray.wire.lease_messages import CloseLease, Credit, CreditUpdate, EndCompletion, LeaseRequest
 from pdray.wire.message import LegKey
 from pdray.wire.prefill_messages import CancelPrefill, PrefillRequest
 from pdray.wire.worker_news import PrefixUpdate, pack_hashes
@@ -396,3 +397,12 @@ async def test_prompts_go_where_their_prefix_is_cached(make_cluster: MakeCluster
     assert await goes_to("d") == "prefill-1"
     await told(other, PrefixUpdate(b"", is_all=True), 0)
     assert await goes_to("e") == "prefill-0"
+
+
+async def test_the_decode_workers_blocks(make_cluster: MakeCluster) -> None:
+    """As they have told last; of the prefill workers nothing."""
+    cluster = await make_cluster()
+    cluster.decode.credit = Credit(free_blocks=5, free_places=1, running=2, waiting=0, leases=2)
+    cluster.decode.send(CreditUpdate(cluster.decode.credit))
+    info = cluster.decode.info
+    await cluster.settled(lambda: cluster.router.pools == [DecodePool(info.num_blocks, 5, info.block_size)])

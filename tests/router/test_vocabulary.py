@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from pdray.errors import ConfigError
+from pdray.models.vocabulary import Vocabulary, vocabulary_of
 from pdray.outputs import Logprob
 from pdray.router.detokenizer import decode_logprobs
-from pdray.router.vocabulary import Vocabulary, vocabulary_of
 from pdray.serve.responses import chat_logprobs, completion_logprobs
 
 LLAMA_2 = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

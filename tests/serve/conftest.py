@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import uvicorn
@@ -17,14 +18,19 @@ from transformers import PreTrainedTokenizerFast
 
 from pdray.config import Config
 from pdray.errors import WorkerDiedError
+from pdray.exposition import Exposition
 from pdray.models.generation_config import NEUTRAL
 from pdray.outputs import Logprob, SampledToken
+from pdray.prompt_scores import PromptScores
+from pdray.router.grammars import check_grammar
 from pdray.router.request import Request
 from pdray.router.routed import RoutedRequest
+from pdray.router.router import DecodePool
 from pdray.router.validation import check_tokenizer, complete_params, tokenize_all
 from pdray.sampling_params import SamplingParams
 from pdray.serve.api import create_app
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.prefill_messages import FirstTokens
 
 EOS = 128
 REPLY = "The capital of France is Paris."
@@ -60,6 +66,7 @@ class ScriptedRouter:
         self.sampling_defaults = NEUTRAL
         self.vocab_size: int | None = None
         self.ready = True
+        self.pools: list[DecodePool] = []
         self.why_not_ready = "no prefill and decode worker are connected now"
         self.reply = REPLY
         self.refusals: dict[int, Exception] = {}
@@ -74,8 +81,8 @@ class ScriptedRouter:
         self.aborted: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def tokenize(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        return await tokenize_all(self.tokenizer, prompts, self.max_model_len, self.vocab_size)
+    async def tokenize(self, prompts: Sequence[str | list[int]], keep_last: int | None = None) -> list[list[int]]:
+        return await tokenize_all(self.tokenizer, prompts, self.max_model_len, self.vocab_size, keep_last)
 
     async def submit(
         self,
@@ -92,6 +99,7 @@ class ScriptedRouter:
         if (refusal := self.refusals.get(number)) is not None:
             raise refusal
         check_tokenizer(params, self.tokenizer)
+        await check_grammar(params, self.tokenizer)
         params = complete_params(params, len(prompt), self.max_model_len or 0, default_max_tokens)
         self.num_waiting += 1
         try:
@@ -122,6 +130,8 @@ class ScriptedRouter:
     async def _run(self, request: Request, routed: RoutedRequest) -> None:
         params, leg = request.params, request.start()
         assert params.max_tokens is not None
+        if params.prompt_logprobs is not None:
+            request.note_prefill(leg, self._first_tokens(request, params.prompt_logprobs))
         codes = [ord(char) for char in self.reply]
         tokens = [codes[i % len(codes)] for i in range(params.max_tokens)] if params.ignore_eos else [*codes, EOS]
         for position, token_id in enumerate(tokens[: params.max_tokens]):
@@ -144,6 +154,19 @@ class ScriptedRouter:
         request.output.timings.queue = 0.001
         self._end(request, routed)
 
+    @staticmethod
+    def _first_tokens(request: Request, num_top: int) -> FirstTokens:
+        """A prefill worker's message: every prompt token comes after c, d, A, B and so on, unless it is one of them."""
+        rows = []
+        for token_id in request.output.prompt_token_ids[1:]:
+            ids = [99, 100, *range(65, 85)]
+            rank = ids.index(token_id) + 1 if token_id in ids else 3
+            top = np.array([-float(place + 1) for place in range(num_top)], np.float32)
+            own = np.array([-float(rank)], np.float32)
+            rows.append([token_id, rank, *own.view(np.int32), *ids[:num_top], *top.view(np.int32)])
+        scores = PromptScores(num_top, np.array(rows, "<i4").tobytes())
+        return FirstTokens(request.request_id, 0, [], 0, 0.0, 0.0, scores)
+
     def _logprobs(self, token_id: int, index: int, num_top: int | None) -> dict[int, Logprob] | None:
         """Completion 0 sampled the likeliest token; the others one that is not among the top."""
         if num_top is None:
@@ -153,9 +176,29 @@ class ScriptedRouter:
         step = {token: Logprob(-float(rank), rank) for rank, token in enumerate(top, 1)}
         return step if token_id in step else step | {token_id: Logprob(float("-inf"), 99)}
 
+    def stats(self) -> dict[str, Any]:
+        return {"running": self.num_running, "queue_depth": self.num_waiting}
+
     @property
     def num_running(self) -> int:
         return sum(not request.ended for request in self.requests)
+
+
+class Measured:
+    """RouterMetrics' part that knows no Ray."""
+
+    def __init__(self) -> None:
+        self.exposition = Exposition({"router": "router-0"}, 'a "model"')
+
+    def text(self, *, vllm: bool, cache_config: Any, running: int, kv_usage: float) -> bytes:
+        self.exposition.samples["running"].set(running)
+        self.exposition.samples["kv_usage"].set(kv_usage)
+        return self.exposition.text(vllm=vllm, cache_config=cache_config)
+
+
+@pytest.fixture
+def metrics() -> Measured:
+    return Measured()
 
 
 @pytest.fixture
@@ -180,7 +223,7 @@ def make_app() -> Callable[..., FastAPI]:
     def make(config: Config, max_model_len: int = MAX_MODEL_LEN) -> FastAPI:
         router = ScriptedRouter()
         router.max_model_len = max_model_len
-        return create_app(config, lambda: router)  # type: ignore[arg-type, return-value]
+        return create_app(config, lambda: router, metrics=Measured())  # type: ignore[arg-type, return-value]
 
     return make
 

@@ -113,7 +113,9 @@ def test_the_fingerprint_tells_keys_apart(config: Config) -> None:
         {"api_key": KEY, "max_num_seqs": 0},
         {"api_key": KEY, "max_num_seqs": 64, "max_num_batched_tokens": 1},
         {"api_key": KEY, "unknown": 1},
-        {"api_key": [KEY]},
+        {"api_key": []},
+        {"api_key": [KEY, "two words"]},
+        {"api_key": {"key": KEY}},
     ],
 )
 def test_errors_do_not_show_the_key(fields: dict[str, Any]) -> None:

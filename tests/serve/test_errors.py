@@ -22,13 +22,20 @@ from pdray.errors import (
     RequestFailedError,
     WorkerDiedError,
 )
-from pdray.router.chat_template import renderer_options
+from pdray.router.template_facts import renderer_options
 from pdray.serve.errors import MAX_MESSAGE_CHARS, to_api_error
 from pdray.serve.protocol import ChatBody, CompletionBody, GenerationBody
 
 USER = {"role": "user", "content": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 DEEP = json.loads("[" * 400 + "]" * 400)
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": fields}
+
+
+FUNCTION = function(name="f")
 
 
 def completion(**fields: Any) -> dict[str, Any]:
@@ -62,7 +69,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(prompt=["a"] * 129), "129 prompts"),
     (completion(prompt=["a"] * 100, n=3), "100 prompts"),
     (completion(prompt="x" * 201), "context length"),
-    (completion(max_tokens=0), "max_tokens"),
+    (completion(max_tokens=-1), "max_tokens"),
     (completion(max_tokens=-5), "max_tokens"),
     (completion(max_tokens=200), "max_tokens"),
     (completion(max_tokens=2**31), "max_tokens"),
@@ -107,20 +114,20 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     (completion(stream="yes"), "stream"),
     (completion(stream_options={"include_usage": True}), "stream_options"),
     (completion(stream=True, stream_options=5), "stream_options"),
-    (completion(echo=True, logprobs=1), "echo"),
+    (completion(prompt_logprobs=21), "prompt_logprobs"),
     (completion(seed=1.5), "seed"),
     (completion(max_tokens=1e300), "max_tokens"),
     (completion(add_special_tokens=1), "add_special_tokens"),
     (completion(suffix="end"), "suffix"),
     (completion(best_of=2), "best_of"),
     (completion(best_of=2**31), "best_of"),
-    (completion(logit_bias={"5": 1}), "logit_bias"),
-    (completion(logit_bias={str(token_id): 1 for token_id in range(301)}), "logit_bias"),
-    (completion(response_format={"type": "json_object"}), "json_object"),
+    (completion(logit_bias={"5": 101}), "logit_bias"),
+    (completion(logit_bias={str(token_id): 1 for token_id in range(1025)}), "logit_bias"),
+    (completion(response_format={"type": "json_object", "json_schema": None, "strict": True}), "strict"),
     (completion(response_format={"type": DEEP}), "response_format"),
     (completion(response_format={}), "response_format"),
     (completion(guided_regex="a*"), "guided_regex"),
-    (completion(prompt_logprobs=0), "prompt_logprobs"),
+    (completion(prompt_logprobs=-1), "prompt_logprobs"),
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"model": "smol"}, "messages"),
@@ -138,7 +145,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "text"),
     (chat(messages=[{"role": "user", "content": [{"type": DEEP}]}]), "content"),
     (chat(messages=[{"role": "pirate", "content": "arr"}]), "no pirates"),
-    (chat(messages=[USER, {"role": "tool", "content": "4", "tool_call_id": "1"}]), "tool"),
+    (chat(messages=[USER, {"role": "tool", "tool_call_id": "1"}]), "tool"),
     (chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "tool"),
     (chat(messages=[{"role": "user", "content": "x" * 200}]), "context length"),
     (chat(messages=[{"role": "x" * 65, "content": "hi"}]), "role"),
@@ -148,16 +155,36 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (chat(messages=[USER, DEEP]), "messages"),
     (chat(messages=[USER, {"role": "user", "content": "hi", "refusal": "no"}]), "messages[1].refusal"),
     (chat(messages=[{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]), "refusal"),
-    (chat(echo=True, logprobs=True), "echo"),
+    (chat(prompt_logprobs=1, stream=True), "prompt_logprobs"),
     (chat(n=65), "n is 65"),
-    (chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
+    (chat(tools=[FUNCTION], tool_choice={"type": "function", "function": {"name": "g"}}), "'g'"),
+    (chat(tools=[FUNCTION], tool_choice="any"), "tool_choice"),
+    (chat(tools=[FUNCTION], tool_choice={"type": "allowed_tools", "allowed_tools": {}}), "tool_choice"),
+    (chat(tool_choice="required"), "set tools"),
+    (chat(tools=[FUNCTION, FUNCTION]), "several functions of the name 'f'"),
+    (chat(tools=[FUNCTION] * 129), "at most 128"),
+    (chat(tools={}, tool_choice="required"), "set tools"),
+    (chat(tools="f"), "tools must be a list"),
+    (chat(tools=["f"]), "tools[0]"),
+    (chat(tools=[{"type": "web_search"}]), "web_search"),
+    (chat(tools=[{"type": "function"}]), "tools[0].function"),
+    (chat(tools=[{**FUNCTION, "mood": 1}]), "mood"),
+    (chat(tools=[function(name="a b")]), "tools[0].function.name"),
+    (chat(tools=[function(name=DEEP)]), "tools[0].function.name"),
+    (chat(tools=[function(name="f", parameters=5)]), "parameters"),
+    (chat(tools=[function(name="f", parameters={"type": "array"})]), "type 'object'"),
+    (chat(tools=[function(name="f", strict="yes")]), "strict"),
+    (chat(tools=[function(name="f", mood="calm")]), "mood"),
+    (chat(reasoning_effort="enormous"), "reasoning_effort"),
+    (chat(reasoning_effort="high"), "no switch for thoughts"),
+    (chat(thinking_token_budget=100), "thinking_token_budget"),
     (chat(functions=[{"name": "f"}]), "functions"),
     (chat(response_format={"type": "json_schema", "json_schema": {}}), "json_schema"),
     (chat(logprobs=5), "logprobs"),
     (chat(top_logprobs=2), "top_logprobs"),
     (chat(logprobs=True, top_logprobs=21), "logprobs"),
     (chat(logprobs=True, top_logprobs=2**31), "logprobs"),
-    (chat(max_completion_tokens=0), "max_tokens"),
+    (chat(max_completion_tokens=-1), "max_tokens"),
     (chat(min_tokens=500), "min_tokens"),
     (chat(continue_final_message=True), "continue_final_message"),
     (chat(chat_template_kwargs={"tokenize": False}), "tokenize"),

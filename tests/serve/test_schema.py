@@ -27,9 +27,15 @@ CHECKS = [not_a_server_error, response_schema_conformance, content_type_conforma
 PARTS_OF_A_REQUEST = ("method", "url", "params", "headers", "json")
 # What no schema of one field can say: fields that must agree, the served model, its context and vocabulary.
 OBEYED = {"model": "smol", "stream_options": None, "max_tokens": 9, "min_tokens": 2, "echo": False}
+OBEYED |= {"response_format": {"type": "json_object"}, "structured_outputs": None}  # one, which can be enforced
+OBEYED |= {"truncate_prompt_tokens": 5}
 OBEYED_COMPLETION = OBEYED | {"best_of": None, "suffix": None}
 OBEYED_CHAT = OBEYED | {"max_completion_tokens": 9, "continue_final_message": False, "top_logprobs": None}
-OBEYED_CHAT |= {"chat_template_kwargs": None}  # the template's own names
+OBEYED_CHAT |= {"chat_template_kwargs": None, "reasoning_effort": None}  # the template's own names
+OBEYED_CHAT |= {"tool_choice": None}
+
+OBEYED_RESPONSE = {"model": "smol", "input": "x", "max_output_tokens": 9, "chat_template_kwargs": None}
+OBEYED_RESPONSE |= {"tools": None, "tool_choice": None, "text": None, "reasoning": None}  # OpenAI's own, checked apart
 
 schema = schemathesis.openapi.from_dict(create_app(CONFIG, lambda: None).openapi())
 bounded = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -64,12 +70,22 @@ allowed.config.generation.update(modes=[schemathesis.GenerationMode.POSITIVE])
 @allowed.parametrize()
 @bounded
 def test_what_the_schema_allows_is_answered(make_app: Callable[..., FastAPI], case: schemathesis.Case) -> None:
-    body = case.body | (OBEYED_COMPLETION if "prompt" in case.body else OBEYED_CHAT)
-    if "prompt" in body:
+    obeyed = {
+        "/v1/completions": OBEYED_COMPLETION,
+        "/v1/chat/completions": OBEYED_CHAT,
+        "/v1/responses": OBEYED_RESPONSE,
+        "/tokenize": OBEYED_CHAT if "messages" in case.body else {"model": "smol"},
+        "/detokenize": {"model": "smol", "tokens": [120]},
+    }
+    body = case.body | obeyed[case.path]
+    if case.path == "/v1/completions":
         body["prompt"] = body["prompt"] if isinstance(body["prompt"], str) and body["prompt"] else ["x", "y"]
     for message in body.get("messages", []):
         message["content"] = "x" if message.get("content") is None else message["content"]
-        message.pop("refusal", None)  # only an assistant may
+        for name in ("refusal", "tool_calls", "tool_call_id", "reasoning", "reasoning_content"):
+            message.pop(name, None)  # only messages of one role may have it
+    if body.get("tools"):
+        body["tools"] = body["tools"][:1]  # names must differ
     response = ask(make_app(CONFIG, max_model_len=10**6), method="POST", url=case.path, json=body)
     assert response.status_code == 200, response.text
 
@@ -104,4 +120,4 @@ def test_the_schema_says_who_needs_a_key() -> None:
     paths = create_app(CONFIG.model_copy(update={"api_key": SecretStr("key")}), lambda: None).openapi()["paths"]
     for path, methods in paths.items():
         for operation in methods.values():
-            assert ("security" in operation) is path.startswith("/v1/")
+            assert ("security" in operation) is (path.startswith("/v1/") or path in ("/tokenize", "/detokenize"))

@@ -34,6 +34,7 @@ CONVERSATIONS: list[Any] = [
     [USER, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
     [USER, {"role": "tool", "content": "4"}],
     [USER, {"role": "assistant", "tool_calls": [{"id": "1"}]}],
+    [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, USER],
     [{**USER, "mood": "calm"}],
     ["hi"],
     "hi",
@@ -76,6 +77,8 @@ def test_many_conversations(router: Any) -> None:
     assert llm.prompts == ["user: hi\n[calm]assistant: ", "user: a\nb\n[calm]assistant: "]
     llm.chat([[USER, {"role": "assistant", "content": "It"}]], add_generation_prompt=False, continue_final_message=True)
     assert llm.prompts == ["user: hi\nassistant: It"]
+    llm.chat([[USER]], tools=[{"type": "function", "function": {"name": "now"}}])
+    assert llm.prompts[0].startswith("system: You can call functions") and '"now"' in llm.prompts[0]
     assert llm.chat([]) == []
     with pytest.raises(InvalidRequestError, match=r"^messages\[0\]") as caught:
         llm.chat([[USER], [{"role": "user"}], [USER]])

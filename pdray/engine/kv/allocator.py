@@ -24,7 +24,8 @@ class KVAllocator:
 
         Full blocks are shared; what lies beyond is private. The first owner's num_computed_tokens becomes the number
         of tokens found in the prefix cache: all of them only if a private block remains, so that the last token can
-        still be computed here, in a block of its own (leave_last_block_to_compute).
+        still be computed here, in a block of its own (leave_last_block_to_compute). None where every prompt token is to
+        be scored.
 
         Args:
             num_tokens: room for each owner, at least its tokens.
@@ -34,7 +35,7 @@ class KVAllocator:
         num_shared = length // block_size
         num_private = self.limits.num_blocks_for(num_tokens) - num_shared
         self.hash_prompt(lead)
-        cached = self.pool.lookup(lead.block_hashes)
+        cached = [] if lead.request.scores is not None else self.pool.lookup(lead.block_hashes)
         if len(cached) * block_size == length and num_private == 0:
             cached.pop()
         fresh = self.pool.acquire(cached, num_shared - len(cached) + len(owners) * num_private, keep_free)

@@ -33,6 +33,11 @@ def hash_blocks(token_ids: Sequence[int], block_size: int, parent: bytes = b"") 
     return hashes
 
 
+def salted(cache_salt: str | None) -> bytes:
+    """What stands for the parent of a first block: blocks of different salts have different hashes."""
+    return b"" if cache_salt is None else hashlib.blake2b(cache_salt.encode(), digest_size=HASH_BYTES).digest()
+
+
 def short_hash(block_hash: bytes) -> int:
     """64 bits of it: enough to guess where a prefix is cached, and half as long."""
     return int.from_bytes(block_hash[:8], "little")

@@ -6,6 +6,8 @@ which looks at the state as it is then and relies on nothing that an earlier sli
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -16,6 +18,8 @@ from pdray.engine.kv.block_pool import CHECK_SLICE
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import Sequence, SequenceStatus
 
+CHECK_PAUSE_S = 20e-6  # between two slices: who has waited for the lock gets it only if it is free for a moment
+
 
 def check_integrity(scheduler: Scheduler) -> list[str]:
     """Problems of the scheduler's state; empty if there are none. The caller holds the engine's lock.
@@ -24,6 +28,19 @@ def check_integrity(scheduler: Scheduler) -> list[str]:
     prefix; places are counted; queue and batch hold what their statuses say.
     """
     return list(chain.from_iterable(check_in_slices(scheduler)))
+
+
+def check_in_pauses(scheduler: Scheduler, lock: threading.Lock) -> list[str]:
+    """The same, with the engine's lock taken for moments only. Takes a while for a large pool."""
+    problems: dict[str, None] = {}
+    slices = check_in_slices(scheduler)
+    while True:
+        with lock:
+            found = next(slices, None)
+        if found is None:
+            return list(problems)
+        problems |= dict.fromkeys(found)
+        time.sleep(CHECK_PAUSE_S)
 
 
 def check_in_slices(scheduler: Scheduler) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.errors import ConfigError, OutOfMemoryError
+
+logger = logging.getLogger(__name__)
 
 CGROUP_FILES = (  # limit, usage; versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -63,6 +66,17 @@ def choose_num_blocks(
 def longest_sequence(num_blocks: int, block_size: int) -> int:
     """Tokens of one sequence that a pool of so many blocks, the dummy block included, can hold."""
     return (num_blocks - 1) * block_size
+
+
+def usable_model_len(max_model_len: int, num_blocks: int, block_size: int) -> int:
+    """Tokens of prompt and output that an engine takes: the configured limit, or what its pool holds."""
+    longest = longest_sequence(num_blocks, block_size)
+    if longest < max_model_len:  # only num_kv_blocks asks for a pool so small
+        logger.warning(
+            "max_model_len is %d, not %d: num_kv_blocks (%d) holds no longer sequence; raise it to %d or more",
+            *(longest, max_model_len, num_blocks, -(-max_model_len // block_size) + 1),
+        )
+    return min(max_model_len, longest)
 
 
 def available_host_bytes() -> int:

@@ -11,6 +11,8 @@ from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.outputs import SampledToken
+from pdray.prompt_scores import Words as Reports
+from pdray.prompt_scores import trim
 from pdray.sampling_params import SamplingParams
 
 
@@ -24,18 +26,12 @@ class Finish(NamedTuple):
 GOES_ON = Finish()
 
 
-def find_finish(params: SamplingParams, eos_token_ids: Rows[int], token_id: int, *, is_last: bool) -> Finish:
-    """Whether a completion ends with this token.
-
-    Args:
-        is_last: the completion has reached max_tokens or max_model_len.
-    """
+def find_stop(params: SamplingParams, eos_token_ids: Rows[int], token_id: int) -> Finish:
+    """Whether this token itself ends a completion."""
     if not params.ignore_eos and token_id in eos_token_ids:
         return Finish("stop")
     if token_id in params.stop_token_ids:
         return Finish("stop", token_id)
-    if is_last:
-        return Finish("length")
     return GOES_ON
 
 
@@ -51,11 +47,14 @@ class Bookkeeper:
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
 
-    def update(self, plan: StepPlan, rows: Rows[SampledRow], now: float) -> list[RequestUpdate]:
+    def update(
+        self, plan: StepPlan, rows: Rows[SampledRow], now: float, scores: Reports | None = None
+    ) -> list[RequestUpdate]:
         """Book the oldest step in flight.
 
         Args:
             rows: one for each draw of each chunk, in order.
+            scores: likewise, a report for each prompt token that is scored.
         """
         scheduler, allocator = self.scheduler, self.scheduler.allocator
         assert scheduler.plans_in_flight[0] is plan
@@ -63,11 +62,18 @@ class Bookkeeper:
         scheduler.pool.free([copy.source for copy in plan.copies])
         drawn = iter(rows)
         updates: dict[Hashable, RequestUpdate] = {}
+        num_scores = 0
         for chunk in plan.chunks:
             sequence, live = chunk.sequence, chunk.sequence.request
             tokens = [next(drawn) for _ in chunk.draws]
             for draw in chunk.draws:
                 draw.sequence.num_pending -= 1
+            if live.scores is not None and scores is not None:
+                reports = scores[num_scores : num_scores + chunk.num_scores]
+                live.scores[chunk.start : chunk.start + chunk.num_scores] = trim(
+                    reports, live.params.prompt_logprobs or 0
+                )
+            num_scores += chunk.num_scores
             is_over_run = sequence.status is SequenceStatus.FINISHED
             scheduler.booked(sequence)
             if is_over_run:
@@ -89,6 +95,7 @@ class Bookkeeper:
         self.num_output_tokens += len(rows)
         if not live.forked and not live.prefill_only:
             self.scheduler.fork(live)
+        update.prompt_scores = live.take_scores() or update.prompt_scores
         has_ended = False
         for (sampler, _, _), row in zip(chunk.draws, rows, strict=True):
             token = self._token(sampler, row)
@@ -107,14 +114,17 @@ class Bookkeeper:
                 del self.scheduler.requests[live.key]
 
     def _token(self, sequence: Sequence, row: SampledRow) -> SampledToken:
+        """A drawn token, of which the sequence's rules hear unless it ends the sequence by itself."""
         position = sequence.num_output_tokens
-        finish = find_finish(
-            sequence.request.params,
-            self.scheduler.limits.eos_token_ids,
-            row.token_id,
-            is_last=len(sequence.token_ids) + 1 >= sequence.max_total_tokens,
+        finish = find_stop(sequence.request.params, self.scheduler.limits.eos_token_ids, row.token_id)
+        is_text = finish is GOES_ON and sequence.tell(row.token_id)
+        if is_text:
+            finish = Finish("stop")
+        elif finish is GOES_ON and len(sequence.token_ids) + 1 >= sequence.max_total_tokens:
+            finish = Finish("length")
+        return SampledToken(
+            sequence.index, position, row.token_id, row.logprobs, finish.reason, finish.stop_reason, is_text
         )
-        return SampledToken(sequence.index, position, row.token_id, row.logprobs, finish.reason, finish.stop_reason)
 
     @staticmethod
     def _note_timings(live: LiveRequest, update: RequestUpdate, now: float) -> None:

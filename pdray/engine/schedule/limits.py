@@ -7,6 +7,27 @@ from dataclasses import dataclass
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.demand import Demand, lease_demand, num_blocks_for, num_reserved_tokens, num_start_blocks
 from pdray.errors import InvalidRequestError
+from pdray.prompt_scores import check_size
+from pdray.sampling_params import SamplingParams
+
+
+def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse parameters that name tokens which the model has not.
+
+    Raises:
+        InvalidRequestError: names the field and the id.
+    """
+    for name, token_ids in (
+        ("logit_bias", params.logit_bias or ()),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("bad_words", [token_id for word in params.bad_words_token_ids for token_id in word]),
+    ):
+        if (largest := max(token_ids, default=0)) >= vocab_size:
+            raise InvalidRequestError(
+                f"{name} has token id {largest}, which is outside the vocabulary (0 to {vocab_size - 1})", name
+            )
+    if params.bad_words and not params.bad_words_token_ids:
+        raise InvalidRequestError("bad_words were not tokenized; give bad_words_token_ids", "bad_words")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +108,8 @@ class EngineLimits:
                 f"n is {len(request.indices)}, but max_num_seqs is {self.max_num_seqs}; lower n or raise it",
                 "n",
             )
+        check_token_ids(request.params, self.vocab_size)
+        check_size(request.params, len(prompt))
         self._check_length(request)
         self._check_blocks(request, reserved)
 

@@ -24,10 +24,12 @@ def num_known_tokens(sequence: Sequence) -> int:
 
 
 def may_go_on(sequence: Sequence) -> bool:
-    """Whether its next token can be computed while the one before it is pending."""
+    """Whether its next token can be computed now, also while the one before it is pending."""
+    live = sequence.request
+    if not live.may_draw:
+        return False
     if not sequence.num_pending:
         return True
-    live = sequence.request
     has_forks_to_wait_for = not live.forked and len(live.sequences) > 1
     will_end = sequence.num_tokens >= sequence.max_total_tokens or live.prefill_only
-    return not (will_end or has_forks_to_wait_for or live.needs_history)
+    return not (will_end or has_forks_to_wait_for)

@@ -31,6 +31,7 @@ class Chunk(NamedTuple):
         start: position of the first one; all before it are in the KV cache.
         draws: any number; none inside a prompt, one for each completion at its end.
         late_row: which draw of the step before is the chunk's only token; None: the host knows its tokens.
+        num_scores: leading tokens that are followed by prompt tokens whose log-probabilities are asked for.
     """
 
     sequence: Sequence
@@ -38,6 +39,7 @@ class Chunk(NamedTuple):
     num_tokens: int
     draws: list[Draw]
     late_row: int | None = None
+    num_scores: int = 0
 
     @property
     def end(self) -> int:
@@ -50,7 +52,7 @@ class StepPlan:
 
     Attributes:
         copies: to be done before it; the plan holds a reference on each source until update().
-        num_draws: of all chunks.
+        num_draws, num_scores: of all chunks.
         is_decode: each chunk is one token, and draws one.
         num_decodes: leading chunks of one token.
         alone: the request that it computes and no other, where that was asked for.
@@ -60,6 +62,7 @@ class StepPlan:
     copies: list[BlockCopy] = field(default_factory=list)
     num_tokens: int = 0
     num_draws: int = 0
+    num_scores: int = 0
     is_decode: bool = True
     num_decodes: int = 0
     alone: LiveRequest | None = None
@@ -77,11 +80,13 @@ class StepPlan:
         if start + num_tokens == sequence.num_tokens:
             samplers = [sequence] if sequence.request.forked else sequence.request.sequences
             draws = [self._draw(sampler, num_tokens - 1) for sampler in samplers]
-        self.chunks.append(Chunk(sequence, start, num_tokens, draws, late_row))
+        num_scores = sequence.request.num_scores_between(start, start + num_tokens)
+        self.chunks.append(Chunk(sequence, start, num_tokens, draws, late_row, num_scores))
+        self.num_scores += num_scores
         if self.num_decodes == self.num_tokens and num_tokens == 1:
             self.num_decodes += 1
         self.num_tokens += num_tokens
-        self.is_decode &= num_tokens == len(draws) == 1
+        self.is_decode &= num_tokens == len(draws) == 1 and not num_scores
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_in_flight += 1
         if sequence.pending_copy is not None:

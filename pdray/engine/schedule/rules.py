@@ -1,56 +1,42 @@
-"""Rules of sampling that look at a sequence's history: each is told every token, and changes how the next is drawn.
+"""Rules of sampling: which tokens a sequence may draw next, by the tokens that it has.
 
 A rule belongs to one sequence. Rules are made when the sequence first draws, from all tokens that it has by then, so a
-replay, a fork and a preempted sequence need nothing of their own. Penalties and min_tokens are no rules: the device
-keeps what they need (pdray/engine/step/histories.py).
+replay, a fork and a preempted sequence need nothing of their own. What they say becomes a mask, which is filled when
+the last token is known, while the device already computes the step that draws the next one; see Engine. Where a
+sequence has any rule, all its bans are in its mask. Penalties, logit_bias and min_tokens by itself are no rules: the
+device keeps what they need (pdray/engine/step/histories.py).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
-from pdray.kernels.sampling.metadata import SamplingRow
-from pdray.sampling_params import SamplingParams
+from pdray.engine.grammar.matcher import Words
+from pdray.engine.schedule.masks import AllowedTokens, BadWords, GrammarRule
+from pdray.engine.schedule.rule import History, Rule, set_bits
 
+__all__ = ["RULES", "History", "MinTokens", "Rule", "make_rules"]
 
-class History(NamedTuple):
-    """The facts that a rule is made from.
-
-    Attributes:
-        output_token_ids: so far; a copy, which the rule may keep.
-        end_token_ids: end-of-sequence and stop token ids of the request.
-    """
-
-    params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: list[int]
-    end_token_ids: tuple[int, ...]
+# In the order in which they are asked.
+RULES: list[Callable[[History], Rule | None]] = [GrammarRule.make, AllowedTokens.make, BadWords.make]
 
 
-class Rule(ABC):
-    """See the module.
+class MinTokens(Rule):
+    """Bans what would end the sequence before min_tokens, unless the rules before it leave nothing else."""
 
-    Attributes:
-        needs_tokens: every token must be known before the next one is drawn; False: their number is enough.
-    """
+    def __init__(self, history: History) -> None:
+        self._min_tokens, self._end_token_ids = history.params.min_tokens, history.end_token_ids
 
-    needs_tokens = True
-
-    def told(self, token_id: int) -> None:
-        """The sequence has this token now."""
-        return
-
-    @abstractmethod
-    def change(self, row: SamplingRow) -> SamplingRow:
-        """How the next token is drawn: ``row`` with more banned tokens."""
-
-
-# In the order in which they are asked; pdray itself has none.
-RULES: list[Callable[[History], Rule | None]] = []
+    def narrow(self, words: Words, position: int) -> None:
+        """See Rule."""
+        if position < self._min_tokens:
+            narrowed = words.copy()
+            set_bits(narrowed, self._end_token_ids, False)
+            if narrowed.any():
+                words[:] = narrowed
 
 
 def make_rules(history: History) -> list[Rule]:
     """The rules that a request's parameters ask for; none for most."""
-    return [rule for make in RULES if (rule := make(history)) is not None]
+    rules = [rule for make in RULES if (rule := make(history)) is not None]
+    return [*rules, MinTokens(history)] if rules and history.params.min_tokens else rules

@@ -14,15 +14,18 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Hashable
+from concurrent.futures import Future
 from itertools import count
 from typing import NamedTuple
 
+from pdray.engine.grammar.matcher import Grammar
 from pdray.engine.kv.allocator import KVAllocator
 from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.order import batch_order, may_go_on, num_known_tokens, queue_order
 from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.refusals import refuse
 from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.engine.schedule.turns import Turn, Turns
 from pdray.errors import InvalidRequestError
@@ -49,6 +52,7 @@ class Scheduler:
         num_places: sequences counted against max_num_seqs.
         turns: keeps requests apart that are to be computed alone.
         updates: news that no step has produced.
+        compiling: requests whose grammar is not there yet.
     """
 
     def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
@@ -63,13 +67,17 @@ class Scheduler:
         self.num_places = 0
         self.turns = Turns()
         self.updates: list[RequestUpdate] = []
+        self.compiling: list[LiveRequest] = []
         self.counters = Counters()
         self._arrivals = count()
 
     # requests
 
-    def prepare(self, request: EngineRequest, *, reserved: bool) -> LiveRequest:
+    def prepare(self, request: EngineRequest, *, reserved: bool, grammar: Future[Grammar] | None = None) -> LiveRequest:
         """Check a request and hash its prompt. Thread-safe: needs no lock.
+
+        Args:
+            grammar: of its structured outputs. Nothing of it is computed before that is compiled.
 
         Raises:
             InvalidRequestError: it can never be served.
@@ -77,7 +85,7 @@ class Scheduler:
         self.limits.check(request, reserved)
         limits = self.limits
         live = LiveRequest(
-            request, next(self._arrivals), limits.max_total_tokens(request), limits.end_token_ids(request)
+            request, next(self._arrivals), limits.max_total_tokens(request), limits.end_token_ids(request), grammar
         )
         self.allocator.hash_prompt(live.lead)
         return live
@@ -108,6 +116,8 @@ class Scheduler:
     def start_prefill(self, key: Hashable, now: float) -> None:
         """Compute a reserved request here."""
         live = self._reserved(key)
+        if live.refusal is not None:
+            return self.updates.append(refuse(self, key, live.refusal))
         self.allocator.leave_last_block_to_compute(live)
         live.queued_at = now
         self._run(live.lead)
@@ -121,7 +131,10 @@ class Scheduler:
             raise ValueError(
                 f"request {key!r} starts with tokens of indices {[t.index for t in tokens]}, not {indices}"
             )
+        if live.refusal is not None:
+            return self.updates.append(refuse(self, key, live.refusal))
         live.started_at = now
+        live.scores = None  # told by whoever has computed the prompt
         live.lead.num_computed_tokens = len(live.lead.token_ids)
         self.allocator.cache_computed(live.lead, live.lead.num_computed_tokens)
         self.allocator.fork(live)
@@ -182,7 +195,7 @@ class Scheduler:
             if plan.chunks:
                 break
         for chunk in plan.chunks:
-            self._note_scheduled(chunk.sequence.request, now)
+            chunk.sequence.request.note_scheduled(now)
         if plan.chunks:
             self.plans_in_flight.append(plan)
         return plan
@@ -234,10 +247,12 @@ class Scheduler:
         """Spend what is left of the token budget on prompts: those begun, then, if ``admit``, queued ones."""
         budget = self.limits.max_num_batched_tokens
         for sequence in self.turns.of(self.running, plan.alone):
-            if plan.num_tokens < budget and sequence.num_uncomputed_tokens > 1:
+            may_begin = sequence.num_uncomputed_tokens > 1 and sequence.request.may_draw
+            if plan.num_tokens < budget and may_begin:
                 plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
         while admit and plan.num_tokens < budget:
-            first = self.turns.next_of(self.waiting, plan.alone, may_overtake=may_overtake)
+            queue = [s for s in self.waiting if s.request.may_draw] if self.compiling else self.waiting
+            first = self.turns.next_of(queue, plan.alone, may_overtake=may_overtake)
             if first is None or not self._admit(first):
                 break
             self.waiting.remove(first)
@@ -304,6 +319,8 @@ class Scheduler:
             raise InvalidRequestError(f"request key {live.key!r} is in use")
         self.requests[live.key] = live
         self.turns.add(live)
+        if not live.may_draw:
+            self.compiling.append(live)
 
     def _reserved(self, key: Hashable) -> LiveRequest:
         live = self.requests.get(key)
@@ -325,10 +342,3 @@ class Scheduler:
                 prefix_cache_queries=self.counters.prefix_cache_queries + len(live.lead.token_ids),
                 prefix_cache_hits=self.counters.prefix_cache_hits + live.num_cached_tokens,
             )
-
-    @staticmethod
-    def _note_scheduled(live: LiveRequest, now: float) -> None:
-        if live.queued_at is not None and live.scheduled_at is None:
-            live.scheduled_at = now
-        if live.started_at is not None and live.joined_at is None:
-            live.joined_at = now

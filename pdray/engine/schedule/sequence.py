@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.kv.block_pool import hash_blocks
+from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.kv.block_pool import hash_blocks, salted
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.rules import History, Rule, make_rules
 from pdray.kernels.sampling.metadata import has_penalty
+from pdray.prompt_scores import PromptScores, num_words
+from pdray.prompt_scores import Words as ScoreWords
 from pdray.sampling_params import SamplingParams, wrap_seed
 
 # Steps that draw, after which a request that was to be computed alone joins the others. The step that failed was at
@@ -124,10 +128,15 @@ class Sequence:
         return self._rules
 
     def append(self, token_id: int) -> None:
-        """A token that was drawn is known."""
+        """A token is known; its rules, if there are any by now, have been told."""
         self.token_ids.append(token_id)
-        for rule in self._rules or ():
+
+    def tell(self, token_id: int) -> bool:
+        """Tell its rules of a token that was drawn; returns whether nothing may follow it."""
+        rules = self._rules or ()
+        for rule in rules:
             rule.told(token_id)
+        return any(rule.ended for rule in rules)
 
     def extend_blocks(self, blocks: list[int]) -> None:
         """Append to the block table."""
@@ -161,7 +170,7 @@ class Sequence:
         """Hashes of all full blocks of token_ids; only new ones are computed."""
         known = len(self.block_hashes)
         if len(self.token_ids) // block_size > known:
-            parent = self.block_hashes[-1] if known else b""
+            parent = self.block_hashes[-1] if known else salted(self.request.params.cache_salt)
             self.block_hashes += hash_blocks(self.token_ids[known * block_size :], block_size, parent)
         return self.block_hashes
 
@@ -173,12 +182,14 @@ class LiveRequest:
         arrival: rank among the engine's requests, from 0.
         sequences: one per index; the first one computes the prompt for all.
         end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
-        has_rules: its draws follow rules; see rules.py.
         prompt_array: prompt_token_ids as int32, if its draws look at them; else empty.
         forked: every sequence runs on its own.
-        needs_history: its draws depend on the tokens before them, beyond the KV.
+        grammar: what its outputs follow, once it is compiled.
+        has_rules: its draws follow rules, and so depend on the tokens before them, but its steps do not; see rules.py.
         has_places: its unfinished sequences are counted against max_num_seqs.
         num_cached_tokens: found in the prefix cache when blocks were first allocated.
+        scores: log-probabilities of its prompt tokens, as far as they are known; see PromptScores. None: not asked for,
+            or told already.
         num_alone_steps: steps that draw for it and compute nothing else, still to come.
         queued_at, scheduled_at: s on the engine's clock: add() or start_prefill(), and the first step.
         started_at, joined_at: the same for start_decode(). All are None again once reported.
@@ -188,36 +199,45 @@ class LiveRequest:
         "arrival",
         "end_token_ids",
         "forked",
+        "grammar",
         "has_places",
         "has_rules",
         "joined_at",
-        "needs_history",
         "num_alone_steps",
         "num_cached_tokens",
         "prompt_array",
         "queued_at",
         "request",
         "scheduled_at",
+        "scores",
         "sequences",
         "started_at",
     )
 
     def __init__(
-        self, request: EngineRequest, arrival: int, max_total_tokens: int, end_token_ids: tuple[int, ...]
+        self,
+        request: EngineRequest,
+        arrival: int,
+        max_total_tokens: int,
+        end_token_ids: tuple[int, ...],
+        grammar: Future[Grammar] | None = None,
     ) -> None:
         self.request = request
         self.end_token_ids = end_token_ids
-        rules = self.make_rules([])
-        self.has_rules = bool(rules)
+        self.grammar = grammar
+        self.has_rules = bool(self.make_rules([]))
         remembered = request.prompt_token_ids if has_penalty(request.params) else ()
         self.prompt_array = np.array(remembered, dtype=np.int32)
-        self.needs_history = any(rule.needs_tokens for rule in rules)
         self.arrival = arrival
         token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.sequences = [Sequence(self, index, token_ids, max_total_tokens) for index in request.indices]
         self.forked = False
         self.has_places = False
         self.num_cached_tokens: int | None = None
+        num_top = request.params.prompt_logprobs
+        self.scores: ScoreWords | None = None
+        if num_top is not None:
+            self.scores = np.zeros((len(request.prompt_token_ids) - 1, num_words(num_top)), dtype=np.int32)
         self.num_alone_steps = ALONE_STEPS if request.alone else 0
         self.queued_at: float | None = None
         self.scheduled_at: float | None = None
@@ -226,7 +246,35 @@ class LiveRequest:
 
     def make_rules(self, output_token_ids: list[int]) -> list[Rule]:
         """New rules for a sequence that has these outputs."""
-        return make_rules(History(self.params, self.prompt_token_ids, output_token_ids, self.end_token_ids))
+        return make_rules(History(self.params, output_token_ids, self.end_token_ids, self.grammar))
+
+    def num_scores_between(self, start: int, end: int) -> int:
+        """How many tokens of these positions a prompt token follows that is to be scored."""
+        return 0 if self.scores is None else max(0, min(end, len(self.scores)) - start)
+
+    def take_scores(self) -> PromptScores | None:
+        """What has become of ``scores``, once."""
+        scores, self.scores = self.scores, None
+        if scores is None:
+            return None
+        return PromptScores(self.params.prompt_logprobs or 0, scores.astype("<i4").tobytes())
+
+    def note_scheduled(self, now: float) -> None:
+        """A step computes some of it; only the first one counts."""
+        if self.queued_at is not None and self.scheduled_at is None:
+            self.scheduled_at = now
+        if self.started_at is not None and self.joined_at is None:
+            self.joined_at = now
+
+    @property
+    def may_draw(self) -> bool:
+        """False while its grammar is being compiled."""
+        return self.grammar is None or self.grammar.done()
+
+    @property
+    def refusal(self) -> BaseException | None:
+        """Why there is no such grammar, if that is known."""
+        return self.grammar.exception() if self.grammar is not None and self.grammar.done() else None
 
     @property
     def key(self) -> Hashable:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from pdray.engine.schedule.plan import Draw
 from pdray.engine.schedule.sequence import Sequence, SequenceStatus
-from pdray.kernels.sampling.history import Join, Joins, pack_joins
+from pdray.kernels.sampling.history import Join, Joins, no_history, pack_joins
 
 
 class Histories:
@@ -19,16 +18,11 @@ class Histories:
     in flight.
 
     Attributes:
-        words: [max_num_seqs, vocab_size] int32 on the device; see pdray.kernels.sampling.history. Part of what
-            profile_model() measures.
+        words: see no_history(); on the device. Part of what profile_model() measures.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
-        shape = max_num_seqs, vocab_size
-        if device.type == "cpu":
-            self.words = torch.from_numpy(np.zeros(shape, dtype=np.int32))  # takes memory where it is written
-        else:
-            self.words = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.words = no_history(max_num_seqs, vocab_size, device)
         self._slots: dict[Sequence, int] = {}
         self._free = list(range(max_num_seqs))
 
@@ -44,7 +38,7 @@ class Histories:
         slot = self._slots[sequence] = self._free.pop()
         request = sequence.request
         outputs = sequence.token_ids[sequence.num_prompt_tokens :]
-        return Join(slot, request.prompt_array, outputs, request.end_token_ids)
+        return Join(slot, request.prompt_array, outputs, request.end_token_ids, request.params.logit_bias)
 
     def pack(self, joins: list[Join]) -> Joins | None:
         """For remember(); None if there are none."""

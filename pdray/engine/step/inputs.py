@@ -10,8 +10,10 @@ import torch
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import BlockCopy, StepPlan
 from pdray.engine.schedule.sequence import Sequence
-from pdray.engine.step.draw_inputs import DrawNeeds, Masks, fill_records
+from pdray.engine.step.draw_inputs import DrawNeeds, fill_records
 from pdray.engine.step.histories import Histories
+from pdray.engine.step.mask_buffer import MaskBuffer
+from pdray.engine.step.scores import ScoreInputs
 from pdray.kernels.attention.paged import AttentionMetadata, find_fresh
 from pdray.kernels.elementwise.embedding import pending_id
 from pdray.kernels.sampling.rows import WORDS, DrawTable
@@ -45,6 +47,7 @@ class StepInputs(NamedTuple):
         draws: how each is made. needs: what the draws need beyond that.
         num_logprobs: for each draw, how many most likely tokens are asked for; None: not even the drawn one.
         shape: of the tensors; what is beyond the plan's own is padding.
+        scores: prompt tokens to score; put in by the lane.
     """
 
     copies: list[BlockCopy]
@@ -56,6 +59,7 @@ class StepInputs(NamedTuple):
     needs: DrawNeeds
     num_logprobs: list[int | None]
     shape: StepShape
+    scores: ScoreInputs | None = None
 
 
 class HostInputs:
@@ -126,7 +130,7 @@ class InputBuffers:
     """
 
     def __init__(
-        self, limits: EngineLimits, num_tokens: int, device: torch.device, histories: Histories, masks: Masks
+        self, limits: EngineLimits, num_tokens: int, device: torch.device, histories: Histories, masks: MaskBuffer
     ) -> None:
         self._histories, self._masks = histories, masks
         self.block_size = limits.block_size
@@ -157,7 +161,7 @@ class InputBuffers:
         if padded is not None:
             _pad(host, plan, padded)
         draws = [draw for chunk in plan.chunks for draw in chunk.draws]
-        needs = fill_records(host.records, draws, shape.num_draws, self._histories, self._masks)
+        needs = fill_records(host.records, draws, shape.num_draws, self._histories)
         if self._device_buffer is not host.buffer:
             used = self._sections["tables"].start + shape.num_seqs * host.tables.shape[1] * host.tables.itemsize
             self._device_buffer[:used].copy_(host.buffer[:used], non_blocking=True)

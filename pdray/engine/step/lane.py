@@ -10,12 +10,13 @@ import torch
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
-from pdray.engine.step.draw_inputs import Masks
-from pdray.engine.step.graphs import StepGraphs
+from pdray.engine.step.graphs import StepGraphs, decode_sizes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
+from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.reports import unpack_reports
+from pdray.engine.step.scores import MAX_PIECE, ScoreInputs, compute_scores, make_scores
 from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
@@ -31,12 +32,14 @@ class Draws(NamedTuple):
         packed: on the host, and on CUDA only once ``done`` has passed: token ids, or reports if num_top is not None.
         num_logprobs: see StepInputs.
         num_top: most likely tokens in each report; None if no row asked for any.
+        scores: as packed, of prompt tokens: reports of MAX_LOGPROBS most likely tokens. None if none are asked for.
     """
 
     packed: torch.Tensor
     num_logprobs: list[int | None]
     num_top: int | None
     done: torch.cuda.Event | None = None
+    scores: torch.Tensor | None = None
 
     def read(self) -> list[SampledRow]:
         """One row for each draw, in order. Waits for the step."""
@@ -45,6 +48,14 @@ class Draws(NamedTuple):
         if self.num_top is None:
             return [SampledRow(token_id) for token_id in self.packed.tolist()]
         return unpack_reports(self.packed.numpy(), self.num_logprobs, self.num_top)
+
+
+class Undrawn(NamedTuple):
+    """A launched step whose late draws wait for masks."""
+
+    inputs: StepInputs
+    logits: torch.Tensor
+    scores: torch.Tensor | None
 
 
 class Lane:
@@ -59,7 +70,7 @@ class Lane:
         capture: make CUDA graphs, and load what launched steps need.
 
     Attributes:
-        sampled: the last launched step's draws.
+        sampled: the last launched step's draws. masks: of those that wait for any.
         graphs: of decode steps and short prompts; None: every step is launched kernel by kernel.
         on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
@@ -84,13 +95,14 @@ class Lane:
         self.graphs: StepGraphs | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
+        self._score_piece = max(size for size in decode_sizes(limits.max_num_seqs) if size <= MAX_PIECE)
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
         draws = limits.max_num_seqs, decoder.config.vocab_size, device
-        self.histories, masks = histories or Histories(*draws), Masks(*draws)
-        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device, self.histories, masks)
-        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, masks)
+        self.histories, self.masks = histories or Histories(*draws), MaskBuffer(*draws)
+        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device, self.histories, self.masks)
+        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, self.masks)
         if device.type == "cuda":
-            load_late_draws(self.histories.words, masks.words, decoder.dtype)
+            load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
         if capture:
             self._capture(limits.max_num_batched_tokens)
 
@@ -105,7 +117,8 @@ class Lane:
     def prepare(self, plan: StepPlan) -> StepInputs:
         """The plan's inputs, padded for a graph where one can run it. Reads the sequences: under the engine's lock."""
         padded = None if self.graphs is None else self.graphs.shape_for(plan)
-        return (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
+        inputs = (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
+        return inputs._replace(scores=make_scores(plan, self._score_piece, self.pool.device))
 
     def groups(self, shape: StepShape) -> list[range]:
         """Layers of such a step that are told of together."""
@@ -115,26 +128,42 @@ class Lane:
         return layer_groups(layout.num_layers, layer_bytes, self._largest_group, worth_bytes)
 
     @torch.inference_mode()
-    def launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws:
+    def launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws | Undrawn:
         """Start the step, which reads ``sampled`` and then overwrites it; on CPU, compute it.
 
         Args:
             on_group: called when a group's KV is stored; on CUDA, when the work is launched that does so.
+
+        Returns:
+            Undrawn if draws wait for masks: then ``masks`` are to be filled and draw() is to follow, before the next
+            launch.
         """
         copy_blocks(self.pool.tensor, list(inputs.copies))
         if inputs.needs.joins is not None:
             remember(self.histories.words, inputs.needs.joins)
         num_draws = len(inputs.num_logprobs)
-        if self.graphs is not None and inputs.shape in self.graphs:
+        scores = None
+        if self.graphs is not None and inputs.shape in self.graphs and inputs.scores is None:
             logits = self.graphs.replay(inputs.shape)
             if on_group is not None:
                 for layers, stored in self.graphs.stored(inputs.shape):
                     on_group(layers, self._event_after(stored))
         else:
-            logits = self.compute(inputs, None if on_group is None else self._on_layer(inputs.shape, on_group))
+            on_layer = None if on_group is None else self._on_layer(inputs.shape, on_group)
+            if inputs.scores is None:
+                logits = self.compute(inputs, on_layer)
+            else:
+                logits, scores = self._compute_scored(inputs, inputs.scores, on_layer)
         if self.on_logits is not None and num_draws:
             self.on_logits(logits[:num_draws].float())
-        return self._end(logits, inputs)
+        undrawn = Undrawn(inputs, logits, scores)
+        return undrawn if inputs.needs.num_masks else self.draw(undrawn)
+
+    @torch.inference_mode()
+    def draw(self, undrawn: Undrawn) -> Draws:
+        """Launch the late draws of the step launched last, by what ``masks`` hold; nothing here waits."""
+        self.masks.send(undrawn.inputs.needs.num_masks)
+        return self._end(*undrawn)
 
     def _on_layer(self, shape: StepShape, on_group: OnGroup) -> Callable[[int], None]:
         by_last_layer = {group.stop - 1: group for group in self.groups(shape)}
@@ -172,12 +201,26 @@ class Lane:
         tokens = inputs.input_ids, inputs.positions
         rows = None if inputs.shape.is_decode else inputs.logit_rows
         hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
+        return self._draw(hidden, inputs, logits_out)
+
+    def _compute_scored(
+        self, inputs: StepInputs, scores: ScoreInputs, on_layer: Callable[[int], None] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """compute(), and the scores; of a step that is no decode step."""
+        num = len(inputs.logit_rows)
+        rows = torch.cat((inputs.logit_rows, scores.rows))
+        tokens = inputs.input_ids, inputs.positions
+        hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
+        logits = self._draw(hidden[:num], inputs, None)
+        return logits, compute_scores(self.decoder, hidden[num:], scores, inputs.draws, self._score_piece)
+
+    def _draw(self, hidden: torch.Tensor, inputs: StepInputs, logits_out: torch.Tensor | None) -> torch.Tensor:
         logits = self.decoder.compute_logits(hidden, logits_out)
         if len(logits):
             draw_tokens(logits, inputs.draws, self.sampled[: len(logits)])
         return logits
 
-    def _end(self, logits: torch.Tensor, inputs: StepInputs) -> Draws:
+    def _end(self, inputs: StepInputs, logits: torch.Tensor, scores: torch.Tensor | None) -> Draws:
         """Late draws, and what the host is to read; nothing here waits."""
         num, needs = len(inputs.num_logprobs), inputs.needs
         sampled, num_top = self.sampled[:num], None
@@ -189,9 +232,13 @@ class Lane:
             num_top = MAX_LOGPROBS
             packed = report(logits[:num], table, sampled, num_top)
         if packed.device.type == "cpu":
-            return Draws(packed.clone(), inputs.num_logprobs, num_top)
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
+            return Draws(packed.clone(), inputs.num_logprobs, num_top, None, scores)
+        host, scores_host = _to_host(packed), None if scores is None else _to_host(scores)
         done = torch.cuda.Event()
         done.record()
-        return Draws(host, inputs.num_logprobs, num_top, done)
+        return Draws(host, inputs.num_logprobs, num_top, done, scores_host)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A pinned copy, which is there when the current stream has come so far."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

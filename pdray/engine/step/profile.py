@@ -7,8 +7,8 @@ import torch
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.step.draw_inputs import Masks
 from pdray.engine.step.histories import Histories
+from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.models.decoder import Decoder
@@ -41,7 +41,7 @@ def profile_model(config: Config, decoder: Decoder) -> None:
         fresh_from=0,
     )
     draws = config.max_num_seqs, decoder.config.vocab_size, device
-    histories, masks = Histories(*draws), Masks(*draws)
+    histories, masks = Histories(*draws), MaskBuffer(*draws)
     logits = torch.empty(draws[:2], dtype=decoder.dtype, device=device)
     hidden = decoder.forward(torch.zeros_like(positions), positions, pool.tensor, meta)
     decoder.compute_logits(hidden[: len(logits)], logits[: len(hidden)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
-from pdray.kernels.sampling.history import Join, pack_joins, remember
+from pdray.kernels.sampling.history import BIASES, Join, pack_joins, remember
 from pdray.kernels.sampling.rows import WORDS, DrawTable
 from pdray.sampling_params import MAX_LOGPROBS
 
@@ -18,7 +18,7 @@ def load_late_draws(history: torch.Tensor, masks: torch.Tensor, dtype: torch.dty
     Args:
         history, masks: see DrawTable. dtype: of logits.
     """
-    max_num_seqs, vocab_size = history.shape
+    max_num_seqs, vocab_size = len(history), history.shape[1] - BIASES
     remember(history, pack_joins([Join(0, (), (), ())], pin_memory=history.is_cuda))
     for num in {1, max_num_seqs}:
         logits = torch.zeros(num, vocab_size, dtype=dtype, device=history.device)

@@ -1,0 +1,1 @@
+"""Grammars: what a request's output must look like, and which tokens may come next."""

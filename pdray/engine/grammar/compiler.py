@@ -1,0 +1,158 @@
+"""Compiles grammars on a thread of its own.
+
+llguidance derives a grammar's states as they are met, so to compile takes milliseconds; masks take microseconds. What
+hostile grammars may cost is bounded by their size (pdray.structured_outputs) and by the limits below, which count work
+and not time. What has been derived is shared by all matchers of one compiled grammar, and counts against its limits.
+So each request has a grammar of its own: what becomes too expensive does so for nobody else, and on every worker alike.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import llguidance
+import msgspec
+
+from pdray.engine.grammar.formats import write_out_formats
+from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
+from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.grammar.pieces import TokenPieces
+from pdray.errors import InvalidRequestError
+from pdray.structured_outputs import FIELD, StructuredOutputsParams
+
+WHITESPACE = r"[ \t\r\n]{1,40}"  # between JSON's tokens: a model that repeats itself gets on after so many
+ANY_OBJECT = '{"type": "object"}'
+MAX_REMEMBERED = 64
+STACK_BYTES = 256 * 1024 * 1024  # reserved, not used: rules that refer to each other are followed by recursion
+
+LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000,  # 20 ms
+    step_lexer_fuel=100_000,  # 7 ms
+    step_max_items=20_000,  # 1 ms
+    max_items_in_row=2_000,
+    max_lexer_states=50_000,  # 100 MB
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+
+
+class GrammarCompiler:
+    """From StructuredOutputsParams to grammars over one vocabulary. Any thread may call.
+
+    Args:
+        load: the vocabulary; called once, when it is first needed, on the compiler's thread.
+    """
+
+    def __init__(self, load: Callable[[], TokenPieces]) -> None:
+        self._load = load
+        self._vocabulary: tuple[TokenPieces, llguidance.LLTokenizer] | None = None
+        self._lane = ThreadPoolExecutor(1, "pdray-grammar")
+        self._lock = threading.Lock()
+        self._spare: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
+
+    def compile(self, params: StructuredOutputsParams) -> Future[Grammar]:
+        """A grammar for one request, or InvalidRequestError with the reason why there is none. Returns at once.
+
+        For the next request with the same parameters, another one is compiled at once.
+        """
+        with self._lock:
+            future = self._spare_for(params)
+            if not future.done() or future.exception() is None:
+                self._spare[params] = self._submit(params)
+            return future
+
+    def check(self, params: StructuredOutputsParams) -> Future[Grammar]:
+        """What compile() will give, which this leaves there."""
+        with self._lock:
+            return self._spare_for(params)
+
+    def _spare_for(self, params: StructuredOutputsParams) -> Future[Grammar]:
+        if params not in self._spare:
+            self._spare[params] = self._submit(params)
+        self._spare.move_to_end(params)
+        while len(self._spare) > MAX_REMEMBERED:
+            self._spare.popitem(last=False)
+        return self._spare[params]
+
+    def warm(self) -> None:
+        """Load the vocabulary now, beside the caller."""
+        self.check(StructuredOutputsParams(json_object=True))
+
+    def _submit(self, params: StructuredOutputsParams) -> Future[Grammar]:
+        size = threading.stack_size(STACK_BYTES)  # of the lane's thread, which the first submit() starts
+        try:
+            return self._lane.submit(self._compile, params)
+        finally:
+            threading.stack_size(size)
+
+    def _compile(self, params: StructuredOutputsParams) -> Grammar:
+        if self._vocabulary is None:
+            tokens = self._load()
+            self._vocabulary = tokens, tokens.trie()
+        tokens, trie = self._vocabulary
+        start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=LIMITS)
+        if start.is_error():
+            raise refusal(params, start.get_error())
+        grammar = Grammar(start, len(tokens.pieces), tokens.special)
+        if not grammar.has_text():
+            raise refusal(params, "it allows no text but the empty one")
+        return grammar
+
+
+def to_grammar(params: StructuredOutputsParams) -> str:
+    """llguidance's own notation of it.
+
+    Raises:
+        InvalidRequestError: it cannot be enforced, with the reason.
+    """
+    match params.kind:
+        case "json" | "json_object":
+            return _of_schema(params)
+        case "regex":
+            return str(llguidance.LLMatcher.grammar_from_regex(params.text))
+        case "choice":
+            choices = " | ".join(json.dumps(each) for each in params.choice or ())
+            return str(llguidance.LLMatcher.grammar_from_lark(f"start: {choices}"))
+        case "grammar":
+            try:
+                return llguidance.grammar_from("grammar", params.text)
+            except ValueError as error:
+                raise refusal(params, str(error)) from None
+
+
+def _of_schema(params: StructuredOutputsParams) -> str:
+    try:
+        schema = msgspec.json.decode(params.text or ANY_OBJECT)
+        check_keywords(schema)
+        write_out_formats(schema)
+        if isinstance(schema, bool):
+            schema = {} if schema else {"enum": []}
+        text = msgspec.json.encode(schema).decode()
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise refusal(params, f"it is no JSON: {error}") from None
+    options: dict[str, Any] = {
+        "lenient": False,
+        "coerce_one_of": has_only_exclusive_one_of(schema),
+        "whitespace_flexible": not params.disable_any_whitespace,
+        "item_separator": ",",
+        "key_separator": ":",
+    }
+    if not params.disable_any_whitespace:
+        options["whitespace_pattern"] = params.whitespace_pattern or WHITESPACE
+    return str(llguidance.LLMatcher.grammar_from_json_schema(text, None, options))  # type: ignore[arg-type]
+
+
+def refusal(params: StructuredOutputsParams, reason: str) -> InvalidRequestError:
+    """Why a grammar cannot be compiled, in words that name no library's option."""
+    reason = reason.partition("<backtrace>")[0].partition("<non-verbose/>")[0].strip()
+    if "coerce_one_of" in reason:
+        reason = (
+            "oneOf is supported where its branches exclude each other: by their types, by const or enum, or as objects "
+            "by one required property with const or enum; use anyOf"
+        )
+    return InvalidRequestError(f"{params.label} cannot be enforced: {reason}", FIELD)

@@ -1,0 +1,84 @@
+"""A tokenizer as a grammar sees it: the bytes that each token stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import llguidance
+
+from pdray.config import Config
+from pdray.errors import InvalidRequestError
+from pdray.models.tokenizer import load_tokenizer
+from pdray.models.vocabulary import vocabulary_of
+from pdray.structured_outputs import FIELD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TokenPieces(NamedTuple):
+    """Attributes:
+    pieces: of each id of the vocabulary within a text; empty for ids that stand for nothing.
+    special: ids that are no text, whatever their piece; no grammar allows them.
+    encode: the model's own way to write a text; None: the longest pieces first.
+    """
+
+    pieces: list[bytes]
+    special: frozenset[int]
+    encode: Callable[[str], list[int]] | None = None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> TokenPieces:
+        """Args:
+        vocab_size: the model's, where it is not the tokenizer's.
+        """
+        vocabulary, backend = vocabulary_of(tokenizer), tokenizer.backend_tokenizer
+        ids = range(len(tokenizer) if vocab_size is None else vocab_size)
+        pieces = [vocabulary.piece(i) for i in ids]
+        special = frozenset(i for i in ids if not vocabulary.is_text(i, skip_special_tokens=True))
+        return cls(pieces, special, lambda text: list(backend.encode(text, add_special_tokens=False).ids))
+
+    def trie(self) -> llguidance.LLTokenizer:
+        """The trie that masks are computed with. Its last id, vocab_size, stands for the end of the text."""
+        wrapped = _Wrapped(self)
+        wrapped.trie = llguidance.LLTokenizer(wrapped)  # type: ignore[arg-type]
+        return wrapped.trie
+
+
+def load_pieces(config: Config, vocab_size: int) -> TokenPieces:
+    """Of the configured tokenizer.
+
+    Raises:
+        InvalidRequestError: there is none (skip_tokenizer_init). ModelLoadError: it cannot be read.
+    """
+    tokenizer = load_tokenizer(config)
+    if tokenizer is None:
+        raise InvalidRequestError(
+            f"{FIELD} needs a tokenizer, and this server has none (skip_tokenizer_init); leave it out", FIELD
+        )
+    return TokenPieces.of(tokenizer, vocab_size)
+
+
+class _Wrapped:
+    """What LLTokenizer asks for. Where a grammar leaves one text only, the tokens are those that encode() gives."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    trie: llguidance.LLTokenizer
+
+    def __init__(self, tokens: TokenPieces) -> None:
+        self._tokens = tokens
+        self.eos_token_id = len(tokens.pieces)
+        self.tokens = [*tokens.pieces, b"<end>"]
+        self.special_token_ids = [*sorted(tokens.special), self.eos_token_id]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        raw = text.encode() if isinstance(text, str) else text
+        text = raw.decode(errors="replace")
+        pieces, encode = self._tokens.pieces, self._tokens.encode
+        if encode is not None:
+            ids = encode(text)
+            if all(i < len(pieces) for i in ids) and b"".join(pieces[i] for i in ids) == raw:
+                return ids
+        return self.trie.greedy_tokenize(text)

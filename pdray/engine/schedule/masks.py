@@ -1,0 +1,110 @@
+"""Rules that requests ask for: grammars, and what else narrows the vocabulary."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import numpy as np
+
+from pdray.engine.grammar.matcher import Grammar, GrammarError, GrammarMatcher, Words
+from pdray.engine.schedule.rule import History, Rule, set_bits
+
+NOTHING_LEFT = "no token of the vocabulary satisfies all that the request asks of the next one"
+
+
+class GrammarRule(Rule):
+    """Follows a grammar, which has been compiled by the first draw. The output ends where nothing may follow."""
+
+    def __init__(self, grammar: Future[Grammar], history: History) -> None:
+        self._grammar, self._history = grammar, history
+        self._matcher: GrammarMatcher | None = None
+        self._failure = ""
+
+    @property
+    def matcher(self) -> GrammarMatcher:
+        """Where the output is.
+
+        Raises:
+            GrammarError: it cannot go on.
+        """
+        if self._matcher is None and not self._failure:
+            try:
+                self._matcher = self._grammar.result().matcher(self._history.output_token_ids)
+            except GrammarError as error:
+                self._failure = str(error)
+        if self._failure or self._matcher is None:
+            raise GrammarError(self._failure)
+        return self._matcher
+
+    def told(self, token_id: int) -> None:
+        """See Rule. A token that the grammar does not take (all logits were -inf) ends the request at its next draw."""
+        try:
+            self.matcher.take(token_id)
+        except GrammarError as error:
+            self._failure = str(error)
+
+    @property
+    def ended(self) -> bool:
+        """See Rule."""
+        return self._matcher is not None and not self._failure and self._matcher.ended
+
+    def narrow(self, words: Words, position: int) -> None:
+        """See Rule; words hold what the matcher allows. Where the text may end, so may the output."""
+        grammar = self._grammar.result()
+        end = grammar.vocab_size
+        if not words[end // 32] >> (end % 32) & 1:
+            return
+        set_bits(words, [end], False)
+        params = self._history.params
+        ends = params.stop_token_ids if params.ignore_eos and words.any() else self._history.end_token_ids
+        set_bits(words, [i for i in ends if i in grammar.special], True)
+
+    @staticmethod
+    def make(history: History) -> Rule | None:
+        """None without structured outputs."""
+        return None if history.grammar is None else GrammarRule(history.grammar, history)
+
+
+class AllowedTokens(Rule):
+    """Nothing but the request's allowed_token_ids."""
+
+    def __init__(self, token_ids: tuple[int, ...]) -> None:
+        self._token_ids = token_ids
+        self._words: Words | None = None
+
+    def narrow(self, words: Words, position: int) -> None:
+        """See Rule."""
+        if self._words is None:
+            self._words = np.zeros_like(words)
+            set_bits(self._words, self._token_ids, True)
+        words &= self._words
+
+    @staticmethod
+    def make(history: History) -> Rule | None:
+        """None if any are allowed."""
+        allowed = history.params.allowed_token_ids
+        return None if allowed is None else AllowedTokens(allowed)
+
+
+class BadWords(Rule):
+    """Bans the token that would complete one of the words."""
+
+    def __init__(self, history: History) -> None:
+        self._words_token_ids = history.params.bad_words_token_ids
+        self._reach = max(len(token_ids) for token_ids in self._words_token_ids) - 1
+        self._last = tuple(history.output_token_ids[-self._reach :]) if self._reach else ()
+
+    def told(self, token_id: int) -> None:
+        """See Rule."""
+        self._last = (*self._last, token_id)[-self._reach :] if self._reach else ()
+
+    def narrow(self, words: Words, position: int) -> None:
+        """See Rule."""
+        for *before, last in self._words_token_ids:
+            if not before or self._last[-len(before) :] == tuple(before):
+                set_bits(words, [last], False)
+
+    @staticmethod
+    def make(history: History) -> Rule | None:
+        """None without bad words."""
+        return BadWords(history) if history.params.bad_words_token_ids else None

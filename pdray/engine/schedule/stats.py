@@ -1,0 +1,30 @@
+"""The engine's state between two steps, from its scheduler's."""
+
+from __future__ import annotations
+
+from pdray.engine.request import EngineStats
+from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.sequence import SequenceStatus
+
+
+def engine_stats(bookkeeper: Bookkeeper, num_blocks: int, num_steps: int) -> EngineStats:
+    """Under the engine's lock."""
+    scheduler = bookkeeper.scheduler
+    prefilling = [s for s in scheduler.running if s.num_uncomputed_tokens > 1]
+    counters = scheduler.counters
+    return EngineStats(
+        num_blocks=num_blocks,
+        free_blocks=scheduler.pool.num_free,
+        free_places=scheduler.limits.max_num_seqs - scheduler.num_places,
+        running=len(scheduler.running),
+        preempted=sum(s.preempted for s in scheduler.waiting),
+        waiting=sum(1 if s.request.forked else len(s.request.sequences) for s in scheduler.waiting),
+        reserved=sum(r.lead.status is SequenceStatus.RESERVED for r in scheduler.requests.values()),
+        queued_tokens=sum(s.num_uncomputed_tokens for s in (*prefilling, *scheduler.waiting)),
+        num_steps=num_steps,
+        num_preemptions=counters.num_preemptions,
+        prefix_cache_queries=counters.prefix_cache_queries,
+        prefix_cache_hits=counters.prefix_cache_hits,
+        num_prompt_tokens=bookkeeper.num_prompt_tokens,
+        num_output_tokens=bookkeeper.num_output_tokens,
+    )

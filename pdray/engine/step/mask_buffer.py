@@ -1,0 +1,30 @@
+"""Masks of a step's draws: filled on the host, sent to the device in one copy, read there by the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pdray.kernels.sampling.mask import num_mask_words
+
+
+class MaskBuffer:
+    """For one step at a time: masks are filled when the step before has been read, and so has used its own.
+
+    Attributes:
+        host: [max_num_seqs, num_mask_words(vocab_size)] int32; see TokenMasks. Pinned on CUDA.
+        words: the same on the device; on CPU, the same memory.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        shape, on_gpu = (max_num_seqs, num_mask_words(vocab_size)), device.type == "cuda"
+        self._pinned = torch.zeros(shape, dtype=torch.int32, pin_memory=on_gpu)
+        self.host: np.ndarray[Any, np.dtype[np.int32]] = self._pinned.numpy()
+        self.words = torch.zeros(shape, dtype=torch.int32, device=device) if on_gpu else self._pinned
+
+    def send(self, num: int) -> None:
+        """Copy the first ``num`` masks, on the current stream. The host does not wait."""
+        if self.words is not self._pinned and num:
+            self.words[:num].copy_(self._pinned[:num], non_blocking=True)
