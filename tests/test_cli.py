@@ -385,8 +385,9 @@ def test_status_table() -> None:
 def test_status_says_which_channel_a_pair_has_and_why() -> None:
     worker = {"worker_id": "prefill-0", "channels": {"decode-0": "cuda_ipc", "decode-1": "object_store"}}
     worker["passed_over"] = {"decode-0": {}, "decode-1": {"cuda_ipc": "different machines", "nccl": "no NCCL"}}
+    worker["sent"] = {"decode-0": {"num_puts": 3, "num_bytes": 4_500_000, "seconds": 0.2}}
     lines = format_status([{"name": "pdray", "workers": [worker]}]).splitlines()
-    assert "channel prefill-0 to decode-0: cuda_ipc" in lines
+    assert "channel prefill-0 to decode-0: cuda_ipc, 4.5 MB in 3 puts" in lines
     assert lines[-1] == (
         "channel prefill-0 to decode-1: object_store (not cuda_ipc: different machines; not nccl: no NCCL)"
     )
