@@ -143,7 +143,18 @@ def test_bad_sampling_value_is_named() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline", "bench transfer", "bench handover"],
+    [
+        "serve",
+        "generate",
+        "status",
+        "stop",
+        "wait",
+        "bench serve",
+        "bench offline",
+        "bench transfer",
+        "bench handover",
+        "bench shapes",
+    ],
 )
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
@@ -154,6 +165,7 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
 
 def test_wrong_option_value_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--max-num-seqs", "0"]) == 2
+    assert cli.main(["serve", "--num-routers", "0"]) == 2
     assert "pdray serve: --max-num-seqs" in capsys.readouterr().err
 
 

@@ -108,7 +108,7 @@ def calculate_metrics(
     if goodput:
         result["request_goodput"] = sum(meets(record, goodput) for record in done) / duration_s
     for name, seconds in samples.items():
-        result |= _distribution(name, seconds)
+        result |= distribution(name, seconds)
     return result
 
 
@@ -118,8 +118,8 @@ def meets(record: RequestRecord, goodput: dict[str, float]) -> bool:
     return all(values[name] <= limit for name, limit in goodput.items())
 
 
-def _distribution(name: str, seconds: list[float]) -> dict[str, float | None]:
-    """Mean, median and percentiles; None where nothing was measured."""
+def distribution(name: str, seconds: list[float]) -> dict[str, float | None]:
+    """Mean, median and percentiles in milliseconds; None where nothing was measured."""
     milliseconds = np.asarray(seconds) * 1000
     keys = [f"mean_{name}_ms", f"std_{name}_ms", f"median_{name}_ms", *(f"p{p}_{name}_ms" for p in PERCENTILES)]
     if not len(milliseconds):
