@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,9 +80,8 @@ def main(args: argparse.Namespace) -> int:
         write_page(args.page, [read_result(path) for path in args.from_results])
         return 0
     run = _Run(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends too
     run.all_shapes()
-    if args.save_result:
-        args.save_result.write_text(json.dumps(run.result(), indent=1) + "\n")
     if args.page and run.points:
         write_page(args.page, [run.result()])
     return int(bool(run.failed) or any(point.counts["failed"] for point in run.points))
@@ -134,14 +134,16 @@ class _Run:
         """Print a line of the table for each load."""
         print(table_head([str(limit) for limit in self.limits]), flush=True)
         for shape in self.shapes:
-            if self._is_late():
-                self._leave_out(f"{shape.name}: no time was left")
-                continue
             try:
-                self._one_shape(shape)
+                if self._is_late():
+                    self._leave_out(f"{shape.name}: no time was left")
+                else:
+                    self._one_shape(shape)
             except PdrayError as error:
                 self.failed.append(f"{shape.name}: {error}")
-                print(self.failed[-1], file=sys.stderr, flush=True)
+                _say(self.failed[-1])
+            if self.args.save_result:  # after each, so that what ends the next one loses nothing
+                self.args.save_result.write_text(json.dumps(self.result(), indent=1) + "\n")
 
     def _one_shape(self, shape: Shape) -> None:
         with tempfile.TemporaryDirectory() as folder:

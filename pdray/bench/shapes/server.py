@@ -53,10 +53,19 @@ class Server(NamedTuple):
     start_s: float
 
     def state(self) -> dict[str, Any]:
-        """See Coordinator.describe."""
+        """See Coordinator.describe.
+
+        Raises:
+            PdrayError: the Coordinator does not answer.
+        """
+        from ray.exceptions import RayError
+
         from pdray.actors.client import describe
 
-        return describe(APPLICATION)
+        try:
+            return describe(APPLICATION)
+        except RayError as error:
+            raise PdrayError(f"the Coordinator does not answer: {error}") from error
 
     def missing_links(self) -> list[str]:
         """Pairs of a prefill and a decode worker that are not connected."""
@@ -69,13 +78,17 @@ class Server(NamedTuple):
 
     def usage(self) -> Usage:
         """Raises:
-        PdrayError: a worker does not answer, or no process of a router or of a proxy is there.
+        PdrayError: a worker does not answer, or a router or a proxy has ended or was not found.
         """
         state = self.state()
         if silent := [row["worker_id"] for row in state["workers"] if "pid" not in row]:
             raise PdrayError(f"{', '.join(silent)} did not say what they have sent")
-        routers = [psutil.Process(row["pid"]) for row in state["routers"] if "pid" in row]
-        proxies = [each for each in psutil.Process(self.pid).children(recursive=True) if _is_proxy(each)]
+        try:
+            routers = [psutil.Process(row["pid"]) for row in state["routers"] if "pid" in row]
+            proxies = [each for each in psutil.Process(self.pid).children(recursive=True) if _is_proxy(each)]
+            router_cpu_s, proxy_cpu_s = _cpu_seconds(routers), _cpu_seconds(proxies)
+        except psutil.NoSuchProcess as error:
+            raise PdrayError(f"a router or proxy has ended: {error}") from error
         if not routers or not proxies:
             raise PdrayError(
                 f"{len(routers)} router processes and {len(proxies)} proxies were found; one of each is due"
@@ -86,7 +99,7 @@ class Server(NamedTuple):
             for row in state["workers"]
             for peer, sent in row.get("sent", {}).items()
         }
-        return Usage(_cpu_seconds(routers), _cpu_seconds(proxies), links)
+        return Usage(router_cpu_s, proxy_cpu_s, links)
 
 
 def link_name(prefill_worker_id: str, decode_worker_id: str) -> str:
