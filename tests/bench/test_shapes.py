@@ -19,6 +19,7 @@ from pdray.bench.shapes.server import Server, Usage
 from pdray.bench.shapes.shape import parse_shape
 from pdray.errors import ConfigError, PdrayError
 from pdray.options import config_values
+from pdray.testing.patience import PATIENCE_S
 
 SVG = "{http://www.w3.org/2000/svg}"
 COMMON = {"model": "m.json", "device": "cpu", "load_format": "dummy", "skip_tokenizer_init": True}
@@ -256,6 +257,13 @@ def test_links_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     pairs = [("prefill-0", "decode-0", 1), ("prefill-1", "decode-0", 1), ("prefill-1", "decode-1", 2)]
     monkeypatch.setattr(Server, "state", lambda self: {"workers": workers, "pairs": pairs})
     assert Server("", 1, 0.0).missing_links() == [server.link_name("prefill-0", "decode-1")]
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    shape = parse_shape("1P1D", COMMON | {"model": "./nothing.gguf"})
+    starting = server.serving(shape, log=tmp_path / "log", haproxy=False, timeout_s=PATIENCE_S)
+    with pytest.raises(PdrayError, match=r"the server has ended \(2\): (.|\n)*there is no .*nothing.gguf"), starting:
+        pass
 
 
 def test_options_of_the_command_are_documented() -> None:
