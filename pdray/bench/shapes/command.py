@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,13 +223,13 @@ class _Run:
 
 
 def describe_devices(state: dict[str, Any]) -> str:
-    """The devices of this machine of the kind that an application's workers run on."""
+    """What kinds of device an application's workers run on."""
     kinds = sorted({str(worker["device"]).partition(":")[0] for worker in state["workers"]})
     if kinds != ["cuda"]:
         return f"{', '.join(kinds)} ({os.cpu_count()} cores)"
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # torch would take memory on a GPU
     names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    return ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+    return ", ".join(sorted(set(names)))
 
 
 def _say(text: str) -> None:
