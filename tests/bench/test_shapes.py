@@ -213,7 +213,7 @@ def fake_servers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def serving(shape: Any, **_: Any) -> Any:
         if shape.name in world["broken"]:
             raise PdrayError("the server has ended")
-        yield FakeServer("http://127.0.0.1:1", 1, 0.1)
+        yield FakeServer("http://127.0.0.1:1", 1)
 
     def send(requests: list[Any], _target: Any, _num_processes: int) -> Sent:
         rate = len(requests) / 4.0
@@ -252,11 +252,19 @@ def test_what_there_is_no_time_for_is_told(fake_servers: dict[str, Any], tmp_pat
     assert left_out == ["1C at 3 requests/s: no time was left", "2C: no time was left"]
 
 
-def test_links_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = [{"worker_id": f"{role}-{n}", "role": role} for role in ("prefill", "decode") for n in range(2)]
+def test_what_is_not_there_yet_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server answers before all of its workers are there, and would be measured without them."""
+    workers = [{"worker_id": f"{role}-{n}", "role": role, "pid": 1} for role in ("prefill", "decode") for n in range(2)]
     pairs = [("prefill-0", "decode-0", 1), ("prefill-1", "decode-0", 1), ("prefill-1", "decode-1", 2)]
-    monkeypatch.setattr(Server, "state", lambda self: {"workers": workers, "pairs": pairs})
-    assert Server("", 1, 0.0).missing_links() == [server.link_name("prefill-0", "decode-1")]
+    state = {"workers": workers, "pairs": pairs, "routers": [{"ready": True}, {"ready": False}]}
+    monkeypatch.setattr(Server, "state", lambda self: state)
+    there = Server("", 1)
+    assert there.missing(parse_shape("2P2D", COMMON)) == [server.link_name("prefill-0", "decode-1")]
+    assert there.missing(parse_shape("2P2D --num-routers 2", COMMON))[1:] == ["1 routers"]
+    del workers[3]["pid"]
+    assert there.missing(parse_shape("2P2D", COMMON)) == ["1 workers"]
+    workers[0]["role"] = workers[1]["role"] = workers[2]["role"] = "both"
+    assert there.missing(parse_shape("3C", COMMON)) == []
 
 
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:

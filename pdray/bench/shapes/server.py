@@ -45,12 +45,12 @@ class Server(NamedTuple):
     """A server that answers.
 
     Attributes:
-        start_s: from the command until then.
+        start_s: from the command until everything was there.
     """
 
     url: str
     pid: int
-    start_s: float
+    start_s: float = 0.0
 
     def state(self) -> dict[str, Any]:
         """See Coordinator.describe.
@@ -67,14 +67,20 @@ class Server(NamedTuple):
         except RayError as error:
             raise PdrayError(f"the Coordinator does not answer: {error}") from error
 
-    def missing_links(self) -> list[str]:
-        """Pairs of a prefill and a decode worker that are not connected."""
+    def missing(self, shape: Shape) -> list[str]:
+        """What is not there yet: /health is 200 as soon as one request could be served."""
         state = self.state()
-        names = {
-            role: [w["worker_id"] for w in state["workers"] if w["role"] == role] for role in ("prefill", "decode")
-        }
+        names: dict[str, list[str]] = {"prefill": [], "decode": []}
+        for row in state["workers"]:
+            if "pid" in row:
+                names.setdefault(row["role"], []).append(row["worker_id"])
         connected = {(first, second) for first, second, _ in state["pairs"]}
-        return [link_name(p, d) for p in names["prefill"] for d in names["decode"] if (p, d) not in connected]
+        missing = [link_name(p, d) for p in names["prefill"] for d in names["decode"] if (p, d) not in connected]
+        num_workers = sum(map(len, names.values()))
+        num_routers = sum(bool(router["ready"]) for router in state["routers"])
+        missing += [f"{shape.num_workers - num_workers} workers"] if num_workers < shape.num_workers else []
+        missing += [f"{shape.num_routers - num_routers} routers"] if num_routers < shape.num_routers else []
+        return missing
 
     def usage(self) -> Usage:
         """Raises:
@@ -134,10 +140,10 @@ def serving(shape: Shape, *, log: Path, haproxy: bool, timeout_s: float) -> Iter
 
     Args:
         log: gets what the server prints.
-        timeout_s: for it to answer.
+        timeout_s: for it to answer, with all of its workers and routers.
 
     Raises:
-        PdrayError: it has ended, or does not answer within timeout_s; or it left processes behind, which are killed.
+        PdrayError: it has ended, or is not whole within timeout_s; or it left processes behind, which are killed.
     """
     import ray
 
@@ -162,7 +168,12 @@ def serving(shape: Shape, *, log: Path, haproxy: bool, timeout_s: float) -> Iter
         if shared is None or shared.pid != process.pid:
             raise PdrayError("another `pdray serve` was started meanwhile: this process cannot find its own's cluster")
         join(shared.address)
-        yield Server(url, process.pid, time.monotonic() - began)
+        server = Server(url, process.pid)
+        while missing := server.missing(shape):
+            if time.monotonic() - began > timeout_s:
+                raise PdrayError(f"after {timeout_s:g} s there is still missing: {', '.join(missing)}")
+            time.sleep(POLL_S)
+        yield server._replace(start_s=time.monotonic() - began)
     finally:
         ray.shutdown()
         left = _end(process)
