@@ -136,6 +136,10 @@ def options_of(values: Mapping[str, Any]) -> list[str]:
             options.append(name if value else f"--no-{name.removeprefix('--')}")
         elif isinstance(value, Mapping):
             options += [name, *(f"{key}={each}" for key, each in value.items())]
+        elif isinstance(value, list):
+            options.append(f"{name}={json.dumps(value)}")
+        elif value is None:
+            options.append(f"{name}=auto")
         else:
             options.append(f"{name}={value}")
     return options

@@ -37,6 +37,8 @@ LOOSE, STRICT = "1 s, 15 ms", "1 s, 8 ms"
             {"channel": "nccl", "enable_prefix_caching": False, "worker_env": {"A": "1", "B": "x=y"}, "block_size": 32},
             2,
         ),
+        ('1C --served-model-name one "two words"', 1, {"served_model_name": ["one", "two words"]}, 1),
+        ("1C --max-model-len auto --allowed-origins '[]'", 1, {"max_model_len": None, "allowed_origins": []}, 1),
         ("1C --device cuda --max-num-batched-tokens 4096", 1, {"device": "cuda", "max_num_batched_tokens": 4096}, 1),
     ],
 )
@@ -58,6 +60,7 @@ def test_a_shape_is_what_pdray_serve_is_told(text: str, workers: int, config: di
         ("4X", "must begin with xPyD"),
         ("1P1D --no-such-thing 3", "'1P1D --no-such-thing 3': unrecognized arguments: --no-such-thing 3"),
         ("1P1D --num-decode-workers 2", "says by itself what num_decode_workers is"),
+        ("1P1D --api-key secret", r"set \$PDRAY_API_KEY"),
         ("1P1D --num-routers 0", "--num-routers 0 must be at least 1"),
         ("4C --max-num-seqs 0", "'4C --max-num-seqs 0': --max-num-seqs: .* greater than or equal to 1"),
         ("1P1D 'x", "cannot be read"),

@@ -68,6 +68,10 @@ def parse_shape(text: str, common: dict[str, Any]) -> Shape:
     if twice := sorted({"mode", "num_prefill_workers", "num_decode_workers"} & (own.keys() | common.keys())):
         raise ConfigError(f"shape {text!r} says by itself what {', '.join(twice)} is; leave it out of the options")
     config = common | own | workers
+    if "api_key" in config:
+        raise ConfigError(
+            f"shape {text!r}: --api-key would be in the results; set $PDRAY_API_KEY, for server and clients"
+        )
     try:
         config_from_values(config)
     except ConfigError as error:
