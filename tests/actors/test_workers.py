@@ -368,6 +368,10 @@ async def test_cached_blocks_are_not_sent_again(pair: Pair) -> None:
     assert [g.num_cached_tokens for g in grants] == [0, 64]
     assert pair.router.tokens(LegKey("one", 0)) == pair.router.tokens(LegKey("two", 0))
     await pair.quiet()
+    sent = (await pair.prefill.describe())["sent"]["decode-0"]
+    num_blocks = 5 + 1  # 70 tokens; of the second prompt all but the last one's block are there already
+    assert sent["num_bytes"] == num_blocks * pair.prefill.engine.pool.layout.block_bytes
+    assert sent["num_puts"] == 3 * 3 + 3 and sent["seconds"] >= 0  # 3 chunks of a prompt, then 1; 5 layers, 2 at a time
 
 
 async def test_closing_in_every_state_leaves_nothing(pair: Pair) -> None:
