@@ -19,6 +19,7 @@ from typing import Any
 
 from application import Application, application, seconds_until
 from deaths import deaths
+from handovers import handovers
 from hangs import hangs
 from nodes import nodes
 from only_decode import only_decode
@@ -32,6 +33,7 @@ from slow_client import slow_client
 from soak import soak
 from storm import storm
 from streams import MODEL
+from two_hosts import two_hosts
 
 from pdray.config import Config
 from pdray.options import add_config_arguments, config_values
@@ -92,6 +94,7 @@ def all_of(*cases: RunsRows) -> RunsRows:
 
 CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "deaths": lambda given: served(configured(given), deaths),
+    "handovers": lambda given: served(configured(given, num_decode_workers=1), handovers),
     "hangs": lambda given: served(configured(given), hangs),
     "nodes": lambda _: nodes,
     "only-decode": lambda given: served(configured(given, num_decode_workers=1), only_decode),
@@ -105,8 +108,10 @@ CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
         served(configured(given, **NO_ROOM, graceful_shutdown_timeout_s=1.0), cut_short),
     ),
     "soak": lambda given: served(configured(given, **SMALL_POOL), soak),
+    "two-hosts": lambda _: two_hosts,
     "overload": lambda _: lambda scale: run_overload(scale.paced_overload_s),
 }
+ALONE = ("handovers", "two-hosts")  # only if asked for: one takes long, one needs root
 
 
 def configured(given: dict[str, Any], **case: Any) -> Config:
@@ -132,7 +137,7 @@ def line(row: Row) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rows", nargs="+", choices=list(CASES), default=[name for name in CASES if name not in ALONE])
     parser.add_argument("--soak-minutes", type=float, default=None)
     parser.add_argument("--soak-kills", action="store_true", help="kill a worker every minute of the soak")
     parser.add_argument("--quick", action="store_true", help="fewer streams, tokens and requests")

@@ -15,6 +15,7 @@ class Scale:
     slow_client_s: for so long the slow client reads.
     every_wake: of what hangs: for good, and until it wakes up after 10 s, and after 90 s.
     soak_kills: kill a worker every minute of the soak.
+    num_handovers: requests of the case of that name.
     """
 
     num_streams: int = 32
@@ -28,6 +29,7 @@ class Scale:
     soak_minutes: float = 4.0
     every_wake: bool = True
     soak_kills: bool = False
+    num_handovers: int = 1000
 
 
 QUICK = Scale(
@@ -40,4 +42,5 @@ QUICK = Scale(
     slow_client_s=15.0,
     soak_minutes=1.0,
     every_wake=False,
+    num_handovers=120,
 )
