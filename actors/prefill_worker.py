@@ -29,7 +29,7 @@ from pdray.wire.dial import connect
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.peers import PeerName, Role
-from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, Ping, Pong, PrefillRequest
+from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, LeaseConfirmed, Ping, Pong, PrefillRequest
 from pdray.wire.put_messages import AbortPut, BeginPutReply, ChannelMessage
 from pdray.wire.session import Session
 
@@ -156,6 +156,8 @@ class PrefillWorker(Worker):
             case PrefillRequest():
                 channel = self._channels.get(message.decode_worker_id or "")
                 self._perform(self.ledger.request(peer, message, None if channel is None else channel.epoch))
+            case LeaseConfirmed():
+                self._perform(self.ledger.lease_confirmed(message.key, message.num_cached_tokens))
             case CancelPrefill():
                 self._perform(self.ledger.cancel(message.key))
             case Ping():

@@ -119,10 +119,11 @@ class Config(BaseModel):
         description="layers pushed together, at most, while the next ones compute; on a GPU few where they hold much"
         " KV, and all together for a short prompt",
     )
-    transfer_staging_bytes: Positive = Field(
-        128 * 1024 * 1024,
-        description="GPU memory for blocks on their way, for each nccl channel of a prefill worker"
-        " and for each decode worker",
+    transfer_staging_bytes: Positive | None = Field(
+        None,
+        description="GPU memory for blocks on their way, for each nccl channel of a prefill worker and for each decode"
+        " worker; default: a 64th of the GPU's memory for all of a worker's together, each 128 to 512 MiB, because NCCL"
+        " reaches the link's rate only with large pieces, of which four must fit",
     )
     worker_env: dict[str, str] = Field(
         {}, description="environment of the workers' processes, e.g. NCCL's; {worker_id} stands for each one's name"

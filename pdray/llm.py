@@ -17,6 +17,7 @@ from pdray.actors.client import CoordinatorClient
 from pdray.background import start_thread
 from pdray.config import Config
 from pdray.errors import ConfigError, InvalidRequestError, NoWorkerError, PdrayError
+from pdray.event_loop import new_event_loop
 from pdray.models import load_tokenizer
 from pdray.models.generation_config import load_sampling_defaults
 from pdray.outputs import RequestOutput
@@ -67,7 +68,7 @@ class LLM:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._ray = hold_ray(ray_address)
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._failure: BaseException | None = None  # of the router's thread
         self._pending: set[concurrent.futures.Future[Any]] = set()
         self._thread = start_thread("pdray-router", self._loop.run_forever, self._thread_failed)

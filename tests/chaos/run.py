@@ -19,6 +19,7 @@ from typing import Any
 
 from application import Application, application, seconds_until
 from deaths import deaths
+from handovers import handovers
 from hangs import hangs
 from mesh import mesh, said_by_one
 from nodes import nodes
@@ -34,6 +35,7 @@ from soak import soak
 from storm import storm
 from streams import MODEL, Answer
 from topologies import topologies
+from two_hosts import two_hosts
 
 from pdray.config import Config
 from pdray.options import add_config_arguments, config_values
@@ -51,7 +53,8 @@ BASE = {
 SMALL_QUEUE = {"max_num_seqs": 8, "max_queue_size": 32, "max_queue_wait_s": 10.0}
 NO_ROOM = {"num_decode_workers": 2, "worker_resources": {PLACE: 1.0}}
 SMALL_POOL = {"num_kv_blocks": 200}
-ON_REQUEST = ("mesh", "topologies")  # for machines, or questions, of their own
+# They take long, need root, or are for machines of their own.
+ON_REQUEST = ("handovers", "mesh", "topologies", "two-hosts")
 HEAD = "| test | figure | must hold | ok |\n|---|---|---|---|"
 
 Case = Callable[[Application, Scale], Awaitable[list[Row]]]
@@ -110,6 +113,7 @@ def all_of(*cases: RunsRows) -> RunsRows:
 
 CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "deaths": lambda given: served(configured(given), deaths),
+    "handovers": lambda given: served(configured(given, num_decode_workers=1), handovers),
     "hangs": lambda given: served(configured(given), hangs),
     "mesh": meshed,
     "nodes": lambda _: nodes,
@@ -125,6 +129,7 @@ CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
         served(configured(given, **NO_ROOM, graceful_shutdown_timeout_s=1.0), cut_short),
     ),
     "soak": lambda given: served(configured(given, **SMALL_POOL), soak),
+    "two-hosts": lambda _: two_hosts,
     "overload": lambda _: lambda scale: run_overload(scale.paced_overload_s),
 }
 
@@ -157,7 +162,7 @@ def main() -> int:
         nargs="+",
         choices=list(CASES),
         default=[name for name in CASES if name not in ON_REQUEST],
-        help=f"default: all but {' and '.join(ON_REQUEST)}",
+        help=f"default: all but {', '.join(ON_REQUEST)}",
     )
     parser.add_argument("--soak-minutes", type=float, default=None)
     parser.add_argument("--soak-kills", action="store_true", help="kill a worker every minute of the soak")

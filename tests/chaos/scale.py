@@ -16,6 +16,7 @@ class Scale:
     mesh_s: of load on all pairs of prefill and decode workers; mesh_clients: for each pair.
     every_wake: of what hangs: for good, and until it wakes up after 10 s, and after 90 s.
     soak_kills: kill a worker every minute of the soak.
+    num_handovers: requests of the case of that name.
     """
 
     num_streams: int = 32
@@ -31,6 +32,7 @@ class Scale:
     mesh_clients: int = 16
     every_wake: bool = True
     soak_kills: bool = False
+    num_handovers: int = 1000
 
 
 QUICK = Scale(
@@ -45,4 +47,5 @@ QUICK = Scale(
     mesh_s=10.0,
     mesh_clients=4,
     every_wake=False,
+    num_handovers=120,
 )
