@@ -84,7 +84,15 @@ class Config(BaseModel):
     )
     max_num_seqs: Positive = Field(64, description="sequences in one decode batch; on a GPU by default 256")
     max_num_batched_tokens: Positive = Field(
-        2048, description="token budget of one forward pass; on a GPU by default 8192"
+        2048,
+        description="most tokens of one forward pass; on a GPU by default 8192. Beside streams it is less: see "
+        "target_tpot_ms",
+    )
+    target_tpot_ms: float | None = Field(
+        None,
+        gt=0,
+        description="what a step may take while prompts are computed beside streams; default: 1.5 times what it takes "
+        "without them, and up to 4 times while much is queued",
     )
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = Field(
