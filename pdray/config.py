@@ -91,8 +91,8 @@ class Config(BaseModel):
     target_tpot_ms: float | None = Field(
         None,
         gt=0,
-        description="what a step may take while prompts are computed beside streams; default: 1.5 times what it takes "
-        "without them, and up to 4 times while much is queued",
+        description="what a step beside streams may take when it computes prompts too, unless those wait for over a "
+        "second; default: 1.5 times what it takes without them, and up to 4.5 times while much is queued",
     )
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = Field(

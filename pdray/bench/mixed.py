@@ -87,10 +87,11 @@ def summarize(
         float(np.mean([a <= TTFT_LIMIT_S and b <= limit for a, b in zip(ttft, tpot, strict=True)]))
         for limit in TPOT_LIMITS_S
     )
-    quantiles = (*np.percentile(ttft, (50, 90)), *np.percentile(tpot, (50, 90)), *np.percentile(gaps, (50, 100)))
-    return MixedMeasured(
-        "mixed", way, request_rate, len(counted), *(1000 * float(each) for each in quantiles), fast, faster
-    )
+    ttft_p50, ttft_p90 = (1000 * float(each) for each in np.percentile(ttft, (50, 90)))
+    tpot_p50, tpot_p90 = (1000 * float(each) for each in np.percentile(tpot, (50, 90)))
+    gap_p50, gap_max = (1000 * float(each) for each in np.percentile(gaps, (50, 100)))
+    figures = ttft_p50, ttft_p90, tpot_p50, tpot_p90, gap_p50, gap_max
+    return MixedMeasured("mixed", way, request_rate, len(counted), *figures, fast, faster)
 
 
 def format_row(row: MixedMeasured) -> str:

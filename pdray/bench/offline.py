@@ -107,6 +107,7 @@ def run(config: Config, args: argparse.Namespace) -> list[OfflineRow]:
 
     torch.set_num_threads(config.num_threads)
     vocab_size = load_model_config(config).vocab_size
+    makers: dict[str, Callable[[Config], contextlib.AbstractContextManager[Generate]]]
     makers = {"engine": make_engine, "transformers": make_transformers, "llm": make_llm}
     with contextlib.ExitStack() as stack:
         ways: dict[str, Generate] = {}

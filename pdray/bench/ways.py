@@ -6,6 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pdray.bench.mixed import Play
@@ -35,7 +36,8 @@ class Generation(NamedTuple):
 Generate = Callable[[list[list[int]], list[SamplingParams]], Generation]
 
 
-class Way(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Way:
     """A way that can also be sent requests over time. play: see pdray.bench.mixed.Play."""
 
     generate: Generate

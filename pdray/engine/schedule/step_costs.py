@@ -1,18 +1,21 @@
 """Learned durations of steps: of one that only decodes, and what prompts add to it.
 
-A decode step's duration is known by its number of sequences, a prompt's share of a step as seconds for a token, by the
-number of tokens; both in classes of powers of two, each with the median of its last measurements. A median takes no
-harm from steps that something else has held up, as long as they are few.
+A decode step's duration is known by its number of sequences, in classes of powers of two; a prompt's share of a step as
+seconds for a token, by the number of tokens, in classes half as wide; each with a quantile of its last measurements.
+Steps that something else has held up do no harm as long as they are fewer than the others, nor do those that follow
+them, which seem too short.
 """
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections import deque
 from typing import NamedTuple
 
 NUM_SAMPLES = 9
-NUM_SURE = 3  # samples whose median one outlier cannot move
+NUM_SURE = 5  # samples of which three may be too long, and one too short
+NUM_TRIED = 3  # samples of prompts after which a class speaks for itself
+QUANTILE = 1 / 3  # of the sorted samples: more are too long than too short
 MAX_AGE = 512  # steps; what is older may be of another load
 
 
@@ -50,9 +53,8 @@ class Samples:
         while self._samples and step - self._samples[0][0] > MAX_AGE:
             self._samples.popleft()
         self._samples.append((step, value))
-        values = [value for _, value in self._samples]
-        # Of two nobody can say which is the outlier; what holds a step up only makes it longer.
-        self.typical = statistics.median(values) if len(values) >= NUM_SURE else min(values)
+        values = sorted(value for _, value in self._samples)
+        self.typical = values[int((len(values) - 1) * (QUANTILE if len(values) >= NUM_SURE else 0.5))]
 
 
 class StepCosts:
@@ -79,7 +81,7 @@ class StepCosts:
             return
         plain = self.plain(max(1, work.num_decodes)) or 0.0
         tokens = self.weigh(work.num_prompt_tokens, work.context)
-        samples = self._per_token.setdefault(size_class(int(tokens)), Samples())
+        samples = self._per_token.setdefault(half_class(tokens), Samples())
         samples.add(self.num_steps, max(0.0, seconds - plain) / tokens)
         for key in [key for key, each in self._per_token.items() if self.num_steps - each.last_step > MAX_AGE]:
             del self._per_token[key]
@@ -101,24 +103,32 @@ class StepCosts:
     def added(self, num_tokens: int, context: float) -> float | None:
         """Seconds that so many tokens of prompts add to a step; None while nothing is known."""
         tokens = self.weigh(num_tokens, context)
-        key = size_class(int(tokens))
-        own, sure = self._per_token.get(key), nearest(self._per_token, key, NUM_SURE)
-        known = [each.typical for each in (own, sure) if each is not None]
-        if own is not None and len(own) >= NUM_SURE:
-            known = [own.typical]
-        if not known:
-            unsure = nearest(self._per_token, key, 1)
-            return None if unsure is None else unsure.typical * tokens
-        return min(known) * tokens
+        key = half_class(tokens)
+        own, tried = self._per_token.get(key), nearest(self._per_token, key, NUM_TRIED)
+        if own is not None and len(own) >= NUM_TRIED:
+            return own.typical * tokens
+        known = [each.typical for each in (own, tried or nearest(self._per_token, key, 1)) if each is not None]
+        return min(known) * tokens if known else None
 
     def largest_prompt(self) -> float:
         """Tokens up to which prompts' shares of steps have been measured, in weighed tokens."""
-        return float(1 << max(self._per_token)) if self._per_token else 0.0
+        return class_limit(max(self._per_token)) if self._per_token else 0.0
 
 
 def size_class(number: int) -> int:
     """Numbers up to 1, 2, 4, 8, … are in classes 0, 1, 2, 3, …"""
     return max(0, number - 1).bit_length()
+
+
+def half_class(number: float) -> int:
+    """Numbers up to 1, 1.5, 2, 3, 4, 6, 8, 12, … are in classes -1, 0, 1, 2, 3, …"""
+    exponent = size_class(math.ceil(number))
+    return 2 * exponent - (number <= class_limit(2 * exponent - 1))
+
+
+def class_limit(key: int) -> float:
+    """The largest number of a half_class()."""
+    return 2.0 ** (key / 2) if key % 2 == 0 else 0.75 * 2.0 ** ((key + 1) / 2)
 
 
 def nearest(classes: dict[int, Samples], key: int, num_samples: int) -> Samples | None:

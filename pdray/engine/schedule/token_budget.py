@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from pdray.engine.schedule.scheduler import Scheduler
 
 # Sizes of steps with prompts and decodes, in tokens. On CUDA they have a graph each (pdray/engine/step/graphs.py).
-STEP_SIZES = (128, 256, 384, 512, 768, 1024, 2048, 4096)
+STEP_SIZES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 SMALL_STEP_SIZES = (16, 32, 64, 96)  # where nothing pads them
 
-# Simulated with the step times of an 8B model on an H100, 2,048 tokens in, 256 out: at 7 and 9 requests/s the first
-# token comes as early as with steps of 2,048 tokens, streams are 14 and 21 % faster, and their longest gaps half.
+# Chosen by simulation (pdray/testing/simulated_load.py). Measured on an H100, Qwen3-8B, 7 requests/s of 2,048 tokens
+# in and 256 out: TPOT 0.86 of what steps of 2,048 tokens give, longest gaps half, the first token 27 ms later.
 BASE_STRETCH = 1.5  # a step with prompts to one without, while little is queued
-MAX_STRETCH = 4.0  # the same while much is queued
+MAX_STRETCH = 4.5  # the same while much is queued
 DRAIN_STEPS = 4  # steps in which what is queued should be computed
 LEAST_STRETCH = 1.25  # prompts get so much even where target_tpot_ms leaves no room for them
+PATIENCE_S = 1.0  # a queue that takes longer to compute counts for more than target_tpot_ms
 LEAST_TOKENS = 16  # of prompts in each step
 GROWTH = 2  # of a step with prompts over the largest one measured
 MEASURE_EVERY = 64  # steps without one that only decodes, which is then made, so that its duration stays known
@@ -69,8 +70,8 @@ class AdaptiveBudget:
     Args:
         max_tokens: upper bound, and the budget where nothing decodes.
         sizes: of steps, ascending; the budget beside streams is one of them.
-        target_s: what a step beside streams should take at most; default: BASE_STRETCH to MAX_STRETCH times what it
-            takes without prompts, by how much is queued.
+        target_s: what a step beside streams should take at most, unless what is queued waits for longer than
+            PATIENCE_S; default: BASE_STRETCH to MAX_STRETCH times what it takes without prompts, by how much is queued.
         half_context: see StepCosts.
     """
 
@@ -99,27 +100,32 @@ class AdaptiveBudget:
         return self._choose(sizes, num_streams, num_queued, context)
 
     def _choose(self, sizes: list[int], num_streams: int, num_queued: int, context: int) -> int:
-        """The largest size that keeps to the target; without one, larger ones too, until they drain the queue."""
+        """The largest size that keeps to what a step may take; larger ones too until they catch up with the queue."""
         chosen = sizes[0]
         plain = self.costs.plain(num_streams)
         if plain is None:
             return chosen
+        taken = plain + (self.costs.added(chosen - num_streams, context) or 0.0)
         largest = GROWTH * self.costs.largest_prompt()
         for size in sizes[1:]:
-            num_tokens = size - num_streams
-            added = self.costs.added(num_tokens, context)
-            if added is None or self.costs.weigh(num_tokens, context) > largest:
+            added = self.costs.added(size - num_streams, context)
+            if added is None or self.costs.weigh(size - num_streams, context) > largest:
                 break
-            if plain + added > self._allowed(plain, is_behind=(chosen - num_streams) * DRAIN_STEPS < num_queued):
+            num_steps = num_queued / (chosen - num_streams)
+            if plain + added > self._allowed(plain, num_steps, num_steps * taken):
                 break
-            chosen = size
+            chosen, taken = size, plain + added
         return chosen
 
-    def _allowed(self, plain: float, *, is_behind: bool) -> float:
-        """Seconds that a step may take."""
-        if self.target_s is not None:
-            return max(self.target_s, plain * LEAST_STRETCH)
-        return plain * (MAX_STRETCH if is_behind else BASE_STRETCH)
+    def _allowed(self, plain: float, num_steps: float, wait_s: float) -> float:
+        """Seconds that a step may take.
+
+        Args:
+            num_steps, wait_s: until what is queued is computed, with smaller steps.
+        """
+        if self.target_s is None:
+            return plain * (MAX_STRETCH if num_steps > DRAIN_STEPS else BASE_STRETCH)
+        return max(self.target_s, plain * (MAX_STRETCH if wait_s > PATIENCE_S else LEAST_STRETCH))
 
 
 def work_of(plan: StepPlan) -> StepWork:

@@ -1,6 +1,6 @@
 """A colocated engine under Poisson load in simulated time: the token budget decides, a model of costs says how long.
 
-`python tests/engine/serving_simulation.py` prints the table by which the default was chosen.
+`python -m pdray.testing.simulated_load` prints the table by which the default was chosen.
 """
 
 from __future__ import annotations
@@ -19,28 +19,32 @@ MAX_TOKENS = 8192
 
 
 class Costs(NamedTuple):
-    """Milliseconds of a step: an 8B model on an H100 by default.
+    """Milliseconds of a step: by default Qwen3-8B's on an H100, measured.
 
     Attributes:
-        weights: to read all weights, the least that products take. token: of products. fixed: of every step with them.
+        weights: to read all weights. seqs: what sixteen sequences and more add to it.
+        token, knee: each token of a step beyond so many, which the reading of the weights hides.
+        prompts: of every step with prompts.
         kv: to read a thousand tokens of context. prefix: of a thousand pairs of a prompt's token and its context.
     """
 
-    weights: float = 5.4
-    token: float = 0.0225
-    fixed: float = 0.8
-    kv: float = 0.056
+    weights: float = 5.3
+    seqs: float = 1.3
+    token: float = 0.0235
+    knee: int = 180
+    prompts: float = 0.9
+    kv: float = 0.052
     prefix: float = 0.0015
 
     def step(self, work: StepWork, kv_tokens: int) -> float:
         """Of a step whose decoding sequences have so much context together."""
-        reading = self.weights + min(1.0, work.num_decodes / 16) + self.kv * kv_tokens / 1000
+        reading = self.weights + self.seqs * min(1.0, work.num_decodes / 16) + self.kv * kv_tokens / 1000
         if not work.num_prompt_tokens:
             return reading
         size = work.num_prompt_tokens + work.num_decodes
         padded = next((each for each in STEP_SIZES if each >= size), -(-size // 512) * 512)
         pairs = work.num_prompt_tokens * work.context / 1000
-        return max(reading, self.token * padded + self.kv * kv_tokens / 1000) + self.fixed + self.prefix * pairs
+        return reading + self.prompts + self.token * max(0, padded - self.knee) + self.prefix * pairs
 
 
 H100_8B = Costs()
