@@ -24,7 +24,7 @@ import numpy as np
 from pdray.bench import mixed
 from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, Timed, measure_rows
 from pdray.bench.ways import Generate, Generation, Way, make_engine, make_llm, make_transformers
-from pdray.config import Config
+from pdray.config import OFFLINE_TARGET_TPOT_MS, Config
 from pdray.errors import ConfigError
 from pdray.models.model_config import ModelConfig
 from pdray.options import add_config_arguments, config_from_args
@@ -140,16 +140,25 @@ def _rows_of(
 ) -> list[Measured | mixed.MixedMeasured]:
     names = list(WORKLOADS) if "all" in args.rows else [name for name in args.rows if name != MIXED]
     rows: list[Measured | mixed.MixedMeasured] = []
-    started = time.perf_counter()
-    print(HEADER)
-    with make(config) as generate:
-        print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | | | | |")
-        rows += measure_rows(names, {way: lambda requests: time_requests(generate, requests)}, model, args.repeat)
-        if not {MIXED, "all"}.isdisjoint(args.rows):
-            print(f"\n{mixed.HEADER}")
+    if names:
+        started = time.perf_counter()
+        print(HEADER)
+        with make(with_target(config, OFFLINE_TARGET_TPOT_MS)) as generate:
+            print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | | | | |")
+            rows += measure_rows(names, {way: lambda requests: time_requests(generate, requests)}, model, args.repeat)
+        gc.collect()
+    if not {MIXED, "all"}.isdisjoint(args.rows):
+        print(f"\n{mixed.HEADER}")
+        with make(with_target(config, None)) as served:
             for rate in args.request_rate:
-                rows.append(mixed.measure_mixed(way, generate.play, model.vocab_size, rate, args.mixed_seconds))
+                rows.append(mixed.measure_mixed(way, served.play, model.vocab_size, rate, args.mixed_seconds))
     return rows
+
+
+def with_target(config: Config, target_tpot_ms: float | None) -> Config:
+    """A copy with this target, unless the configuration gives one."""
+    given = "target_tpot_ms" in config.model_fields_set
+    return config if given else config.model_copy(update={"target_tpot_ms": target_tpot_ms})
 
 
 def time_requests(generate: Generate, requests: Requests) -> Timed:

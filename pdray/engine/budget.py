@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pdray.config import Config
-from pdray.engine.schedule.token_budget import SMALL_STEP_SIZES, STEP_SIZES, AdaptiveBudget
+from pdray.engine.schedule.token_budget import SMALL_STEP_SIZES, STEP_SIZES, AdaptiveBudget, FixedBudget, TokenBudget
 from pdray.models.model_config import ModelConfig
 
 ATTENTION_EFFICIENCY = 0.5  # of the device's arithmetic, against what products reach
 
 
-def make_budget(config: Config, model: ModelConfig, *, padded: bool) -> AdaptiveBudget:
+def make_budget(config: Config, model: ModelConfig, *, padded: bool) -> TokenBudget:
     """Args:
     padded: steps are padded to the sizes of CUDA graphs.
     """
     target_ms = config.target_tpot_ms
+    if target_ms == 0:
+        return FixedBudget(config.max_num_batched_tokens)
     return AdaptiveBudget(
         config.max_num_batched_tokens,
         STEP_SIZES if padded else SMALL_STEP_SIZES + STEP_SIZES,

@@ -14,8 +14,10 @@ import pytest
 from pdray import cli
 from pdray.bench import mixed
 from pdray.bench.mixed import format_row, measure_mixed, summarize
+from pdray.bench.offline import with_target
 from pdray.bench.players import play_router
 from pdray.bench.rows import Requests
+from pdray.config import OFFLINE_TARGET_TPOT_MS, Config
 from pdray.sampling_params import SamplingParams
 
 CONFIG = {
@@ -60,6 +62,15 @@ def test_every_way_gets_the_same_requests_after_a_warm_up(capsys: pytest.Capture
     assert len(measured[1]) == 40 and measured[1] == sorted(measured[1]) and 1 < measured[1][-1] < 2
     assert {len(prompt) for prompt in measured[0].prompts} == {7}
     assert capsys.readouterr().out.count("| 20 | engine |") == 2
+
+
+def test_only_the_mixed_row_is_for_readers() -> None:
+    config = Config()
+    assert with_target(config, OFFLINE_TARGET_TPOT_MS).target_tpot_ms == 0
+    served = with_target(config, None)
+    assert served.target_tpot_ms is None and "target_tpot_ms" in served.model_fields_set, "LLM has another default"
+    given = Config(target_tpot_ms=30)
+    assert with_target(given, 0.0) is given and with_target(given, None) is given
 
 
 def test_an_answer_of_another_length_is_no_result() -> None:
