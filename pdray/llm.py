@@ -104,7 +104,8 @@ class LLM:
         self._coordinator = await CoordinatorClient.open(self.config, app_name, detached=False)
         ready = asyncio.ensure_future(self._coordinator.wait_ready(self.config.start_timeout_s))
         try:
-            self.tokenizer, self._sampling_defaults, self._chat_template = await asyncio.wrap_future(texts)
+            loaded = await asyncio.wrap_future(texts)
+            self.tokenizer, self._sampling_defaults, self._chat_template = loaded
             await ready
         finally:
             ready.cancel()

@@ -97,16 +97,17 @@ def _init(*, hold: bool = False, **options: Any) -> None:
 def _without_api_server() -> Iterator[None]:
     """Let ray.init() start no API server. Where there is no dashboard it only reports that Ray is used, and ray.init()
     waits for it before it starts anything else: a third of the whole time."""
-    start = Node.start_api_server
+    cls: Any = Node
+    start = cls.start_api_server
 
-    def skip(node: Node, **_: Any) -> None:
+    def skip(node: Any, **_: Any) -> None:
         node._webui_url = ""  # as Ray's own where there is no dashboard
 
-    Node.start_api_server = skip
+    cls.start_api_server = skip
     try:
         yield
     finally:
-        Node.start_api_server = start
+        cls.start_api_server = start
 
 
 def _shared_file() -> Path:
