@@ -26,6 +26,7 @@ VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
 GPU_MAX_NUM_SEQS = 256
 GPU_MAX_NUM_BATCHED_TOKENS = 8192
 GPU_STEP_TIMEOUT_S = 60.0
+OFFLINE_TARGET_TPOT_MS = 0.0  # where nobody reads along, and what counts is when the last token comes
 
 Names = Annotated[list[str], Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -84,7 +85,16 @@ class Config(BaseModel):
     )
     max_num_seqs: Positive = Field(64, description="sequences in one decode batch; on a GPU by default 256")
     max_num_batched_tokens: Positive = Field(
-        2048, description="token budget of one forward pass; on a GPU by default 8192"
+        2048,
+        description="most tokens of one forward pass; on a GPU by default 8192. Beside streams it is fewer: see "
+        "target_tpot_ms",
+    )
+    target_tpot_ms: float | None = Field(
+        None,
+        ge=0,
+        description="what a step beside streams may take when it computes prompts too, unless those wait for over a "
+        "second; default: 1.5 times what it takes without them, up to 4.5 times while much is queued, and in pdray.LLM "
+        "0: whatever max_num_batched_tokens take, for throughput",
     )
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = Field(

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from pdray.config import Config
+from pdray.engine.budget import make_budget
 from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.matcher import Grammar
 from pdray.engine.grammar.pieces import load_pieces
@@ -86,7 +87,8 @@ class Engine:
         capture = device.type == "cuda" and not config.enforce_eager
         group = config.transfer_layer_group
         self.lane = Lane(model.decoder, pool, limits, largest_group=group, capture=capture)
-        self._scheduler = Scheduler(limits, BlockPool(self.num_blocks, config.enable_prefix_caching))
+        block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
+        self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
         self._lock = threading.Lock()
@@ -295,6 +297,7 @@ class Engine:
             self._is_stuck = False
             scores = None if draws.scores is None else draws.scores.numpy()
             updates = self._bookkeeper.update(booked, rows, ended, scores)
+            self._scheduler.budget.note(booked, self._step_times.since(booked.planned_at, ended))
             self._step_times.add(wait_began, ended)
             if not self._scheduler.running:
                 self._step_times.pause()
