@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from pdray.actors.placement import listen_address
 from pdray.config import Config
 from pdray.transfer.registry import allowed_kinds, load_kind
 from pdray.wire.peers import Role
@@ -62,5 +63,5 @@ def _make_kinds(
     if config.mode == "colocated":
         return {}
     num_peers = config.num_decode_workers if role is Role.PREFILL else 1
-    site = Site(config, worker_id, device, num_peers, on_fatal)
+    site = Site(config, worker_id, device, num_peers, on_fatal, listen_address(config).dial)
     return {name: load_kind(name)(site) for name in allowed_kinds(config.channel)}

@@ -39,8 +39,8 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
     """Options of one worker's actor, but for its GPU: readable name, fractional CPUs, its own number of threads.
 
     The name carries the configuration's fingerprint: workers of two configurations may run side by side.
-    Ray gives a process with num_cpus < 1 a single OpenMP thread, hence OMP_NUM_THREADS. Without an environment of its
-    own an actor gets a process that Ray has ready: on a GPU, where threads do not matter, that saves a start.
+    Ray gives a process with num_cpus < 2 a single OpenMP thread, hence OMP_NUM_THREADS where it is to have more.
+    Without an environment of its own an actor gets a process that Ray has ready, which saves a start.
     The scheduling strategy is named because the default is the creator's placement group, where that captures child
     tasks: its bundles have no room for a worker, which would stay pending.
     """
@@ -56,7 +56,8 @@ def worker_options(config: Config, app_name: str, worker_id: str, *, detached: b
         options["memory"] = memory
     if others:
         options["resources"] = others
-    environment = {} if uses_cuda(config) else {"OMP_NUM_THREADS": str(config.num_threads)}
+    has_one_thread = config.num_threads == 1 and config.worker_num_cpus < 2
+    environment = {} if has_one_thread or uses_cuda(config) else {"OMP_NUM_THREADS": str(config.num_threads)}
     environment |= {name: value.replace("{worker_id}", worker_id) for name, value in config.worker_env.items()}
     if environment:
         options["runtime_env"] = {"env_vars": environment}

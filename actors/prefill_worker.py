@@ -11,9 +11,11 @@ import logging
 from collections import defaultdict
 from collections.abc import Coroutine, Hashable, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pdray.actors.sent import Sent
 from pdray.actors.worker import Worker
 from pdray.config import Config
 from pdray.control.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
@@ -27,7 +29,7 @@ from pdray.wire.dial import connect
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.peers import PeerName, Role
-from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, Ping, Pong, PrefillRequest
+from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, LeaseConfirmed, Ping, Pong, PrefillRequest
 from pdray.wire.put_messages import AbortPut, BeginPutReply, ChannelMessage
 from pdray.wire.session import Session
 
@@ -52,6 +54,7 @@ class PrefillWorker(Worker):
         # By decode worker: what is opened or closed there is so one after the other.
         self._links: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._held: dict[LegKey, list[LayerGroupReady]] = {}
+        self._sent: defaultdict[str, Sent] = defaultdict(Sent)  # by decode worker, over all epochs
 
     async def stop(self) -> None:
         await super().stop()
@@ -130,6 +133,7 @@ class PrefillWorker(Worker):
         return await super().describe() | {
             "channels": {peer: channel.kind for peer, channel in self._channels.items()},
             "passed_over": {peer: self._passed_over[peer] for peer in self._channels},
+            "sent": {peer: asdict(sent) for peer, sent in self._sent.items()},
         }
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
@@ -152,6 +156,8 @@ class PrefillWorker(Worker):
             case PrefillRequest():
                 channel = self._channels.get(message.decode_worker_id or "")
                 self._perform(self.ledger.request(peer, message, None if channel is None else channel.epoch))
+            case LeaseConfirmed():
+                self._perform(self.ledger.lease_confirmed(message.key, message.num_cached_tokens))
             case CancelPrefill():
                 self._perform(self.ledger.cancel(message.key))
             case Ping():
@@ -262,11 +268,15 @@ class PrefillWorker(Worker):
             return
         put = Put(key, ready.layers, source, first, ready.ready)
         self.ledger.put_issued(key)
-        future = self._channels[leg.decode_worker_id].put(put)
-        future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._on_put_done, key, done))
+        peer = leg.decode_worker_id
+        future = self._channels[peer].put(put)
+        future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._on_put_done, key, peer, done))
 
-    def _on_put_done(self, key: LegKey, done: Future[PutResult]) -> None:
+    def _on_put_done(self, key: LegKey, peer: str, done: Future[PutResult]) -> None:
         error = done.exception()
-        if error is None and self.metrics is not None:
-            self.metrics.on_transfer(done.result().num_bytes, done.result().seconds)
+        if error is None:
+            result = done.result()
+            self._sent[peer].add(result.num_bytes, result.seconds)
+            if self.metrics is not None:
+                self.metrics.on_transfer(result.num_bytes, result.seconds)
         self._perform(self.ledger.put_completed(key, None if error is None else str(error)))

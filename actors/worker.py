@@ -54,8 +54,11 @@ logger = logging.getLogger(__name__)
 SETTLE_S = 0.2
 TELL_TIMEOUT_S = 0.5  # for routers to acknowledge the last message; one that does not may lose it
 TELL_POLL_S = 0.01
-LONG_STEP_S = 2e-3  # the host's part of the next one takes a quarter of it
-TELL_FIRST_TIMEOUT_S = 1e-3  # a loop that is longer at it has other things to do
+# A loop that is longer at telling of first tokens has other things to do. Of a step: the device has the next one
+# already, and the host needs the rest of it to launch the one after that.
+TELL_FIRST_TIMEOUT_S = 1e-3
+TELL_FIRST_SHARE = 0.25
+TELL_FIRST_MIN_S = 1e-4  # less is not worth a switch of threads
 SWITCH_INTERVAL_S = 20e-6  # Python's default of 5 ms would be added to every launch beside a busy event loop
 
 
@@ -261,10 +264,12 @@ class Worker(ABC):
     def _updates_from_engine(self, updates: list[RequestUpdate]) -> None:
         """First tokens of legs that came from elsewhere leave before the next step is planned.
 
-        Planning would hold Python's lock. If steps are long the device has enough to do: one was launched before this
-        one was read.
+        Planning would hold Python's lock, and the device has something to do: a step was launched before this one was
+        read.
         """
-        if not any((update.first_decode_step or 0.0) >= LONG_STEP_S for update in updates):
+        step_s = max((update.first_decode_step or 0.0 for update in updates), default=0.0)
+        limit_s = min(TELL_FIRST_TIMEOUT_S, TELL_FIRST_SHARE * step_s)
+        if limit_s < TELL_FIRST_MIN_S:
             self._loop.call_soon_threadsafe(self._on_updates, updates)
             return
         told = threading.Event()
@@ -276,7 +281,7 @@ class Worker(ABC):
                 told.set()
 
         self._loop.call_soon_threadsafe(tell)
-        told.wait(TELL_FIRST_TIMEOUT_S)
+        told.wait(limit_s)
 
     def _layer_group_from_engine(self, ready: LayerGroupReady) -> None:
         self._loop.call_soon_threadsafe(self._on_layer_group, ready)

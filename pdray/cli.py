@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--replace", action="store_true", help="replace pdray's application of that name, if there is one"
     )
+    serve.add_argument("--num-routers", type=int, default=1, help="processes that answer HTTP requests (default: 1)")
     _add_address(serve, "Ray cluster to join; `local` starts one; default: a running one, else start one")
     add_config_arguments(serve)
     add_vllm_flags(serve)
@@ -96,6 +97,7 @@ def _add_address(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     from pdray.bench import handover, kernels, offline, serve, transfer
+    from pdray.bench.shapes import command as shapes
 
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     online_parser = kinds.add_parser("serve", help="load a running OpenAI-compatible server")
@@ -113,14 +115,27 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     handover_parser = kinds.add_parser("handover", help="what it costs an answer that its prompt ran on another device")
     handover.add_arguments(handover_parser)
     handover_parser.set_defaults(run=handover.main)
+    shapes_parser = kinds.add_parser("shapes", help="the same load on several arrangements of workers")
+    shapes.add_arguments(shapes_parser)
+    shapes_parser.set_defaults(run=shapes.main)
 
 
 def _serve(args: argparse.Namespace) -> int:
     check_vllm_flags(args)
     config = config_from_args(args)
+    if args.num_routers < 1:
+        raise ConfigError(f"--num-routers {args.num_routers} must be at least 1")
     with interrupts_end_the_process():
         from pdray.serve_command import serve
-    return serve(config, name=args.name, host=args.host, port=args.port, address=args.address, replace=args.replace)
+    return serve(
+        config,
+        name=args.name,
+        host=args.host,
+        port=args.port,
+        address=args.address,
+        replace=args.replace,
+        num_routers=args.num_routers,
+    )
 
 
 def _status(args: argparse.Namespace) -> int:

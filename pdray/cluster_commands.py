@@ -111,12 +111,14 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
 
 
 def _channel_lines(worker: dict[str, Any]) -> list[str]:
-    """Which kind of channel each pair has, and why not a faster one."""
+    """Which kind of channel each pair has, why not a faster one, and what it has sent."""
     lines = []
     for peer, kind in worker.get("channels", {}).items():
         reasons = worker.get("passed_over", {}).get(peer, {})
         faster = f" (not {'; not '.join(f'{name}: {why}' for name, why in reasons.items())})" if reasons else ""
-        lines.append(f"channel {worker['worker_id']} to {peer}: {kind}{faster}")
+        sent = worker.get("sent", {}).get(peer)
+        so_far = f", {sent['num_bytes'] / 1e6:.1f} MB in {sent['num_puts']} puts" if sent else ""
+        lines.append(f"channel {worker['worker_id']} to {peer}: {kind}{faster}{so_far}")
     return lines
 
 

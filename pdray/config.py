@@ -26,6 +26,7 @@ VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
 GPU_MAX_NUM_SEQS = 256
 GPU_MAX_NUM_BATCHED_TOKENS = 8192
 GPU_STEP_TIMEOUT_S = 60.0
+OFFLINE_TARGET_TPOT_MS = 0.0  # where nobody reads along, and what counts is when the last token comes
 
 Names = Annotated[list[str], Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -84,7 +85,16 @@ class Config(BaseModel):
     )
     max_num_seqs: Positive = Field(64, description="sequences in one decode batch; on a GPU by default 256")
     max_num_batched_tokens: Positive = Field(
-        2048, description="token budget of one forward pass; on a GPU by default 8192"
+        2048,
+        description="most tokens of one forward pass; on a GPU by default 8192. Beside streams it is fewer: see "
+        "target_tpot_ms",
+    )
+    target_tpot_ms: float | None = Field(
+        None,
+        ge=0,
+        description="what a step beside streams may take when it computes prompts too, unless those wait for over a "
+        "second; default: 1.5 times what it takes without them, up to 4.5 times while much is queued, and in pdray.LLM "
+        "0: whatever max_num_batched_tokens take, for throughput",
     )
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = Field(
@@ -119,10 +129,11 @@ class Config(BaseModel):
         description="layers pushed together, at most, while the next ones compute; on a GPU few where they hold much"
         " KV, and all together for a short prompt",
     )
-    transfer_staging_bytes: Positive = Field(
-        128 * 1024 * 1024,
-        description="GPU memory for blocks on their way, for each nccl channel of a prefill worker"
-        " and for each decode worker",
+    transfer_staging_bytes: Positive | None = Field(
+        None,
+        description="GPU memory for blocks on their way, for each nccl channel of a prefill worker and for each decode"
+        " worker; default: a 64th of the GPU's memory for all of a worker's together, each 128 to 512 MiB, because NCCL"
+        " reaches the link's rate only with large pieces, of which four must fit",
     )
     worker_env: dict[str, str] = Field(
         {}, description="environment of the workers' processes, e.g. NCCL's; {worker_id} stands for each one's name"

@@ -8,23 +8,27 @@ import logging
 import sys
 import uuid
 from collections.abc import Coroutine, Sequence
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import msgspec
 from tqdm import tqdm
 
 from pdray.actors.client import CoordinatorClient
 from pdray.background import start_thread
-from pdray.config import Config
+from pdray.config import OFFLINE_TARGET_TPOT_MS, Config
 from pdray.errors import ConfigError, InvalidRequestError, NoWorkerError, PdrayError
+from pdray.event_loop import new_event_loop
 from pdray.models import load_tokenizer
-from pdray.models.generation_config import load_sampling_defaults
+from pdray.models.generation_config import SamplingDefaults, load_sampling_defaults
 from pdray.outputs import RequestOutput
 from pdray.ray_hold import hold_ray
 from pdray.router.chat_template import ChatOptions, ChatTemplate
 from pdray.router.conversation import parse_messages
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,19 @@ Prompt = str | list[int] | dict[str, Any]
 
 CONNECT_TIMEOUT_S = 30.0
 OFFLINE_QUEUE_WAIT_S = 7 * 24 * 3600.0  # a batch job waits its turn; admission control is for servers
+
+
+class _Texts(NamedTuple):
+    """What this process needs for texts. Takes seconds to load, in which Ray and the workers start."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    sampling_defaults: SamplingDefaults
+    chat_template: ChatTemplate
+
+    @classmethod
+    def load(cls, config: Config) -> Self:
+        tokenizer = load_tokenizer(config)
+        return cls(tokenizer, load_sampling_defaults(config), ChatTemplate(tokenizer))
 
 
 class LLM:
@@ -62,31 +79,37 @@ class LLM:
         if model is not None:
             config["model"] = model
         config.setdefault("max_queue_wait_s", OFFLINE_QUEUE_WAIT_S)
+        config.setdefault("target_tpot_ms", OFFLINE_TARGET_TPOT_MS)
         try:
             self.config = Config(**config).with_absolute_paths()
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._ray = hold_ray(ray_address)
-        self._loop = asyncio.new_event_loop()
         self._failure: BaseException | None = None  # of the router's thread
         self._pending: set[concurrent.futures.Future[Any]] = set()
-        self._thread = start_thread("pdray-router", self._loop.run_forever, self._thread_failed)
         self._closed = False
         self._coordinator: CoordinatorClient | None = None
         self._router: Router | None = None
-        try:
-            self.tokenizer = load_tokenizer(self.config)
-            self._sampling_defaults = load_sampling_defaults(self.config)
-            self._chat_template = ChatTemplate(self.tokenizer)
-            self._run(self._start())
-        except BaseException:
-            self.shutdown()
-            raise
+        with concurrent.futures.ThreadPoolExecutor(1, "pdray-texts") as beside:
+            texts = beside.submit(_Texts.load, self.config)
+            self._ray = hold_ray(ray_address)
+            self._loop = new_event_loop()
+            self._thread = start_thread("pdray-router", self._loop.run_forever, self._thread_failed)
+            try:
+                self._run(self._start(texts))
+            except BaseException:
+                self.shutdown()
+                raise
 
-    async def _start(self) -> None:
+    async def _start(self, texts: concurrent.futures.Future[_Texts]) -> None:
         app_name = f"llm-{uuid.uuid4().hex[:8]}"
         self._coordinator = await CoordinatorClient.open(self.config, app_name, detached=False)
-        await self._coordinator.wait_ready(self.config.start_timeout_s)
+        ready = asyncio.ensure_future(self._coordinator.wait_ready(self.config.start_timeout_s))
+        try:
+            loaded = await asyncio.wrap_future(texts)
+            self.tokenizer, self._sampling_defaults, self._chat_template = loaded
+            await ready
+        finally:
+            ready.cancel()
         # A batch job waits its turn: _generate_all() bounds what waits, and nothing is refused.
         self._router = Router(
             self.config.model_copy(update={"max_queue_size": sys.maxsize}),

@@ -7,7 +7,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -127,14 +127,41 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def options_of(values: Mapping[str, Any]) -> list[str]:
+    """The options that set these fields of Config: what config_values() makes of them is the same again."""
+    options = []
+    for field, value in values.items():
+        name = option_name(field)
+        if isinstance(value, bool):
+            options.append(name if value else f"--no-{name.removeprefix('--')}")
+        elif isinstance(value, Mapping):
+            options += [name, *(f"{key}={each}" for key, each in value.items())]
+        elif isinstance(value, list):
+            options.append(f"{name}={json.dumps(value)}")
+        elif value is None:
+            options.append(f"{name}=auto")
+        else:
+            options.append(f"{name}={value}")
+    return options
+
+
 def config_from_args(args: argparse.Namespace) -> Config:
     """The configuration that the options describe.
 
     Raises:
         ConfigError: a value out of range; the text names the option.
     """
+    return config_from_values(config_values(args))
+
+
+def config_from_values(values: Mapping[str, Any]) -> Config:
+    """The configuration with these fields.
+
+    Raises:
+        ConfigError: a value out of range; the text names the option.
+    """
     try:
-        return Config(**config_values(args))
+        return Config(**values)
     except ValidationError as error:
         lines = []
         for problem in error.errors():

@@ -95,7 +95,7 @@ class RequestTimings:
     """
 
     queue: float | None = None  # arrival at the router until a lease is asked for
-    lease_wait: float | None = None  # asked for until granted
+    lease_wait: float | None = None  # asked for until granted, as far as nothing was computed meanwhile
     prefill_queue: float | None = None  # at the prefill worker, received until first scheduled
     prefill: float | None = None  # first scheduled until the first token is sampled
     ttft: float | None = None  # arrival until the first token is at the router

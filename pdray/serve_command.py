@@ -33,7 +33,16 @@ DELETE_TIMEOUT_S = 60.0
 ROUTE_PREFIX = "/"
 
 
-def serve(config: Config, *, name: str, host: str, port: int, address: str | None, replace: bool = False) -> int:
+def serve(
+    config: Config,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    address: str | None,
+    replace: bool = False,
+    num_routers: int = 1,
+) -> int:
     """Deploy the application, wait until it answers, and keep it until Ctrl-C or SIGTERM.
 
     Ends everything that it started: the application, and Ray if it was not running before. Returns 1 if the
@@ -42,6 +51,7 @@ def serve(config: Config, *, name: str, host: str, port: int, address: str | Non
 
     Args:
         replace: take the place of an application of pdray's with the same name.
+        num_routers: replicas that answer HTTP requests, each with a queue of its own.
 
     Raises:
         PdrayError: the port, the name or the route is taken, the deployment failed, or was not ready within
@@ -49,7 +59,7 @@ def serve(config: Config, *, name: str, host: str, port: int, address: str | Non
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = config.with_absolute_paths()
-    deployment = Deployment(name)
+    deployment = Deployment(name, num_routers)
     owns_ray, cluster = False, None
     try:
         owns_ray = join_or_start(address, shared=True, before_start=lambda: require_port(host, port))
@@ -123,8 +133,9 @@ def _end(deployment: Deployment, cluster: str | None) -> None:
 class Deployment:
     """An application deployed by this process, told apart from others of the same name."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, num_routers: int = 1) -> None:
         self.name = name
+        self.num_routers = num_routers
         self.id = uuid.uuid4().hex
         self._former: str | None = None  # whose it was before
 
@@ -138,7 +149,8 @@ class Deployment:
 
         former = applications().get(self.name)
         self._former = None if former is None else former.deployed_by
-        target = ray_serve.RunTarget(build(config, deployed_by=self.id), name=self.name, route_prefix=ROUTE_PREFIX)
+        application = build(config, deployed_by=self.id, num_routers=self.num_routers)
+        target = ray_serve.RunTarget(application, name=self.name, route_prefix=ROUTE_PREFIX)
         try:
             ray_serve.run_many(
                 [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False

@@ -143,7 +143,18 @@ def test_bad_sampling_value_is_named() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", "generate", "status", "stop", "wait", "bench serve", "bench offline", "bench transfer", "bench handover"],
+    [
+        "serve",
+        "generate",
+        "status",
+        "stop",
+        "wait",
+        "bench serve",
+        "bench offline",
+        "bench transfer",
+        "bench handover",
+        "bench shapes",
+    ],
 )
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
@@ -154,6 +165,7 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
 
 def test_wrong_option_value_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--max-num-seqs", "0"]) == 2
+    assert cli.main(["serve", "--num-routers", "0"]) == 2
     assert "pdray serve: --max-num-seqs" in capsys.readouterr().err
 
 
@@ -385,8 +397,9 @@ def test_status_table() -> None:
 def test_status_says_which_channel_a_pair_has_and_why() -> None:
     worker = {"worker_id": "prefill-0", "channels": {"decode-0": "cuda_ipc", "decode-1": "object_store"}}
     worker["passed_over"] = {"decode-0": {}, "decode-1": {"cuda_ipc": "different machines", "nccl": "no NCCL"}}
+    worker["sent"] = {"decode-0": {"num_puts": 3, "num_bytes": 4_500_000, "seconds": 0.2}}
     lines = format_status([{"name": "pdray", "workers": [worker]}]).splitlines()
-    assert "channel prefill-0 to decode-0: cuda_ipc" in lines
+    assert "channel prefill-0 to decode-0: cuda_ipc, 4.5 MB in 3 puts" in lines
     assert lines[-1] == (
         "channel prefill-0 to decode-1: object_store (not cuda_ipc: different machines; not nccl: no NCCL)"
     )

@@ -232,6 +232,14 @@ def test_a_replaced_application_answers_until_the_new_one_runs(cluster: Cluster)
         deployment.why_not_running()
 
 
+def test_as_many_routers_as_wanted(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets: list[Any] = []
+    monkeypatch.setattr(serve_command.ray_serve, "run_many", lambda given, **_: targets.extend(given))
+    Deployment("pdray").deploy(Config())
+    Deployment("pdray", 3).deploy(Config())
+    assert [target.target._bound_deployment.num_replicas for target in targets] == [1, 3]
+
+
 TRACEBACK = """Deploying app 'pdray' failed with exception:
 Traceback (most recent call last):
   File "/ray/serve/application_state.py", line 1, in build

@@ -4,6 +4,8 @@ One request at a time on an idle system, for each prompt length: first colocated
 The first gap (first token to the second) less a normal step is the price; TTFT must not change. The columns from there
 on say where the first gap went: `transfer wait` from the first token's sampling until the decode batch is joined, and
 the first decode step. Medians; the warm-up requests do not count. Every answer must be the colocated one's.
+
+With --beside also the steps of other answers, while prompts of that length are handed over; see beside.py.
 """
 
 from __future__ import annotations
@@ -19,18 +21,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pdray.bench.beside import HEADER as BESIDE_HEADER
+from pdray.bench.beside import Beside, Decode, format_beside, measure_beside
 from pdray.config import Config
+from pdray.engine.step.times import Spread
 from pdray.errors import ConfigError
 from pdray.options import add_config_arguments, config_from_args
 from pdray.outputs import RequestOutput
 from pdray.sampling_params import SamplingParams
 from pdray.transfer.registry import KINDS
+from pdray.wire.peers import Role
 
 COLOCATED = "colocated"
 NUM_WARM_UPS = 2
 
 # Answers a prompt with so many tokens.
 Ask = Callable[[list[int], int], RequestOutput]
+
+
+class Served(NamedTuple):
+    """One way. decode: see beside.py."""
+
+    name: str
+    ask: Ask
+    decode: Decode
 
 
 class Row(NamedTuple):
@@ -90,6 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output-len", type=int, default=33, help="output tokens (default: 33)")
     parser.add_argument("--repeat", type=int, default=10, help="requests that count, for each length (default: 10)")
+    parser.add_argument(
+        "--beside", type=int, metavar="TOKENS", help="also measure decode steps beside prompts of so many tokens"
+    )
     parser.add_argument("--save-result", type=Path, metavar="FILE", help="write the rows as JSON")
     add_config_arguments(parser)
 
@@ -98,21 +115,30 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print a table, save it; 1 if an answer was not the colocated one's."""
     if args.output_len < 3 or args.repeat < 1 or min(args.input_len) < 1:
         raise ConfigError("--output-len must be at least 3, --repeat and --input-len at least 1")
+    if args.beside is not None and args.beside < 1:
+        raise ConfigError("--beside must be at least 1")
     config = config_from_args(args)
     rows: list[Row] = []
+    beside: list[Beside] = []
     expected: dict[int, list[list[int]]] = {}
     print(HEADER, flush=True)
     for channel in (None, *args.channels):
         settings = config.model_dump(exclude_unset=True) | (
             {"mode": "colocated"} if channel is None else {"mode": "disaggregated", "channel": channel}
         )
-        with make_ask(Config(**settings)) as (name, ask):
+        with serve(Config(**settings)) as served:
             for input_len in args.input_len:
-                rows.append(measure(name, ask, input_len, args, expected))
+                rows.append(measure(served.name, served.ask, input_len, args, expected))
                 print(format_row(rows[-1]), flush=True)
+            if args.beside is not None:
+                one = measure(served.name, served.ask, args.beside, args, expected)
+                beside.append(measure_beside(served.name, served.decode, args.beside, one.ttft, one.step))
         gc.collect()
+    if beside:
+        print(BESIDE_HEADER, *map(format_beside, beside), sep="\n", flush=True)
     if args.save_result:
-        args.save_result.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        results = [row._asdict() for row in rows] + [row._asdict() for row in beside]
+        args.save_result.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if all(len(set(row.same_answers.split("/"))) == 1 for row in rows) else 1
 
 
@@ -142,8 +168,8 @@ def _median(values: list[float | None]) -> float | None:
 
 
 @contextlib.contextmanager
-def make_ask(config: Config) -> Iterator[tuple[str, Ask]]:
-    """pdray.LLM in the configured mode, on a Ray cluster that it joins or starts; and its channel's name."""
+def serve(config: Config) -> Iterator[Served]:
+    """pdray.LLM in the configured mode, on a Ray cluster that it joins or starts."""
     from pdray.llm import LLM
 
     with LLM(**config.model_dump(exclude_unset=True)) as llm:
@@ -152,7 +178,12 @@ def make_ask(config: Config) -> Iterator[tuple[str, Ask]]:
             params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
             return llm.generate([prompt], params, use_tqdm=False)[0]
 
-        yield name_of(llm.status()["workers"]), ask
+        def decode(prompts: list[list[int]], params: list[SamplingParams]) -> Spread:
+            llm.generate(prompts, params, use_tqdm=False)
+            worker = next(worker for worker in llm.status()["workers"] if worker["role"] != Role.PREFILL)
+            return Spread(**worker["step_ms"]["step"])
+
+        yield Served(name_of(llm.status()["workers"]), ask, decode)
 
 
 def name_of(workers: list[dict[str, Any]]) -> str:

@@ -21,13 +21,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pdray.bench import mixed
 from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, Timed, measure_rows
-from pdray.bench.ways import Generate, Generation, make_engine, make_llm, make_transformers
-from pdray.config import Config
+from pdray.bench.ways import Generate, Generation, Way, make_engine, make_llm, make_transformers
+from pdray.config import OFFLINE_TARGET_TPOT_MS, Config
 from pdray.errors import ConfigError
 from pdray.models.model_config import ModelConfig
 from pdray.options import add_config_arguments, config_from_args
 from pdray.sampling_params import SamplingParams
+
+MIXED = "mixed"  # the row of pdray.bench.mixed
 
 
 class OfflineRow(NamedTuple):
@@ -55,10 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows",
         nargs="+",
-        choices=[*WORKLOADS, "all"],
+        choices=[*WORKLOADS, MIXED, "all"],
         metavar="NAME",
-        help=f"all, or some of: {', '.join(WORKLOADS)}",
+        help=f"all, or some of: {', '.join(WORKLOADS)}, {MIXED}",
     )
+    parser.add_argument(
+        "--request-rate", type=float, nargs="+", default=[7.0, 11.0], help=f"of {MIXED}, each second (default: 7 11)"
+    )
+    parser.add_argument("--mixed-seconds", type=float, default=20.0, help=f"of {MIXED} at each rate (default: 20)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="prompts at once (default: 1 8)")
     parser.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: 128)")
     parser.add_argument("--output-len", type=int, default=64, help="output tokens (default: 64)")
@@ -100,6 +107,7 @@ def run(config: Config, args: argparse.Namespace) -> list[OfflineRow]:
 
     torch.set_num_threads(config.num_threads)
     vocab_size = load_model_config(config).vocab_size
+    makers: dict[str, Callable[[Config], contextlib.AbstractContextManager[Generate]]]
     makers = {"engine": make_engine, "transformers": make_transformers, "llm": make_llm}
     with contextlib.ExitStack() as stack:
         ways: dict[str, Generate] = {}
@@ -109,33 +117,48 @@ def run(config: Config, args: argparse.Namespace) -> list[OfflineRow]:
         return [row for batch_size in args.batch_size for row in measure(ways, batch_size, vocab_size, args)]
 
 
-def run_rows(config: Config, args: argparse.Namespace) -> list[Measured]:
+def run_rows(config: Config, args: argparse.Namespace) -> list[Measured | mixed.MixedMeasured]:
     """The named workloads, one way after the other: two do not fit one GPU. Also how long each took to start."""
     from pdray.models import load_model_config
 
     model = load_model_config(config)
-    names = list(WORKLOADS) if "all" in args.rows else args.rows
-    print(HEADER)
-    rows = []
-    for way, make in {"engine": make_engine, "llm": make_llm}.items():
+    makers = {"engine": make_engine, "llm": make_llm}
+    rows: list[Measured | mixed.MixedMeasured] = []
+    for way, make in makers.items():
         if getattr(args, way):
-            rows += _rows_of(way, make, config, names, model, args.repeat)
+            rows += _rows_of(way, make, config, model, args)
             gc.collect()  # the engine's memory is needed for the next way's
     return rows
 
 
 def _rows_of(
     way: str,
-    make: Callable[[Config], contextlib.AbstractContextManager[Generate]],
+    make: Callable[[Config], contextlib.AbstractContextManager[Way]],
     config: Config,
-    names: list[str],
     model: ModelConfig,
-    repeat: int,
-) -> list[Measured]:
-    started = time.perf_counter()
-    with make(config) as generate:
-        print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | | | | |")
-        return measure_rows(names, {way: lambda requests: time_requests(generate, requests)}, model, repeat)
+    args: argparse.Namespace,
+) -> list[Measured | mixed.MixedMeasured]:
+    names = list(WORKLOADS) if "all" in args.rows else [name for name in args.rows if name != MIXED]
+    rows: list[Measured | mixed.MixedMeasured] = []
+    if names:
+        started = time.perf_counter()
+        print(HEADER)
+        with make(with_target(config, OFFLINE_TARGET_TPOT_MS)) as generate:
+            print(f"| start | {way} | {time.perf_counter() - started:.1f} | s | | | | | |")
+            rows += measure_rows(names, {way: lambda requests: time_requests(generate, requests)}, model, args.repeat)
+        gc.collect()
+    if not {MIXED, "all"}.isdisjoint(args.rows):
+        print(f"\n{mixed.HEADER}")
+        with make(with_target(config, None)) as served:
+            for rate in args.request_rate:
+                rows.append(mixed.measure_mixed(way, served.play, model.vocab_size, rate, args.mixed_seconds))
+    return rows
+
+
+def with_target(config: Config, target_tpot_ms: float | None) -> Config:
+    """A copy with this target, unless the configuration gives one."""
+    given = "target_tpot_ms" in config.model_fields_set
+    return config if given else config.model_copy(update={"target_tpot_ms": target_tpot_ms})
 
 
 def time_requests(generate: Generate, requests: Requests) -> Timed:

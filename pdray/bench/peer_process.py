@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pdray.errors import PdrayError
+from pdray.event_loop import new_event_loop
 
 CALL_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 10.0
@@ -93,7 +94,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _serve(pipe: Connection, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    asyncio.run(_answer(pipe, factory, args))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_answer(pipe, factory, args))
 
 
 async def _answer(pipe: Connection, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:

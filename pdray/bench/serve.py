@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
-from tqdm import tqdm
 
-from pdray.bench.client import authorization, send_request
+from pdray.bench.client import send_request
+from pdray.bench.sending import Target, new_session, send_from_here, send_from_processes
 from pdray.bench.serving_metrics import RequestRecord, calculate_metrics, format_metrics, parse_goodput
 from pdray.bench.sweep import run_sweep
 from pdray.bench.timings import breakdown_table, mean_timings
@@ -49,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--request-rate", type=float, default=float("inf"), help="requests per second; inf: all at once")
     load.add_argument("--burstiness", type=float, default=1.0, help="1 is Poisson, less is burstier, more is steadier")
     load.add_argument("--max-concurrency", type=int, help="requests in flight at most; others wait at the client")
+    load.add_argument(
+        "--num-client-processes",
+        type=int,
+        default=1,
+        help="processes that send, in turn; more where one would be late (default: 1)",
+    )
     load.add_argument("--seed", type=int, default=0, help="of arrivals, lengths and prompts")
     load.add_argument("--ignore-eos", action="store_true", help="let every answer have its full length")
     load.add_argument("--request-timeout", type=float, default=6 * 3600.0, help="seconds for one request")
@@ -106,24 +110,22 @@ async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[RequestRec
     """
     goodput = parse_goodput(args.goodput)
     workload = build_workload(args)
+    num_processes = _num_client_processes(args)
     base_url = args.base_url.rstrip("/")
-    timeout = aiohttp.ClientTimeout(total=args.request_timeout)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(
-        headers=authorization(), timeout=timeout, connector=connector, read_bufsize=2**18
-    ) as session:
+    async with new_session(args.request_timeout) as session:
         model = args.model or await _first_model(session, base_url)
         url = base_url + args.endpoint
         trial = await send_request(session, url, model, workload.requests[0], ignore_eos=args.ignore_eos)
         if trial.outcome != "ok":
             raise PdrayError(f"{url} did not complete the first request, so none was timed: {trial.error}")
-
-        async def send(request: BenchRequest) -> RequestRecord:
-            return await send_request(session, url, model, request, ignore_eos=args.ignore_eos)
-
-        started = time.perf_counter()
-        records = await send_all(workload.requests, send, args.max_concurrency, show_progress=not args.disable_tqdm)
-        duration = time.perf_counter() - started
+    target = Target(url, model, args.ignore_eos, args.request_timeout)
+    if num_processes > 1:
+        sent = await asyncio.to_thread(send_from_processes, workload.requests, target, num_processes)
+    else:
+        sent = await send_from_here(
+            workload.requests, target, args.max_concurrency, show_progress=not args.disable_tqdm
+        )
+    records = sent.records
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model_id": model,
@@ -132,11 +134,12 @@ async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[RequestRec
         "request_rate": args.request_rate if np.isfinite(args.request_rate) else "inf",
         "burstiness": args.burstiness,
         "max_concurrency": args.max_concurrency,
+        "num_client_processes": num_processes,
         "seed": args.seed,
         "ignore_eos": args.ignore_eos,
         "workload": workload.description,
     }
-    result |= calculate_metrics(records, duration, goodput)
+    result |= calculate_metrics(records, sent.duration_s, goodput)
     result["server_timings_mean_s"] = mean_timings([record.timings for record in records if record.timings])
     return result, records
 
@@ -188,36 +191,16 @@ def _trace_workload(args: argparse.Namespace, token_ids: range) -> ServingWorklo
     return ServingWorkload(trace_requests(capped.rows, token_ids, args.seed), description)
 
 
-async def send_all(
-    requests: list[BenchRequest],
-    send: Callable[[BenchRequest], Any],
-    max_concurrency: int | None = None,
-    *,
-    show_progress: bool = False,
-) -> list[RequestRecord]:
-    """Send each request at its arrival time, or later if max_concurrency are in flight.
-
-    Records come in the order of the requests.
-    """
-    places = asyncio.Semaphore(max_concurrency or len(requests))
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-
-    async def send_one(request: BenchRequest, progress: tqdm[Any]) -> RequestRecord:
-        async with places:
-            record: RequestRecord = await send(request)
-        progress.update(1)
-        return record
-
-    tasks = []
-    with tqdm(total=len(requests), disable=not show_progress, dynamic_ncols=True) as progress:
-        async with asyncio.TaskGroup() as group:
-            for request in requests:
-                delay = started + request.arrival_s - loop.time()
-                if delay > 0:
-                    await asyncio.sleep(delay)
-                tasks.append(group.create_task(send_one(request, progress)))
-    return [task.result() for task in tasks]
+def _num_client_processes(args: argparse.Namespace) -> int:
+    num_processes: int = args.num_client_processes
+    if num_processes < 1:
+        raise ConfigError(f"--num-client-processes {num_processes} must be at least 1")
+    if num_processes > 1 and args.max_concurrency is not None:
+        raise ConfigError(
+            f"--max-concurrency {args.max_concurrency} counts the requests of one process: leave it out, or leave out "
+            f"--num-client-processes {num_processes}"
+        )
+    return num_processes
 
 
 async def _first_model(session: aiohttp.ClientSession, base_url: str) -> str:

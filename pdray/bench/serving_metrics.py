@@ -33,6 +33,7 @@ class RequestRecord:
         status: HTTP status; None if there was no answer.
         output_len: completion tokens from the server's usage, or the number of chunks if it sent none.
         timings: the server's own breakdown, in seconds by part; empty if it sent none.
+        lateness: from its arrival time until it was sent: a client that cannot keep up, or has reached max_concurrency.
     """
 
     prompt_len: int
@@ -45,6 +46,7 @@ class RequestRecord:
     itls: list[float] = field(default_factory=list)
     e2el: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
+    lateness: float = 0.0
 
     @property
     def tpot(self) -> float | None:
@@ -92,6 +94,9 @@ def calculate_metrics(
         "completed": len(done),
         "rejected": sum(record.outcome == "rejected" for record in records),
         "failed": sum(record.outcome == "failed" for record in records),
+        "p99_lateness_ms": 1000 * float(np.percentile([record.lateness for record in records], 99))
+        if records
+        else None,
         "errors": dict(Counter(record.error for record in records if record.outcome != "ok").most_common(10)),
         "total_input_tokens": total_input,
         "total_output_tokens": total_output,
@@ -101,20 +106,20 @@ def calculate_metrics(
         "request_goodput": None,
     }
     if goodput:
-        result["request_goodput"] = sum(_meets(record, goodput) for record in done) / duration_s
+        result["request_goodput"] = sum(meets(record, goodput) for record in done) / duration_s
     for name, seconds in samples.items():
-        result |= _distribution(name, seconds)
+        result |= distribution(name, seconds)
     return result
 
 
-def _meets(record: RequestRecord, goodput: dict[str, float]) -> bool:
-    """vLLM counts the TPOT of a single-token answer as 0."""
+def meets(record: RequestRecord, goodput: dict[str, float]) -> bool:
+    """Whether an answer is within the limits. vLLM counts the TPOT of a single-token answer as 0."""
     values = {"ttft": record.ttft, "tpot": record.tpot or 0.0, "e2el": record.e2el}
     return all(values[name] <= limit for name, limit in goodput.items())
 
 
-def _distribution(name: str, seconds: list[float]) -> dict[str, float | None]:
-    """Mean, median and percentiles; None where nothing was measured."""
+def distribution(name: str, seconds: list[float]) -> dict[str, float | None]:
+    """Mean, median and percentiles in milliseconds; None where nothing was measured."""
     milliseconds = np.asarray(seconds) * 1000
     keys = [f"mean_{name}_ms", f"std_{name}_ms", f"median_{name}_ms", *(f"p{p}_{name}_ms" for p in PERCENTILES)]
     if not len(milliseconds):

@@ -26,6 +26,7 @@ from pdray.bench.peer_process import PeerProcess
 from pdray.errors import ConfigError, PdrayError
 
 if TYPE_CHECKING:
+    from pdray.bench.sender_death import Death
     from pdray.bench.transfer_peers import PoolSpec, Rate
 
 MIB = 2**20
@@ -76,13 +77,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-layers", type=int, default=8, help="layers of a put (default: 8)")
     parser.add_argument("--window", type=int, default=8, help="puts at once, for the rate (default: 8)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (default: 1)")
-    parser.add_argument("--staging-mib", type=int, default=128, help="transfer_staging_bytes in MiB (default: 128)")
+    parser.add_argument("--staging-mib", type=int, help="transfer_staging_bytes in MiB (default: as for a worker)")
+    parser.add_argument(
+        "--kill-sender", action="store_true", help="also measure what one sender's death costs another (GPUs)"
+    )
     parser.add_argument("--save-result", type=Path, metavar="FILE", help="write the rows as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print a table, save it; 1 if something arrived wrong."""
-    if min(*args.block_kib, *args.num_blocks, args.num_layers, args.window, args.staging_mib) < 1:
+    staging_mib = 1 if args.staging_mib is None else args.staging_mib
+    if min(*args.block_kib, *args.num_blocks, args.num_layers, args.window, staging_mib) < 1:
         raise ConfigError("--block-kib, --num-blocks, --num-layers, --window and --staging-mib must be at least 1")
     results: list[dict[str, Any]] = []
     for channel in args.channel:
@@ -95,16 +100,30 @@ def main(args: argparse.Namespace) -> int:
                 for num_blocks in args.num_blocks:
                     rows.append(measure(way, block_kib, num_blocks, args))
                     print(format_row(cells(rows[-1])), flush=True)
-        results.append({"way": way.name, "rows": [row._asdict() for row in rows]})
+        result: dict[str, Any] = {"way": way.name, "rows": [row._asdict() for row in rows]}
+        if args.kill_sender:
+            result["death"] = _kill_sender(args, channel)._asdict()
+        results.append(result)
     if args.save_result:
         args.save_result.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if all(row["is_right"] for result in results for row in result["rows"]) else 1
 
 
+def _kill_sender(args: argparse.Namespace, channel: str) -> Death:
+    from pdray.bench.sender_death import VICTIM_BLOCKS, format_death, measure_death
+
+    spec = _spec(args, channel, args.block_kib[-1], VICTIM_BLOCKS)
+    if spec.device != "cuda":
+        raise ConfigError("--kill-sender needs a GPU: the object store has no sender that could hold up others")
+    death = measure_death(spec, three_environments())
+    print(format_death(death), flush=True)
+    return death
+
+
 def measure(way: Way, block_kib: int, num_blocks: int, args: argparse.Namespace) -> TransferRow:
     """Warm up, then latency, then rate, then see what has arrived."""
     rng = random.Random(num_blocks)
-    total = pool_blocks(args)
+    total = pool_blocks(max(args.num_blocks))
     source, destination = (rng.sample(range(1, total), num_blocks) for _ in range(2))
     way.send(source, destination, 0.0, 1)
     latency = way.send(source, destination, args.seconds / 2, 1).latency_s
@@ -130,12 +149,18 @@ def format_row(texts: list[str]) -> str:
     return "".join(f"{text:>{max(9, len(title) + 2)}}" for text, title in zip(texts, TITLES, strict=True))
 
 
-def pool_blocks(args: argparse.Namespace) -> int:
+def pool_blocks(num_blocks: int) -> int:
     """Blocks of each pool: twice the largest put, so that its blocks lie scattered, and the dummy block."""
-    return 2 * max(args.num_blocks) + 1
+    return 2 * num_blocks + 1
 
 
 def _way(args: argparse.Namespace, channel: str, block_kib: int) -> contextlib.AbstractContextManager[Way]:
+    spec = _spec(args, channel, block_kib, max(args.num_blocks))
+    return gpu_way(spec) if spec.device == "cuda" else object_store_way(spec)
+
+
+def _spec(args: argparse.Namespace, channel: str, block_kib: int, num_blocks: int) -> PoolSpec:
+    """Of a pool for puts of so many blocks."""
     import torch
 
     from pdray.bench.transfer_peers import PoolSpec
@@ -143,18 +168,17 @@ def _way(args: argparse.Namespace, channel: str, block_kib: int) -> contextlib.A
     use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch sees no GPU")
-    spec = PoolSpec(
+    return PoolSpec(
         "receiver",
         args.num_layers,
-        pool_blocks(args),
+        pool_blocks(num_blocks),
         1024 * block_kib,
         secrets.token_bytes(32),
-        staging_bytes=args.staging_mib * MIB,
+        staging_bytes=None if args.staging_mib is None else args.staging_mib * MIB,
         timeout_s=10.0,
         device="cuda" if use_cuda else "cpu",
         kind=channel if use_cuda else "object_store",
     )
-    return gpu_way(spec) if use_cuda else object_store_way(spec)
 
 
 def visible_gpus() -> list[str]:
@@ -172,6 +196,14 @@ def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
     if len(gpus) >= 2:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:2]]
     return [{"CUDA_VISIBLE_DEVICES": gpus[0]} | one_gpu_environment(name) for name in ("sender", "receiver")]
+
+
+def three_environments() -> list[dict[str, str]]:
+    """Environments of two senders and a receiver, which has a GPU of its own if there are two."""
+    sender, receiver = peer_environments(visible_gpus())
+    names = [environment.get("NCCL_HOSTID") for environment in (sender, receiver)]
+    other = sender if None in names else sender | {"NCCL_HOSTID": f"{names[0]}-too"}
+    return [sender, other, receiver]
 
 
 @contextlib.contextmanager

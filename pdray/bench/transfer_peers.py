@@ -48,7 +48,7 @@ class PoolSpec(NamedTuple):
     block_bytes: int
     secret: bytes
     kind: str = "nccl"
-    staging_bytes: int = 128 * 1024 * 1024
+    staging_bytes: int | None = None
     timeout_s: float = 2.0
     device: str = "cuda"
 
@@ -60,13 +60,15 @@ class PoolSpec(NamedTuple):
 
 class Rate(NamedTuple):
     """Attributes:
-    num_bytes, seconds: of all puts together. latency_s: median of one put, until its sender knows that it is usable.
+    num_bytes, seconds: of all puts together.
+    latency_s, worst_s: median and maximum of one put, until its sender knows that it is usable.
     """
 
     num_puts: int
     num_bytes: int
     seconds: float
     latency_s: float
+    worst_s: float
 
 
 async def send_puts(
@@ -106,7 +108,8 @@ async def send_puts(
                 on_arrival()
     finally:
         await asyncio.gather(*flying, return_exceptions=True)
-    return Rate(len(latencies), num_bytes, time.monotonic() - started, statistics.median(latencies))
+    took = time.monotonic() - started
+    return Rate(len(latencies), num_bytes, took, statistics.median(latencies), max(latencies))
 
 
 class _Peer:
@@ -156,7 +159,8 @@ class _Peer:
 
 
 class ReceivingPeer(_Peer):
-    """Takes whatever it is sent. Sink and SessionHandler of its own; a Ray actor, for kinds that call one."""
+    """Takes whatever any number of senders send. Sink and SessionHandler of its own; a Ray actor, for kinds that call
+    one."""
 
     role = Role.DECODE
 
@@ -165,7 +169,7 @@ class ReceivingPeer(_Peer):
         self._receiver: Receiver | None = None
         self._server = SessionServer(self.me, spec.secret, self, timeout_s=spec.timeout_s)
         self._destination: list[int] = []
-        self._session: Session | None = None
+        self._sessions: dict[str, Session] = {}
         self.num_received = 0
         self._tasks = BackgroundTasks(lambda error: self.fatal.append(repr(error)))
 
@@ -219,12 +223,12 @@ class ReceivingPeer(_Peer):
 
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         self.num_received += 1
-        if self._session is not None:
-            self._session.send(ChannelMessage(ACKNOWLEDGED, epoch, b""))
+        if worker_id in self._sessions:
+            self._sessions[worker_id].send(ChannelMessage(ACKNOWLEDGED, epoch, b""))
         return True
 
     def on_open(self, session: Session) -> None:
-        self._session = session
+        self._sessions[session.peer.id] = session
 
     def on_message(self, session: Session, message: AnyMessage) -> None:
         assert isinstance(message, ChannelMessage)
@@ -232,6 +236,8 @@ class ReceivingPeer(_Peer):
         self.receiver.on_message(session.peer.id, message.epoch, message.payload, send)
 
     def on_closed(self, session: Session, reason: str) -> None:
+        if self._sessions.get(session.peer.id) is session:
+            del self._sessions[session.peer.id]
         self._tasks.spawn(self.receiver.close_link(session.peer.id))
 
 

@@ -6,8 +6,12 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pdray.bench.mixed import Play
+from pdray.bench.players import play_engine, play_router
+from pdray.bench.rows import Requests
 from pdray.config import Config
 from pdray.engine.step.times import Spread, StepSpread
 from pdray.garbage_collection import quiet_garbage_collection
@@ -32,8 +36,19 @@ class Generation(NamedTuple):
 Generate = Callable[[list[list[int]], list[SamplingParams]], Generation]
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way that can also be sent requests over time. play: see pdray.bench.mixed.Play."""
+
+    generate: Generate
+    play: Play
+
+    def __call__(self, prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
+        return self.generate(prompts, params)
+
+
 @contextlib.contextmanager
-def make_engine(config: Config) -> Iterator[Generate]:
+def make_engine(config: Config) -> Iterator[Way]:
     """The engine, stepped by this thread: no Ray, no HTTP. The garbage collector is as quiet as in a worker."""
     import torch
 
@@ -66,12 +81,15 @@ def make_engine(config: Config) -> Iterator[Generate]:
         assert first_token_s is not None
         return Generation(seconds, first_token_s, answers, engine.step_times())
 
-    yield generate
+    def play(requests: Requests, arrivals: list[float]) -> list[list[float]]:
+        return play_engine(engine, requests, arrivals)
+
+    yield Way(generate, play)
     gc.unfreeze()
     gc.set_threshold(*thresholds)
     if device.type == "cuda":
         torch.cuda.synchronize()
-        del engine, generate
+        del engine, generate, play
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -120,7 +138,7 @@ def make_transformers(config: Config) -> Iterator[Generate]:
 
 
 @contextlib.contextmanager
-def make_llm(config: Config) -> Iterator[Generate]:
+def make_llm(config: Config) -> Iterator[Way]:
     """pdray.LLM in the configured mode, on a Ray cluster that it joins or starts."""
     from pdray.llm import LLM
 
@@ -134,7 +152,11 @@ def make_llm(config: Config) -> Iterator[Generate]:
             answers = [output.outputs[0].token_ids for output in outputs]
             return Generation(seconds, first_token_s, answers, slowest_steps(llm.status()))
 
-        yield generate
+        def play(requests: Requests, arrivals: list[float]) -> list[list[float]]:
+            assert llm._router is not None
+            return llm._run(play_router(llm._router, requests, arrivals))
+
+        yield Way(generate, play)
 
 
 def slowest_steps(status: dict[str, Any]) -> StepSpread | None:

@@ -16,6 +16,7 @@ from pdray.engine.schedule.demand import Demand
 from pdray.wire.lease_messages import Credit
 
 MAX_QUEUED_BATCHES = 2
+AMPLE = 2  # times what a request takes: other routers' requests may come first
 CACHED_PROMPT_WORTH = {False: 1.0, True: 4.0}  # sequences; by whether the worker prefills too
 
 
@@ -96,6 +97,16 @@ def choose_prefill(prefill: Sequence[PrefillState]) -> str | None:
 def has_credit(worker: DecodeState, demand: Demand) -> bool:
     """Whether it can take the request now."""
     return covers(worker.credit, demand.blocks + worker.asked_blocks, demand.places + worker.asked_places)
+
+
+def may_start_ahead(decode: DecodeState, prefill: PrefillState, demand: Demand) -> bool:
+    """Whether a prompt may be computed while its lease is being asked for.
+
+    Only by a prefill worker that has nothing to do: nothing that has a lease waits for it then. Only where the lease
+    is as good as granted: a denial makes the work useless, from its beginning until the prefill worker hears of it.
+    """
+    blocks, places = demand.blocks + decode.asked_blocks, demand.places + decode.asked_places
+    return prefill.queued_tokens == 0 and covers(decode.credit, AMPLE * blocks, AMPLE * places)
 
 
 def _cost(worker: DecodeState, demand: Demand) -> tuple[float, float, str]:

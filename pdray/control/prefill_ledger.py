@@ -1,7 +1,8 @@
 """The prefill worker's legs: what is computed, what is pushed, and when a writer has truly stopped.
 
 A leg asks its decode worker for permission to write (BeginPut) as soon as it arrives, and computes
-meanwhile; puts are held back until the answer. Its first tokens go to the router as soon as they
+meanwhile; puts are held back until the answer. One that arrives before its lease is granted asks once it is
+(LeaseConfirmed). Its first tokens go to the router as soon as they
 are sampled. PutDone follows the last put. A leg that ends with its first token has no decode worker
 and no puts. A leg that is cancelled, aborted or broken issues no more puts; once none is in flight it
 says so (PutAborted) and its blocks are unpinned, never before.
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from msgspec import structs
 
 from pdray.control.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
 from pdray.wire.message import LegKey, Verdict
@@ -26,6 +29,7 @@ class _Task:
 
     router_id: str
     request: PrefillRequest
+    asked: bool = False  # BeginPut was sent
     may_put: bool | None = None  # the decode worker's answer to BeginPut
     puts_issued: int = 0
     puts_in_flight: int = 0
@@ -75,11 +79,21 @@ class PrefillLedger:
         if epoch != message.epoch:
             reason = f"no channel to {message.decode_worker_id} in epoch {message.epoch} (now {epoch})"
             return [Send(router_id, PrefillFailed(*message.key, reason))]
-        self._legs[message.key] = _Task(router_id, message)
-        return [
-            Send(message.decode_worker_id, BeginPut(*message.key, message.epoch)),
-            StartCompute(message.key),
-        ]
+        leg = self._legs[message.key] = _Task(router_id, message)
+        return [StartCompute(message.key), *(self._ask(message.key, leg) if message.has_lease else ())]
+
+    def lease_confirmed(self, key: LegKey, num_cached_tokens: int) -> list[LedgerEffect]:
+        """The lease of a leg that came without one was granted. One that has ended since is not asked about."""
+        leg = self._legs.get(key)
+        if leg is None or leg.stopping or leg.asked:
+            return []
+        leg.request = structs.replace(leg.request, num_cached_tokens=num_cached_tokens, has_lease=True)
+        return self._ask(key, leg)
+
+    def _ask(self, key: LegKey, leg: _Task) -> list[LedgerEffect]:
+        assert leg.request.decode_worker_id is not None, key
+        leg.asked = True
+        return [Send(leg.request.decode_worker_id, BeginPut(*key, leg.request.epoch))]
 
     def cancel(self, key: LegKey) -> list[LedgerEffect]:
         """The router wants no more of this leg. Unknown keys are ignored."""
@@ -186,7 +200,7 @@ class PrefillLedger:
         """The leg is forgotten once nothing of it can happen any more."""
         if leg.puts_in_flight or not (leg.done_sent or leg.stopping):
             return []
-        if leg.stopping and leg.may_put is None:
+        if leg.stopping and leg.asked and leg.may_put is None:
             return []  # BeginPut is under way: its answer decides whether PutAborted is owed
         del self._legs[key]
         effects: list[LedgerEffect] = [Release(key)]

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from pdray.config import Config
+from pdray.engine.budget import make_budget
 from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.matcher import Grammar
 from pdray.engine.grammar.pieces import load_pieces
@@ -52,6 +53,7 @@ class Engine:
         max_model_len: tokens of prompt and output: the configured limit, or what the pool holds of one sequence.
         on_layer_group: called by the engine's thread in the midst of a step, for prefill_only requests, after each
             group of layers (see layer_groups()); over a request's life, each block of each layer once.
+        has_booked: whether the last step() has booked a step; only then may what others can take have grown.
         on_work: called, without the lock, after anything that may have given step() something to do.
         grammars: compiles structured outputs, on a thread of its own.
     """
@@ -68,6 +70,7 @@ class Engine:
         self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
+        self.has_booked = False
         limits = EngineLimits(
             block_size=self.block_size,
             num_blocks=self.num_blocks - 1,
@@ -84,7 +87,8 @@ class Engine:
         capture = device.type == "cuda" and not config.enforce_eager
         group = config.transfer_layer_group
         self.lane = Lane(model.decoder, pool, limits, largest_group=group, capture=capture)
-        self._scheduler = Scheduler(limits, BlockPool(self.num_blocks, config.enable_prefix_caching))
+        block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
+        self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
         self._lock = threading.Lock()
@@ -215,7 +219,7 @@ class Engine:
             updates, self._scheduler.updates = self._scheduler.updates, []
             plan = self._schedule()
             self._is_stuck = not plan.chunks and done is None
-        self._in_flight = None
+        self._in_flight, self.has_booked = None, False
         launched = self._launch(plan) if plan.chunks else None
         if done is not None:
             updates += self._book(*done)  # beside the device's work on the step after it
@@ -287,11 +291,13 @@ class Engine:
         wait_began = time.perf_counter()
         rows = draws.read()
         ended = time.perf_counter()
+        self.has_booked = True
         with self._lock:
             self._num_steps += 1
             self._is_stuck = False
             scores = None if draws.scores is None else draws.scores.numpy()
             updates = self._bookkeeper.update(booked, rows, ended, scores)
+            self._scheduler.budget.note(booked, self._step_times.since(booked.planned_at, ended))
             self._step_times.add(wait_began, ended)
             if not self._scheduler.running:
                 self._step_times.pause()

@@ -17,7 +17,8 @@ class EngineLoop:
     """Runs engine.step() on its own thread.
 
     Args:
-        on_updates: called on that thread with every step's updates, in order, also when there are none; must not block.
+        on_updates: called on that thread with every booked step's updates, in order, also when there are none; must not
+            block.
         on_error: called on that thread, once, with what made a step (or on_updates) fail; the loop has ended then.
             Without it the error goes to threading.excepthook.
     """
@@ -63,7 +64,9 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self.on_updates(self.engine.step())
+                updates = self.engine.step()
+                if updates or self.engine.has_booked:  # else a first step was launched, and there is nothing to tell
+                    self.on_updates(updates)
         except BaseException as error:
             if self.on_error is None:
                 raise

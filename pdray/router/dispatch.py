@@ -28,7 +28,7 @@ from pdray.wire.lease_messages import CloseLease, EndCompletion, LeaseDenied, Le
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.peers import Role
-from pdray.wire.prefill_messages import CancelPrefill, Ping
+from pdray.wire.prefill_messages import CancelPrefill, LeaseConfirmed, Ping
 
 WORKER_ROLES = (Role.PREFILL, Role.DECODE, Role.BOTH)
 
@@ -141,6 +141,7 @@ class Dispatch:
             leg.request.renumber(leg)
             self.legs[leg.key] = leg
         leg.choice, leg.asked_at, leg.state = choice, now, LegState.ASKED
+        leg.is_ahead = not leg.alone and self._placement.may_start_ahead(choice, demand)
         prefill_id, decode_id = choice
         if prefill_id is not None:
             prefill = self._workers.links[prefill_id]
@@ -150,6 +151,10 @@ class Dispatch:
             self._begin(now, leg, 0)
             self._prefill(leg, prefill_id, None, 0, 0)
             return True
+        if leg.is_ahead:
+            assert prefill_id is not None
+            epoch = self._workers.pairs[prefill_id, decode_id]
+            self._send(prefill_id, leg.prefill_request(decode_id, epoch, 0, has_lease=False))
         self._workers.links[decode_id].asked[leg.key] = (demand.blocks, demand.places)
         self._send(decode_id, leg.lease_request(prefill_id))
         return True
@@ -175,7 +180,11 @@ class Dispatch:
         epoch = self._workers.pairs.get((prefill_id, decode_id))
         if epoch is None or not self._workers.is_open(prefill_id):
             return Loss(f"{prefill_id} was lost before it could begin", prefill_id)
-        self._prefill(leg, prefill_id, decode_id, epoch, message.num_cached_tokens)
+        if leg.is_ahead:
+            leg.state = LegState.FILLING
+            self._send(prefill_id, LeaseConfirmed(*leg.key, message.num_cached_tokens))
+        else:
+            self._prefill(leg, prefill_id, decode_id, epoch, message.num_cached_tokens)
         return None
 
     def _begin(self, now: float, leg: Leg, num_cached_tokens: int) -> None:
@@ -201,9 +210,8 @@ class Dispatch:
                 return Refused(leg, RequestFailedError(message.reason))
             return Refused(leg, InvalidRequestError(message.reason, message.param))
         assert leg.choice is not None
-        prefill_id, leg.choice, leg.state = leg.choice.prefill_worker_id, None, LegState.WAITING
-        if prefill_id is not None and (prefill := self._workers.links.get(prefill_id)) is not None:
-            prefill.queued.pop(leg.key, None)
+        self._end_prefill(leg)
+        leg.choice, leg.state, leg.is_ahead, leg.first_tokens = None, LegState.WAITING, False, None
         self.queue.push_back(leg.entry)
         return None
 
@@ -225,7 +233,7 @@ class Dispatch:
         self.queue.remove(leg.entry)
         if leg.choice is None:
             return
-        prefill_id, decode_id = leg.choice
+        decode_id = leg.choice.decode_worker_id
         if decode_id is not None:
             if (decode := self._workers.links.get(decode_id)) is not None:
                 decode.asked.pop(leg.key, None)
@@ -233,13 +241,20 @@ class Dispatch:
                 if leg.granted:
                     self.expect_credit(leg)
                 self._send(decode_id, CloseLease(*leg.key, reason))
-        if prefill_id is not None and (prefill := self._workers.links.get(prefill_id)) is not None:
-            if not leg.granted:  # it was never sent
-                prefill.queued.pop(leg.key, None)
-                return
-            prefill.prefill_ended(leg.key)
-            if tell:
-                self._send(prefill_id, CancelPrefill(*leg.key))
+        self._end_prefill(leg, tell=tell)
+
+    def _end_prefill(self, leg: Leg, *, tell: bool = True) -> None:
+        """A leg needs its prefill worker no longer."""
+        assert leg.choice is not None
+        prefill_id = leg.choice.prefill_worker_id
+        if prefill_id is None or (prefill := self._workers.links.get(prefill_id)) is None:
+            return
+        if not (leg.granted or leg.is_ahead):  # it was never sent
+            prefill.queued.pop(leg.key, None)
+            return
+        prefill.prefill_ended(leg.key)
+        if tell:
+            self._send(prefill_id, CancelPrefill(*leg.key))
 
     def end_completion(self, leg: Leg, index: int) -> None:
         """One completion of a leg has ended with a stop string; others go on."""

@@ -12,7 +12,7 @@ from pdray.control.policy import Choice
 from pdray.engine.schedule.demand import Demand, lease_demand
 from pdray.wire.lease_messages import LeaseRequest
 from pdray.wire.message import LegKey
-from pdray.wire.prefill_messages import PrefillRequest
+from pdray.wire.prefill_messages import FirstTokens, PrefillRequest
 
 if TYPE_CHECKING:
     from pdray.router.request import Request
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class LegState(StrEnum):
     """Where a leg stands.
 
-    RESTING: after a loss, before it may wait again. WAITING: in the queue. ASKED: for a lease; not answered yet.
+    RESTING: after a loss, before it may wait again. WAITING: in the queue. ASKED: for a lease; not answered yet, while
+    its prefill worker may be computing it ahead.
     FILLING: its prefill worker was told to begin, and the decode worker has not shown a token yet. RUNNING: only the
     decode worker matters.
     """
@@ -43,6 +44,9 @@ class Leg:
     entry: its place in the queue, kept while it has a lease.
     choice: who was asked for a lease, or holds it; None while it waits.
     asked_at: when a lease was last asked for; 0 before that.
+    is_ahead: its prefill worker was told to begin before the lease was granted.
+    first_tokens: that came before the lease was granted; nobody else sees them before that.
+    first_tokens_at: when they came.
     prefix_hashes: short hashes of its full blocks, in order; empty without prefix caching.
     """
 
@@ -56,6 +60,9 @@ class Leg:
     entry: Waiting[Leg] = field(init=False)
     choice: Choice | None = None
     asked_at: float = 0.0
+    is_ahead: bool = False
+    first_tokens: FirstTokens | None = None
+    first_tokens_at: float = 0.0
     prefix_hashes: list[int] = field(default_factory=list)
 
     @property
@@ -73,7 +80,18 @@ class Leg:
         if self.choice is None:
             return False
         prefill_id, decode_id = self.choice
-        return decode_id == worker_id or (self.state is LegState.FILLING and prefill_id == worker_id)
+        return decode_id == worker_id or (self.is_prefilled and prefill_id == worker_id)
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Its prefill worker was told to begin, and still matters."""
+        return self.state is LegState.FILLING or (self.state is LegState.ASKED and self.is_ahead)
+
+    def lease_wait(self, now: float) -> float:
+        """Seconds for which the lease, granted now, has held the leg up."""
+        if not self.is_ahead:
+            return now - self.asked_at
+        return 0.0 if self.first_tokens is None else now - self.first_tokens_at
 
     def demand(self, config: Config) -> Demand:
         """What it takes of its workers; the decode worker's own formula."""
@@ -99,7 +117,9 @@ class Leg:
             self.alone,
         )
 
-    def prefill_request(self, decode_worker_id: str | None, epoch: int, num_cached_tokens: int) -> PrefillRequest:
+    def prefill_request(
+        self, decode_worker_id: str | None, epoch: int, num_cached_tokens: int, *, has_lease: bool = True
+    ) -> PrefillRequest:
         """What its prefill worker is told to do. The arguments are PrefillRequest's."""
         return PrefillRequest(
             *self.key,
@@ -112,6 +132,7 @@ class Leg:
             num_cached_tokens,
             self.request.priority,
             self.alone,
+            has_lease,
         )
 
     @property

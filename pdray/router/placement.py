@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdray.config import Config
-from pdray.control.policy import Choice, choose, choose_prefill, has_credit
+from pdray.control.policy import Choice, choose, choose_prefill, has_credit, may_start_ahead
 from pdray.engine.schedule.demand import Demand
 from pdray.errors import InvalidRequestError
 from pdray.router.leg import Leg
@@ -41,6 +41,14 @@ class Placement:
             set(self._workers.pairs),
             local_prefill_max_tokens=self._config.local_prefill_max_tokens,
         )
+
+    def may_start_ahead(self, choice: Choice, demand: Demand) -> bool:
+        """Whether the chosen prefill worker may begin before the decode worker has granted the lease."""
+        prefill_id, decode_id = choice
+        if prefill_id is None or decode_id is None:
+            return False
+        links = self._workers.links
+        return may_start_ahead(links[decode_id].decode_state(), links[prefill_id].prefill_state(), demand)
 
     def fits(self, leg: Leg, links: Sequence[WorkerLink]) -> bool:
         """Whether these workers could serve it if nothing else were there."""

@@ -147,7 +147,7 @@ class Request:
         if self.first_token_at is None:
             timings = self.output.timings
             timings.queue = leg.asked_at - self.arrival
-            timings.lease_wait = now - leg.asked_at
+            timings.lease_wait = leg.lease_wait(now)
             self.output.num_cached_tokens = num_cached_tokens
 
     def take(self, now: float, leg: Leg, tokens: Sequence[SampledToken]) -> list[int] | None:

@@ -76,6 +76,8 @@ class Requests:
         """A leg has its lease, or finds that nobody can prefill it any more."""
         if (loss := self._dispatch.granted(now, link, message)) is not None:
             self._lose(now, self._dispatch.legs[message.key], loss)
+        elif (leg := self._dispatch.legs.get(message.key)) is not None and leg.first_tokens is not None:
+            self._take_first(now, leg, leg.first_tokens)
 
     def denied(self, now: float, link: WorkerLink, message: LeaseDenied) -> None:
         """A leg waits again, or its request can never be served."""
@@ -88,6 +90,12 @@ class Requests:
         leg = self._dispatch.legs.get(message.key)
         if leg is None:
             return
+        if leg.state is LegState.ASKED:  # the lease may still be denied, and the leg be computed elsewhere
+            leg.first_tokens, leg.first_tokens_at = message, now
+        else:
+            self._take_first(now, leg, message)
+
+    def _take_first(self, now: float, leg: Leg, message: FirstTokens) -> None:
         leg.request.note_prefill(leg, message)
         self._book(now, leg, message.tokens)
         if leg.key not in self._dispatch.legs and not leg.request.outruns.intersection(leg.indices):

@@ -185,11 +185,12 @@ def drain_options(environment: Mapping[str, str]) -> dict[str, Any]:
     return {"runtime_env": {"env_vars": {DRAIN_VARIABLE: str(DRAIN_S)}}}
 
 
-def build(args: Config, deployed_by: str = "") -> serve.Application:
+def build(args: Config, deployed_by: str = "", num_routers: int = 1) -> serve.Application:
     """The application of one configuration; $PDRAY_API_KEY, where this runs, is its key if it names none.
 
     Args:
         deployed_by: id of who deploys it, for `pdray serve` to see whether it is still its own.
+        num_routers: replicas of the router; in a YAML, `num_replicas` of the deployment `router`.
     """
     if args.api_key is None and (key := os.environ.get(API_KEY_VARIABLE)):
         args = Config(**args.model_dump(exclude_unset=True), api_key=SecretStr(key))
@@ -207,6 +208,7 @@ def build(args: Config, deployed_by: str = "") -> serve.Application:
     )
     router = serve.deployment(
         name="router",
+        num_replicas=num_routers,
         user_config={MARK: deployed_by},
         max_ongoing_requests=bound,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s + DRAIN_MARGIN_S,

@@ -68,6 +68,7 @@ class Site(NamedTuple):
     Attributes:
         num_peers: decode workers that a prefill worker sends to; 1 on a decode worker.
         on_fatal: called on the event loop's thread if the device cannot be relied on any more.
+        address: at which the worker's peers reach it; "" on one machine alone.
     """
 
     config: Config
@@ -75,6 +76,7 @@ class Site(NamedTuple):
     device: torch.device
     num_peers: int
     on_fatal: Callable[[BaseException], None]
+    address: str = ""
 
 
 class Link(NamedTuple):

@@ -13,11 +13,21 @@ from pdray.wire.lease_messages import (
     RenewLeases,
     Tokens,
 )
-from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, Ping, Pong, PrefillFailed, PrefillRequest
+from pdray.wire.prefill_messages import (
+    CancelPrefill,
+    FirstTokens,
+    LeaseConfirmed,
+    Ping,
+    Pong,
+    PrefillFailed,
+    PrefillRequest,
+)
 from pdray.wire.put_messages import AbortPut, BeginPut, BeginPutReply, ChannelMessage, PutAborted, PutDone
 from pdray.wire.worker_news import PrefixUpdate, StepFailed
 
-RouterToWorker = LeaseRequest | RenewLeases | CloseLease | EndCompletion | PrefillRequest | CancelPrefill | Ping
+RouterToWorker = (
+    LeaseRequest | RenewLeases | CloseLease | EndCompletion | PrefillRequest | LeaseConfirmed | CancelPrefill | Ping
+)
 WorkerToRouter = (
     LeaseGranted
     | LeaseDenied

@@ -16,6 +16,8 @@ class PrefillRequest(LegMessage, frozen=True):
         decode_worker_id, epoch: the channel to push through; a worker that knows only another
             epoch answers PrefillFailed. None where the first token ends the leg: no lease, and nothing is pushed.
         alone: see LeaseRequest.
+        has_lease: False where its lease is still being asked for: the leg may be computed, and its decode worker is
+            asked nothing before LeaseConfirmed. num_cached_tokens is not known then.
     """
 
     prompt_token_ids: list[int]
@@ -27,6 +29,17 @@ class PrefillRequest(LegMessage, frozen=True):
     num_cached_tokens: int
     priority: int = 0
     alone: bool = False
+    has_lease: bool = True
+
+
+class LeaseConfirmed(LegMessage, frozen=True):
+    """The lease of a leg that was sent without one stands. Unknown keys are ignored.
+
+    Attributes:
+        num_cached_tokens: from LeaseGranted.
+    """
+
+    num_cached_tokens: int
 
 
 class CancelPrefill(LegMessage, frozen=True):

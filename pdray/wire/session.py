@@ -15,10 +15,11 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from pdray.background import BackgroundTasks
-from pdray.wire.frames import MAX_FRAME_BYTES, Ack, Close, Data, decode_frame, encode_frame, read_frame
+from pdray.wire.frame_protocol import FrameProtocol, take_over
+from pdray.wire.frames import MAX_FRAME_BYTES, Ack, Close, Data, decode_frame, encode_frame
 from pdray.wire.messages import AnyMessage
 from pdray.wire.peers import PeerName
 
@@ -36,6 +37,10 @@ class SessionHandler(Protocol):
     def on_open(self, session: Session) -> None: ...
     def on_message(self, session: Session, message: AnyMessage) -> None: ...
     def on_closed(self, session: Session, reason: str) -> None: ...
+
+
+class _FailedError(Exception):
+    """A frame could not be taken; its cause says why."""
 
 
 class Session:
@@ -58,6 +63,7 @@ class Session:
         self.received = 0
         self._acked = 0  # the last number that the peer was told
         self._writer: asyncio.StreamWriter | None = None
+        self._frames: FrameProtocol | None = None  # of the last connection
         self._ack_timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._overflowed = False
@@ -136,6 +142,8 @@ class Session:
 
     def finish(self, reason: str, *, tell: bool) -> None:
         self._closed = True
+        if self._frames is not None:
+            self._frames.end("closed")
         if self._ack_timer is not None:
             self._ack_timer.cancel()
         if self._writer is not None:
@@ -168,19 +176,13 @@ class Session:
         writer = self._writer
         keepalive = self._tasks.spawn(self._keep_alive())
         try:
-            while not self._closed:
-                try:
-                    async with asyncio.timeout(self.timeout_s):
-                        body = await read_frame(reader, MAX_FRAME_BYTES)
-                except TimeoutError:
-                    return f"silent for {self.timeout_s:g} s"
-                except (OSError, EOFError) as error:
-                    return str(error) or type(error).__name__
-                if not self._closed:  # it may have ended since the frame came
-                    self._take(decode_frame(body))
-        except Exception as error:  # the peer would send the same again: a new connection cannot help
+            if writer is not None and not self._closed:
+                return await self._deliver(reader, writer)
+        except OSError as error:
+            return str(error) or type(error).__name__
+        except _FailedError as failed:  # the peer would send the same again: a new connection cannot help
             logger.exception("session with %s failed", self.peer.id)
-            self.end(f"internal error: {error!r}", tell=True)
+            self.end(f"internal error: {failed.__cause__!r}", tell=True)
         finally:
             keepalive.cancel()
             if self._writer is writer:  # else another connection has taken over already
@@ -189,6 +191,25 @@ class Session:
             if writer is not None and not self._closed:
                 writer.transport.abort()  # what the peer has not read is sent again
         return "closed"
+
+    async def _deliver(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+        transport = cast(asyncio.Transport, writer.transport)  # a stream's can read, too
+        self._frames = frames = await take_over(reader, transport, self._take_body, MAX_FRAME_BYTES)
+        loop = asyncio.get_running_loop()
+        while not (self._closed or frames.ended.done()):
+            left = frames.heard_at + self.timeout_s - loop.time()
+            if left <= 0:
+                return f"silent for {self.timeout_s:g} s"
+            await asyncio.wait([frames.ended], timeout=left)
+        return frames.ended.result() if frames.ended.done() else "closed"
+
+    def _take_body(self, body: bytes) -> None:
+        """Take a frame; one of a session that has ended since it came is dropped."""
+        try:
+            if not self._closed:
+                self._take(decode_frame(body))
+        except Exception as error:
+            raise _FailedError from error
 
     def _take(self, frame: Data | Ack | Close) -> None:
         match frame:

@@ -48,7 +48,7 @@ from pdray.wire.lease_messages import (
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.peers import PeerName, Role
-from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, PrefillFailed, PrefillRequest
+from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, LeaseConfirmed, PrefillFailed, PrefillRequest
 from pdray.wire.session import Session
 
 
@@ -206,8 +206,18 @@ class Pair:
         self.router.sessions["decode-0"].send(message)
         return message.key
 
-    async def start_prefill(self, key: LegKey, prompt: list[int], params: SamplingParams, epoch: int = 1) -> None:
+    async def start_prefill(
+        self, key: LegKey, prompt: list[int], params: SamplingParams, epoch: int = 1, *, ahead: bool = False
+    ) -> None:
+        """ahead: first to compute, and once that is done, that the lease stands."""
+        if ahead:
+            parts = prompt, params, list(range(params.n)), [], "decode-0", epoch, 0
+            self.router.sessions["prefill-0"].send(PrefillRequest(*key, *parts, has_lease=False))
+            await self.router.first(FirstTokens, key)
         grant = await self.router.first(LeaseGranted, key)
+        if ahead:
+            self.router.sessions["prefill-0"].send(LeaseConfirmed(*key, grant.num_cached_tokens))
+            return
         self.router.sessions["prefill-0"].send(
             PrefillRequest(
                 *key,
@@ -360,14 +370,33 @@ async def test_a_completion_that_nobody_wants_more_of_frees_its_place(pair: Pair
 
 async def test_cached_blocks_are_not_sent_again(pair: Pair) -> None:
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    for name in ("one", "two"):
+    for name in ("one", "two", "ahead"):
         key = pair.lease(name, PROMPT, params)
-        await pair.start_prefill(key, PROMPT, params)
+        await pair.start_prefill(key, PROMPT, params, ahead=name == "ahead")
         await pair.router.wait(lambda key=key: len(pair.router.tokens(key)) == 4)
     grants = [m for m in pair.router.messages if isinstance(m, LeaseGranted)]
-    assert [g.num_cached_tokens for g in grants] == [0, 64]
+    assert [g.num_cached_tokens for g in grants] == [0, 64, 64]
     assert pair.router.tokens(LegKey("one", 0)) == pair.router.tokens(LegKey("two", 0))
+    assert pair.router.tokens(LegKey("one", 0)) == pair.router.tokens(LegKey("ahead", 0))
     await pair.quiet()
+
+
+async def test_a_prompt_may_be_computed_before_its_lease_is_granted(pair: Pair) -> None:
+    """Its layers wait for the lease; and one that is given up before it leaves nothing."""
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    key = pair.lease("r", PROMPT, params)
+    await pair.start_prefill(key, PROMPT, params, ahead=True)
+    await pair.router.wait(lambda: len(pair.router.tokens(key)) == 4)
+    parts = PROMPT, params, [0], [], "decode-0", 1, 0
+    pair.router.sessions["prefill-0"].send(PrefillRequest("denied", 0, *parts, has_lease=False))
+    await pair.router.first(FirstTokens, LegKey("denied", 0))
+    pair.router.sessions["prefill-0"].send(CancelPrefill("denied", 0))
+    pair.router.sessions["prefill-0"].send(LeaseConfirmed("denied", 0, 0))  # too late
+    await pair.quiet()
+    sent = (await pair.prefill.describe())["sent"]["decode-0"]
+    num_blocks = 5 + 1  # 70 tokens; of the second prompt all but the last one's block are there already
+    assert sent["num_bytes"] == num_blocks * pair.prefill.engine.pool.layout.block_bytes
+    assert sent["num_puts"] == 3 * 3 + 3 and sent["seconds"] >= 0  # 3 chunks of a prompt, then 1; 5 layers, 2 at a time
 
 
 async def test_closing_in_every_state_leaves_nothing(pair: Pair) -> None:
@@ -508,11 +537,14 @@ class ListeningWorker(DecodeWorker):
         self.heard += updates
 
 
-async def test_first_tokens_of_long_steps_leave_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_first_tokens_leave_before_the_next_step_but_those_of_the_shortest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The engine's thread goes on once the loop has told of them; for any other it does not wait."""
     monkeypatch.setattr("pdray.actors.worker.TELL_FIRST_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr("pdray.actors.worker.TELL_FIRST_SHARE", PATIENCE_S / 0.01)
     worker = ListeningWorker()
-    told, later = RequestUpdate("r", first_decode_step=0.01), RequestUpdate("r", first_decode_step=0.001)
+    told, later = RequestUpdate("r", first_decode_step=0.01), RequestUpdate("r", first_decode_step=1e-9)
     heard = await asyncio.to_thread(lambda: (worker._updates_from_engine([later, told]), list(worker.heard))[1])
     assert heard == [later, told]
     worker._updates_from_engine([later])  # by the loop's own thread, which would wait for itself

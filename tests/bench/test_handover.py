@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from pdray.bench import handover
+from pdray.bench.beside import NUM_STREAMS
 from pdray.config import Config
+from pdray.engine.step.times import NUM_STEPS, Spread
 from pdray.errors import ConfigError
 from pdray.outputs import CompletionOutput, RequestOutput, RequestTimings
+from pdray.sampling_params import SamplingParams
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -41,7 +44,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     made: list[Config] = []
 
     @contextlib.contextmanager
-    def make_ask(config: Config) -> Iterator[Any]:
+    def serve(config: Config) -> Iterator[Any]:
         made.append(config)
         apart, waits = config.mode == "disaggregated", iter([0.1, 0.1] + [0.002, 0.003, 0.004] * 9)
 
@@ -51,9 +54,14 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
                 done.outputs[0].token_ids[-1] += 1
             return done
 
-        yield config.channel if apart else handover.COLOCATED, ask
+        def decode(prompts: list[list[int]], params: list[SamplingParams]) -> Spread:
+            """A step of 1 ms, and of 0.5 ms more if more than the streams were there."""
+            assert len(prompts) == len(params) and sum(p.max_tokens > 2 for p in params) == NUM_STREAMS
+            return Spread(1.0, 1.0 + 0.5 * (len(prompts) > NUM_STREAMS), 9.0)
 
-    monkeypatch.setattr(handover, "make_ask", make_ask)
+        yield handover.Served(config.channel if apart else handover.COLOCATED, ask, decode)
+
+    monkeypatch.setattr(handover, "serve", serve)
     return made
 
 
@@ -74,12 +82,23 @@ def test_a_row_for_each_way_and_length(configs: list[Config], tmp_path: Path, ca
     assert lines[2].endswith(" | - | - | - | 3/3 |") and lines[3].startswith("| 3 | cuda_ipc | 30.00 | 8.00 |")
 
 
+def test_steps_beside_prompts_that_are_handed_over(configs: list[Config], tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "rows.json"
+    words = ["--channels", "cuda_ipc", "--input-len", "3", "--beside", "4", "--repeat", "3"]
+    assert handover.main(options(*words, "--save-result", str(file))) == 0
+    *_, colocated, apart = json.loads(file.read_text())
+    assert (colocated["way"], apart["way"], apart["input_len"]) == ("colocated", "cuda_ipc", 4)
+    assert apart["num_prompts"] == NUM_STEPS * 4 // 40, "as many as last for the streams' steps"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"| 4 | cuda_ipc | {NUM_STEPS // 10} | 1.00 | 1.00 | 1.00 | 1.50 | **1.50** |"
+
+
 def test_other_answers_than_the_colocated_ones_are_an_error(configs: list[Config]) -> None:
     assert handover.main(options("--channels", "cuda_ipc", "nccl", "--input-len", "3", "5", "--repeat", "2")) == 1
     assert len(configs) == 3
 
 
-@pytest.mark.parametrize("words", [["--output-len", "2"], ["--repeat", "0"], ["--input-len", "0"]])
+@pytest.mark.parametrize("words", [["--output-len", "2"], ["--repeat", "0"], ["--input-len", "0"], ["--beside", "0"]])
 def test_options_that_cannot_work(words: list[str]) -> None:
     with pytest.raises(ConfigError):
         handover.main(options(*words))

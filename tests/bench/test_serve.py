@@ -13,6 +13,7 @@ from aiohttp import web
 
 from pdray.bench import serve as bench_serve
 from pdray.bench.client import sse_data
+from pdray.bench.sending import send_all
 from pdray.bench.serving_metrics import RequestRecord
 from pdray.bench.workload import BenchRequest
 from pdray.errors import ConfigError, PdrayError
@@ -178,9 +179,45 @@ async def test_requests_are_sent_in_order_of_arrival() -> None:
         return RequestRecord(1, "ok", output_len=request.output_len)
 
     requests = [BenchRequest(0.002 * i, [1], i) for i in range(5)]
-    records = await bench_serve.send_all(requests, send)
+    records = await send_all(requests, send)
     assert sent == [0, 1, 2, 3, 4]
     assert [record.output_len for record in records] == sent
+
+
+async def test_what_is_sent_late_says_so() -> None:
+    """A time is told from the arrival, also where a place was waited for: such a client measures another load."""
+
+    async def send(request: BenchRequest) -> RequestRecord:
+        await asyncio.sleep(0.05)
+        return RequestRecord(1, "ok")
+
+    first, second = await send_all([BenchRequest(0.0, [1], 1)] * 2, send, max_concurrency=1)
+    assert first.lateness < second.lateness and second.lateness >= 0.05
+
+
+async def test_several_processes_send_each_request_once_and_in_turn(fake: tuple[FakeServer, str]) -> None:
+    server, url = fake
+    server.faults = {3: "full"}
+    words = ("--random-output-len", "3", "--request-rate", "200", "--num-client-processes", "3")
+    result, records = await bench_serve.run(options("--base-url", url, "--num-prompts", "7", *words))
+    workload = bench_serve.build_workload(options("--num-prompts", "7", *words))
+    sent = sorted(body["prompt"] for body in server.bodies[1:])
+    assert sent == sorted(request.prompt_token_ids for request in workload.requests)
+    assert sorted(record.outcome for record in records) == ["ok"] * 6 + ["rejected"]
+    assert [record.prompt_len for record in records] == [1024] * 7
+    assert result["num_client_processes"] == 3 and result["duration"] >= 6 / 200
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--num-client-processes", "0"), "--num-client-processes 0 must be at least 1"),
+        (("--num-client-processes", "2", "--max-concurrency", "4"), "--max-concurrency 4 counts .* of one process"),
+    ],
+)
+async def test_client_processes_that_cannot_be(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        await bench_serve.run(options(*words))
 
 
 @pytest.mark.parametrize("cut", [1, 2, 7, 1000])

@@ -13,6 +13,8 @@ from rows import Row
 from scale import Scale
 from streams import Answer, Body, Clients, new_session, story
 
+from pdray.config import Config
+
 BACK_TIMEOUT_S = 120.0
 
 Stories = list[Answer]
@@ -28,24 +30,34 @@ def kill(name: str, signal_number: signal.Signals = signal.SIGKILL) -> Disturban
     return disturb
 
 
-async def kill_both(app: Application) -> set[int]:
-    """decode-0, and decode-1 while another decode-0 is starting."""
-    first = await app.kill("decode-0")
+def kill_two(role: str) -> Disturbance:
+    """The first of a role's workers, and the second while another first is starting."""
 
-    async def is_starting() -> bool:
-        return (await app.workers())["decode-0"]["state"] == "starting"
+    async def disturb(app: Application) -> set[int]:
+        first = await app.kill(f"{role}-0")
 
-    await seconds_until(is_starting, 0.0, 30.0)
-    return {first, await app.kill("decode-1")}
+        async def is_starting() -> bool:
+            return (await app.workers())[f"{role}-0"]["state"] == "starting"
+
+        await seconds_until(is_starting, 0.0, 30.0)
+        return {first, await app.kill(f"{role}-1")}
+
+    return disturb
 
 
-DISTURBANCES: dict[str, Disturbance] = {
-    "decode worker killed": kill("decode-0"),
-    "prefill worker killed": kill("prefill-0"),
-    "Coordinator killed": kill("coordinator"),
-    "decode worker stopped": kill("decode-0", signal.SIGSTOP),
-    "both decode workers killed, one after the other": kill_both,
-}
+def disturbances(config: Config) -> dict[str, Disturbance]:
+    """By the name of their rows: those that the number of workers allows."""
+    found = {
+        "decode worker killed": kill("decode-0"),
+        "prefill worker killed": kill("prefill-0"),
+        "Coordinator killed": kill("coordinator"),
+        "decode worker stopped": kill("decode-0", signal.SIGSTOP),
+    }
+    for role, number in (("decode", config.num_decode_workers), ("prefill", config.num_prefill_workers)):
+        if number > 1:
+            both = "both" if number == 2 else f"two of {number}"
+            found[f"{both} {role} workers killed, one after the other"] = kill_two(role)
+    return found
 
 
 async def deaths(app: Application, scale: Scale) -> list[Row]:
@@ -58,7 +70,9 @@ async def deaths(app: Application, scale: Scale) -> list[Row]:
         if told or any(answer.num_tokens != scale.num_tokens for answer in expected):
             return [Row("streams undisturbed", f"{len(told)} did not finish: {told[:1]}", "all finish", False)]
         midway = clients.num_pieces // 3  # not tokens: a fast worker's come several at once
-        rows = [await _disturbed(app, clients, bodies, expected, midway, *item) for item in DISTURBANCES.items()]
+        rows = [
+            await _disturbed(app, clients, bodies, expected, midway, *item) for item in disturbances(app.config).items()
+        ]
         rows.append(await _replica_killed(app, clients, bodies, expected, midway))
     return rows
 

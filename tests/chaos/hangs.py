@@ -37,7 +37,7 @@ async def hangs(app: Application, scale: Scale) -> list[Row]:
         expected = await asyncio.gather(*(clients.ask(body) for body in bodies))
         midway = clients.num_pieces // 3
         rows.append(await loops_fail(app, clients, bodies, expected, midway))
-        for name in ("coordinator", "prefill-0", "decode-0", "decode-1", "replica"):
+        for name in await app.pids():
             for seconds in WAKES_AFTER_S if scale.every_wake else WAKES_AFTER_S[:1]:
                 rows.append(await _hangs(app, clients, bodies, expected, midway, name, seconds))
         for seconds in WAKES_AFTER_S if scale.every_wake else WAKES_AFTER_S[1:2]:

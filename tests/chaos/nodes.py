@@ -11,8 +11,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from scale import Scale
 
 from pdray import LLM, SamplingParams
 from pdray.outputs import RequestOutput
+from pdray.testing.simulated_nodes import simulated_nodes
 from pdray.testing.tiny_model import TINY_CONFIG
 
 TINY = TINY_CONFIG | {"max_position_embeddings": 2048}
@@ -51,27 +52,9 @@ def nodes(scale: Scale) -> list[Row]:
     ]
 
 
-@contextmanager
-def _cluster() -> Iterator[Cluster]:
-    """A head without room for workers, and two nodes that have it."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": GIVES_UP_FAST},
-    )
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=2)
-        cluster.wait_for_nodes()
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
 def _row(name: str, disturb: Disturb, scale: Scale, *, at_once: bool = False) -> Row:
-    with tempfile.TemporaryDirectory() as folder, _cluster() as cluster:
+    with tempfile.TemporaryDirectory() as folder, simulated_nodes(2, 2, GIVES_UP_FAST) as cluster:
         (Path(folder) / "config.json").write_text(json.dumps(TINY))
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
         llm = LLM(
             model=str(Path(folder) / "config.json"),
             load_format="dummy",

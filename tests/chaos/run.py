@@ -19,7 +19,9 @@ from typing import Any
 
 from application import Application, application, seconds_until
 from deaths import deaths
+from handovers import handovers
 from hangs import hangs
+from mesh import mesh, said_by_one
 from nodes import nodes
 from only_decode import only_decode
 from open_loop import open_loop
@@ -31,7 +33,9 @@ from scale import QUICK, Scale
 from slow_client import slow_client
 from soak import soak
 from storm import storm
-from streams import MODEL
+from streams import MODEL, Answer
+from topologies import topologies
+from two_hosts import two_hosts
 
 from pdray.config import Config
 from pdray.options import add_config_arguments, config_values
@@ -49,6 +53,8 @@ BASE = {
 SMALL_QUEUE = {"max_num_seqs": 8, "max_queue_size": 32, "max_queue_wait_s": 10.0}
 NO_ROOM = {"num_decode_workers": 2, "worker_resources": {PLACE: 1.0}}
 SMALL_POOL = {"num_kv_blocks": 200}
+# They take long, need root, or are for machines of their own.
+ON_REQUEST = ("handovers", "mesh", "topologies", "two-hosts")
 HEAD = "| test | figure | must hold | ok |\n|---|---|---|---|"
 
 Case = Callable[[Application, Scale], Awaitable[list[Row]]]
@@ -85,6 +91,21 @@ def with_faults(runs: RunsRows) -> RunsRows:
     return run
 
 
+def meshed(given: dict[str, Any]) -> RunsRows:
+    """Two prefill and two decode workers, if the command line says nothing else, after one worker that does both."""
+    config = Config(**BASE | {"num_prefill_workers": 2} | given)
+    expected: list[Answer] = []
+
+    async def one(app: Application, scale: Scale) -> list[Row]:
+        expected[:] = await said_by_one(app, scale)
+        return []
+
+    async def many(app: Application, scale: Scale) -> list[Row]:
+        return await mesh(app, scale, expected)
+
+    return all_of(served(configured(given, mode="colocated", num_decode_workers=1), one), served(config, many))
+
+
 def all_of(*cases: RunsRows) -> RunsRows:
     """One after the other."""
     return lambda scale: [row for case in cases for row in case(scale)]
@@ -92,8 +113,11 @@ def all_of(*cases: RunsRows) -> RunsRows:
 
 CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
     "deaths": lambda given: served(configured(given), deaths),
+    "handovers": lambda given: served(configured(given, num_decode_workers=1), handovers),
     "hangs": lambda given: served(configured(given), hangs),
+    "mesh": meshed,
     "nodes": lambda _: nodes,
+    "topologies": lambda given: lambda scale: topologies(given, scale),
     "only-decode": lambda given: served(configured(given, num_decode_workers=1), only_decode),
     "poison": lambda given: with_faults(served(configured(given), poison)),
     "storm": lambda given: served(configured(given), storm),
@@ -105,6 +129,7 @@ CASES: dict[str, Callable[[dict[str, Any]], RunsRows]] = {
         served(configured(given, **NO_ROOM, graceful_shutdown_timeout_s=1.0), cut_short),
     ),
     "soak": lambda given: served(configured(given, **SMALL_POOL), soak),
+    "two-hosts": lambda _: two_hosts,
     "overload": lambda _: lambda scale: run_overload(scale.paced_overload_s),
 }
 
@@ -132,9 +157,16 @@ def line(row: Row) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(CASES),
+        default=[name for name in CASES if name not in ON_REQUEST],
+        help=f"default: all but {', '.join(ON_REQUEST)}",
+    )
     parser.add_argument("--soak-minutes", type=float, default=None)
     parser.add_argument("--soak-kills", action="store_true", help="kill a worker every minute of the soak")
+    parser.add_argument("--mesh-seconds", type=float, default=None, help="of load on the mesh (default: 60)")
     parser.add_argument("--quick", action="store_true", help="fewer streams, tokens and requests")
     parser.add_argument("--num-streams", type=int, default=None, help="that are disturbed (default: 32)")
     parser.add_argument("--num-tokens", type=int, default=None, help="of each of them (default: 48)")
@@ -145,6 +177,7 @@ def main() -> int:
         scale,
         soak_kills=args.soak_kills,
         soak_minutes=args.soak_minutes or scale.soak_minutes,
+        mesh_s=args.mesh_seconds or scale.mesh_s,
         num_streams=args.num_streams or scale.num_streams,
         num_tokens=args.num_tokens or scale.num_tokens,
     )

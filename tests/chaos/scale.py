@@ -13,8 +13,10 @@ class Scale:
     kill_interval_s: mean, in the storm.
     overload_s: of the real model; paced_overload_s: of the paced one.
     slow_client_s: for so long the slow client reads.
+    mesh_s: of load on all pairs of prefill and decode workers; mesh_clients: for each pair.
     every_wake: of what hangs: for good, and until it wakes up after 10 s, and after 90 s.
     soak_kills: kill a worker every minute of the soak.
+    num_handovers: requests of the case of that name.
     """
 
     num_streams: int = 32
@@ -26,8 +28,11 @@ class Scale:
     paced_overload_s: float = 60.0
     slow_client_s: float = 60.0
     soak_minutes: float = 4.0
+    mesh_s: float = 60.0
+    mesh_clients: int = 16
     every_wake: bool = True
     soak_kills: bool = False
+    num_handovers: int = 1000
 
 
 QUICK = Scale(
@@ -39,5 +44,8 @@ QUICK = Scale(
     paced_overload_s=10.0,
     slow_client_s=15.0,
     soak_minutes=1.0,
+    mesh_s=10.0,
+    mesh_clients=4,
     every_wake=False,
+    num_handovers=120,
 )

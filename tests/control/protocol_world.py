@@ -43,7 +43,7 @@ from pdray.wire.lease_messages import (
 from pdray.wire.message import LegKey, Verdict
 from pdray.wire.messages import AnyMessage
 from pdray.wire.peers import Role
-from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, Ping, Pong, PrefillRequest
+from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, LeaseConfirmed, Ping, Pong, PrefillRequest
 from pdray.wire.put_messages import AbortPut, BeginPut, BeginPutReply, PutAborted, PutDone
 from pdray.wire.worker_news import StepFailed
 
@@ -465,6 +465,8 @@ class World:
                 self._ledger_do(prefill, ledger.request(source.name, message, None if entry is None else entry[0]))
             case Ping():
                 self._send(prefill, [Send(source.name, Pong(len(prefill.computing)))])
+            case LeaseConfirmed():
+                self._ledger_do(prefill, ledger.lease_confirmed(message.key, message.num_cached_tokens))
             case CancelPrefill():
                 self._ledger_do(prefill, ledger.cancel(message.key))
             case BeginPutReply():

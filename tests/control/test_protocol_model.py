@@ -90,6 +90,7 @@ def test_random_walks_violate_nothing(topology: dict[str, int]) -> None:
 def test_walks_reach_every_state_and_outcome() -> None:
     """The walks mean little if they never get anywhere: every lease state, replays and all outcomes are visited."""
     states: set[str] = set()
+    ahead: set[tuple[str, bool]] = set()  # of legs that began before their lease: state, and whether tokens wait
     outcomes: set[str] = set()
     attempts = 0
     for seed in range(60):
@@ -98,11 +99,15 @@ def test_walks_reach_every_state_and_outcome() -> None:
             rng.choice(world.actions())()
             for decode in world.workers(protocol_world.DecodeProcess):
                 states |= {info.state for info in decode.table.leases(world.now)}
+            for process in world.routers:
+                legs = [leg for request in process.router.machine.requests.values() for leg in request.legs.values()]
+                ahead |= {(str(leg.state), leg.first_tokens is not None) for leg in legs if leg.is_ahead}
         world.settle(rng)
         for process in world.routers:
             outcomes |= {outcome for each in process.router.outcomes.values() for outcome in each}
             attempts = max(attempts, process.router.num_attempts)
     assert states == {str(state) for state in LeaseState}
+    assert {("asked", False), ("asked", True), ("filling", False), ("filling", True)} <= ahead
     assert outcomes == {"finished", "aborted", "rejected", "failed", "blamed"}
     assert attempts >= 3  # a second failure during recovery
 
@@ -183,6 +188,20 @@ class ForgetsWhoIsAlone(LeaseTable):
         return super().request(now, router_id, msgspec.structs.replace(message, alone=False))
 
 
+class ForgetsThatLeasesStand(PrefillLedger):
+    """A leg that was begun before its lease was granted never asks whether it may write."""
+
+    def lease_confirmed(self, key: LegKey, num_cached_tokens: int) -> list[LedgerEffect]:
+        return []
+
+
+class AwaitsAnAnswerToNoQuestion(PrefillLedger):
+    """A leg that ends before its lease is granted stays, as if its decode worker had been asked."""
+
+    def _leave_if_idle(self, key: LegKey, leg: Any) -> list[LedgerEffect]:
+        return [] if leg.stopping and leg.may_put is None else super()._leave_if_idle(key, leg)
+
+
 def blames_everybody(suspects: list[LegKey]) -> str:
     """Whoever was in the step fails at once."""
     return "failed"
@@ -207,6 +226,8 @@ def blames_nobody(suspects: list[LegKey]) -> str:
         {"members": ForgetsFailedNews},
         {"members": StartsBesideStrays},
         {"ledger": KeepsWhatNobodyDecodes},
+        {"ledger": ForgetsThatLeasesStand},
+        {"ledger": AwaitsAnAnswerToNoQuestion},
         {"waiters": TellsNobody},
     ],
     ids=lambda mutant: next(iter(mutant.values())).__name__,

@@ -10,6 +10,7 @@ from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
 from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.token_budget import STEP_SIZES
 from pdray.engine.step.graphs import StepGraphs, decode_sizes, launched_sizes, prefill_shapes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepShape
@@ -116,7 +117,9 @@ def test_graph_sizes_reach_the_largest_batch() -> None:
     assert decode_sizes(1) == [1] and decode_sizes(5) == [1, 2, 4, 5]
     assert decode_sizes(300)[-4:] == [248, 256, 288, 300]
     assert [shape[:2] for shape in prefill_shapes(100, 256)] == [(16, 8), (32, 8), (64, 8)]
-    assert [shape[:2] for shape in prefill_shapes(600, 40)][-3:] == [(384, 8), (512, 8), (512, 40)]
+    assert [shape[:2] for shape in prefill_shapes(600, 40)][-4:] == [(384, 8), (384, 40), (512, 8), (512, 40)]
+    shapes = [shape[:2] for shape in prefill_shapes(8192, 256)]
+    assert [size for size, num_seqs in shapes if num_seqs == 256] == list(STEP_SIZES), "what the token budget chooses"
     assert prefill_shapes(20, 4) == [StepShape(16, 4, 4, False)]
 
 

@@ -253,6 +253,27 @@ def test_the_loop_stops_in_the_midst_of_work(llama: Any) -> None:
     engine.assert_empty()
 
 
+def test_a_step_that_was_only_launched_is_no_news(llama: Any) -> None:
+    """Each booked step is told of, also one without updates: what it used may have come back."""
+    engine = llama.engine(async_scheduling=True)
+    engine.add(request("r", 4, 3))
+    told, booked = [], []
+    done = threading.Event()
+
+    def on_updates(updates: list[RequestUpdate]) -> None:
+        told.append(updates)
+        booked.append(engine.stats().num_steps)
+        if any(update.finished for update in updates):
+            done.set()
+
+    loop = EngineLoop(engine, on_updates)
+    loop.start()
+    assert done.wait(30)
+    loop.stop()
+    assert booked == list(range(1, len(told) + 1)), "once for each booked step"
+    assert sum(len(update.tokens) for updates in told for update in updates) == 3
+
+
 def test_a_loop_that_never_started_stops(llama: Any) -> None:
     EngineLoop(llama.engine(), lambda updates: None).stop()
 

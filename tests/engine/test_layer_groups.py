@@ -9,7 +9,7 @@ import torch
 
 from pdray.engine.step.inputs import StepShape
 from pdray.engine.step.lane import Lane
-from pdray.engine.step.layer_groups import WORTH_BYTES, layer_groups
+from pdray.engine.step.layer_groups import TAPER, WORTH_BYTES, layer_groups
 
 MIB = 2**20
 
@@ -31,9 +31,32 @@ def test_groups_are_all_layers_in_order(num_layers: int, layer_bytes: int, large
         assert num_layers == 1 or num_layers * layer_bytes <= 2 * worth_bytes
 
 
+@pytest.mark.parametrize("num_layers", [2, 3, 6, 12, 28, 36, 80])
+@pytest.mark.parametrize("layer_bytes", [1, MIB // 2, MIB, 3 * MIB, 8 * MIB, 16 * MIB, 100 * MIB])
+@pytest.mark.parametrize("largest", [1, 2, 8, 16, 100])
+@pytest.mark.parametrize("worth_bytes", [0, WORTH_BYTES])
+def test_a_group_is_sent_while_the_next_is_computed(
+    num_layers: int, layer_bytes: int, largest: int, worth_bytes: int
+) -> None:
+    """So that next to nothing but the last one is left when the last layer is computed."""
+    sizes = [len(group) for group in layer_groups(num_layers, layer_bytes, largest, worth_bytes)]
+    worth = -(-worth_bytes // layer_bytes)
+    for size, following in zip(sizes, sizes[1:], strict=False):
+        assert size < TAPER * following + max(1, worth)  # but for a rest that is not worth a group of its own
+    assert all(2 * size >= worth for size in sizes) or len(sizes) == 1
+    assert len(sizes) <= 2 + -(-num_layers // max(largest, worth)) + 2  # few all the same
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "sizes"),
-    [(128, [36]), (256, [10, 10, 16]), (1024, [16, 16, 4]), (4096, [12, 12, 11, 1]), (8192, [12, 12, 11, 1])],
+    [
+        (128, [36]),
+        (256, [10, 10, 16]),
+        (1024, [16, 16, 4]),
+        (2048, [13, 13, 8, 2]),
+        (4096, [16, 15, 4, 1]),
+        (8192, [16, 15, 4, 1]),
+    ],
 )
 def test_groups_of_an_8b_model(num_tokens: int, sizes: list[int]) -> None:
     """36 layers of 4 KiB a token: one put for a short prompt, four at most."""

@@ -21,6 +21,7 @@ from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import ALONE_STEPS, LiveRequest
+from pdray.engine.schedule.token_budget import AdaptiveBudget, TokenBudget
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams
@@ -40,10 +41,16 @@ class FakeEngine:
     """Scheduler and bookkeeper around a device whose KV slots hold the whole prefix that they were computed from."""
 
     def __init__(
-        self, num_blocks: int, max_num_seqs: int = 4, budget: int = 16, headroom: int = 4, caching: bool = True
+        self,
+        num_blocks: int,
+        max_num_seqs: int = 4,
+        budget: int = 16,
+        headroom: int = 4,
+        caching: bool = True,
+        adaptive: TokenBudget | None = None,
     ):
         self.limits = EngineLimits(BLOCK_SIZE, num_blocks - 1, 64, max_num_seqs, budget, headroom, VOCAB_SIZE, (EOS,))
-        self.scheduler = Scheduler(self.limits, BlockPool(num_blocks, caching))
+        self.scheduler = Scheduler(self.limits, BlockPool(num_blocks, caching), adaptive)
         self.bookkeeper = Bookkeeper(self.scheduler)
         self.slots: dict[tuple[int, int], list[int]] = {}
         self.in_flight: list[tuple[StepPlan, list[SampledRow]]] = []
@@ -116,12 +123,18 @@ class FakeEngine:
             updates, self.scheduler.updates = self.scheduler.updates, []
         else:
             updates = self.bookkeeper.update(plan, rows, self.now)
+            self.scheduler.budget.note(plan, self.seconds(plan))
         for update in updates:
             for token in update.tokens:
                 self.outputs[update.key][token.index].append(token)
             if update.finished:
                 self.finished.add(update.key)
         self.assert_clean()
+
+    @staticmethod
+    def seconds(plan: StepPlan) -> float:
+        """What the device takes for it."""
+        return 0.010 + 0.001 * plan.num_tokens
 
     def step(self) -> StepPlan:
         plan = self.begin()
@@ -206,7 +219,10 @@ def test_random_traffic_leaks_nothing_and_gives_everyone_the_tokens_of_running_a
     num_blocks = data.draw(st.integers(9, 24), "num_blocks")
     max_num_seqs = data.draw(st.integers(1, 5), "max_num_seqs")
     budget = data.draw(st.integers(max_num_seqs, 24), "budget")
-    engine = FakeEngine(num_blocks, max_num_seqs, budget, caching=data.draw(st.booleans(), "caching"))
+    adaptive = AdaptiveBudget(budget, (8, 12, 16)) if data.draw(st.booleans(), "adaptive") else None
+    engine = FakeEngine(
+        num_blocks, max_num_seqs, budget, caching=data.draw(st.booleans(), "caching"), adaptive=adaptive
+    )
     overlap = data.draw(st.booleans(), "overlap")
     decoder_side = {}
     live: dict[int, EngineRequest] = {}
@@ -636,3 +652,38 @@ def test_a_check_in_slices_finds_what_is_wrong_while_the_prefix_cache_changes(
         if number < 15:
             pool.cache(blocks[20 + number], bytes([blocks[20 + number]]))
     assert set(found) == {f"the prefix cache names block {blocks[19]}, which holds something else"}
+
+
+def test_prompts_get_all_that_fits_alone_and_little_beside_streams() -> None:
+    """0.010 s of a plain step let a prompt take 5 ms, and so 5 tokens of its own; each step gives it 4 at least."""
+    engine = FakeEngine(200, max_num_seqs=4, budget=60, adaptive=AdaptiveBudget(60, (18, 24, 40)))
+    engine.add(make("stream", 50, 14))
+    assert engine.step().num_tokens == 50
+    for _ in range(5):
+        assert engine.step().num_tokens == 1
+    engine.add(make("late", 58, 4))
+    steps = [engine.step() for _ in range(4)]
+    assert [plan.num_tokens for plan in steps] == [18, 18, 18, 8]
+    assert all("stream" in plan.keys for plan in steps), "no stream stands still for a prompt"
+    engine.run()
+    for request in (make("stream", 50, 14), make("late", 58, 4)):
+        assert_outputs(engine, request)
+
+
+def test_prompts_that_others_decode_take_all_that_fits() -> None:
+    engine = FakeEngine(200, max_num_seqs=8, budget=60, adaptive=AdaptiveBudget(60, (18, 24, 40)))
+    for key, length in (("a", 30), ("b", 31), ("c", 40)):
+        engine.add(make(key, length, 4, prefill_only=True))
+    assert [engine.step().num_tokens for _ in range(2)] == [60, 41]
+
+
+def test_first_come_first_served_whatever_the_budget() -> None:
+    engine = FakeEngine(200, max_num_seqs=4, budget=60, adaptive=AdaptiveBudget(60, (18, 24, 40)))
+    engine.add(make("stream", 4, 50))
+    for _ in range(8):
+        engine.step()
+    engine.add(make("first", 40, 4))
+    engine.add(make("second", 5, 4))
+    seen = [key for plan in (engine.step() for _ in range(6)) for key in plan.keys if key != "stream"]
+    assert seen.index("second") > max(i for i, key in enumerate(seen[:4]) if key == "first") - 2
+    assert seen[0] == "first"

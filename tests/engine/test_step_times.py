@@ -32,3 +32,13 @@ def test_only_the_last_steps_are_kept() -> None:
     spread = times.spread()
     assert spread is not None and spread.step == Spread(1000.0, 1000.0, 1000.0)
     assert spread.host == Spread(250.0, 250.0, 250.0)
+
+
+def test_a_step_takes_its_time_from_the_one_before_or_from_its_plan() -> None:
+    times = StepTimes()
+    assert times.since(10.0, 11.5) == 1.5
+    times.add(11.0, 11.5)
+    assert times.since(11.0, 12.5) == 1.0, "the device was busy with the one before"
+    assert times.since(12.0, 12.5) == 0.5, "it was planned late"
+    times.pause()
+    assert times.since(11.0, 12.5) == 1.5

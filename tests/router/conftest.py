@@ -32,7 +32,7 @@ from pdray.wire.lease_messages import (
 from pdray.wire.message import LegKey
 from pdray.wire.messages import AnyMessage
 from pdray.wire.peers import PeerName, Role
-from pdray.wire.prefill_messages import FirstTokens, Ping, Pong
+from pdray.wire.prefill_messages import FirstTokens, LeaseConfirmed, Ping, Pong, PrefillRequest
 from pdray.wire.server import SessionServer
 from pdray.wire.session import Session
 
@@ -137,6 +137,13 @@ class FakeWorker:
         return result
 
     async def expect(self, kind: type, request_id: str, attempt: int = 0) -> Any:
+        """The first message of that kind about that leg, once it is there; of a leg to prefill, once it has a lease."""
+        message = await self.hear(kind, request_id, attempt)
+        if isinstance(message, PrefillRequest) and not message.has_lease:
+            await self.hear(LeaseConfirmed, request_id, attempt)
+        return message
+
+    async def hear(self, kind: type, request_id: str, attempt: int = 0) -> Any:
         """The first message of that kind about that leg, once it is there."""
         key = LegKey(request_id, attempt)
         return await self.wait(

@@ -215,7 +215,8 @@ async def test_abort_in_every_state(make_cluster: MakeCluster, state: str) -> No
     if state == "asked":
         cluster.decode.grant("r")  # crossed the close
         await cluster.decode.wait(lambda: cluster.decode.about("r").count("CloseLease") == 2)
-        assert "PrefillRequest" not in cluster.prefill.about("r")
+        await cluster.prefill.expect(CancelPrefill, "r")
+        assert cluster.prefill.about("r") == ["PrefillRequest", "CancelPrefill"], "it had begun ahead of the lease"
     assert [outcome for outcome, _ in cluster.metrics.outcomes] == ["abort"]
     following = await start(cluster, "next")
     cluster.prefill.first("next", "z", finish="length")
@@ -265,6 +266,7 @@ async def test_a_colocated_worker_serves_alone(make_cluster: MakeCluster) -> Non
 
 async def test_timings_add_up(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
+    cluster.router.machine.workers.links["prefill-0"].told_queued_tokens = 1  # so that it waits for the lease
     task = cluster.submit("r")
     await cluster.decode.expect(LeaseRequest, "r")
     await asyncio.sleep(0.05)
@@ -322,7 +324,7 @@ async def test_the_vocabulary_is_the_models(make_cluster: MakeCluster) -> None:
     await cluster.show(*workers)
     await asyncio.wait_for(cluster.router.wait_ready(), PATIENCE_S)
     await start(cluster, "r", GREEDY, prompt=[1, 159])
-    assert cluster.prefill.received[-1].prompt_token_ids == [1, 159]
+    assert (await cluster.prefill.expect(PrefillRequest, "r")).prompt_token_ids == [1, 159]
     with pytest.raises(InvalidRequestError, match=r"160 is not in \[0, 160\)"):
         await cluster.router.submit([160], GREEDY, request_id="s")
 
@@ -334,7 +336,8 @@ async def test_what_the_router_fills_in(make_cluster: MakeCluster) -> None:
     for number, params in enumerate([{}, {}, {"seed": 5}, {"temperature": 0}]):
         await start(cluster, str(number), SamplingParams(max_tokens=None, **params), prompt="x" * 60)  # type: ignore[arg-type]
         sent = cluster.decode.received[-1].params
-        assert sent == cluster.prefill.received[-1].params and sent.max_tokens == 40
+        prefill = await cluster.prefill.expect(PrefillRequest, str(number))
+        assert sent == prefill.params and sent.max_tokens == 40
         seeds.append(sent.seed)
     assert seeds[0] is not None and seeds[0] != seeds[1] and seeds[2:] == [5, None]
 

@@ -74,13 +74,15 @@ class Leases:
 class Sender:
     """One prefill worker: its pool, its staging, and a channel for each epoch."""
 
-    def __init__(self, world: World, name: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, world: World, name: str, timeout_s: float = TIMEOUT_S, staging_bytes: int = STAGING_BYTES
+    ) -> None:
         self.world = world
         self.name = name
         self.timeout_s = timeout_s
         self.pool = make_pool()
         self.transport = fake_device.HostTransport(gpu=name)
-        self.buffer = torch.zeros(STAGING_BYTES, dtype=torch.uint8)
+        self.buffer = torch.zeros(staging_bytes, dtype=torch.uint8)
         self.epoch = 0
         self.failures: list[str] = []
         self.replies: list[NcclMessage] = []
@@ -95,11 +97,13 @@ class Sender:
         self.epoch += 1
         world, loop = self.world, asyncio.get_running_loop()
         await world.receiver.close_link(self.name)
-        unique_id, piece_bytes = await world.receiver.accept(self.name, self.epoch)
-        world.receiver.on_message(self.name, self.epoch, encode(OpenCommunicator()), self.take)
+        unique_id, offered = await world.receiver.accept(self.name, self.epoch)
+        staging = Staging(KVPool.of(self.pool), self.buffer)
+        piece_bytes = min(staging.piece_bytes, offered)
+        world.receiver.on_message(self.name, self.epoch, encode(OpenCommunicator(piece_bytes)), self.take)
         communicator = await open_communicator(lambda: self.transport.connect(unique_id, SENDER_RANK))
         self.channel = NcclSender(
-            Staging(KVPool.of(self.pool), self.buffer),
+            staging,
             communicator,
             self.transport.new_stream,
             name=self.name,

@@ -68,6 +68,10 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.002)
 
 
+def assert_(condition: bool) -> None:
+    assert condition
+
+
 class PrefillEnd:
     """One prefill worker's kind, and its channel in each epoch. ``said``: what it told the receiver."""
 
@@ -257,6 +261,29 @@ async def test_a_put_that_has_arrived_is_told_as_soon_as_the_step_has_ended(worl
     assert done.passed.wait(PATIENCE_S)
     end.channel.step_ended()
     assert future.done() and len(end.written()) == 1
+
+
+async def test_the_last_of_a_step_is_watched_behind_what_was_hidden_in_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the step goes on nobody waits for its first layers; once it has ended, for all of them."""
+    monkeypatch.setattr("pdray.transfer.cuda_ipc.sender.SPIN_S", PATIENCE_S)
+    end = await world.sender("a")
+    gate, events = threading.Event(), [fake_device.HostEvent(), fake_device.HostEvent()]
+    end.stream.before_work = lambda: assert_(gate.wait(PATIENCE_S))
+    key = end.lease("0", [5])
+    futures = [
+        end.put(key, layers, [3], ready=event) for layers, event in zip((range(0, 4), range(4, 6)), events, strict=True)
+    ]
+    await until(lambda: len(end.channel._writing) == 2)
+    events[0].passed.set()
+    end.channel.step_ended()  # another one
+    assert end.channel._next_poll() > 0.0
+    events[1].passed.set()
+    end.channel.step_ended()
+    assert end.channel._next_poll() == 0.0
+    gate.set()
+    assert all([(await result(future)).accepted for future in futures])
 
 
 async def test_more_blocks_than_there_is_room_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

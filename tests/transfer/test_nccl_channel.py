@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.engine.kv.pool import KVPool
-from pdray.errors import HandshakeError, TransferError
+from pdray.errors import TransferError
 from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import PutResult
 from pdray.transfer.nccl.communicator import GuardedCommunicator, open_communicator
 from pdray.transfer.nccl.messages import (
+    ChannelFailed,
     GrantTransfers,
     OpenCommunicator,
     RefuseTransfer,
@@ -26,8 +26,7 @@ from pdray.transfer.nccl.messages import (
     decode_to_sender,
     encode,
 )
-from pdray.transfer.nccl.sender import NcclSender
-from pdray.transfer.nccl.staging import Staging
+from pdray.transfer.nccl.staging import ID_AREA_BYTES, NUM_SLOTS
 from pdray.wire.message import LegKey
 
 fake_device = sys.modules["fake_device"]  # see conftest.py
@@ -273,7 +272,7 @@ async def test_messages_of_another_epoch_are_ignored(world: Any) -> None:
     sender.lease(0)
     world.receiver.on_message("a", 1, old, sender.take)
     world.receiver.on_message("nobody", 2, old, sender.take)
-    world.receiver.on_message("a", 1, encode(OpenCommunicator()), sender.take)
+    world.receiver.on_message("a", 1, encode(OpenCommunicator(1024)), sender.take)
     for message in (GrantTransfers([0]), RefuseTransfer(0), TransferDone(0, True)):
         sender.channel.on_message(1, encode(message))
     assert (await result(sender.put(0, ALL_LAYERS, [2], [2]))).accepted
@@ -288,15 +287,29 @@ async def test_a_wrong_probe_is_seen(world: Any) -> None:
     assert not (await result(sender.channel.probe())).accepted
 
 
-async def test_stagings_of_different_sizes_are_refused(world: Any) -> None:
-    sender = await world.sender("a")
-    small = torch.zeros(len(sender.buffer) - 4096, dtype=torch.uint8)
-    with pytest.raises(HandshakeError, match="transfer_staging_bytes"):
-        NcclSender(
-            Staging(KVPool.of(sender.pool), small), GuardedCommunicator(sender.transport.communicators[-1]),
-            sender.transport.new_stream, name="b", epoch=1, piece_bytes=world.receiver.piece_bytes,
-            timeout_s=1, send=print, on_failed=print,
-        )  # fmt: skip
+@pytest.mark.parametrize("factor", [0.6, 2])
+async def test_ends_with_stagings_of_different_sizes_cut_alike(world: Any, factor: float) -> None:
+    """Into the pieces of the smaller one."""
+    slots_bytes = int(NUM_SLOTS * world.staging.piece_bytes * factor)
+    sender = await world.sender("a", staging_bytes=ID_AREA_BYTES + slots_bytes)
+    futures = []
+    for number in range(3):
+        sender.lease(number)
+        blocks = list(range(1 + number, 58, 3))
+        futures.append(sender.put(number, ALL_LAYERS, blocks, blocks))
+    assert all([(await result(future)).accepted for future in futures])
+    assert torch.equal(world.pool[:, 1:58], sender.pool[:, 1:58])
+
+
+@pytest.mark.parametrize("piece_bytes", [0, 511, 10**9])
+async def test_pieces_that_cannot_be_are_refused(world: Any, piece_bytes: int) -> None:
+    said: list[bytes] = []
+    await world.receiver.join("x", 1, piece_bytes, print, said.append)
+    limits = f"{world.staging.bytes_per_block} to {world.staging.piece_bytes}"
+    assert [decode_to_sender(message) for message in said] == [
+        ChannelFailed(f"x sends pieces of {piece_bytes} bytes; here they have {limits}")
+    ]
+    assert world.receiver.senders() == []
 
 
 async def test_an_abort_waits_for_a_call_and_no_call_follows_it() -> None:
@@ -371,9 +384,9 @@ async def test_a_receiver_that_cannot_join_says_so(world: Any) -> None:
     def fails() -> Any:
         raise RuntimeError("no network")
 
-    await world.receiver.join("x", 1, fails, said.append)
+    await world.receiver.join("x", 1, 1024, fails, said.append)
     assert len(said) == 1 and "no network" in decode_to_sender(said[0]).reason
-    await world.receiver.join("x", 2, fails, said.append)
+    await world.receiver.join("x", 2, 1024, fails, said.append)
     assert len(said) == 2
 
 

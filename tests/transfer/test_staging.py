@@ -7,10 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdray.config import Config
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
 from pdray.kernels.kv.blocks import gather_blocks
-from pdray.transfer.nccl.staging import ID_AREA_BYTES, MAX_SPAN_BLOCKS, NUM_SLOTS, Staging, split_put
+from pdray.transfer.nccl.staging import (
+    ID_AREA_BYTES,
+    MAX_SPAN_BLOCKS,
+    NUM_SLOTS,
+    Staging,
+    default_staging_bytes,
+    split_put,
+)
 from pdray.transfer.ring import Ring
 
 
@@ -86,6 +94,16 @@ def test_warming_up_changes_only_the_dummy_block() -> None:
     staging = Staging(KVPool.of(pool), torch.zeros(400_000, dtype=torch.uint8))
     staging.warm_up()
     assert torch.equal(pool, before) and len(staging.ids) == 0
+
+
+def test_staging_grows_with_the_device_up_to_what_is_of_use() -> None:
+    gib = 2**30
+    assert default_staging_bytes(80 * gib, 1) == default_staging_bytes(80 * gib, 2) == 512 * 2**20
+    assert default_staging_bytes(24 * gib, 1) == 384 * 2**20
+    assert default_staging_bytes(8 * gib, 1) == default_staging_bytes(80 * gib, 100) == 128 * 2**20
+    for num_channels in range(1, 9):
+        assert num_channels * default_staging_bytes(80 * gib, num_channels) <= 80 * gib / 64
+    assert Config().transfer_staging_bytes is None
 
 
 def test_too_little_staging_names_the_setting() -> None:

@@ -14,6 +14,7 @@ from pdray.errors import HandshakeError
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire import session as session_module
 from pdray.wire.dial import connect
+from pdray.wire.frame_protocol import FrameProtocol
 from pdray.wire.frames import MAX_FRAME_BYTES, Data, encode_frame, read_frame
 from pdray.wire.handshake import Challenge, Welcome, initiate
 from pdray.wire.lease_messages import RenewLeases
@@ -467,7 +468,9 @@ async def test_close_tells_the_peer(link: Connect) -> None:
     await client.close()
     await each.server_side.wait(lambda: each.server_side.closed)
     assert each.server_side.numbers == [1] and each.client_side.closed == []
-    assert each.server._sessions == {}
+    async with asyncio.timeout(PATIENCE_S):
+        while each.server._sessions:
+            await asyncio.sleep(0)
 
 
 async def test_close_does_not_wait_for_a_peer_that_does_not_read(
@@ -525,20 +528,27 @@ async def test_a_handlers_network_error_is_no_lost_connection(
 
 
 async def test_nothing_is_delivered_after_the_end(link: Connect) -> None:
-    """A frame may have come just before the session ends, and wait for its reader's turn."""
+    """A frame may have come together with the one that ends the session."""
     each = await link()
     await each.connect()
     await each.server_side.wait(lambda: each.server_side.opened)
     session = each.server_side.opened[0]
     delivered: list[AnyMessage] = []
-    each.server_side.on_message = lambda session, message: delivered.append(message)  # type: ignore[method-assign]
+
+    def end(session: Session, message: AnyMessage) -> None:
+        delivered.append(message)
+        session.end("ended here", tell=True)
+
+    each.server_side.on_message = end  # type: ignore[method-assign]
     assert session._writer is not None
-    protocol = session._writer.transport.get_protocol()
-    assert isinstance(protocol, asyncio.StreamReaderProtocol)
-    protocol.data_received(encode_frame(Data(1, 0, numbered(1))))
-    session.end("ended here", tell=True)
+    transport = session._writer.transport
+    async with asyncio.timeout(PATIENCE_S):
+        while not isinstance(transport.get_protocol(), FrameProtocol):
+            await asyncio.sleep(0.001)
+    protocol = transport.get_protocol()
+    protocol.data_received(encode_frame(Data(1, 0, numbered(1))) + encode_frame(Data(2, 0, numbered(2))))
     await each.client_side.wait(lambda: each.client_side.closed)
-    assert each.server_side.closed == ["ended here"] and delivered == []
+    assert each.server_side.closed == ["ended here"] and delivered == [numbered(1)]
 
 
 async def test_a_failing_on_open_ends_the_session(link: Connect) -> None:

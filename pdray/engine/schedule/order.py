@@ -1,8 +1,12 @@
-"""Orders of the batch and the queue, and the condition for going on while a token is pending."""
+"""Orders of the batch and the queue, what is queued, and the condition for going on while a token is pending."""
 
 from __future__ import annotations
 
+from itertools import islice
+
 from pdray.engine.schedule.sequence import Sequence
+
+MAX_COUNTED = 64  # queued sequences; more make no difference to the next step
 
 
 def batch_order(sequence: Sequence) -> tuple[int, int, int]:
@@ -33,3 +37,12 @@ def may_go_on(sequence: Sequence) -> bool:
     has_forks_to_wait_for = not live.forked and len(live.sequences) > 1
     will_end = sequence.num_tokens >= sequence.max_total_tokens or live.prefill_only
     return not (will_end or has_forks_to_wait_for)
+
+
+def num_queued_tokens(waiting: list[Sequence], num_places: int, room: int) -> int:
+    """Tokens to compute of queued sequences, without those that must wait for others to end.
+
+    Args:
+        num_places: free ones in the batch. room: tokens of free blocks.
+    """
+    return min(room, sum(s.num_uncomputed_tokens for s in islice(waiting, min(num_places, MAX_COUNTED))))

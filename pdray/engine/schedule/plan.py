@@ -56,6 +56,7 @@ class StepPlan:
         is_decode: each chunk is one token, and draws one.
         num_decodes: leading chunks of one token.
         alone: the request that it computes and no other, where that was asked for.
+        planned_at: on the engine's clock.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -66,6 +67,7 @@ class StepPlan:
     is_decode: bool = True
     num_decodes: int = 0
     alone: LiveRequest | None = None
+    planned_at: float = 0.0
 
     @property
     def keys(self) -> list[Hashable]:

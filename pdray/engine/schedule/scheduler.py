@@ -27,6 +27,7 @@ from pdray.engine.schedule.order import batch_order, may_go_on, num_known_tokens
 from pdray.engine.schedule.plan import StepPlan
 from pdray.engine.schedule.refusals import refuse
 from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
+from pdray.engine.schedule.token_budget import FixedBudget, TokenBudget, tokens_beside
 from pdray.engine.schedule.turns import Turn, Turns
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
@@ -43,6 +44,9 @@ class Counters(NamedTuple):
 class Scheduler:
     """All live requests, the queue, the batch and the block pool. Callers hold the engine's lock.
 
+    Args:
+        budget: of each step; default: max_num_batched_tokens.
+
     Attributes:
         requests: live ones by key; a released one is no longer here, though a step may still use it.
         waiting: queued sequences, next one first. Of a request that is not forked only the first sequence is here.
@@ -55,8 +59,9 @@ class Scheduler:
         compiling: requests whose grammar is not there yet.
     """
 
-    def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: EngineLimits, pool: BlockPool, budget: TokenBudget | None = None) -> None:
         self.limits = limits
+        self.budget = budget or FixedBudget(limits.max_num_batched_tokens)
         self.pool = pool
         self.allocator = KVAllocator(limits, pool)
         self.requests: dict[Hashable, LiveRequest] = {}
@@ -196,6 +201,7 @@ class Scheduler:
                 break
         for chunk in plan.chunks:
             chunk.sequence.request.note_scheduled(now)
+        plan.planned_at = now
         if plan.chunks:
             self.plans_in_flight.append(plan)
         return plan
@@ -245,10 +251,11 @@ class Scheduler:
 
     def _schedule_prefills(self, plan: StepPlan, admit: bool, may_overtake: bool) -> None:
         """Spend what is left of the token budget on prompts: those begun, then, if ``admit``, queued ones."""
-        budget = self.limits.max_num_batched_tokens
-        for sequence in self.turns.of(self.running, plan.alone):
-            may_begin = sequence.num_uncomputed_tokens > 1 and sequence.request.may_draw
-            if plan.num_tokens < budget and may_begin:
+        running = self.turns.of(self.running, plan.alone)
+        begun = [s for s in running if s.num_uncomputed_tokens > 1 and s.request.may_draw]
+        budget = tokens_beside(self, plan, begun) if begun or self.waiting else 0
+        for sequence in begun:
+            if plan.num_tokens < budget:
                 plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
         while admit and plan.num_tokens < budget:
             queue = [s for s in self.waiting if s.request.may_draw] if self.compiling else self.waiting
@@ -338,7 +345,6 @@ class Scheduler:
     def _count_prefix_hits(self, live: LiveRequest) -> None:
         if live.num_cached_tokens is None:
             live.num_cached_tokens = live.lead.num_computed_tokens
-            self.counters = self.counters._replace(
-                prefix_cache_queries=self.counters.prefix_cache_queries + len(live.lead.token_ids),
-                prefix_cache_hits=self.counters.prefix_cache_hits + live.num_cached_tokens,
-            )
+            queries = self.counters.prefix_cache_queries + len(live.lead.token_ids)
+            hits = self.counters.prefix_cache_hits + live.num_cached_tokens
+            self.counters = self.counters._replace(prefix_cache_queries=queries, prefix_cache_hits=hits)

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.token_budget import STEP_SIZES
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 
 # Launched one by one, a step's kernels take 12 ms of the host's time, and ten times that while another thread of the
 # process is busy: more than a GPU needs for 4,096 tokens of a small model.
 PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 FEW_SEQUENCES = 8
-MIXED_TOKENS = (512, 1024, 2048, 4096)  # of prompts beside a batch of any size
 LAUNCHED_TOKENS = 512
 
 
@@ -52,14 +52,14 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepShape]:
     """Steps with prompts that get a graph, the smallest first; longer ones keep the device busy while launched."""
     few = min(FEW_SEQUENCES, max_num_seqs)
-    wanted = {(n, few) for n in PREFILL_TOKENS} | {(n, max_num_seqs) for n in MIXED_TOKENS}
+    wanted = {(n, few) for n in PREFILL_TOKENS} | {(n, max_num_seqs) for n in STEP_SIZES}
     sizes = sorted(size for size in wanted if size[0] <= max_num_batched_tokens)
     return [StepShape(num_tokens, num_seqs, num_seqs, False) for num_tokens, num_seqs in sizes]
 
 
 def launched_sizes(max_num_batched_tokens: int) -> list[int]:
     """Numbers of tokens of the steps that no graph can run."""
-    largest = max((n for n in MIXED_TOKENS if n <= max_num_batched_tokens), default=0)
+    largest = max((n for n in STEP_SIZES if n <= max_num_batched_tokens), default=0)
     sizes = range(largest + LAUNCHED_TOKENS, max_num_batched_tokens, LAUNCHED_TOKENS)
     return [*sizes, max_num_batched_tokens] if largest < max_num_batched_tokens else []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from pdray.engine.request import LayerGroupReady
@@ -12,6 +13,10 @@ from pdray.engine.schedule.plan import Chunk, StepPlan
 # attention is done; the output head takes longer.
 WORTH_BYTES = 16 * 1024 * 1024
 
+# How many times the next group's layers a group may have: it is sent while those are computed, and sending a layer
+# takes a tenth of computing it, or a fifth on a device that is shared.
+TAPER = 4
+
 # Called after each group of layers, with the event after which its KV is final (CUDA).
 OnGroup = Callable[[range, Any], None]
 
@@ -19,21 +24,25 @@ OnGroup = Callable[[range, Any], None]
 def layer_groups(num_layers: int, layer_bytes: int, largest: int, worth_bytes: int = WORTH_BYTES) -> list[range]:
     """Layers of a step that are told of together, in order.
 
-    The last group is the smallest that is worth it, for nothing computes beside its transfer; the others are alike and
-    have at most ``largest`` layers, unless so few are not worth it. A small step is one group.
+    The last group is the smallest that is worth it, for nothing computes beside its transfer, and the one before it so
+    small that it is sent by then (TAPER); the others are alike and have at most ``largest`` layers, unless so few are
+    not worth it. A small step is one group.
 
     Args:
         layer_bytes: KV of the step's tokens in one layer.
     """
-    worth = min(num_layers, -(-worth_bytes // max(1, layer_bytes)))
-    last = max(1, worth)
-    rest = num_layers - last
-    if rest < worth or rest == 0:
+    worth = max(1, min(num_layers, -(-worth_bytes // max(1, layer_bytes))))
+    most = max(largest, worth)
+    sizes, rest = [worth], num_layers - worth  # from the last group on
+    if rest < worth:
         return [range(num_layers)]
-    number = -(-rest // max(largest, worth))
-    size = -(-rest // number)
-    starts = [*range(0, rest, size), rest, num_layers]
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    while (size := TAPER * sizes[-1]) < most and rest - size >= worth:
+        sizes.append(size)
+        rest -= size
+    number = -(-rest // most)
+    sizes += [(rest + i) // number for i in range(number)]
+    stops = list(accumulate(reversed(sizes)))
+    return [range(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 class FinalBlocks(NamedTuple):

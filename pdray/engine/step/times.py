@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import NamedTuple
 
@@ -42,6 +43,10 @@ class StepTimes:
     def __init__(self) -> None:
         self._steps: deque[tuple[float, float]] = deque(maxlen=NUM_STEPS)
         self._last_end: float | None = None
+
+    def since(self, planned_at: float, ended: float) -> float:
+        """Seconds of a step that is not added yet: since the end of the one before, or since it was planned."""
+        return ended - max(planned_at, -math.inf if self._last_end is None else self._last_end)
 
     def add(self, wait_began: float, ended: float) -> None:
         """A step's tokens were waited for, and came. Both of time.perf_counter()."""

@@ -262,14 +262,20 @@ class CudaIpcSender(Sender):
         return landed
 
     def _next_poll(self) -> float:
-        """Seconds until the next one: none while the device is at the first write, and somebody waits for it."""
-        first = self._writing[0].parts[0]
-        if self._is_beside_a_step(first) or (first.ready is not None and not first.ready.query()):
+        """Seconds until the next one: none while the device is at what somebody waits for.
+
+        That may be behind writes that were hidden: of a step that has ended meanwhile.
+        """
+        if not any(self._is_awaited(write.parts[0]) for write in self._writing):
             return POLL_S
         now = time.monotonic()
         if self._spin_until is None:
             self._spin_until = now + SPIN_S
         return 0.0 if now < self._spin_until else POLL_S
+
+    def _is_awaited(self, part: Part) -> bool:
+        """Whether it is all that is left of its step."""
+        return not self._is_beside_a_step(part) and (part.ready is None or part.ready.query())
 
     def _start_write(self) -> bool:
         """Enqueue the parts that come next; False if there is no room for their ids."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from pdray.engine.kv.pool import KVPool
-from pdray.errors import HandshakeError
 from pdray.transfer.channel import Kind, Link, Sink, Site
 from pdray.transfer.nccl.communicator import SENDER_RANK, Transport, open_communicator
+from pdray.transfer.nccl.interface import use_interface_of
 from pdray.transfer.nccl.messages import OpenCommunicator, encode
 from pdray.transfer.nccl.receiver import NcclReceiver, Offer
 from pdray.transfer.nccl.sender import NcclSender
-from pdray.transfer.nccl.staging import ID_AREA_BYTES, Staging
+from pdray.transfer.nccl.staging import ID_AREA_BYTES, Staging, default_staging_bytes
 from pdray.transfer.nccl.transport import CudaTransport
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.cluster_view import WorkerInfo
@@ -36,24 +36,25 @@ class NcclKind(Kind):
 
     def __init__(self, site: Site, transport: Transport | None = None) -> None:
         self._site = site
+        self._interface = use_interface_of(site.address)
         if transport is None and site.device.type == "cuda":
             transport = CudaTransport(site.device)
         self._transport = transport
-        size, number = (
-            ID_AREA_BYTES + site.config.transfer_staging_bytes,
-            site.num_peers if self.facts.get("version") else 0,
-        )
+        number = site.num_peers if self.facts.get("version") else 0
+        size = ID_AREA_BYTES + (site.config.transfer_staging_bytes or _default_bytes(site))
         self._buffers = [torch.zeros(size, dtype=torch.uint8, device=site.device) for _ in range(number)]
         self._stagings: list[Staging] = []  # that no peer has
         self._staging_of: dict[str, Staging] = {}  # by peer, for every epoch
 
     @property
     def facts(self) -> dict[str, str]:
-        """See Kind. gpu names the physical GPU; version is NCCL's, "" if this process cannot use it."""
+        """See Kind. gpu names the physical GPU; version is NCCL's, "" if this process cannot use it; interface is the
+        one that NCCL was told to use."""
         transport = self._transport
         if transport is None:
             return {}
-        return {"gpu": transport.gpu, "version": transport.version, "host": os.environ.get(HOST_VARIABLE, "")}
+        host = os.environ.get(HOST_VARIABLE, "")
+        return {"gpu": transport.gpu, "version": transport.version, "host": host, "interface": self._interface}
 
     @classmethod
     def obstacle(cls, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
@@ -100,20 +101,23 @@ class NcclKind(Kind):
             if not loop.is_closed():  # else it belonged to a worker that has ended
                 loop.call_soon_threadsafe(call, argument)
 
-        link.send(encode(OpenCommunicator()))
+        staging = self._staging_of[link.peer]
+        piece_bytes = min(staging.piece_bytes, offer.piece_bytes)
+        link.send(encode(OpenCommunicator(piece_bytes)))
         communicator = await open_communicator(partial(transport.connect, offer.unique_id, SENDER_RANK))
-        try:
-            return NcclSender(
-                self._staging_of[link.peer],
-                communicator,
-                transport.new_stream,
-                name=link.peer,
-                epoch=link.epoch,
-                piece_bytes=offer.piece_bytes,
-                timeout_s=self._site.config.worker_timeout_s,
-                send=partial(soon, link.send),
-                on_failed=partial(soon, link.on_failed),
-            )
-        except HandshakeError:
-            await asyncio.to_thread(communicator.close)
-            raise
+        return NcclSender(
+            staging,
+            communicator,
+            transport.new_stream,
+            name=link.peer,
+            epoch=link.epoch,
+            piece_bytes=piece_bytes,
+            timeout_s=self._site.config.worker_timeout_s,
+            send=partial(soon, link.send),
+            on_failed=partial(soon, link.on_failed),
+        )
+
+
+def _default_bytes(site: Site) -> int:
+    whole = torch.cuda.mem_get_info(site.device)[1] if site.device.type == "cuda" else 0
+    return default_staging_bytes(whole, site.num_peers)

@@ -10,7 +10,13 @@ class NcclMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class OpenCommunicator(NcclMessage, frozen=True):
-    """The sender enters the init of the communicator that was offered for this epoch; so should the receiver."""
+    """The sender enters the init of the communicator that was offered for this epoch; so should the receiver.
+
+    Attributes:
+        piece_bytes: of the pieces that both cut puts into: the largest that fit the slots of both.
+    """
+
+    piece_bytes: int
 
 
 class Staged(NcclMessage, frozen=True):

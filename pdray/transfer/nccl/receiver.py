@@ -43,10 +43,11 @@ GRANT_BYTES = 256 << 20  # about as many are granted to one sender while another
 
 @dataclass(eq=False, slots=True)
 class _Sender:
-    """A prefill worker in one epoch. link is None until its communicator is there."""
+    """A prefill worker in one epoch: its pieces (see OpenCommunicator), and its link once its communicator is there."""
 
     worker_id: str
     epoch: int
+    piece_bytes: int
     send_bytes: Callable[[bytes], None]
     link: Link | None = None
     waiting: deque[Staged] = field(default_factory=deque)
@@ -59,7 +60,7 @@ class Offer(NamedTuple):
     """The data with which a sender opens a channel.
 
     Attributes:
-        unique_id: of the communicator; opaque. piece_bytes: what one transfer of it holds at most.
+        unique_id: of the communicator; opaque. piece_bytes: the largest that fits a slot of the receiver's staging.
     """
 
     unique_id: Any
@@ -128,11 +129,11 @@ class NcclReceiver(Receiver):
             msgspec.DecodeError: the bytes are no message.
         """
         match decode_to_receiver(payload):
-            case OpenCommunicator():
+            case OpenCommunicator(piece_bytes):
                 offered, unique_id = self._offered.pop(worker_id, (None, None))
                 if offered == epoch:
                     connect = partial(self._transport.connect, unique_id, RECEIVER_RANK)
-                    self._tasks.spawn(self.join(worker_id, epoch, connect, send))
+                    self._tasks.spawn(self.join(worker_id, epoch, piece_bytes, connect, send))
             case staged:
                 sender = self._senders.get(worker_id)
                 if sender is not None and sender.epoch == epoch:
@@ -143,6 +144,7 @@ class NcclReceiver(Receiver):
         self,
         worker_id: str,
         epoch: int,
+        piece_bytes: int,
         connect: Callable[[], Communicator],
         send: Callable[[bytes], None],
         *,
@@ -153,10 +155,16 @@ class NcclReceiver(Receiver):
         If that fails the sender is told (ChannelFailed).
 
         Args:
+            piece_bytes: see OpenCommunicator.
             connect, on_stuck: see open_communicator(). send: hands the sender a message; does nothing once it is gone.
         """
         assert worker_id not in self._senders, worker_id
-        sender = self._senders[worker_id] = _Sender(worker_id, epoch, send)
+        sender = _Sender(worker_id, epoch, piece_bytes, send)
+        if not self._staging.bytes_per_block <= piece_bytes <= self.piece_bytes:
+            limits = f"{self._staging.bytes_per_block} to {self.piece_bytes}"
+            sender.send(ChannelFailed(f"{worker_id} sends pieces of {piece_bytes} bytes; here they have {limits}"))
+            return
+        self._senders[worker_id] = sender
         self._turns.append(worker_id)
         try:
             communicator = await open_communicator(connect, on_stuck=on_stuck)
@@ -235,7 +243,7 @@ class NcclReceiver(Receiver):
                     sender.send(RefuseTransfer(staged.seq))
                     continue
                 transfer.blocks = blocks
-                transfer.spans = self._staging.split(transfer.layers, len(blocks), self.piece_bytes)
+                transfer.spans = self._staging.split(transfer.layers, len(blocks), sender.piece_bytes)
                 room -= len(transfer.layers) * len(blocks) * self._staging.bytes_per_block
                 self._writes.begin(transfer.key)
             transfers.append(transfer)

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
-from pdray.errors import HandshakeError, TransferError
+from pdray.errors import TransferError
 from pdray.transfer.channel import Put, PutResult, Sender
 from pdray.transfer.nccl.communicator import GuardedCommunicator
 from pdray.transfer.nccl.messages import (
@@ -68,13 +68,10 @@ class NcclSender(Sender):
     Args:
         staging: this channel's alone until close() has returned.
         new_stream: makes one; twice.
-        piece_bytes: of the receiver's offer: both sides cut puts alike.
+        piece_bytes: as the receiver was told (OpenCommunicator): both sides cut puts alike.
         timeout_s: a granted transfer that does not get on for so long fails the channel.
         send: hands the receiver a message; called from the channel's thread.
         on_failed: called once, from any thread, when the channel has failed by itself; its owner then closes it.
-
-    Raises:
-        HandshakeError: the receiver's pieces do not fit this staging.
     """
 
     kind = "nccl"
@@ -92,11 +89,7 @@ class NcclSender(Sender):
         send: Callable[[bytes], None],
         on_failed: Callable[[str], None],
     ) -> None:
-        if piece_bytes > staging.piece_bytes:
-            raise HandshakeError(
-                f"{name} takes pieces of {piece_bytes} bytes, and {staging.piece_bytes} fit the staging here: "
-                "transfer_staging_bytes must be the same everywhere"
-            )
+        assert piece_bytes <= staging.piece_bytes
         self.epoch = epoch
         self._name = name
         self._staging = staging

@@ -21,8 +21,23 @@ NUM_SLOTS = 4  # so that packing, sending and unpacking overlap
 MAX_SPAN_BLOCKS = 4096  # their ids are 32 KiB: CUDA takes up to 64 KiB of pageable memory without waiting
 ID_BYTES = 8
 ID_AREA_BYTES = 4 * MAX_SPAN_BLOCKS * ID_BYTES
+MIN_STAGING_BYTES, MAX_STAGING_BYTES = 128 << 20, 512 << 20  # by default
+STAGING_SHARE = 64  # of the device's memory, by default, and for all channels of a worker together
 PROBE_BYTES = 4096
 PROBE_ROWS = 16  # on the host: one grant at a time brings one or two
+
+
+def default_staging_bytes(device_bytes: int, num_channels: int) -> int:
+    """Staging of each of a worker's channels where transfer_staging_bytes is not set.
+
+    Each piece costs the host about 0.1 ms at either end, in which the link carries 32 MiB: pieces of 128 MiB (a quarter
+    of the staging) hide that, and larger ones would gain nothing.
+
+    Args:
+        device_bytes: the whole memory of the device.
+    """
+    share = device_bytes // STAGING_SHARE // max(1, num_channels)
+    return min(max(share, MIN_STAGING_BYTES), MAX_STAGING_BYTES)
 
 
 class Piece(NamedTuple):
