@@ -1,6 +1,7 @@
 """Real clients against a running server: `python examples/clients.py --base-url http://127.0.0.1:8000/v1`.
 
-Tries openai (chat, streaming helpers, tools, responses), litellm and langchain-openai; what is not installed is said.
+Tries openai (chat, streaming helpers, parse(), tools, responses), litellm and langchain-openai; what is not installed
+is said.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import openai
+from pydantic import BaseModel, Field
 
 ASK: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
 PARAMETERS = {
@@ -24,6 +26,13 @@ PARAMETERS = {
 TOOL: dict[str, Any] = {"name": "get_weather", "description": "The weather in a city.", "parameters": PARAMETERS}
 TOOLS: list[Any] = [{"type": "function", "function": TOOL}]
 NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
+
+
+class City(BaseModel):
+    """What an answer must look like."""
+
+    city: str = Field(max_length=20)
+    country: str = Field(max_length=20)
 
 
 class Clients:
@@ -55,6 +64,13 @@ class Clients:
         )
         return f"{call.function.name}({call.function.arguments}), then {said.choices[0].message.content!r}"
 
+    def openai_parse(self) -> str:
+        answer = self.client.chat.completions.parse(
+            model=self.model, messages=ASK, response_format=City, max_tokens=64, temperature=0
+        )
+        assert isinstance(answer.choices[0].message.parsed, City)
+        return repr(answer.choices[0].message.parsed)
+
     def openai_responses(self) -> str:
         answer = self.client.responses.create(model=self.model, input="Say hello.", max_output_tokens=16)
         assert answer.output_text
@@ -82,8 +98,21 @@ class Clients:
         assert answer.tool_calls
         return str(answer.tool_calls[0]["args"])
 
+    def langchain_structured(self) -> str:
+        from langchain_openai import ChatOpenAI
 
-NEEDS = {"litellm_overflow": "litellm", "langchain_tools": "langchain_openai"}
+        model = ChatOpenAI(model=self.model, base_url=self.base_url, api_key=self.key, max_tokens=64, temperature=0)
+        answer = model.with_structured_output(City, method="json_schema").invoke(ASK[0]["content"])
+        assert isinstance(answer, City)
+        return repr(answer)
+
+
+NEEDS = {
+    "litellm_overflow": "litellm",
+    "langchain_tools": "langchain_openai",
+    "langchain_structured": "langchain_openai",
+}
+ALL = ("openai_chat", "openai_parse", "openai_tools", "openai_responses", *NEEDS)
 
 
 def main() -> int:
@@ -95,7 +124,7 @@ def main() -> int:
     client = openai.OpenAI(base_url=args.base_url, api_key=key)
     clients = Clients(client, client.models.list().data[0].id, args.base_url, key)
     failed = False
-    for name in ("openai_chat", "openai_tools", "openai_responses", "litellm_overflow", "langchain_tools"):
+    for name in ALL:
         if (module := NEEDS.get(name)) and importlib.util.find_spec(module) is None:
             print(f"{name}: not tried, {module} is not installed")
             continue

@@ -36,6 +36,7 @@ from pdray.serve.tokens_api import (
     detokenize,
     parse_tokenize,
     tokenize,
+    tokenizer_info,
 )
 
 if TYPE_CHECKING:
@@ -185,6 +186,11 @@ def create_app(
         body = await read_body(request, DetokenizeBody.model_validate, config.max_request_bytes)
         check_model(body.model)
         return await detokenize(body, router().tokenizer)
+
+    @app.get("/tokenizer_info", dependencies=needs_key)
+    async def describe_tokenizer() -> dict[str, Any]:
+        """The tokenizer's class, special tokens and chat template."""
+        return tokenizer_info(router().tokenizer)
 
     @app.get("/ping")
     @app.get("/health")

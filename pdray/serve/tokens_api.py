@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, with vLLM's fields and answers."""
+"""/tokenize, /detokenize and /tokenizer_info, with vLLM's fields and answers."""
 
 from __future__ import annotations
 
@@ -97,6 +97,24 @@ async def detokenize(body: DetokenizeBody, tokenizer: PreTrainedTokenizerBase | 
             raise InvalidRequestError(f"token id {token_id} is not in the vocabulary of {size} tokens", "tokens")
     prompt = await beside_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens))
     return {"prompt": prompt}
+
+
+def tokenizer_info(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What a client needs to prepare prompts by itself, by transformers' names; lm_eval asks for it.
+
+    Raises:
+        InvalidRequestError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise _no_tokenizer("model")
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "unk_token": tokenizer.unk_token,
+        "chat_template": tokenizer.chat_template,
+    }
 
 
 def _no_tokenizer(param: str) -> InvalidRequestError:

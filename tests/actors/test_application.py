@@ -120,6 +120,26 @@ def test_completions_n_logprobs_stop_and_seed(client: openai.OpenAI) -> None:
     assert stopped.choices[0].finish_reason == "stop" and "five" not in stopped.choices[0].text
 
 
+def test_a_prompt_is_scored_as_it_would_be_drawn(client: openai.OpenAI) -> None:
+    """As lm_eval asks: prefilled on one worker, which tells the scores, and nothing is decoded."""
+    prompt = "The capital of France is"
+    drawn = client.completions.create(model="smol", prompt=prompt, max_tokens=3, temperature=0, logprobs=1)
+    text = drawn.choices[0].text
+    for max_tokens in (0, 1):
+        scored = client.completions.create(
+            model="smol", prompt=prompt + text, max_tokens=max_tokens, temperature=0, logprobs=1, echo=True
+        )
+        choice, own = scored.choices[0], drawn.choices[0].logprobs
+        assert choice.logprobs is not None and own is not None and own.token_logprobs is not None
+        assert choice.text.startswith(prompt + text) and scored.usage is not None
+        assert scored.usage.completion_tokens == max_tokens and choice.finish_reason == "length"
+        num = scored.usage.prompt_tokens
+        assert choice.logprobs.token_logprobs is not None and choice.logprobs.token_logprobs[0] is None
+        assert len(choice.logprobs.token_logprobs) == num + max_tokens
+        assert choice.logprobs.token_logprobs[num - 3 : num] == pytest.approx(own.token_logprobs, abs=1e-3)
+        assert choice.logprobs.tokens is not None and choice.logprobs.tokens[num - 3 : num] == own.tokens
+
+
 def test_metrics_of_the_apis_own_port(url: str, client: openai.OpenAI) -> None:
     """They count what was asked, under both names, and know the decode worker's pool."""
 

@@ -123,3 +123,25 @@ def test_prefixes_are_shared_within_a_salt_only(llama: Any) -> None:
         hits.append(engine.updates[key][0].num_cached_tokens)
         ids.append(engine.ids(key))
     assert hits == [0, 0, 32, 0, 32] and all(each == ids[0] for each in ids)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_end_of_sequence_as_the_first_token(llama: Any, disaggregated: Any, ahead: bool) -> None:
+    """It ends the completion where the prompt was computed, with its log-probabilities; nothing is decoded."""
+    params = SamplingParams(
+        n=2, temperature=1.0, seed=1, max_tokens=9, allowed_token_ids=(2,), logprobs=2, prompt_logprobs=1
+    )
+    asked = EngineRequest("r", PROMPT, params, (0, 1))
+    whole = llama.engine(async_scheduling=ahead).run(asked)
+    pair = disaggregated(llama.engine(async_scheduling=ahead), llama.engine(async_scheduling=ahead))
+    assert answers(pair.run(asked)) == answers(whole)
+    for index in range(2):
+        [token] = whole.tokens["r"][index]
+        assert (token.token_id, token.finish_reason, token.is_text) == (2, "stop", False)
+        assert token.logprobs is not None and next(iter(token.logprobs)) == 2 and len(token.logprobs) >= 2
+    for engine in (whole, pair.prefill):
+        told = [update.prompt_scores for update in engine.updates["r"] if update.prompt_scores is not None]
+        assert len(told) == 1 and len(told[0].unpack()) == len(PROMPT) - 1
+    assert pair.decode.stats().num_output_tokens == 0
+    for engine in (whole, pair.prefill, pair.decode):
+        engine.assert_empty()

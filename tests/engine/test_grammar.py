@@ -199,6 +199,16 @@ def test_a_replay_goes_on_where_the_output_was(make: Callable[..., Any], name: s
         assert again.tokens[name][0] == whole[cut:]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_cached_prompt_gives_the_same_tokens(make: Callable[..., Any], ahead: bool) -> None:
+    engine = make(async_scheduling=ahead).run(*requests())
+    once = {key: [list(tokens) for tokens in indices.values()] for key, indices in answers(engine).items()}
+    engine.tokens.clear()
+    engine.run(*requests())
+    assert {key: [list(tokens) for tokens in indices.values()] for key, indices in answers(engine).items()} == once
+    assert engine.stats().prefix_cache_hits > 0
+
+
 def test_requests_without_a_grammar_draw_what_they_draw_alone(make: Callable[..., Any]) -> None:
     together = make().run(*requests())
     alone = make().run(next(r for r in requests() if r.key == "free"))

@@ -44,6 +44,15 @@ async def test_tokenize(http: httpx.AsyncClient, router: Any) -> None:
     assert not router.num_submitted
 
 
+async def test_tokenizer_info(http: httpx.AsyncClient, router: Any) -> None:
+    """What lm_eval needs to prepare prompts without the model's files."""
+    info = (await http.get("/tokenizer_info")).json()
+    assert info["eos_token"] == "<eos>" and info["bos_token"] is None
+    assert info["chat_template"] == router.tokenizer.chat_template and "Tokenizer" in info["tokenizer_class"]
+    router.tokenizer = None
+    assert (await http.get("/tokenizer_info")).status_code == 400
+
+
 async def test_detokenize(http: httpx.AsyncClient) -> None:
     assert (await http.post("/detokenize", json={"tokens": [*b"hi!"]})).json() == {"prompt": "hi!"}
     assert (await http.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
