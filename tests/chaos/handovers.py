@@ -1,4 +1,7 @@
-"""Answers that are handed over while clients leave and the prefill worker is killed again and again."""
+"""Answers that are handed over while clients leave and the prefill worker is killed again and again.
+
+While it is away there is nobody to begin a request: those who come then are refused, and ask again.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ REQUESTS_PER_KILL = 50
 LEAVING = 0.3
 MAX_PROMPT_TOKENS = 400
 MAX_TOKENS = 24
+MAX_PAUSE_S = 1.0  # before a refused client asks again
 
 
 @dataclass(slots=True)
@@ -42,6 +46,7 @@ class Handovers:
     rng: random.Random = field(default_factory=lambda: random.Random(SEED))
     ended: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    num_refusals: int = 0
     num_kills: int = 0
 
     async def run(self) -> None:
@@ -59,6 +64,11 @@ class Handovers:
             after_s = self.rng.uniform(0.0, 2.0) if leaves < LEAVING / 2 else None
             after = self.rng.randint(1, 8) if LEAVING / 2 <= leaves < LEAVING else None
             answer = await self.clients.ask(self.bodies[number], leave_after_s=after_s, leave_after=after)
+            deadline = time.monotonic() + BACK_TIMEOUT_S
+            while answer.outcome == "refused" and answer.retry_after_s and time.monotonic() < deadline:
+                self.num_refusals += 1
+                await asyncio.sleep(min(answer.retry_after_s, MAX_PAUSE_S))
+                answer = await self.clients.ask(self.bodies[number], leave_after_s=after_s, leave_after=after)
             self._note(number, answer)
 
     def _note(self, number: int, answer: Answer) -> None:
@@ -117,6 +127,7 @@ async def handovers(app: Application, scale: Scale) -> list[Row]:
         at_rest = await app.problems_at_rest()
     ended = ", ".join(f"{number} {name}" for name, number in state.ended.most_common())
     figure = f"{state.ended.total()} requests in {lasted:.0f} s, {state.num_kills} kills: {ended}"
+    figure += f"; asked again {state.num_refusals} times"
     enough = state.num_kills >= scale.num_handovers // REQUESTS_PER_KILL - 1
     rows = [
         Row(
