@@ -242,7 +242,7 @@ class Worker(ABC):
 
     async def describe(self) -> dict[str, Any]:
         """State for `pdray status`."""
-        stats, steps = self.engine.stats(), self.engine.step_times()
+        stats, steps, split = self.engine.stats(), self.engine.step_times(), self.engine.split_state()
         return {
             "worker_id": self.worker_id,
             "role": self.role,
@@ -256,6 +256,7 @@ class Worker(ABC):
             "num_blocks": stats.num_blocks,
             "preemptions": stats.num_preemptions,
             "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
+            "split": None if split is None else split._asdict(),
             "routers": self._router_ids(),
         }
 

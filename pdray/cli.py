@@ -96,7 +96,7 @@ def _add_address(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from pdray.bench import handover, kernels, offline, serve, transfer
+    from pdray.bench import handover, kernels, mux, offline, serve, transfer
     from pdray.bench.shapes import command as shapes
 
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -118,6 +118,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     shapes_parser = kinds.add_parser("shapes", help="the same load on several arrangements of workers")
     shapes.add_arguments(shapes_parser)
     shapes_parser.set_defaults(run=shapes.main)
+    mux_parser = kinds.add_parser("mux", help="prompts and decodes beside each other on one GPU")
+    mux.add_arguments(mux_parser)
+    mux_parser.set_defaults(run=mux.main)
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -93,6 +93,7 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
             lines.append(f"error: {error}")
         lines += [f"trouble: {row['worker_id']}: {row['trouble']}" for row in workers if row.get("trouble")]
         lines += [line for worker in workers for line in _channel_lines(worker)]
+        lines += [_split_line(worker["worker_id"], worker["split"]) for worker in workers if worker.get("split")]
         lines += [f"suspicion: {suspicion}" for suspicion in application.get("suspicions", [])]
         lines += [f"loop failed: {name}: {text}" for name, text in application.get("loop_failures", {}).items()]
         if coming := application.get("next"):
@@ -120,6 +121,19 @@ def _channel_lines(worker: dict[str, Any]) -> list[str]:
         so_far = f", {sent['num_bytes'] / 1e6:.1f} MB in {sent['num_puts']} puts" if sent else ""
         lines.append(f"channel {worker['worker_id']} to {peer}: {kind}{faster}{so_far}")
     return lines
+
+
+def _split_line(worker_id: str, split: dict[str, Any]) -> str:
+    """How prompts and decodes share a worker's GPU."""
+    decode_sms, num_sms = split["decode_sms"], split["num_sms"]
+    if decode_sms is None:
+        how = f"in one step of {split['chunk']} tokens at most"
+    elif decode_sms == 0:
+        how = "on two streams"
+    else:
+        how = f"decodes on {decode_sms} SMs, prompts on {num_sms - decode_sms}"
+    reason = f" (no partitions: {split['unavailable']})" if split["unavailable"] else ""
+    return f"split of {worker_id}: {how}{reason}; {split['num_changes']} changes, {split['num_pieces']} pieces"
 
 
 def _lease_lines(workers: list[dict[str, Any]]) -> list[str]:

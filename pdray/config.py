@@ -86,8 +86,7 @@ class Config(BaseModel):
     max_num_seqs: Positive = Field(64, description="sequences in one decode batch; on a GPU by default 256")
     max_num_batched_tokens: Positive = Field(
         2048,
-        description="most tokens of one forward pass; on a GPU by default 8192. Beside streams it is fewer: see "
-        "target_tpot_ms",
+        description="most tokens of a step; on a GPU by default 8192. Beside streams it is fewer: see target_tpot_ms",
     )
     target_tpot_ms: float | None = Field(
         None,
@@ -99,6 +98,15 @@ class Config(BaseModel):
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = Field(
         None, description="plan a step while the one before it runs; default: on CUDA"
+    )
+    sm_partition: Literal["auto", "on", "off"] = Field(
+        "off",
+        description="colocated on a GPU: prompts and decodes beside each other, each on some of its SMs; on: whenever"
+        " both wait; auto: when that computes more prompts within target_tpot_ms than one step of both",
+    )
+    decode_sms: Positive | None = Field(None, description="SMs for decodes then; default: found, of 16, 32, 48 and 64")
+    target_ttft_ms: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="with sm_partition: while prompts need no longer, shorter steps come before more prompts"
     )
     enforce_eager: bool = Field(False, description="launch every kernel by itself, without CUDA graphs")
     num_threads: Positive = Field(1, description="torch threads of each CPU worker")
@@ -220,12 +228,23 @@ class Config(BaseModel):
                     f"worker_resources gives {amount:g} for {name}; it takes amounts above 0 of resources other than "
                     "CPU (worker_num_cpus) and GPU (prefill_num_gpus, decode_num_gpus)"
                 )
+        self._check_partition()
         self._check_device_ids()
         if not all(VISIBLE_ASCII.fullmatch(key) for key in self.api_keys):
             raise ValueError("api_key must be one or more visible ASCII characters, without spaces")
         if not all(self.model_names):
             raise ValueError("served_model_name must not be empty")
         return self
+
+    def _check_partition(self) -> None:
+        if self.sm_partition != "off" and self.mode != "colocated":
+            raise ValueError(
+                f"sm_partition is {self.sm_partition}, but mode is {self.mode}, where no worker both prefills and "
+                "decodes; set mode to colocated or sm_partition to off"
+            )
+        if self.sm_partition == "off" and (self.decode_sms or self.target_ttft_ms):
+            name = "decode_sms" if self.decode_sms else "target_ttft_ms"
+            raise ValueError(f"{name} is given, but sm_partition is off; set it to on or auto, or remove {name}")
 
     def _check_device_ids(self) -> None:
         used: dict[int, float] = {}

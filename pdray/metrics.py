@@ -31,6 +31,9 @@ Worker (tags `worker`, `role`):
     pdray_preemptions                        counter
     pdray_engine_prompt_tokens               counter, computed
     pdray_engine_output_tokens               counter, sampled
+    pdray_decode_sms                         gauge, SMs of decodes beside prompts; 0 while there is no split
+    pdray_split_changes                      counter, of the split, or between a split and one step of both
+    pdray_prompt_pieces                      counter, of prompts, computed beside decodes
     pdray_integrity_problems                 gauge, found by the last check of the block accounting at rest
     pdray_transfers                          counter, completed puts of this worker
     pdray_transfer_bytes                     counter, KV that they pushed
@@ -175,6 +178,8 @@ class WorkerMetrics:
         "num_preemptions": ("pdray_preemptions", "Sequences preempted for memory"),
         "num_prompt_tokens": ("pdray_engine_prompt_tokens", "Prompt tokens computed"),
         "num_output_tokens": ("pdray_engine_output_tokens", "Tokens sampled"),
+        "num_split_changes": ("pdray_split_changes", "Changes of how prompts and decodes share the GPU"),
+        "num_prompt_pieces": ("pdray_prompt_pieces", "Pieces of prompts computed beside decodes"),
     }
 
     def __init__(self, worker_id: str, role: str, *, application: str, model: str) -> None:
@@ -182,6 +187,7 @@ class WorkerMetrics:
         self._running = _gauge("pdray_num_requests_running", "Sequences in the batch", tags)
         self._waiting = _gauge("pdray_num_requests_waiting", "Sequences that wait to be computed", tags)
         self._kv_usage = _gauge("pdray_kv_cache_usage_ratio", "Share of KV blocks in use", tags)
+        self._decode_sms = _gauge("pdray_decode_sms", "SMs of decodes beside prompts", tags)
         self._counters = {
             field: _counter(name, description, tags) for field, (name, description) in self._COUNTERS.items()
         }
@@ -196,6 +202,7 @@ class WorkerMetrics:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(1.0 - stats.free_blocks / stats.num_blocks)
+        self._decode_sms.set(stats.decode_sms)
         for field, counter in self._counters.items():
             total: int = getattr(stats, field)
             if total > self._counted[field]:

@@ -20,6 +20,7 @@ from pdray import cli
 from pdray.bench.client import authorization
 from pdray.cluster_commands import format_status
 from pdray.config import Config
+from pdray.engine.request import SplitState
 from pdray.errors import ConfigError, InvalidRequestError, PdrayError
 from pdray.health import wait_until_ready, why_not_ready
 from pdray.options import (
@@ -60,6 +61,13 @@ def another_value(field: str) -> Any:
     return 1024
 
 
+NEEDED = {  # fields that are refused without others
+    "sm_partition": {"mode": "colocated"},
+    "decode_sms": {"mode": "colocated", "sm_partition": "on"},
+    "target_ttft_ms": {"mode": "colocated", "sm_partition": "auto"},
+}
+
+
 @pytest.mark.parametrize("field", sorted(Config.model_fields))
 def test_every_field_of_config_has_its_option(field: str) -> None:
     value = another_value(field)
@@ -71,7 +79,9 @@ def test_every_field_of_config_has_its_option(field: str) -> None:
         words = [option_name(field), *value]
     else:
         words = [option_name(field), str(value)]
-    assert parse_config(*words) == Config(**{field: value})
+    needed = NEEDED.get(field, {})
+    words += [word for name, text in needed.items() for word in (option_name(name), text)]
+    assert parse_config(*words) == Config(**{field: value}, **needed)
 
 
 def test_no_option_leaves_every_default() -> None:
@@ -403,6 +413,23 @@ def test_status_says_which_channel_a_pair_has_and_why() -> None:
     assert lines[-1] == (
         "channel prefill-0 to decode-1: object_store (not cuda_ipc: different machines; not nccl: no NCCL)"
     )
+
+
+@pytest.mark.parametrize(
+    ("decode_sms", "chunk", "unavailable", "line"),
+    [
+        (32, None, None, "decodes on 32 SMs, prompts on 100; 4 changes, 9 pieces"),
+        (None, 512, None, "in one step of 512 tokens at most; 4 changes, 9 pieces"),
+        (0, None, "old driver", "on two streams (no partitions: old driver); 4 changes, 9 pieces"),
+    ],
+)
+def test_status_says_how_prompts_and_decodes_share_a_gpu(
+    decode_sms: int | None, chunk: int | None, unavailable: str | None, line: str
+) -> None:
+    split = SplitState(decode_sms, chunk, 132, (16, 32), 4, 9, unavailable)
+    workers = [{"worker_id": "decode-0", "split": split._asdict()}, {"worker_id": "decode-1", "split": None}]
+    lines = format_status([{"name": "pdray", "workers": workers}]).splitlines()
+    assert [shown for shown in lines if "split" in shown] == [f"split of decode-0: {line}"]
 
 
 def test_advice_names_options_that_exist() -> None:

@@ -65,3 +65,20 @@ def test_a_relative_path_that_leads_nowhere_is_told(
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="model is .* there is no .*must be absolute"):
         Config(model=model, skip_tokenizer_init=True).with_absolute_paths()
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"sm_partition": "auto"}, "sm_partition is auto, but mode is disaggregated.*set mode to colocated"),
+        ({"sm_partition": "on", "mode": "disaggregated"}, "sm_partition is on, but mode is disaggregated"),
+        ({"mode": "colocated", "decode_sms": 32}, "decode_sms is given, but sm_partition is off; set it to on or auto"),
+        ({"target_ttft_ms": 32}, "target_ttft_ms is given, but sm_partition is off.*or remove target_ttft_ms"),
+        ({"mode": "colocated", "sm_partition": "on", "decode_sms": 0}, "decode_sms"),
+        ({"target_ttft_ms": -1}, "target_ttft_ms"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(given: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Config(**given)
+    Config(mode="colocated", sm_partition="auto", decode_sms=32, target_tpot_ms=8, target_ttft_ms=1000)

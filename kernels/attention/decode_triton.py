@@ -6,8 +6,6 @@ The keys are split over ``num_splits`` programs, whose partial results a second 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +15,7 @@ from pdray.kernels.attention.online_softmax_triton import LOG2_E, MIN_DOT_ROWS, 
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.crossover import DECODE_MAX_SPLITS, DECODE_MIN_TOKENS_PER_SPLIT
 from pdray.kernels.dependent_launch import begin, dependent_launch
+from pdray.kernels.processors import num_processors
 
 
 @triton.jit
@@ -128,7 +127,7 @@ def launch_decode(
     batch = meta.num_decodes
     if num_splits is None:
         num_splits = choose_num_splits(
-            batch * num_kv_heads, meta.block_tables.shape[1] * block_size, _num_processors(q.device)
+            batch * num_kv_heads, meta.block_tables.shape[1] * block_size, num_processors(q.device)
         )
     if tiles is None:
         tiles = Tiles(0, 32, 4, 2) if q.element_size() == 4 else Tiles(0, 64, 4, 3)
@@ -160,8 +159,3 @@ def choose_num_splits(num_programs: int, max_kv_len: int, num_processors: int) -
     """
     wanted = -(-4 * num_processors // num_programs) if num_programs < 2 * num_processors else 1
     return max(1, min(wanted, DECODE_MAX_SPLITS, max_kv_len // DECODE_MIN_TOKENS_PER_SPLIT))
-
-
-@lru_cache(maxsize=16)
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.crossover import FLASH_MIN_MEAN_LENGTH
+from pdray.kernels.processors import device_processors, num_processors
 
 
 def first_flash_sequence(q: Tensor, meta: AttentionMetadata) -> int:
@@ -48,7 +49,8 @@ def flash_prefill(
     """
     longest = max(meta.query_lens[first:])
     starts = meta.cu_seqlens_q[first:]
+    others = device_processors(q.device) - num_processors(q.device)  # its grid is persistent: as large as the device
     torch.ops.fa3_fwd.fwd(
         q, k, v, out=out, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scale, is_causal=True, num_splits=1,
+        softmax_scale=scale, is_causal=True, num_splits=1, sm_margin=others,
     )  # fmt: skip

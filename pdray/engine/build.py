@@ -9,7 +9,10 @@ from pdray.engine.engine import Engine
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import choose_num_blocks
+from pdray.engine.mux.engine import MuxEngine, wanted_sizes
+from pdray.engine.mux.partitions import PIECE_TOKENS
 from pdray.engine.step.profile import profile_model
+from pdray.kernels.green_context import open_splits
 from pdray.models.load import LoadedModel
 
 
@@ -33,7 +36,7 @@ def make_pool(
         device,
         model.decoder.max_len,
         gpu_share=gpu_share,
-        profile=lambda: profile_model(config, model.decoder),
+        profile=lambda: profile_model(_largest(config), model.decoder),
     )
     return KVPool.allocate(layout, num_blocks, device, spare_bytes=spare_bytes)
 
@@ -41,5 +44,22 @@ def make_pool(
 def build_engine(
     config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0, spare_bytes: int = 0
 ) -> Engine:
-    """An engine with a pool of its own; see make_pool()."""
-    return Engine(config, model, make_pool(config, model, device, gpu_share=gpu_share, spare_bytes=spare_bytes))
+    """An engine with a pool of its own; see make_pool(). With sm_partition one of two lanes.
+
+    On a device without partitions "auto" is "off", and says so in one line of the log.
+    """
+    pool = make_pool(config, model, device, gpu_share=gpu_share, spare_bytes=spare_bytes)
+    if config.sm_partition == "off":
+        return Engine(config, model, pool)
+    splits = open_splits(pool.device, wanted_sizes(config))
+    if config.sm_partition == "auto" and splits[0].unavailable is not None:
+        return Engine(config, model, pool)
+    return MuxEngine(config, model, pool, splits=splits)
+
+
+def _largest(config: Config) -> Config:
+    """The configuration of a step that takes as much memory as all that run at once, and their graphs."""
+    if config.sm_partition == "off":
+        return config
+    tokens = config.max_num_batched_tokens + len(wanted_sizes(config)) * PIECE_TOKENS
+    return config.model_copy(update={"max_num_batched_tokens": tokens})

@@ -18,15 +18,16 @@ from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import usable_model_len
-from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation
+from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.schedule.plan import StepPlan
-from pdray.engine.schedule.refusals import grammar_compiled, refuse
+from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
+from pdray.engine.schedule.refusals import give_up, grammar_compiled, refuse
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_stats
-from pdray.engine.step.lane import Draws, Lane, Undrawn
+from pdray.engine.step.inputs import StepInputs
+from pdray.engine.step.lane import Flight, Lane, Launched, Settled, Undrawn
 from pdray.engine.step.layer_groups import OnGroup, group_callback
 from pdray.engine.step.mask_filling import MaskFiller
 from pdray.engine.step.times import StepSpread, StepTimes
@@ -65,8 +66,7 @@ class Engine:
         self.model = model
         self.pool = pool
         self.device = device
-        self.block_size = pool.layout.block_size
-        self.num_blocks = pool.num_blocks
+        self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
         self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
@@ -85,12 +85,12 @@ class Engine:
         if self.overlap is None:
             self.overlap = device.type == "cuda"
         capture = device.type == "cuda" and not config.enforce_eager
-        group = config.transfer_layer_group
-        self.lane = Lane(model.decoder, pool, limits, largest_group=group, capture=capture)
+        self.lane = Lane(model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
         block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
         self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
         self._bookkeeper = Bookkeeper(self._scheduler)
-        self._in_flight: tuple[StepPlan, Draws] | None = None  # launched by the last step(), not yet read
+        self._in_flight: Flight | None = None  # launched by the last step(), not yet read
+        self._is_beside = False  # steps of another lane take the device's time too
         self._lock = threading.Lock()
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
         self._mask_filler = MaskFiller(limits.vocab_size, device)
@@ -220,75 +220,70 @@ class Engine:
             plan = self._schedule()
             self._is_stuck = not plan.chunks and done is None
         self._in_flight, self.has_booked = None, False
-        launched = self._launch(plan) if plan.chunks else None
+        launched = self._launch(plan, self.lane) if plan.chunks else None
         if done is not None:
-            updates += self._book(*done)  # beside the device's work on the step after it
-        if isinstance(launched, Undrawn):
-            updates += self._draw(plan, launched)
-        elif launched is not None:
-            updates += self._give_up(plan, launched)
+            updates += self._book(done)  # beside the device's work on the step after it
+        self._in_flight, news = self._settle(plan, self.lane, launched)
+        updates += news
         if not self.overlap and self._in_flight is not None:
             booked, self._in_flight = self._in_flight, None
-            updates += self._book(*booked)
+            updates += self._book(booked)
         return updates
 
-    def _schedule(self) -> StepPlan:
+    def _schedule(self, share: Share = EVERYTHING) -> StepPlan:
         try:
-            return self._scheduler.schedule(time.perf_counter())
+            return self._scheduler.schedule(time.perf_counter(), share)
         except Exception as error:
             raise StepFailedError(describe_error(error), self._scheduler.planned_keys()) from error
 
-    def _launch(self, plan: StepPlan) -> Undrawn | Exception | None:
-        """Launch a plan, but for its late draws if any has a mask; or return what is the plan's fault alone, and has
-        left everything else as it was.
+    def _launch(self, plan: StepPlan, lane: Lane) -> Launched:
+        """Launch a plan, but for its late draws if any has a mask.
 
         On CUDA an error may be that of any earlier launch, and the device be lost, unless it is Python's own and comes
         before this plan's first launch. The device's errors are RuntimeErrors.
         """
-        launching, lane = False, self._lane_for(plan)
+        launching = False
         try:
             with self._lock:
                 inputs, on_group = lane.prepare(plan), self._group_callback(plan)
             launching = True
+            self._before_launch(lane, inputs)
             launched = lane.launch(inputs, on_group)
-            if isinstance(launched, Undrawn):
-                return launched
-            self._in_flight = plan, launched
+            return launched if isinstance(launched, Undrawn) else Flight(plan, launched)
         except Exception as error:
             if self.device.type != "cpu" and (launching or isinstance(error, RuntimeError)):
                 raise
             return error
-        return None
 
-    def _draw(self, plan: StepPlan, undrawn: Undrawn) -> list[RequestUpdate]:
-        """Every token before the plan's draws is known: fill their masks beside the device's work, then draw."""
+    def _before_launch(self, lane: Lane, inputs: StepInputs) -> None:
+        """Make the lane wait for what a step needs of others."""
+
+    def _settle(self, plan: StepPlan, lane: Lane, launched: Launched | None) -> Settled:
+        """Every token before the step's draws is known: where they have masks fill these beside the device's work, and
+        draw. Returns the step that is in flight now, if any."""
+        if isinstance(launched, Exception):
+            return Settled(None, self._give_up(plan, launched))
+        if not isinstance(launched, Undrawn):
+            return Settled(launched, [])
         try:
-            lane = self._lane_for(plan)
             failures = self._mask_filler.fill([draw for chunk in plan.chunks for draw in chunk.draws], lane.masks.host)
-            self._in_flight = plan, lane.draw(undrawn)
+            flight = Flight(plan, lane.draw(launched))
         except Exception as error:
             if self.device.type != "cpu":
                 raise
-            return self._give_up(plan, error)
+            return Settled(None, self._give_up(plan, error))
         with self._lock:
-            return [refuse(self._scheduler, key, InvalidRequestError(why, FIELD)) for key, why in failures.items()]
+            refused = [refuse(self._scheduler, key, InvalidRequestError(why, FIELD)) for key, why in failures.items()]
+            return Settled(flight, refused)
 
     def _give_up(self, plan: StepPlan, error: Exception) -> list[RequestUpdate]:
-        """The plan could not be launched: end its requests. What it has written is in their blocks alone."""
-        keys = plan.keys
-        logger.error("a step of %d requests failed: %s", len(keys), keys, exc_info=error)
         with self._lock:
-            lost = [key for key in keys if key in self._scheduler.requests]
-            for key in lost:
-                self._scheduler.release(key)
-            self._scheduler.discard(plan)
             self._is_stuck = False
-        reason = describe_error(error)
-        return [RequestUpdate(key, finished=True, failure=reason, suspects=tuple(keys)) for key in lost]
+            return give_up(self._scheduler, plan, error)
 
-    def _book(self, booked: StepPlan, draws: Draws) -> list[RequestUpdate]:
+    def _book(self, flight: Flight) -> list[RequestUpdate]:
         """Wait for a step that was launched, and book it."""
-        wait_began = time.perf_counter()
+        (plan, draws), wait_began = flight, time.perf_counter()
         rows = draws.read()
         ended = time.perf_counter()
         self.has_booked = True
@@ -296,19 +291,25 @@ class Engine:
             self._num_steps += 1
             self._is_stuck = False
             scores = None if draws.scores is None else draws.scores.numpy()
-            updates = self._bookkeeper.update(booked, rows, ended, scores)
-            self._scheduler.budget.note(booked, self._step_times.since(booked.planned_at, ended))
-            self._step_times.add(wait_began, ended)
-            if not self._scheduler.running:
-                self._step_times.pause()
+            updates = self._bookkeeper.update(plan, rows, ended, scores)
+            if plan.lane is LaneName.MAIN:
+                if not self._is_beside:
+                    self._scheduler.budget.note(plan, self._step_times.since(plan.planned_at, ended))
+                self._step_times.add(wait_began, ended)
+                if not self._scheduler.running:
+                    self._step_times.pause()
         return updates
-
-    def _lane_for(self, plan: StepPlan) -> Lane:
-        return self.lane
 
     def _group_callback(self, plan: StepPlan) -> OnGroup | None:
         """The lane's callback after each group of layers; None if no request needs it."""
         return None if self.on_layer_group is None else group_callback(plan, self.block_size, self.on_layer_group)
+
+    def prepare_more(self) -> bool:
+        """Do some of what waits until there is no work; returns whether more is left. Engine's thread only."""
+        return False
+
+    def split_state(self) -> SplitState | None:
+        return None  # prompts and decodes share the device in one step, always
 
     def has_work(self) -> bool:
         """Whether step() would do something. Requests that wait for others to end are no work."""

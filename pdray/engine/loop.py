@@ -34,6 +34,7 @@ class EngineLoop:
         self.on_error = on_error
         self._condition = threading.Condition()
         self._stopping = False
+        self._may_prepare = True
         self._progress_at: float | None = None  # None while it sleeps
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         engine.on_work = self.wake
@@ -73,10 +74,14 @@ class EngineLoop:
             self.on_error(error)
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is work; False once the loop is to stop."""
-        with self._condition:
-            while not self._stopping and not self.engine.has_work():
-                self._progress_at = None
-                self._condition.wait()
-            self._progress_at = None if self._stopping else time.monotonic()
-            return not self._stopping
+        """Sleep until there is work, once nothing is left to prepare; False once the loop is to stop."""
+        while True:
+            with self._condition:
+                while not self._stopping and not self.engine.has_work() and not self._may_prepare:
+                    self._progress_at = None
+                    self._condition.wait()
+                is_idle = not self._stopping and not self.engine.has_work()
+                self._progress_at = None if self._stopping or is_idle else time.monotonic()
+                if not is_idle:
+                    return not self._stopping
+            self._may_prepare = self.engine.prepare_more()

@@ -106,6 +106,7 @@ class EngineStats:
         reserved: requests that hold a Reservation and have not started.
         queued_tokens: prompt tokens waiting to be computed.
         free_places: sequences that could still be admitted (max_num_seqs less all live ones).
+        decode_sms: see SplitState; 0 where there is no split. num_split_changes, num_prompt_pieces: likewise.
     """
 
     num_blocks: int
@@ -122,3 +123,26 @@ class EngineStats:
     prefix_cache_hits: int  # tokens found
     num_prompt_tokens: int  # computed
     num_output_tokens: int  # sampled
+    decode_sms: int = 0
+    num_split_changes: int = 0
+    num_prompt_pieces: int = 0
+
+
+class SplitState(NamedTuple):
+    """How prompts and decodes share an engine's device.
+
+    Attributes:
+        decode_sms: SMs of the decodes' lane while both sides wait; None: both are computed in one step, on every SM.
+        chunk: tokens of such a step.
+        num_sms: of the device. ready: numbers that decode_sms may be.
+        num_changes: of the choice. num_pieces: of prompts, computed beside decodes.
+        unavailable: why there are no partitions; None: there are.
+    """
+
+    decode_sms: int | None
+    chunk: int | None
+    num_sms: int
+    ready: tuple[int, ...]
+    num_changes: int
+    num_pieces: int
+    unavailable: str | None

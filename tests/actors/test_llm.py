@@ -126,6 +126,23 @@ def test_disaggregated_equals_colocated(disaggregated: LLM, colocated: LLM) -> N
     wait_until_at_rest(colocated)
 
 
+def test_two_lanes_equal_one(ray_cluster: None, tiny: dict[str, Any]) -> None:
+    """sm_partition on a CPU: lanes take turns; through router, lease and worker."""
+    prompts = [[5 + (3 * i + j) % 80 for j in range(4 + 3 * i)] for i in range(12)]
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=20, ignore_eos=True) for i in range(12)]
+    settings = tiny | {"max_num_batched_tokens": 16, "max_num_seqs": 8}
+    said = {}
+    for sm_partition in ("off", "on"):
+        with LLM(**settings, sm_partition=sm_partition) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            said[sm_partition] = [output.outputs[0].token_ids for output in outputs]
+            split = llm.status()["workers"][0]["split"]
+            assert (split is not None) == (sm_partition == "on")
+            wait_until_at_rest(llm)
+    assert split["num_pieces"] > 0 and "cpu has no SMs" in split["unavailable"]
+    assert said["on"] == said["off"]
+
+
 def test_prefix_cache_changes_nothing(disaggregated: LLM) -> None:
     first, second = answers(disaggregated), answers(disaggregated)
     assert first == second

@@ -14,7 +14,9 @@ import transformers
 from pdray.config import Config
 from pdray.engine.build import make_pool
 from pdray.engine.engine import Engine
+from pdray.engine.mux.engine import MuxEngine
 from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate, Reservation
+from pdray.engine.schedule.plan import LaneName
 from pdray.kernels.kv.blocks import gather_blocks, scatter_blocks
 from pdray.models import LoadedModel, load_model
 from pdray.outputs import SampledToken
@@ -59,6 +61,13 @@ class TinyModel(NamedTuple):
         settings = {"model": str(self.folder), "skip_tokenizer_init": True, **config, **settings}
         return RecordingEngine(Config(**settings), self.loaded)
 
+    def mux(self, **settings: Any) -> RecordingMux:
+        """Two lanes whenever prompts and decodes both wait; on CPU they take turns."""
+        config = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 200}
+        colocated = {"mode": "colocated", "sm_partition": "on"}
+        settings = {"model": str(self.folder), "skip_tokenizer_init": True, **config, **colocated, **settings}
+        return RecordingMux(Config(**settings), self.loaded)
+
 
 class RecordingEngine(Engine):
     """An engine that keeps all tokens that it announced, and the logits that they were drawn from."""
@@ -101,6 +110,57 @@ class RecordingEngine(Engine):
         assert stats.free_blocks == self.num_blocks - 1 and stats.free_places == self.config.max_num_seqs
         assert (stats.running, stats.waiting, stats.reserved, stats.queued_tokens) == (0, 0, 0, 0)
         assert self.check_integrity() == []
+
+
+class RecordingMux(RecordingEngine, MuxEngine):
+    """The same of a MuxEngine, whose pieces stay in flight for as many looks at them as ``hold`` says.
+
+    Attributes:
+        launches: (lane, keys of its prompts, keys of its decodes, number of pieces in flight) of each step.
+    """
+
+    def __init__(self, config: Config, model: LoadedModel, device: torch.device = CPU) -> None:
+        super().__init__(config, model, device)
+        self.prompt_lane.on_logits = self._record_logits
+        self.launches: list[Launch] = []
+        self.hold: Callable[[], int] = lambda: 0
+
+    def _launch(self, plan: Any, lane: Any) -> Any:
+        decodes = [chunk.sequence.request.key for chunk in plan.chunks[: plan.num_decodes]]
+        prompts = [chunk.sequence.request.key for chunk in plan.chunks[plan.num_decodes :]]
+        self.launches.append(Launch(plan.lane, prompts, decodes, len(self._pieces)))
+        return super()._launch(plan, lane)
+
+    def _settle(self, plan: Any, lane: Any, launched: Any) -> Any:
+        flight, news = super()._settle(plan, lane, launched)
+        if lane is self.prompt_lane and flight is not None:
+            flight = flight._replace(draws=Held(flight.draws, self.hold()))
+        return flight, news
+
+
+class Launch(NamedTuple):
+    """See RecordingMux."""
+
+    lane: LaneName
+    prompts: list[Hashable]
+    decodes: list[Hashable]
+    num_pieces: int
+
+
+class Held:
+    """Draws that count as there only after so many looks, unless they are waited for."""
+
+    def __init__(self, draws: Any, looks: int) -> None:
+        self.draws = draws
+        self.looks = looks
+        self.scores = draws.scores
+
+    def is_done(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0 and bool(self.draws.is_done())
+
+    def read(self) -> Any:
+        return self.draws.read()
 
 
 class Disaggregated:

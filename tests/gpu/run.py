@@ -16,6 +16,7 @@ from failures import check_failures
 from graphs import check_graphs
 from models import check_models
 from nccl_system import check_lent, check_nccl, check_two
+from partitions import check_partitions
 from rows import Row, print_header, print_rows
 from shared_gpu import check_shared
 from text import check_memory, check_text
@@ -48,7 +49,19 @@ def main() -> int:
     parser.add_argument(
         "--rows",
         nargs="+",
-        choices=["kernels", "models", "graphs", "failures", "text", "memory", "shared", "nccl", "cuda_ipc", "two"],
+        choices=[
+            "kernels",
+            "models",
+            "graphs",
+            "failures",
+            "partitions",
+            "text",
+            "memory",
+            "shared",
+            "nccl",
+            "cuda_ipc",
+            "two",
+        ],
     )
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -59,6 +72,7 @@ def main() -> int:
         "models": check_models,
         "graphs": check_graphs,
         "failures": check_failures,
+        "partitions": check_partitions,
         "text": lambda: check_text(args.gguf),
         "memory": lambda: check_memory(args.gguf),
         "shared": lambda: check_shared(args.gguf),

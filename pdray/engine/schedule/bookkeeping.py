@@ -50,15 +50,15 @@ class Bookkeeper:
     def update(
         self, plan: StepPlan, rows: Rows[SampledRow], now: float, scores: Reports | None = None
     ) -> list[RequestUpdate]:
-        """Book the oldest step in flight.
+        """Book the oldest step in flight of its lane.
 
         Args:
             rows: one for each draw of each chunk, in order.
             scores: likewise, a report for each prompt token that is scored.
         """
         scheduler, allocator = self.scheduler, self.scheduler.allocator
-        assert scheduler.plans_in_flight[0] is plan
-        scheduler.plans_in_flight.popleft()
+        assert next(p for p in scheduler.plans_in_flight if p.lane is plan.lane) is plan
+        scheduler.plans_in_flight.remove(plan)
         scheduler.pool.free([copy.source for copy in plan.copies])
         drawn = iter(rows)
         updates: dict[Hashable, RequestUpdate] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from itertools import islice
 
 from pdray.engine.schedule.sequence import Sequence
@@ -46,3 +47,18 @@ def num_queued_tokens(waiting: list[Sequence], num_places: int, room: int) -> in
         num_places: free ones in the batch. room: tokens of free blocks.
     """
     return min(room, sum(s.num_uncomputed_tokens for s in islice(waiting, min(num_places, MAX_COUNTED))))
+
+
+def may_decode(sequence: Sequence, lane: enum.Enum) -> bool:
+    """Whether a step of that lane may compute its next token."""
+    return sequence.num_uncomputed_tokens == 1 and may_go_on(sequence) and is_free_for(sequence, lane)
+
+
+def may_continue(sequence: Sequence, lane: enum.Enum) -> bool:
+    """Whether a step of that lane may compute more of its prompt."""
+    return sequence.num_uncomputed_tokens > 1 and sequence.request.may_draw and is_free_for(sequence, lane)
+
+
+def is_free_for(sequence: Sequence, lane: enum.Enum) -> bool:
+    """Whether a step of that lane may compute it: what another lane computes of it is not there before it is booked."""
+    return not sequence.num_in_flight or sequence.lane is lane

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pdray.engine.schedule.sequence import BlockCopy, LiveRequest, Sequence
 from pdray.outputs import Logprob
+
+LEAST_PROMPT_TOKENS = 16  # of a step whose share decodes have used up
+
+
+class LaneName(enum.Enum):
+    """The lanes of an engine. Steps of one lane run one after the other; those of two lanes may overlap."""
+
+    MAIN = enum.auto()
+    PROMPTS = enum.auto()
+
+
+class Share(NamedTuple):
+    """What the next step of a lane may hold.
+
+    Attributes:
+        decodes: sequences that decode; of none, prompts alone.
+        tokens: at most so many, those of decodes included, of which there may be more; None: max_num_batched_tokens.
+        prompts: chunks of prompts, at most; None: no limit.
+    """
+
+    lane: LaneName = LaneName.MAIN
+    decodes: bool = True
+    tokens: int | None = None
+    prompts: int | None = None
+
+    def budget(self, limit: int, num_decodes: int) -> int:
+        """Tokens of a step that begins with so many decodes. limit: max_num_batched_tokens."""
+        return limit if self.tokens is None else min(limit, max(self.tokens, num_decodes + LEAST_PROMPT_TOKENS))
+
+
+EVERYTHING = Share()
 
 
 class Draw(NamedTuple):
@@ -46,7 +78,7 @@ class Chunk(NamedTuple):
         return self.start + self.num_tokens
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StepPlan:
     """One forward pass.
 
@@ -57,6 +89,7 @@ class StepPlan:
         num_decodes: leading chunks of one token.
         alone: the request that it computes and no other, where that was asked for.
         planned_at: on the engine's clock.
+        lane: that computes it.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -68,6 +101,7 @@ class StepPlan:
     num_decodes: int = 0
     alone: LiveRequest | None = None
     planned_at: float = 0.0
+    lane: LaneName = LaneName.MAIN
 
     @property
     def keys(self) -> list[Hashable]:
@@ -91,6 +125,7 @@ class StepPlan:
         self.is_decode &= num_tokens == len(draws) == 1 and not num_scores
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_in_flight += 1
+        sequence.lane = self.lane
         if sequence.pending_copy is not None:
             self.copies.append(sequence.pending_copy)
             sequence.pending_copy = None

@@ -1,16 +1,20 @@
-"""Ends requests that cannot go on, where nothing but the request itself is the reason."""
+"""Ends requests that cannot go on, where nothing but the request itself, or a step that computes it, is the reason."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 from pdray.engine.request import RequestUpdate
 from pdray.engine.schedule.sequence import LiveRequest, SequenceStatus
-from pdray.errors import InvalidRequestError
+from pdray.errors import InvalidRequestError, describe_error
 
 if TYPE_CHECKING:
+    from pdray.engine.schedule.plan import StepPlan
     from pdray.engine.schedule.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 def refuse(scheduler: Scheduler, key: Hashable, error: BaseException) -> RequestUpdate:
@@ -27,3 +31,18 @@ def grammar_compiled(scheduler: Scheduler, live: LiveRequest) -> None:
     is_reserved = live.lead.status is SequenceStatus.RESERVED
     if live.refusal is not None and not is_reserved and scheduler.requests.get(live.key) is live:
         scheduler.updates.append(refuse(scheduler, live.key, live.refusal))
+
+
+def give_up(scheduler: Scheduler, plan: StepPlan, error: Exception) -> list[RequestUpdate]:
+    """The last plan could not be launched: end its requests; returns the news of them. Under the engine's lock.
+
+    What it has written is in their blocks alone.
+    """
+    keys = plan.keys
+    logger.error("a step of %d requests failed: %s", len(keys), keys, exc_info=error)
+    lost = [key for key in keys if key in scheduler.requests]
+    for key in lost:
+        scheduler.release(key)
+    scheduler.discard(plan)
+    reason = describe_error(error)
+    return [RequestUpdate(key, finished=True, failure=reason, suspects=tuple(keys)) for key in lost]

@@ -6,7 +6,8 @@ only decoding can run out of them; then the youngest sequence of the lowest prio
 computed again later, from prompt and outputs. Pure: no tensors, no clock, no lock.
 
 A step may be planned while the one before it is in flight: its tokens are pending then, and taken for tokens that end
-nothing. Where that is wrong, the step computes one token too many, which is dropped.
+nothing. Where that is wrong, the step computes one token too many, which is dropped. Steps of two lanes may run beside
+each other: a sequence changes lanes only when none of its steps is in flight.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pdray.engine.kv.allocator import KVAllocator
 from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.schedule.order import batch_order, may_go_on, num_known_tokens, queue_order
-from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.order import batch_order, may_continue, may_decode, num_known_tokens, queue_order
+from pdray.engine.schedule.plan import EVERYTHING, Share, StepPlan
 from pdray.engine.schedule.refusals import refuse
 from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.engine.schedule.token_budget import FixedBudget, TokenBudget, tokens_beside
@@ -51,10 +52,11 @@ class Scheduler:
         requests: live ones by key; a released one is no longer here, though a step may still use it.
         waiting: queued sequences, next one first. Of a request that is not forked only the first sequence is here.
         running: the batch, in batch_order.
-        plans_in_flight: steps planned and not booked, oldest first; at most two.
+        plans_in_flight: steps planned and not booked, oldest first; at most two of each lane.
         leaving: finished sequences whose blocks a step in flight still writes to.
         num_places: sequences counted against max_num_seqs.
         turns: keeps requests apart that are to be computed alone.
+        is_short: decodes need more blocks than there are, and wait until no step is in flight.
         updates: news that no step has produced.
         compiling: requests whose grammar is not there yet.
     """
@@ -71,6 +73,7 @@ class Scheduler:
         self.leaving: list[Sequence] = []
         self.num_places = 0
         self.turns = Turns()
+        self.is_short = False
         self.updates: list[RequestUpdate] = []
         self.compiling: list[LiveRequest] = []
         self.counters = Counters()
@@ -184,19 +187,17 @@ class Scheduler:
 
     # the step
 
-    def schedule(self, now: float) -> StepPlan:
+    def schedule(self, now: float, share: Share = EVERYTHING) -> StepPlan:
         """Choose the next step's work: at most max_num_batched_tokens tokens of max_num_seqs sequences.
 
-        Returns:
-            A plan in flight; without chunks if there is nothing to do before the step in flight is booked.
-        """
-        assert len(self.plans_in_flight) < 2, "two steps are in flight"
-        plan = StepPlan()
+        Returns a plan in flight; without chunks if there is nothing to do before a step in flight is booked."""
+        assert sum(plan.lane is share.lane for plan in self.plans_in_flight) < 2, "two steps are in flight"
+        plan = StepPlan(lane=share.lane)
         turns = self.turns.choose(self.running, self.waiting, [plan.alone for plan in self.plans_in_flight])
         for turn in turns:
             self.turns.last = turn
             # One that is to be alone and cannot begin waits for blocks, which those behind it must not take meanwhile.
-            plan = self._plan(turn, may_overtake=turn is turns[0])
+            plan = self._plan(turn, share, may_overtake=turn is turns[0])
             if plan.chunks:
                 break
         for chunk in plan.chunks:
@@ -211,16 +212,17 @@ class Scheduler:
         sequences = self.turns.of((*self.running, *self.waiting), self.turns.last)
         return list(dict.fromkeys(s.request.key for s in sequences))
 
-    def _plan(self, turn: Turn, *, may_overtake: bool) -> StepPlan:
+    def _plan(self, turn: Turn, share: Share, *, may_overtake: bool) -> StepPlan:
         """A step of one request alone, or of all others.
 
         Args:
             may_overtake: admit also those that are queued behind one that is to be alone.
         """
-        plan = StepPlan(alone=turn)
-        decoding = [s for s in self.turns.of(self.running, turn) if s.num_uncomputed_tokens == 1 and may_go_on(s)]
-        num_needed = sum(self.allocator.needs_block(s) for s in decoding)
-        if self.plans_in_flight and num_needed > self.pool.num_free:
+        plan, decoding = StepPlan(alone=turn, lane=share.lane), []
+        if share.decodes:
+            decoding = [s for s in self.turns.of(self.running, turn) if may_decode(s, share.lane)]
+            self.is_short = sum(self.allocator.needs_block(s) for s in decoding) > self.pool.num_free
+        if self.plans_in_flight and self.is_short:
             return plan  # to preempt is to compute again, from tokens that are all known
         num_preemptions = self.counters.num_preemptions
         ready = [s for s in decoding if s.status is SequenceStatus.RUNNING and self._make_room(s)]
@@ -228,14 +230,13 @@ class Scheduler:
         for sequence in sorted(ready, key=num_known_tokens, reverse=True):
             plan.add(sequence, 1)
         # A sequence that gave blocks back in this step would only take them again, unless no other can use them.
-        has_preempted = self.counters.num_preemptions > num_preemptions
-        self._schedule_prefills(plan, admit=not has_preempted or not plan.chunks, may_overtake=may_overtake)
+        may_admit = self.counters.num_preemptions == num_preemptions or not plan.chunks
+        self._schedule_prefills(plan, share, admit=may_admit, may_overtake=may_overtake)
         return plan
 
     def discard(self, plan: StepPlan) -> None:
         """The last step planned will never be booked; its requests were released."""
-        last = self.plans_in_flight.pop()
-        assert last is plan
+        assert self.plans_in_flight.pop() is plan, "a later step is in flight"
         self.pool.free([copy.source for copy in plan.copies])
         for chunk in plan.chunks:
             for draw in chunk.draws:
@@ -249,15 +250,15 @@ class Scheduler:
             self.leaving.remove(sequence)
             self.allocator.free(sequence)
 
-    def _schedule_prefills(self, plan: StepPlan, admit: bool, may_overtake: bool) -> None:
+    def _schedule_prefills(self, plan: StepPlan, share: Share, admit: bool, may_overtake: bool) -> None:
         """Spend what is left of the token budget on prompts: those begun, then, if ``admit``, queued ones."""
-        running = self.turns.of(self.running, plan.alone)
-        begun = [s for s in running if s.num_uncomputed_tokens > 1 and s.request.may_draw]
-        budget = tokens_beside(self, plan, begun) if begun or self.waiting else 0
+        begun = [s for s in self.turns.of(self.running, plan.alone) if may_continue(s, plan.lane)]
+        budget = tokens_beside(self, plan, begun, share) if begun or self.waiting else 0
+        most = len(plan.chunks) + (budget if share.prompts is None else share.prompts)
         for sequence in begun:
-            if plan.num_tokens < budget:
+            if plan.num_tokens < budget and len(plan.chunks) < most:
                 plan.add(sequence, min(budget - plan.num_tokens, sequence.num_uncomputed_tokens))
-        while admit and plan.num_tokens < budget:
+        while admit and plan.num_tokens < budget and len(plan.chunks) < most:
             queue = [s for s in self.waiting if s.request.may_draw] if self.compiling else self.waiting
             first = self.turns.next_of(queue, plan.alone, may_overtake=may_overtake)
             if first is None or not self._admit(first):

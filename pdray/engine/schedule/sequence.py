@@ -49,6 +49,7 @@ class Sequence:
         num_pending: tokens that steps in flight draw for it: they follow token_ids, and only the device knows them.
         pending_row: which of the last planned step's draws is its own.
         num_in_flight: steps in flight that compute tokens of it, and so write to its blocks.
+        lane: a LaneName: of all these steps.
         num_prompt_tokens: of token_ids; what follows are outputs, wherever they were made.
         num_computed_tokens: leading tokens whose KV is in block_table, or will be after the steps in flight.
         max_total_tokens: length that ends it, prompt included.
@@ -67,6 +68,7 @@ class Sequence:
         "block_table",
         "draw_record",
         "index",
+        "lane",
         "max_total_tokens",
         "num_computed_tokens",
         "num_hashed_blocks",
@@ -97,6 +99,7 @@ class Sequence:
         self.num_pending = 0
         self.pending_row = 0
         self.num_in_flight = 0
+        self.lane: enum.Enum | None = None
         self.block_table: list[int] = []
         self.block_row = np.zeros(0, dtype=np.int32)
         self.block_hashes: list[bytes] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from pdray.engine.schedule.order import num_queued_tokens
-from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.plan import Share, StepPlan
 from pdray.engine.schedule.sequence import Sequence
 from pdray.engine.schedule.step_costs import StepCosts, StepWork
 
@@ -136,14 +136,16 @@ def work_of(plan: StepPlan) -> StepWork:
     return StepWork(plan.num_decodes, num_tokens, context)
 
 
-def tokens_beside(scheduler: Scheduler, plan: StepPlan, begun: list[Sequence]) -> int:
+def tokens_beside(scheduler: Scheduler, plan: StepPlan, begun: list[Sequence], share: Share) -> int:
     """Tokens of the step that ``plan`` begins with those of decoding sequences.
 
     Args:
         begun: sequences of the batch whose prompts are not computed yet.
     """
-    if all(chunk.sequence.request.prefill_only for chunk in plan.chunks):
-        return scheduler.limits.max_num_batched_tokens
+    if share.prompts == 0:
+        return plan.num_tokens
+    if share.tokens is not None or all(chunk.sequence.request.prefill_only for chunk in plan.chunks):
+        return share.budget(scheduler.limits.max_num_batched_tokens, plan.num_tokens)
     limits, pool = scheduler.limits, scheduler.pool
     num_places = limits.max_num_seqs - scheduler.num_places
     num_queued = num_queued_tokens(scheduler.waiting, num_places, pool.num_free * limits.block_size)

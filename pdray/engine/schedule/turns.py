@@ -30,6 +30,11 @@ class Turns:
         if live.num_alone_steps:
             self._alone.append(live)
 
+    @property
+    def has_alone(self) -> bool:
+        """Whether a request is to be computed alone, or was until the last choose()."""
+        return bool(self._alone)
+
     def choose(self, in_batch: Rows[Sequence], queued: Rows[Sequence], in_flight: list[Turn]) -> list[Turn]:
         """The turns that may be next, best first; none if the steps in flight must be booked before.
 

@@ -9,7 +9,7 @@ first needed, and waits for all work on the device to end; so every size's kerne
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -69,16 +69,25 @@ class StepGraphs:
 
     Args:
         logits: [max_num_seqs, vocab_size], which all graphs write to.
+        decode: batch sizes in order; default: decode_sizes(). with_prompts: default: prefill_shapes().
 
     Attributes:
         launched_sizes: numbers of tokens that launched steps are padded to.
     """
 
-    def __init__(self, logits: torch.Tensor, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        max_num_batched_tokens: int,
+        *,
+        decode: list[int] | None = None,
+        with_prompts: list[StepShape] | None = None,
+    ) -> None:
         self.logits = logits
         self.launched_sizes = launched_sizes(max_num_batched_tokens)
-        self._decode_sizes = decode_sizes(len(logits))
-        self._prefill_shapes = prefill_shapes(max_num_batched_tokens, len(logits))
+        shapes = prefill_shapes(max_num_batched_tokens, len(logits)) if with_prompts is None else with_prompts
+        self._decode_sizes = decode_sizes(len(logits)) if decode is None else decode
+        self._prefill_shapes = shapes
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._stored: dict[StepShape, list[Stored]] = {}
 
@@ -94,27 +103,40 @@ class StepGraphs:
         Args:
             groups: layers of a step with prompts that get an event when their KV is stored.
         """
-        pool = torch.cuda.graph_pool_handle()
         for shape in self._prefill_shapes:
             self._stored[shape] = [Stored(layers, torch.cuda.Event(external=True)) for layers in groups(shape)]
-        self._capture(compute, buffers, self._prefill_shapes, pool)
-        self._capture(compute, decode_buffers, [StepShape(n, n, n, True) for n in self._decode_sizes], pool)
-
-    def _capture(self, compute: Compute, buffers: InputBuffers, shapes: list[StepShape], pool: Any) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        for shape in reversed(shapes):  # the largest first: smaller ones fit into its memory
-            inputs = buffers.views(shape, StepPlan())
-            with torch.cuda.stream(stream):
-                compute(inputs, logits_out=self.logits[: shape.num_draws])  # compiles kernels and loads libraries
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool)
-                try:
-                    compute(inputs, self._record_stored(shape), logits_out=self.logits[: shape.num_draws])
-                finally:
-                    graph.capture_end()
-            self._graphs[shape] = graph
+        for _ in self.capture_one_by_one(compute, decode_buffers, buffers, stream):
+            pass
         torch.cuda.current_stream().wait_stream(stream)
+
+    def capture_one_by_one(
+        self, compute: Compute, decode_buffers: InputBuffers, buffers: InputBuffers, stream: torch.cuda.Stream
+    ) -> Iterator[StepShape]:
+        """Make another graph before each value, on ``stream``: on its SMs if it has some of its own.
+
+        Nothing may be in flight that uses the buffers or the stream; the inputs that they hold are computed, so their
+        slots must be the dummy block's.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        decodes = [StepShape(n, n, n, True) for n in self._decode_sizes]
+        for shapes, inputs in ((self._prefill_shapes, buffers), (decodes, decode_buffers)):
+            for shape in reversed(shapes):  # the largest first: smaller ones fit into its memory
+                self._capture(compute, inputs.views(shape, StepPlan()), stream, pool)
+                yield shape
+
+    def _capture(self, compute: Compute, inputs: StepInputs, stream: torch.cuda.Stream, pool: Any) -> None:
+        shape = inputs.shape
+        with torch.cuda.stream(stream):
+            compute(inputs, logits_out=self.logits[: shape.num_draws])  # compiles kernels and loads libraries
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=pool)
+            try:
+                compute(inputs, self._record_stored(shape), logits_out=self.logits[: shape.num_draws])
+            finally:
+                graph.capture_end()
+        self._graphs[shape] = graph
 
     def _record_stored(self, shape: StepShape) -> Callable[[int], None]:
         events = {group.layers.stop - 1: group.event for group in self.stored(shape)}
@@ -143,7 +165,8 @@ class StepGraphs:
         return next(fitting, StepShape(launched, len(plan.chunks), self._padded_draws(plan.num_draws), False))
 
     def _padded_draws(self, num_draws: int) -> int:
-        return self._decode_sizes[bisect_left(self._decode_sizes, num_draws)] if num_draws else 0
+        sizes = self._decode_sizes
+        return sizes[bisect_left(sizes, num_draws)] if 0 < num_draws <= sizes[-1] else num_draws
 
     def replay(self, shape: StepShape) -> torch.Tensor:
         """Launch a step of this shape, whose inputs are in the buffers. Returns the logits of its draws."""

@@ -145,6 +145,10 @@ class InputBuffers:
         self._device = {name: section.of(device_buffer) for name, section in self._sections.items()}
         self._arange = np.arange(max(limits.max_model_len, limits.max_num_seqs + 1), dtype=np.int64)
 
+    def clear(self) -> None:
+        """Forget what the device holds: all slots are the dummy block's. Nothing may be in flight that uses it."""
+        self._device_buffer.zero_()
+
     def fill(self, plan: StepPlan, padded: StepShape | None = None) -> StepInputs:
         """The plan's tokens, block tables and sampling parameters. Reads the sequences: under the engine's lock.
 

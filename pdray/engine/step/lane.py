@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
 from pdray.engine.kv.pool import KVPool
+from pdray.engine.request import RequestUpdate
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import SampledRow, StepPlan
 from pdray.engine.step.graphs import StepGraphs, decode_sizes
@@ -41,6 +43,10 @@ class Draws(NamedTuple):
     done: torch.cuda.Event | None = None
     scores: torch.Tensor | None = None
 
+    def is_done(self) -> bool:
+        """Whether read() would not wait."""
+        return self.done is None or self.done.query()
+
     def read(self) -> list[SampledRow]:
         """One row for each draw, in order. Waits for the step."""
         if self.done is not None:
@@ -58,19 +64,50 @@ class Undrawn(NamedTuple):
     scores: torch.Tensor | None
 
 
+class Flight(NamedTuple):
+    """A step that was launched."""
+
+    plan: StepPlan
+    draws: Draws
+
+
+class Settled(NamedTuple):
+    """Attributes:
+    flight: a step that is in flight, if any. news: of requests that ended with its launch.
+    """
+
+    flight: Flight | None
+    news: list[RequestUpdate]
+
+
+Launched = Flight | Undrawn | Exception  # the last is a plan's fault alone, and has left everything else as it was
+
+
+class Place(NamedTuple):
+    """Where a lane's steps run.
+
+    Attributes:
+        stream: None: the thread's current one. graphs: that were captured for it; None: none.
+    """
+
+    stream: torch.cuda.Stream | None = None
+    graphs: StepGraphs | None = None
+
+
 class Lane:
     """Launches plans one after the other: input buffers, padding, graphs. For one thread.
 
-    Several lanes may serve one pool. Draws that the host has not read are looked up in ``sampled``, and what penalties
-    look at is in ``histories``, so lanes whose plans continue each other's share both.
+    Several lanes may serve one pool, each with draws of its own: a sequence changes lanes only once the host has read
+    what it drew (see Scheduler). What penalties look at follows it: lanes that take sequences over share ``histories``.
 
     Args:
-        sampled: [max_num_seqs] int64 on the device; default: its own. histories: likewise.
+        histories: default: its own.
         largest_group: layers that are told of together at most; see layer_groups().
         capture: make CUDA graphs, and load what launched steps need.
 
     Attributes:
         sampled: the last launched step's draws. masks: of those that wait for any.
+        stream: that steps are launched on; None: the thread's current one.
         graphs: of decode steps and short prompts; None: every step is launched kernel by kernel.
         on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
@@ -81,7 +118,6 @@ class Lane:
         pool: KVPool,
         limits: EngineLimits,
         *,
-        sampled: torch.Tensor | None = None,
         histories: Histories | None = None,
         largest_group: int = 16,
         capture: bool = False,
@@ -89,10 +125,10 @@ class Lane:
         self.decoder = decoder
         self.pool = pool
         device = pool.device
-        self.sampled = (
-            torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device) if sampled is None else sampled
-        )
+        self.limits = limits
+        self.sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device)
         self.graphs: StepGraphs | None = None
+        self.stream: torch.cuda.Stream | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
         self._score_piece = max(size for size in decode_sizes(limits.max_num_seqs) if size <= MAX_PIECE)
@@ -103,22 +139,79 @@ class Lane:
         self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, self.masks)
         if device.type == "cuda":
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
+        self._logits: torch.Tensor | None = None  # that graphs write
         if capture:
-            self._capture(limits.max_num_batched_tokens)
+            self._capture()
 
-    def _capture(self, max_num_batched_tokens: int) -> None:
-        shape = (len(self.sampled), self.decoder.config.vocab_size)
-        logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.pool.device)
-        self.graphs = StepGraphs(logits, max_num_batched_tokens)
+    def _capture(self) -> None:
+        self.graphs = StepGraphs(self._graph_logits(), self.limits.max_num_batched_tokens)
         self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups)
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
 
+    def _graph_logits(self) -> torch.Tensor:
+        if self._logits is None:
+            shape = (len(self.sampled), self.decoder.config.vocab_size)
+            self._logits = torch.empty(shape, dtype=self.decoder.dtype, device=self.pool.device)
+        return self._logits
+
+    def more_graphs(self, decode: list[int], with_prompts: list[StepShape]) -> StepGraphs:
+        """Graphs for another place, of these sizes (see StepGraphs); none is captured yet."""
+        tokens = self.limits.max_num_batched_tokens
+        return StepGraphs(self._graph_logits(), tokens, decode=decode, with_prompts=with_prompts)
+
+    def capture_one_by_one(self, place: Place) -> Iterator[StepShape]:
+        """Capture another of the place's graphs before each value; while values are taken, no step is in flight.
+
+        Where a graph with prompts is replayed nobody hears of groups of layers.
+        """
+        assert place.graphs is not None and place.stream is not None
+        captures = place.graphs.capture_one_by_one(self.compute, self._decode_buffers, self._buffers, place.stream)
+        while True:
+            self._decode_buffers.clear()
+            self._buffers.clear()
+            place.stream.wait_stream(torch.cuda.current_stream(self.pool.device))
+            shape = next(captures, None)
+            torch.cuda.current_stream(self.pool.device).wait_stream(place.stream)
+            if shape is None:
+                return
+            yield shape
+
     def prepare(self, plan: StepPlan) -> StepInputs:
         """The plan's inputs, padded for a graph where one can run it. Reads the sequences: under the engine's lock."""
         padded = None if self.graphs is None else self.graphs.shape_for(plan)
-        inputs = (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
-        return inputs._replace(scores=make_scores(plan, self._score_piece, self.pool.device))
+        with self._on_stream():
+            inputs = (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
+            return inputs._replace(scores=make_scores(plan, self._score_piece, self.pool.device))
+
+    @property
+    def place(self) -> Place:
+        """Where the next step runs."""
+        return Place(self.stream, self.graphs)
+
+    def move(self, place: Place) -> None:
+        """Run the next steps there, the first of them once all launched before have ended. Between two launches."""
+        if place.stream is not self.stream:
+            before = self.stream or torch.cuda.current_stream(self.pool.device)
+            (place.stream or torch.cuda.current_stream(self.pool.device)).wait_stream(before)
+        self.stream, self.graphs = place
+
+    def wait_for(self, other: Lane) -> None:
+        """The next step begins once all that the other lane has launched is done."""
+        if self.pool.device.type == "cuda":
+            mine, its = (lane.stream or torch.cuda.current_stream(self.pool.device) for lane in (self, other))
+            mine.wait_stream(its)
+
+    def close(self) -> None:
+        """Wait for what was launched, and give up graphs and inputs. Idempotent; nothing can be launched any more."""
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize(self.pool.device)
+        self.stream = self.graphs = None
+        for name in ("_decode_buffers", "_buffers", "masks"):
+            self.__dict__.pop(name, None)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def groups(self, shape: StepShape) -> list[range]:
         """Layers of such a step that are told of together."""
@@ -138,6 +231,10 @@ class Lane:
             Undrawn if draws wait for masks: then ``masks`` are to be filled and draw() is to follow, before the next
             launch.
         """
+        with self._on_stream():
+            return self._launch(inputs, on_group)
+
+    def _launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws | Undrawn:
         copy_blocks(self.pool.tensor, list(inputs.copies))
         if inputs.needs.joins is not None:
             remember(self.histories.words, inputs.needs.joins)
@@ -162,8 +259,9 @@ class Lane:
     @torch.inference_mode()
     def draw(self, undrawn: Undrawn) -> Draws:
         """Launch the late draws of the step launched last, by what ``masks`` hold; nothing here waits."""
-        self.masks.send(undrawn.inputs.needs.num_masks)
-        return self._end(*undrawn)
+        with self._on_stream():
+            self.masks.send(undrawn.inputs.needs.num_masks)
+            return self._end(*undrawn)
 
     def _on_layer(self, shape: StepShape, on_group: OnGroup) -> Callable[[int], None]:
         by_last_layer = {group.stop - 1: group for group in self.groups(shape)}
