@@ -250,7 +250,7 @@ class WorkerFleet:
 
     async def _make_process(self, start: Start) -> WorkerProcess:
         """Where there is room; returns when it answers."""
-        cls = PrefillWorker if start.worker_id.startswith("prefill") else DecodeWorker
+        cls = PrefillWorker if self.membership.is_prefill(start.worker_id) else DecodeWorker
         places = await self._get_places()
         try:
             options = await places.place(start.worker_id)
@@ -317,7 +317,7 @@ class WorkerFleet:
         """See SignsOwner."""
         worker_id = process.worker_id
         self._owner.on_heartbeat(worker_id, heartbeat)
-        if worker_id.startswith("prefill") and self.membership.is_current(worker_id, process.incarnation):
+        if self.membership.is_prefill(worker_id) and self.membership.is_current(worker_id, process.incarnation):
             self.membership.open_channels(worker_id, heartbeat.epochs)
             self._pump()
 

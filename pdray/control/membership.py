@@ -289,6 +289,10 @@ class Membership:
             if reason:
                 self.note_error(f"{prefill_id} could not be connected to {decode_id}: {reason}")
 
+    def is_prefill(self, worker_id: str) -> bool:
+        """Whether the worker computes prompts alone."""
+        return any(prefill == worker_id for prefill, _ in self._pairs)
+
     def open_channels(self, prefill_id: str, epochs: dict[str, int]) -> None:
         """A prefill worker's open channels, by decode worker. A pair that lost its own is connected anew."""
         for (prefill, decode), pair in self._pairs.items():
