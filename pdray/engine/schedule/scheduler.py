@@ -45,10 +45,8 @@ class Counters(NamedTuple):
 class Scheduler:
     """All live requests, the queue, the batch and the block pool. Callers hold the engine's lock.
 
-    Args:
-        budget: of each step; default: max_num_batched_tokens.
-
     Attributes:
+        budget: of each step; default: max_num_batched_tokens.
         requests: live ones by key; a released one is no longer here, though a step may still use it.
         waiting: queued sequences, next one first. Of a request that is not forked only the first sequence is here.
         running: the batch, in batch_order.
