@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import msgspec
 import psutil
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._private.node import Node
 from ray._private.services import canonicalize_bootstrap_address
 
 from pdray.cache import cache_folder, make_folder
@@ -93,23 +92,6 @@ def _init(*, hold: bool = False, **options: Any) -> None:
                     signal.signal(signal.SIGTERM, before)
 
 
-@contextlib.contextmanager
-def _without_api_server() -> Iterator[None]:
-    """Let ray.init() start no API server. Where there is no dashboard it only reports that Ray is used, and ray.init()
-    waits for it before it starts anything else: a third of the whole time."""
-    cls: Any = Node
-    start = cls.start_api_server
-
-    def skip(node: Any, **_: Any) -> None:
-        node._webui_url = ""  # as Ray's own where there is no dashboard
-
-    cls.start_api_server = skip
-    try:
-        yield
-    finally:
-        cls.start_api_server = start
-
-
 def _shared_file() -> Path:
     return cache_folder() / "cluster.json"
 
@@ -144,8 +126,7 @@ def start_local(*, shared: bool = False, **options: Any) -> None:
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
     try:
-        with _without_api_server() if options.get("include_dashboard") is False else contextlib.nullcontext():
-            _init(address=LOCAL, hold=True, **options)
+        _init(address=LOCAL, hold=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise PdrayError(f"Ray could not be started: {error}") from error
     if shared:

@@ -169,24 +169,3 @@ def test_sigterm_waits_until_ray_has_started(handler: Any, monkeypatch: pytest.M
         assert signal.getsignal(signal.SIGTERM) is (rays_handler if handler is signal.SIG_DFL else handler)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.parametrize("include_dashboard", [False, True])
-def test_without_a_dashboard_there_is_no_process_for_it(
-    include_dashboard: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ray.init() waits for it before it starts anything else."""
-    rays_own = ray_cluster.Node.start_api_server
-    seen = []
-
-    def init(**options: object) -> None:
-        seen.append(ray_cluster.Node.start_api_server)
-
-    monkeypatch.setattr(ray_cluster.ray, "init", init)
-    ray_cluster.start_local(include_dashboard=include_dashboard)
-    assert ray_cluster.Node.start_api_server is rays_own
-    assert (seen[0] is rays_own) == include_dashboard
-    if not include_dashboard:
-        node: Any = type("FakeNode", (), {})()  # has nothing that a process could be started with
-        seen[0](node, include_dashboard=False, raise_on_failure=False)
-        assert node._webui_url == ""
