@@ -13,9 +13,7 @@ from pdray.engine.request import EngineRequest, Reservation
 from pdray.outputs import SampledToken
 from pdray.testing.simulated_router import SimulatedRouter
 from pdray.wire.cluster_view import WorkerInfo
-from pdray.wire.lease_messages import (
-    Credit,
-)
+from pdray.wire.lease_messages import Credit
 from pdray.wire.message import LegKey
 
 LEASE_TIMEOUT_S = 10.0

@@ -25,14 +25,7 @@ from protocol_processes import (
 
 from pdray.control.effects import FlushPuts, Release, Send, StartCompute
 from pdray.testing.simulated_router import Held
-from pdray.wire.lease_messages import (
-    CloseLease,
-    EndCompletion,
-    LeaseRequest,
-    LegTokens,
-    RenewLeases,
-    Tokens,
-)
+from pdray.wire.lease_messages import CloseLease, EndCompletion, LeaseRequest, LegTokens, RenewLeases, Tokens
 from pdray.wire.message import LegKey, Verdict
 from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, LeaseConfirmed, Ping, Pong, PrefillRequest
 from pdray.wire.put_messages import AbortPut, BeginPut, BeginPutReply, PutAborted, PutDone
