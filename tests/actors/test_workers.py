@@ -285,10 +285,10 @@ def make_config(tmp_path: Path, channel: str) -> Config:
 
 async def test_the_log_tells_once_what_a_worker_serves_with_what(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     worker = DecodeWorker(pair.decode.config, "decode-1", "i", SECRET, app_name="shop")
-    with caplog.at_level("INFO", "pdray.actors.worker"):
+    with caplog.at_level("INFO", "pdray.actors.assembly"):
         await worker.start()
     await worker.stop()
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "pdray.actors.worker"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "pdray.actors.assembly"]
     model = pair.decode.config.model
     for part in ("DecodeWorker(shop:decode-1)", f"model {model} (float32) on cpu", "40 blocks of 16", "max_num_seqs=4"):
         assert part in line
