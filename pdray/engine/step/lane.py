@@ -139,6 +139,7 @@ class Lane:
         self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, self.masks)
         if device.type == "cuda":
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
+            copy_blocks(pool.tensor, [(0, 0)])  # the dummy block: loads the kernels before the first fork needs them
         self._logits: torch.Tensor | None = None  # that graphs write
         if capture:
             self._capture()
