@@ -172,8 +172,10 @@ class Lane:
             self._decode_buffers.clear()
             self._buffers.clear()
             place.stream.wait_stream(torch.cuda.current_stream(self.pool.device))
-            shape = next(captures, None)
-            torch.cuda.current_stream(self.pool.device).wait_stream(place.stream)
+            try:
+                shape = next(captures, None)
+            finally:  # also where memory has run out: the buffers are filled again by the next step
+                torch.cuda.current_stream(self.pool.device).wait_stream(place.stream)
             if shape is None:
                 return
             yield shape
