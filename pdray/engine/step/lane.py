@@ -18,7 +18,7 @@ from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.reports import unpack_reports
-from pdray.engine.step.scores import MAX_PIECE, ScoreInputs, compute_scores, make_scores
+from pdray.engine.step.scores import ScoreInputs, compute_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
@@ -131,7 +131,7 @@ class Lane:
         self.stream: torch.cuda.Stream | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
-        self._score_piece = max(size for size in decode_sizes(limits.max_num_seqs) if size <= MAX_PIECE)
+        self._score_piece = score_piece(decode_sizes(limits.max_num_seqs))
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
         draws = limits.max_num_seqs, decoder.config.vocab_size, device
         self.histories, self.masks = histories or Histories(*draws), MaskBuffer(*draws)
