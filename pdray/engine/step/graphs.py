@@ -135,7 +135,8 @@ class StepGraphs:
         with torch.cuda.stream(stream):
             compute(inputs, logits_out=self.logits[: shape.num_draws])  # compiles kernels and loads libraries
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=pool)
+            # A partition's graphs are made while other threads run, which may free what CUDA gave them.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 compute(inputs, self._record_stored(shape), logits_out=self.logits[: shape.num_draws])
             finally:
