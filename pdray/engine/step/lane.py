@@ -183,6 +183,8 @@ class Lane:
     def prepare(self, plan: StepPlan) -> StepInputs:
         """The plan's inputs, padded for a graph where one can run it. Reads the sequences: under the engine's lock."""
         padded = None if self.graphs is None else self.graphs.shape_for(plan)
+        if padded is not None and plan.num_scores:  # no graph runs it: it has the sequences of other launched steps
+            padded = padded._replace(num_seqs=len(plan.chunks))
         with self._on_stream():
             inputs = (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
             return inputs._replace(scores=make_scores(plan, self._score_piece, self.pool.device))
