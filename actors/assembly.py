@@ -1,13 +1,15 @@
-"""How a worker process comes by its device, its channels and its engine."""
+"""How a worker process comes by its device, its channels and its engine, and what it logs of them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from pdray.actors.placement import listen_address
 from pdray.config import Config
 from pdray.transfer.registry import allowed_kinds, load_kind
+from pdray.wire.cluster_view import WorkerInfo
 from pdray.wire.peers import Role
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
     from pdray.engine.engine import Engine
     from pdray.transfer.channel import Kind
+
+logger = logging.getLogger(__name__)
 
 
 class Assembly(NamedTuple):
@@ -65,3 +69,19 @@ def _make_kinds(
     num_peers = config.num_decode_workers if role is Role.PREFILL else 1
     site = Site(config, worker_id, device, num_peers, on_fatal, listen_address(config).dial)
     return {name: load_kind(name)(site) for name in allowed_kinds(config.channel)}
+
+
+def log_start(worker: str, config: Config, info: WorkerInfo, dtype: torch.dtype) -> None:
+    """Log once which model a process serves, and with which settings.
+
+    Args:
+        dtype: of the KV pool.
+    """
+    given = ", ".join(f"{name}={value!r}" for name, value in config.model_dump(exclude_unset=True).items())
+    logger.info(
+        "%s: model %s (%s) on %s at %s:%d; KV pool of %d blocks of %d tokens; max_model_len %d, max_num_seqs %d, "
+        "max_num_batched_tokens %d; given: %s",
+        *(worker, config.model_name, str(dtype).removeprefix("torch."), info.device),
+        *(info.host, info.port, info.num_blocks, info.block_size),
+        *(info.max_model_len, info.max_num_seqs, info.max_num_batched_tokens, given or "no settings"),
+    )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from pdray.actors.assembly import Assembly, assemble
+from pdray.actors.assembly import Assembly, assemble, log_start
 from pdray.actors.engine_watch import check_when_idle, report_metrics, wait_until_hung
 from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
@@ -151,7 +151,7 @@ class Worker(ABC):
         )
         self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
-        self._log_start()
+        log_start(str(self), self.config, self.info, self.engine.pool.layout.dtype)
 
     def _assemble(self) -> Assembly:
         return assemble(self.config, self.role, self.worker_id, self._fail)
@@ -170,18 +170,6 @@ class Worker(ABC):
             self._tasks.keep_running("end if orphaned", self._orphan_watch.run)
         if self.config.enable_prefix_caching:
             self._tasks.keep_running("publish prefixes", partial(self._prefix_news.publish, self.engine))
-
-    def _log_start(self) -> None:
-        """Log once which model this process serves, and with which settings."""
-        info, config = self.info, self.config
-        given = ", ".join(f"{name}={value!r}" for name, value in config.model_dump(exclude_unset=True).items())
-        logger.info(
-            "%s: model %s (%s) on %s at %s:%d; KV pool of %d blocks of %d tokens; max_model_len %d, max_num_seqs %d, "
-            "max_num_batched_tokens %d; given: %s",
-            *(self, config.model_name, str(self.engine.pool.layout.dtype).removeprefix("torch."), info.device),
-            *(info.host, info.port, info.num_blocks, info.block_size),
-            *(info.max_model_len, info.max_num_seqs, info.max_num_batched_tokens, given or "no settings"),
-        )
 
     async def stop(self) -> None:
         """End the sessions and the engine's thread. Idempotent."""

@@ -55,6 +55,11 @@ class SmSplit:
         self.unavailable = unavailable
         self._release = release or ExitStack()
 
+    @property
+    def num_sms(self) -> int:
+        """SMs of the device."""
+        return self.first.num_sms + (self.rest.num_sms if self.unavailable is None else 0)
+
     def close(self) -> None:
         """Wait for both streams, destroy them, then the partitions. Idempotent."""
         self._release.close()

@@ -344,8 +344,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
         if isinstance(prompt, dict):
             prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
         if not isinstance(prompt, str | list):
-            raise InvalidRequestError(
-                f"a prompt is a {type(prompt).__name__}; it must be text, token ids, or a dict of either"
-            )
+            name = type(prompt).__name__
+            raise InvalidRequestError(f"a prompt is a {name}; it must be text, token ids, or a dict of either")
         result.append(prompt)
     return result

@@ -48,7 +48,7 @@ def gather_blocks(kv: Tensor, layers: range, block_ids: list[int]) -> Tensor:
         ValueError: if layers is not a range of consecutive layers of this pool.
     """
     source = _layers(kv, layers)
-    index = torch.tensor(block_ids, dtype=torch.int64, device=kv.device)
+    index = _to_device(block_ids, kv.device)
     if kv.is_cuda:
         from pdray.kernels.kv.blocks_triton import triton_gather_blocks
 
@@ -66,13 +66,18 @@ def scatter_blocks(kv: Tensor, layers: range, block_ids: list[int], data: Tensor
     expected = (len(layers), len(block_ids), *kv.shape[2:])
     if tuple(data.shape) != expected or data.dtype != kv.dtype:
         raise ValueError(f"data is {tuple(data.shape)} {data.dtype}; the blocks are {expected} {kv.dtype}")
-    index = torch.tensor(block_ids, dtype=torch.int64, device=kv.device)
+    index = _to_device(block_ids, kv.device)
     data = data.to(kv.device)
     if kv.is_cuda:
         from pdray.kernels.kv.blocks_triton import triton_scatter_blocks
 
         return triton_scatter_blocks(target, index, data)
     target.index_copy_(1, index, data)
+
+
+def _to_device(block_ids: list[int], device: torch.device) -> Tensor:
+    """[n] int64. On CUDA from pinned memory: the host does not wait for what was launched before."""
+    return torch.tensor(block_ids, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _layers(kv: Tensor, layers: range) -> Tensor:

@@ -30,10 +30,10 @@ from pdray.wire.prefill_messages import CancelPrefill, FirstTokens, LeaseConfirm
 
 async def test_the_log_tells_once_what_a_worker_serves_with_what(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     worker = DecodeWorker(pair.decode.config, "decode-1", "i", SECRET, app_name="shop")
-    with caplog.at_level("INFO", "pdray.actors.worker"):
+    with caplog.at_level("INFO", "pdray.actors.assembly"):
         await worker.start()
     await worker.stop()
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "pdray.actors.worker"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "pdray.actors.assembly"]
     model = pair.decode.config.model
     for part in ("DecodeWorker(shop:decode-1)", f"model {model} (float32) on cpu", "40 blocks of 16", "max_num_seqs=4"):
         assert part in line
@@ -80,6 +80,10 @@ async def test_cached_blocks_are_not_sent_again(pair: Pair) -> None:
     assert pair.router.tokens(LegKey("one", 0)) == pair.router.tokens(LegKey("two", 0))
     assert pair.router.tokens(LegKey("one", 0)) == pair.router.tokens(LegKey("ahead", 0))
     await pair.quiet()
+    sent = (await pair.prefill.describe())["sent"]["decode-0"]
+    num_blocks = 5 + 1 + 1  # 70 tokens; of the later prompts all but the last one's block are there already
+    assert sent["num_bytes"] == num_blocks * pair.prefill.engine.pool.layout.block_bytes
+    assert sent["num_puts"] == 3 * 3 + 3 + 3 and sent["seconds"] >= 0  # 3 chunks, then 1 each; 5 layers, 2 at a time
 
 
 async def test_a_prompt_may_be_computed_before_its_lease_is_granted(pair: Pair) -> None:
@@ -94,10 +98,6 @@ async def test_a_prompt_may_be_computed_before_its_lease_is_granted(pair: Pair) 
     pair.router.sessions["prefill-0"].send(CancelPrefill("denied", 0))
     pair.router.sessions["prefill-0"].send(LeaseConfirmed("denied", 0, 0))  # too late
     await pair.quiet()
-    sent = (await pair.prefill.describe())["sent"]["decode-0"]
-    num_blocks = 5 + 1  # 70 tokens; of the second prompt all but the last one's block are there already
-    assert sent["num_bytes"] == num_blocks * pair.prefill.engine.pool.layout.block_bytes
-    assert sent["num_puts"] == 3 * 3 + 3 and sent["seconds"] >= 0  # 3 chunks of a prompt, then 1; 5 layers, 2 at a time
 
 
 async def test_closing_in_every_state_leaves_nothing(pair: Pair) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pdray.engine.kv.block_pool import BlockPool
@@ -15,6 +17,7 @@ from pdray.engine.step.graphs import StepGraphs, decode_sizes, launched_sizes, p
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepShape
 from pdray.engine.step.mask_buffer import MaskBuffer
+from pdray.engine.step.scores import score_piece
 from pdray.sampling_params import SamplingParams
 
 LIMITS = EngineLimits(
@@ -37,8 +40,8 @@ class Steps:
         self.scheduler = Scheduler(LIMITS, BlockPool(40, enable_prefix_caching=False))
         self.bookkeeper = Bookkeeper(self.scheduler)
 
-    def add(self, key: str, prompt: list[int]) -> None:
-        request = EngineRequest(key, prompt, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+    def add(self, key: str, prompt: list[int], **params: Any) -> None:
+        request = EngineRequest(key, prompt, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, **params))
         self.scheduler.add(self.scheduler.prepare(request, reserved=False), 0.0)
 
     def plan(self) -> StepPlan:
@@ -137,3 +140,36 @@ def test_steps_are_padded_to_a_graphs_shape_or_to_one_whose_kernels_are_loaded()
     steps = Steps()
     steps.add("a", list(range(9)))
     assert none.shape_for(steps.plan()) == StepShape(15, 1, 1, False)
+
+
+def test_chosen_graphs_pad_launched_steps_to_their_own_sizes() -> None:
+    """A partition's graphs are few, and a step without one must not be padded to the largest of all steps."""
+    graphs = StepGraphs(torch.empty(4, 97), 8192, decode=[2, 4], with_prompts=[StepShape(16, 1, 1, False)])
+    steps = Steps()
+    for key in ("a", "b"):
+        steps.add(key, list(range(5)))
+    assert graphs.shape_for(steps.plan()) == StepShape(16, 2, 2, False)
+    assert StepGraphs(torch.empty(4, 97), 8192, decode=[2, 4], with_prompts=[]).launched_sizes == [2, 4]
+
+
+def test_scores_are_computed_in_pieces_whose_kernels_are_loaded() -> None:
+    assert [score_piece(decode_sizes(n)) for n in (1, 2, 3, 101, 256, 1024)] == [1, 2, 2, 96, 128, 128]
+
+
+def test_a_sequence_that_is_released_keeps_its_slot_until_its_step_is_filled() -> None:
+    """Else one that joins in the same step would be given it, and the step adds both draws to it."""
+    steps, buffers = Steps(), make_buffers(16)
+    steps.add("a", [7, 8, 9], repetition_penalty=1.2)
+    plan = steps.plan()
+    buffers.fill(plan)
+    steps.book(plan)
+    steps.add("b", [7, 8, 9], repetition_penalty=1.2)
+    plan = steps.plan()
+    assert len(plan.chunks) == 2
+    steps.scheduler.release("a")
+    slots = buffers.fill(plan).draws.view()["slot"]
+    assert slots[0] != slots[1]
+    steps.book(plan)
+    plan = steps.plan()
+    buffers.fill(plan)
+    assert len(buffers._histories._free) == LIMITS.max_num_seqs - 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +15,13 @@ from pdray.config import Config
 from pdray.engine.build import build_engine
 from pdray.engine.engine import Engine
 from pdray.engine.mux.engine import MuxEngine
+from pdray.engine.mux.partitions import PIECE_SIZES, Partitions, piece_shapes
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.plan import LaneName
+from pdray.engine.step.graphs import StepGraphs
+from pdray.engine.step.inputs import StepShape
+from pdray.engine.step.lane import Lane, Place
+from pdray.kernels.green_context import Partition, SmSplit
 from pdray.sampling_params import SamplingParams
 
 RULES = {
@@ -48,6 +54,23 @@ HOLDS: dict[str, Callable[[random.Random], int]] = {
     "at once": lambda rng: 0,
     "late": lambda rng: rng.randrange(6),
 }
+
+
+class CapturingLane:
+    """A lane whose places have one graph each; ``error`` is raised instead of the next."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.limits = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=64)
+        self.place = Place()
+        self.error: Exception | None = None
+
+    def more_graphs(self, decode: list[int], with_prompts: list[StepShape]) -> StepGraphs:
+        return StepGraphs(torch.empty(10, 7), 64, decode=decode, with_prompts=with_prompts)
+
+    def capture_one_by_one(self, place: Place) -> Iterator[StepShape]:
+        if self.error is not None:
+            raise self.error
+        yield StepShape(8, 8, 8, True)
 
 
 def requests() -> list[EngineRequest]:
@@ -251,3 +274,37 @@ def test_a_cpu_has_no_partitions_and_one_line_says_so(
         assert engine.prepare_more() is False
         engine.close()
         engine.close()
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "sizes"), [(16, [16]), (64, [64]), (1500, [64, 128, 256, 512, 1024, 1500]), (4096, [*PIECE_SIZES])]
+)
+def test_every_piece_fits_a_graph(most_tokens: int, sizes: list[int]) -> None:
+    assert [shape.num_tokens for shape in piece_shapes(most_tokens, 256)] == sizes
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried …"), RuntimeError("CUDA error: out of memory")]
+)
+def test_without_memory_for_more_graphs_those_that_are_whole_are_used(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Graphs of a partition that cannot be finished are given up."""
+    main, prompts = CapturingLane(10), CapturingLane(10)
+    splits = [SmSplit(Partition(n, None), Partition(132 - n, None)) for n in (16, 32, 48)]
+    partitions = Partitions(cast(Lane, main), cast(Lane, prompts), splits, capture=True)
+    assert partitions.capture_next() and partitions.capture_next() and partitions.ready == []
+    assert partitions.capture_next() and partitions.ready == [32], "the middle one first"
+    prompts.error = error
+    with caplog.at_level(logging.WARNING):
+        assert not partitions.capture_next()
+    assert "[32]" in caplog.text and partitions.ready == [32] and len(partitions._places) == 1
+    assert partitions.capture_next() is False and partitions.places(32)
+
+
+def test_an_error_of_capturing_is_not_taken_for_lack_of_memory() -> None:
+    lane = CapturingLane(10)
+    lane.error = RuntimeError("operation not permitted when stream is capturing")
+    splits = [SmSplit(Partition(16, None), Partition(116, None))]
+    with pytest.raises(RuntimeError, match="not permitted"):
+        Partitions(cast(Lane, lane), cast(Lane, lane), splits, capture=True).capture_next()

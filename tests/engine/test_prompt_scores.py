@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from pdray.engine.request import EngineRequest
+from pdray.engine.step.graphs import StepGraphs
 from pdray.errors import InvalidRequestError
 from pdray.prompt_scores import PromptScores
 from pdray.sampling_params import SamplingParams
@@ -48,6 +50,17 @@ def assert_right(llama: Any, engine: Any) -> None:
             for each, entry in row.items():
                 assert entry.logprob == pytest.approx(float(logprobs[each]), abs=1e-4)
                 assert entry.rank == 1 + int((logprobs > logprobs[each]).sum())
+
+
+def test_padded_steps_give_the_same_scores(llama: Any) -> None:
+    """As on CUDA; here the same code computes them."""
+    engine, shapes = llama.engine(async_scheduling=True), []
+    engine.lane.graphs = StepGraphs(torch.empty(8, 199), max_num_batched_tokens=64)
+    forward = engine.lane._compute_scored
+    engine.lane._compute_scored = lambda inputs, *rest: shapes.append(inputs) or forward(inputs, *rest)
+    assert_right(llama, engine.run(*requests()))
+    assert any(inputs.shape.num_draws > len(inputs.num_logprobs) for inputs in shapes)
+    assert all(inputs.shape.num_seqs == len(inputs.attention.query_lens) for inputs in shapes)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

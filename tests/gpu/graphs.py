@@ -103,6 +103,7 @@ SETTINGS = (
     {"temperature": 0.0, "allowed_token_ids": tuple(range(100, 900))},
     {"temperature": 0.9, "logit_bias": {i: (i % 7) / 2 - 1 for i in range(3, 900)}, "top_k": 40},
     {"temperature": 0.0, "logit_bias": {5: 100.0, 6: 99.5}, "frequency_penalty": 1.5},
+    {"temperature": 0.9, "prompt_logprobs": 3, "logprobs": 4},  # its prompts' steps are launched kernel by kernel
 )
 
 

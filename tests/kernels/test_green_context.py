@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.kernels.green_context import UnavailableError, open_splits, split_sms
+from pdray.kernels.green_context import Partition, SmSplit, UnavailableError, open_splits, split_sms
 
 GPU = torch.device("cuda", 0)
 
@@ -203,3 +203,8 @@ def test_without_partitions_there_are_plain_streams_and_one_line(caplog: pytest.
     assert line.count("cpu has no SMs to split") == 1 and "on plain streams" in line
     assert only.unavailable == "cpu has no SMs to split; only CUDA devices have"
     only.close()
+
+
+def test_plain_streams_share_every_sm() -> None:
+    halves = Partition(100, None), Partition(100, None)
+    assert SmSplit(*halves).num_sms == 200 and SmSplit(*halves, "plain").num_sms == 100

@@ -59,7 +59,7 @@ class Proxy:
     """Forwards to a port, except what ``cut_after`` (bytes of one direction of one connection, None: all) swallows.
 
     Attributes:
-        frozen: connections stay up and carry nothing. refusing: new connections are closed at once.
+        frozen: connections stay up and carry nothing, not even their end. refusing: new connections are closed at once.
     """
 
     def __init__(self, port: int, cut_after: Callable[[], int | None] = lambda: None, max_delay_s: float = 0.0) -> None:
@@ -76,6 +76,7 @@ class Proxy:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
+        self.frozen = False
         self._server.close()
         self.cut()
 
@@ -111,6 +112,8 @@ class Proxy:
                 await writer.drain()
                 if left is not None and (left := left - len(data)) <= 0:
                     break
+        while self.frozen:
+            await asyncio.sleep(0.005)
         for each in pair:
             each.close()
 

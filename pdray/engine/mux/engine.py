@@ -64,7 +64,7 @@ class MuxEngine(Engine):
         self.prompt_lane = Lane(model.decoder, pool, limits, histories=self.lane.histories)
         splits = splits or open_splits(self.device, wanted_sizes(self.config))
         self._partitions = Partitions(self.lane, self.prompt_lane, splits, capture=self.lane.graphs is not None)
-        self.num_sms = splits[0].first.num_sms + splits[0].rest.num_sms
+        self.num_sms = splits[0].num_sms
         costs = StepCosts(max(1, self.num_sms), _weight_bytes(model) / pool.layout.token_bytes)
         targets = Targets(_seconds(self.config.target_tpot_ms), _seconds(self.config.target_ttft_ms))
         may_mix = self.config.sm_partition == "auto"

@@ -32,7 +32,7 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 def piece_shapes(most_tokens: int, max_num_seqs: int) -> list[StepShape]:
     """Pieces of prompts that get a graph on each partition."""
     few = min(FEW_SEQUENCES, max_num_seqs)
-    return [StepShape(n, few, few, False) for n in PIECE_SIZES if n <= most_tokens]
+    return [StepShape(n, few, few, False) for n in (*(n for n in PIECE_SIZES if n < most_tokens), most_tokens)]
 
 
 class Partitions:
@@ -78,10 +78,14 @@ class Partitions:
         """Capture one more graph, while no step is in flight. False once all are made, or memory has run out."""
         try:
             return next(self._captures, None) is not None
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if "out of memory" not in str(error):  # which CUDA's own errors are called too, not only the allocator's
+                raise
             logger.warning("no graphs for more partitions than %s: %s", self.ready or "none", error)
-            self._captures = iter(())
-            return False
+        self._captures = iter(())
+        self._places = {key: places for key, places in self._places.items() if key in self.ready}
+        torch.cuda.empty_cache()  # what is left is for steps
+        return False
 
     def _capture_all(self) -> Iterator[StepShape]:
         """Both lanes' graphs of one split after the other; the middle ones, which are used most, first."""
@@ -96,6 +100,7 @@ class Partitions:
                     if shape is None:
                         break
                     yield shape
+                torch.cuda.empty_cache()  # blocks are a stream's own: those that no graph holds would lie idle
             self.ready = sorted([*self.ready, _key(split)])
 
     def close(self) -> None:

@@ -70,8 +70,7 @@ class Scheduler:
         self.plans_in_flight: deque[StepPlan] = deque()
         self.leaving: list[Sequence] = []
         self.num_places = 0
-        self.turns = Turns()
-        self.is_short = False
+        self.turns, self.is_short = Turns(), False
         self.updates: list[RequestUpdate] = []
         self.compiling: list[LiveRequest] = []
         self.counters = Counters()
@@ -216,9 +215,9 @@ class Scheduler:
         Args:
             may_overtake: admit also those that are queued behind one that is to be alone.
         """
-        plan, decoding = StepPlan(alone=turn, lane=share.lane), []
+        plan = StepPlan(alone=turn, lane=share.lane)
+        decoding = [s for s in self.turns.of(self.running, turn) if share.decodes and may_decode(s, share.lane)]
         if share.decodes:
-            decoding = [s for s in self.turns.of(self.running, turn) if may_decode(s, share.lane)]
             self.is_short = sum(self.allocator.needs_block(s) for s in decoding) > self.pool.num_free
         if self.plans_in_flight and self.is_short:
             return plan  # to preempt is to compute again, from tokens that are all known

@@ -37,7 +37,7 @@ def fill_records(
     Args:
         words: [S, WORDS] of a DrawTable's records.
     """
-    histories.release_ended()
+    histories.release_ended(draws)
     joins: list[Join] = []
     made = [draw.sequence.draw_record or _make_record(draw, histories, joins) for draw in draws]
     num = len(draws)

@@ -72,7 +72,7 @@ class StepGraphs:
         decode: batch sizes in order; default: decode_sizes(). with_prompts: default: prefill_shapes().
 
     Attributes:
-        launched_sizes: numbers of tokens that launched steps are padded to.
+        launched_sizes: numbers of tokens that launched steps are padded to; of chosen graphs, those of the graphs.
     """
 
     def __init__(
@@ -84,9 +84,13 @@ class StepGraphs:
         with_prompts: list[StepShape] | None = None,
     ) -> None:
         self.logits = logits
-        self.launched_sizes = launched_sizes(max_num_batched_tokens)
-        shapes = prefill_shapes(max_num_batched_tokens, len(logits)) if with_prompts is None else with_prompts
         self._decode_sizes = decode_sizes(len(logits)) if decode is None else decode
+        if with_prompts is None:
+            shapes = prefill_shapes(max_num_batched_tokens, len(logits))
+            self.launched_sizes = launched_sizes(max_num_batched_tokens)
+        else:
+            shapes = with_prompts
+            self.launched_sizes = sorted({*self._decode_sizes, *(shape.num_tokens for shape in shapes)})
         self._prefill_shapes = shapes
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._stored: dict[StepShape, list[Stored]] = {}
@@ -131,7 +135,8 @@ class StepGraphs:
         with torch.cuda.stream(stream):
             compute(inputs, logits_out=self.logits[: shape.num_draws])  # compiles kernels and loads libraries
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=pool)
+            # A partition's graphs are made while other threads run, which may free what CUDA gave them.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 compute(inputs, self._record_stored(shape), logits_out=self.logits[: shape.num_draws])
             finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from pdray.engine.schedule.plan import Draw
@@ -26,10 +28,16 @@ class Histories:
         self._slots: dict[Sequence, int] = {}
         self._free = list(range(max_num_seqs))
 
-    def release_ended(self) -> None:
-        """Free the slots of sequences that draw no more."""
+    def release_ended(self, draws: Iterable[Draw] = ()) -> None:
+        """Free the slots of sequences that draw no more.
+
+        Args:
+            draws: of the next step. A sequence that was released after that was planned still adds to its slot.
+        """
         ended = [s for s in self._slots if s.status in (SequenceStatus.FINISHED, SequenceStatus.HELD)]
-        self._free += [self._slots.pop(sequence) for sequence in ended]
+        if ended:
+            drawn = {draw.sequence for draw in draws}
+            self._free += [self._slots.pop(sequence) for sequence in ended if sequence not in drawn]
 
     def join(self, draw: Draw) -> Join:
         """A slot for a sequence whose first draw this is, and what is to be written there before it."""

@@ -18,7 +18,7 @@ from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.reports import unpack_reports
-from pdray.engine.step.scores import MAX_PIECE, ScoreInputs, compute_scores, make_scores
+from pdray.engine.step.scores import ScoreInputs, compute_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
@@ -131,7 +131,7 @@ class Lane:
         self.stream: torch.cuda.Stream | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
-        self._score_piece = max(size for size in decode_sizes(limits.max_num_seqs) if size <= MAX_PIECE)
+        self._score_piece = score_piece(decode_sizes(limits.max_num_seqs))
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
         draws = limits.max_num_seqs, decoder.config.vocab_size, device
         self.histories, self.masks = histories or Histories(*draws), MaskBuffer(*draws)
@@ -139,6 +139,7 @@ class Lane:
         self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, self.masks)
         if device.type == "cuda":
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
+            copy_blocks(pool.tensor, [(0, 0)])  # the dummy block: loads the kernels before the first fork needs them
         self._logits: torch.Tensor | None = None  # that graphs write
         if capture:
             self._capture()
@@ -171,8 +172,10 @@ class Lane:
             self._decode_buffers.clear()
             self._buffers.clear()
             place.stream.wait_stream(torch.cuda.current_stream(self.pool.device))
-            shape = next(captures, None)
-            torch.cuda.current_stream(self.pool.device).wait_stream(place.stream)
+            try:
+                shape = next(captures, None)
+            finally:  # also where memory has run out: the buffers are filled again by the next step
+                torch.cuda.current_stream(self.pool.device).wait_stream(place.stream)
             if shape is None:
                 return
             yield shape
@@ -180,6 +183,8 @@ class Lane:
     def prepare(self, plan: StepPlan) -> StepInputs:
         """The plan's inputs, padded for a graph where one can run it. Reads the sequences: under the engine's lock."""
         padded = None if self.graphs is None else self.graphs.shape_for(plan)
+        if padded is not None and plan.num_scores:  # no graph runs it: it has the sequences of other launched steps
+            padded = padded._replace(num_seqs=len(plan.chunks))
         with self._on_stream():
             inputs = (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
             return inputs._replace(scores=make_scores(plan, self._score_piece, self.pool.device))

@@ -31,6 +31,14 @@ class ScoreInputs(NamedTuple):
     num: int
 
 
+def score_piece(sizes: list[int]) -> int:
+    """Rows of logits at once, of sizes whose kernels are loaded.
+
+    An even number where there is one: kernels are compiled again for token ids whose address is no multiple of 16.
+    """
+    return max((size for size in sizes if size <= MAX_PIECE and size % 2 == 0), default=min(sizes))
+
+
 def make_scores(plan: StepPlan, piece: int, device: torch.device) -> ScoreInputs | None:
     """None if nothing is asked for. Reads the sequences: under the engine's lock."""
     if not plan.num_scores:
