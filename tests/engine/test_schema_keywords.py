@@ -16,7 +16,7 @@ from pdray.engine.grammar.keywords import ANNOTATIONS, ENFORCED
 from pdray.engine.grammar.matcher import GrammarError
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.errors import InvalidRequestError
-from pdray.structured_outputs import MAX_GRAMMAR_BYTES, MAX_SCHEMA_BYTES, StructuredOutputsParams
+from pdray.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_SCHEMA_BYTES, StructuredOutputsParams
 from pdray.testing.patience import PATIENCE_S
 
 COMPILER = GrammarCompiler(lambda: TokenPieces([bytes([i]) for i in range(256)], frozenset()))
@@ -146,6 +146,13 @@ def test_one_of_is_taken_where_its_branches_exclude_each_other(branches: list[An
         ({"json": {"type": "strnig"}}, "strnig"),
         ({"json": {"type": "string", "format": "phone"}}, "Unknown format: phone"),
         ({"json": {"$ref": "http://elsewhere/a"}}, "elsewhere"),
+        ({"json": {"$ref": "#"}}, "no text"),
+        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}}, "no text"),
+        ({"json": {"type": "number", "multipleOf": 0.1, "minimum": 0.05, "maximum": 0.15}}, "no text"),
+        ({"json": {"const": 10**400}}, "number out of range"),
+        ({"json": json.loads('{"items":' * 300 + "{}" + "}" * 300)}, "recursion limit"),
+        ({"grammar": "start: start"}, "no text"),
+        ({"regex": "\ud800"}, "surrogates"),
         ({"regex": "(a"}, "unclosed group"),
         ({"regex": r"(a)\1"}, "backreferences"),
         ({"regex": ""}, "empty"),
@@ -223,6 +230,30 @@ def test_choices_are_literal(choices: list[str]) -> None:
     grammar = compiled(choice=tuple(choices))
     assert all(allows(grammar, each) for each in choices)
     assert not allows(grammar, "".join(choices) + "x")
+
+
+def test_there_may_be_as_many_choices_as_the_limit_says() -> None:
+    choices = tuple(str(i) for i in range(MAX_CHOICES))
+    grammar = compiled(choice=choices)
+    assert allows(grammar, "7") and allows(grammar, choices[-1]) and not allows(grammar, str(MAX_CHOICES))
+
+
+@pytest.mark.parametrize("params", [{"choice": ("<s>",)}, {"json": {"const": "<s>"}}])
+def test_a_text_that_looks_like_a_special_token_is_written_in_others(params: dict[str, Any]) -> None:
+    special = 256
+
+    def encode(text: str) -> list[int]:  # as tokenizers do
+        before, found, behind = text.partition("<s>")
+        return [*before.encode(), *([special] if found else ()), *behind.encode()]
+
+    pieces = TokenPieces([*(bytes([i]) for i in range(special)), b"<s>"], frozenset({special}), encode)
+    grammar = GrammarCompiler(lambda: pieces).check(StructuredOutputsParams(**params)).result(PATIENCE_S)
+    text = "<s>" if "choice" in params else '"<s>"'
+    for length in range(len(text)):
+        words = grammar.empty_mask()
+        grammar.matcher(text[:length].encode()).fill(words)
+        assert words[ord(text[length]) // 32] >> ord(text[length]) % 32 & 1
+        assert not words[special // 32] >> special % 32 & 1
 
 
 def test_each_request_has_a_grammar_of_its_own() -> None:
