@@ -240,6 +240,16 @@ def test_forced_schemas() -> None:
     assert "maxItems" not in (forced_call(tools, ToolChoice("required"), parallel=True) or {})
 
 
+def test_forced_arguments_are_an_object() -> None:
+    """Whether the tool's schema says so or not; and what only looks like a reference stays as it is."""
+    loose = {"properties": {"a": {"const": {"$ref": "#/x"}}, "$ref": {"enum": [{"$ref": "#"}]}}, "required": ["a"]}
+    tool = Tool("a", parameters=loose)
+    named = forced_call([tool], ToolChoice("required", frozenset("a"), "a"), parallel=True)
+    required = forced_call([tool], ToolChoice("required"), parallel=True)
+    assert required is not None
+    assert named == required["$defs"]["tool0"] == {"type": "object", **loose}
+
+
 def test_choices() -> None:
     tools = parse_tools(TOOLS)
     named = {"type": "function", "function": {"name": "now"}}
