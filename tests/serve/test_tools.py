@@ -186,6 +186,14 @@ async def test_a_conversation_with_results(client: openai.AsyncOpenAI, router: A
     assert '"arguments": {"city": "Paris"}' in prompt_of(router) and "tool: sunny;" in prompt_of(router)
 
 
+@pytest.mark.parametrize("arguments", [r'{"a": "\ud800"}', '{"a": NaN}', "[1]", "{", "[" * 5000])
+async def test_arguments_in_a_history_are_the_json_of_an_object(http: httpx.AsyncClient, arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    history = [*ASK, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "x"}]
+    answer = await http.post("/v1/chat/completions", json={"messages": history, "tools": TOOLS})
+    assert answer.status_code == 400 and "tool_calls[0].function.arguments" in answer.json()["error"]["message"]
+
+
 async def test_unknown_forms_are_refused(http: httpx.AsyncClient, router: Any) -> None:
     router.tokenizer.chat_template = QWEN.replace("<tool_call>", "<tool_call><function=f>")
     body = {"messages": ASK, "tools": TOOLS}
