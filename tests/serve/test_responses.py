@@ -146,6 +146,8 @@ async def test_a_conversation(client: openai.AsyncOpenAI, router: Any) -> None:
         ({"include": ["file_search_call.results"]}, "include", "include"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference", "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image", "input"),
+        ({"input": [{"type": "reasoning", "summary": 5}]}, "input[0].summary must be a list", "input"),
+        ({"text": {"format": {"name": "x"}}}, "text.format.type", "text"),
         ({"input": []}, "1 to", "input"),
         ({"input": 5}, "input", "input"),
         ({"max_output_tokens": 0}, "max_output_tokens is 0", "max_output_tokens"),
