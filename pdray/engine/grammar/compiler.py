@@ -20,6 +20,7 @@ import msgspec
 
 from pdray.engine.grammar.formats import write_out_formats
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
+from pdray.engine.grammar.lark import check_lark
 from pdray.engine.grammar.matcher import Grammar, GrammarError
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.errors import InvalidRequestError
@@ -131,9 +132,11 @@ def to_grammar(params: StructuredOutputsParams) -> str:
             return str(llguidance.LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))
         case "grammar":
             try:
-                return llguidance.grammar_from("grammar", params.text)
+                grammar = llguidance.grammar_from("grammar", params.text)
             except ValueError as error:
                 raise refusal(params, str(error)) from None
+            check_lark(grammar)
+            return grammar
 
 
 def _of_schema(params: StructuredOutputsParams) -> str:
