@@ -248,6 +248,14 @@ def test_forced_schemas() -> None:
     assert "maxItems" not in (forced_call(tools, ToolChoice("required"), parallel=True) or {})
 
 
+def test_a_tool_without_parameters_is_called_with_none() -> None:
+    for choice in (ToolChoice("required"), ToolChoice("required", frozenset("a"), "a")):
+        schema = forced_call([Tool("a")], choice, parallel=True)
+        assert schema is not None
+        arguments = schema if choice.named else schema["$defs"]["tool0"]
+        assert arguments == {"type": "object", "properties": {}, "additionalProperties": False}
+
+
 def test_forced_arguments_are_an_object() -> None:
     """Whether the tool's schema says so or not; and what only looks like a reference stays as it is."""
     loose = {"properties": {"a": {"const": {"$ref": "#/x"}}, "$ref": {"enum": [{"$ref": "#"}]}}, "required": ["a"]}

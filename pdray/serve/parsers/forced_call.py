@@ -38,7 +38,9 @@ def forced_call(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) ->
 
 
 def _arguments(tool: Tool) -> dict[str, Any]:
-    """The schema of a tool's arguments, which are an object, whether it says so or not."""
+    """The schema of a tool's arguments, which are an object, whether it says so or not; without parameters, {}."""
+    if tool.parameters is None:
+        return tool.schema | {"additionalProperties": False}
     return {"type": "object", **tool.schema}
 
 
