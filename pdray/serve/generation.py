@@ -23,7 +23,6 @@ from pdray.serve.errors import to_api_error
 from pdray.serve.protocol import GenerationBody
 from pdray.serve.responses import SSE_DONE, encode_json, envelope, sse, timings_ms, usage
 
-
 CONTROLS = ("allowed_token_ids", "bad_words", "logit_bias")
 
 

@@ -141,7 +141,8 @@ def own_names() -> Iterator[None]:
         told = to_api_error(error)
         param = told.body["error"]["param"]
         told.body["error"]["param"] = NAMES.get(param or "", param)
-        told.body["error"]["message"] = told.body["error"]["message"].replace("response_format", "text.format")
+        message = told.body["error"]["message"] or ""
+        told.body["error"]["message"] = message.replace("response_format", "text.format")
         raise told from error
 
 

@@ -37,6 +37,7 @@ async def test_the_router_is_asked_for_them(http: httpx.AsyncClient, router: Any
     [
         ("logit_bias", {"a": 1}),
         ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"07": 1, "7": 2}),
         ("logit_bias", {"65": 101}),
         ("logit_bias", {"65": "1"}),
         ("logit_bias", {str(i): 1 for i in range(2000)}),
