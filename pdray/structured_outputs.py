@@ -60,6 +60,14 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "json", _encode(self.json))
         self._check_types()
         self._check_sizes()
+        if self.whitespace_pattern is not None and (
+            self.disable_any_whitespace or self.kind not in ("json", "json_object")
+        ):
+            raise InvalidRequestError(
+                f"{FIELD}.whitespace_pattern says what stands between JSON's tokens; it needs json or json_object, and "
+                "no disable_any_whitespace",
+                FIELD,
+            )
 
     def _check_types(self) -> None:
         for name in ("json", "regex", "grammar", "whitespace_pattern"):

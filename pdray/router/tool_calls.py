@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from pdray.errors import InvalidRequestError
 
 MAX_CALLS = 128  # in one message
@@ -70,7 +72,7 @@ def _arguments(value: Any, place: str) -> dict[str, Any]:
     """An object, or as in OpenAI's API its JSON; none at all are an empty one."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = msgspec.json.decode(value)  # by the rules of a body: no NaN, no lone surrogates
         except (ValueError, RecursionError) as error:
             raise _refusal(f"{place} is no valid JSON: {error}") from None
     if value is None or value == "":

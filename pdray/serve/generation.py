@@ -23,6 +23,8 @@ from pdray.serve.errors import to_api_error
 from pdray.serve.protocol import GenerationBody
 from pdray.serve.responses import SSE_DONE, encode_json, envelope, sse, timings_ms, usage
 
+CONTROLS = ("allowed_token_ids", "bad_words", "logit_bias")
+
 
 class Submits(Protocol):
     """What the API needs of a Router."""
@@ -106,10 +108,7 @@ class Generation(ABC):
                 return EventStream(self.stream(requests), lambda: _abort(requests))
             outputs = await unless_gone(http.receive, asyncio.gather(*(request.wait() for request in requests)))
         except InvalidRequestError as error:
-            if error.param == "prompt":
-                error.param = self.prompt_field
-            if error.param == "structured_outputs" and self.body.structured_outputs is None:
-                error.param = "tools" if self.body.response_format is None else "response_format"
+            error.param = self._field_of(error.param)
             raise
         finally:
             if not streaming:
@@ -118,6 +117,17 @@ class Generation(ABC):
         work = num_scored * self.params.n * CHARS_PER_ENTRY * (1 + (self.params.prompt_logprobs or 0))
         answer = await beside_loop(work, lambda: encode_json(self.answer(outputs)))
         return Response(answer, media_type="application/json")
+
+    def _field_of(self, param: str | None) -> str | None:
+        """The body's field that a parameter was made of."""
+        body = self.body
+        if param == "prompt":
+            return self.prompt_field
+        if param != "structured_outputs" or body.structured_outputs is not None:
+            return param
+        if self.params.structured_outputs is None:  # other controls have left no token
+            return next((name for name in CONTROLS if getattr(self.params, name)), None)
+        return "tools" if body.response_format is None or body.response_format.type == "text" else "response_format"
 
     def answer(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The whole answer."""
@@ -134,19 +144,22 @@ class Generation(ABC):
         """Submit all prompts at once. Whatever happens, `admitted` holds those that the router has taken."""
         arrival = time.monotonic()
 
+        num_kept = self._num_kept(router.max_model_len)
+
         async def one(index: int, prompt_token_ids: list[int]) -> None:
             prompt = self.prompts[index]
+            is_whole = num_kept is None or len(prompt_token_ids) < num_kept
             admitted[index] = await router.submit(
                 prompt_token_ids,
                 self.params,
                 request_id=self.request_id + (f"-{index}" if len(self.prompts) > 1 else ""),
                 priority=self.body.priority or 0,
-                text=prompt if isinstance(prompt, str) else None,
+                text=prompt if isinstance(prompt, str) and is_whole else None,
                 arrival=arrival,
                 default_max_tokens=self.default_max_tokens,
             )
 
-        prompts = await router.tokenize(self.prompts, self._num_kept(router.max_model_len))
+        prompts = await router.tokenize(self.prompts, num_kept)
         tasks = [asyncio.ensure_future(one(index, ids)) for index, ids in enumerate(prompts)]
         try:
             await asyncio.gather(*tasks)
@@ -198,6 +211,8 @@ class Generation(ABC):
                 yield sse(wrap([]) | {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)})
             yield SSE_DONE
         except Exception as error:
+            if isinstance(error, InvalidRequestError):
+                error.param = self._field_of(error.param)
             yield sse(to_api_error(error).body)
 
 

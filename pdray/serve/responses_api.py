@@ -61,7 +61,7 @@ class Responses(Generation):
         [completion] = output.outputs
         parser, items = self._format.parser(), ResponseOutput()
         items.take(parser.feed(completion.text) + parser.finish())
-        items.close()
+        items.close(is_cut=completion.finish_reason != "stop")
         return self._response(items, output, parser)
 
     async def stream(self, requests: list[RoutedRequest]) -> AsyncGenerator[bytes, None]:
@@ -84,7 +84,8 @@ class Responses(Generation):
                     for delta in deltas:
                         for each in items.take(parser.feed(delta.text)):
                             yield event(each)
-            for each in items.take(parser.finish()) + items.close():
+            is_cut = request.output.outputs[0].finish_reason != "stop"
+            for each in items.take(parser.finish()) + items.close(is_cut=is_cut):
                 yield event(each)
             response = self._response(items, request.output, parser)
             yield event({"type": f"response.{response['status']}", "response": response})

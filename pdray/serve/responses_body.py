@@ -141,6 +141,8 @@ def own_names() -> Iterator[None]:
         told = to_api_error(error)
         param = told.body["error"]["param"]
         told.body["error"]["param"] = NAMES.get(param or "", param)
+        message = told.body["error"]["message"] or ""
+        told.body["error"]["message"] = message.replace("response_format", "text.format")
         raise told from error
 
 
@@ -179,10 +181,17 @@ def _add(item: dict[str, Any], messages: list[dict[str, Any]], place: str) -> No
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
         case "reasoning":
             _only(item, ("type", "id", "summary", "content", "encrypted_content", "status"), place)
-            thoughts = _content([*(item.get("content") or []), *(item.get("summary") or [])], place, REASONING_TEXTS)
+            parts = [part for name in ("content", "summary") for part in _list(item.get(name), f"{place}.{name}")]
+            thoughts = _content(parts, place, REASONING_TEXTS)
             messages.append({"role": "assistant", "content": None, "reasoning": "\n".join(t["text"] for t in thoughts)})
         case _:
             raise _refusal(f"{place}: items of type {shown(kind)} are not supported")
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list | None):
+        raise _refusal(f"{place} must be a list of parts, not {kind_of(value)}")
+    return value or []
 
 
 REASONING_TEXTS = ("reasoning_text", "summary_text")

@@ -45,8 +45,12 @@ class ResponseOutput:
                     told += self.close()
         return told
 
-    def close(self) -> list[dict[str, Any]]:
-        """The open item, if there is one, is at its end."""
+    def close(self, *, is_cut: bool = False) -> list[dict[str, Any]]:
+        """The open item, if there is one, is at its end.
+
+        Args:
+            is_cut: the response ends here before its own end.
+        """
         if not self._is_open:
             return []
         item, text = self.items[-1], "".join(self._text)
@@ -65,7 +69,7 @@ class ResponseOutput:
                 item["content"] = [part]
                 told.append(self._about("response.reasoning_text.done", content_index=0, text=text))
                 told.append(self._about("response.content_part.done", content_index=0, part=part))
-        item["status"] = "completed" if self._is_complete else "incomplete"
+        item["status"] = "completed" if self._is_complete and not is_cut else "incomplete"
         self._is_open = False
         return [*told, {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": dict(item)}]
 

@@ -73,8 +73,8 @@ def _format(value: Any) -> str:
 
 
 def _token_id(value: Any) -> int:
-    """JSON's names are strings."""
-    if not (isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 10):
+    """JSON's names are strings. Each id has one: with leading zeros, two would be the same."""
+    if not (isinstance(value, str) and value.isascii() and value.isdecimal() and str(int(value[:10])) == value):
         raise InvalidRequestError(f"logit_bias has the name {shown(value)}; names must be token ids", "logit_bias")
     return int(value)
 
@@ -94,5 +94,5 @@ Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts, json_schema_
 Format = Annotated[str, PlainValidator(_format, json_schema_input_type=Literal["text", "json_object", "json_schema"])]
 LogitBias = Annotated[
     dict[TokenIdName, Annotated[Number, value_range(-100, 100)]],
-    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}),
 ]

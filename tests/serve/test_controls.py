@@ -37,6 +37,7 @@ async def test_the_router_is_asked_for_them(http: httpx.AsyncClient, router: Any
     [
         ("logit_bias", {"a": 1}),
         ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"07": 1, "7": 2}),
         ("logit_bias", {"65": 101}),
         ("logit_bias", {"65": "1"}),
         ("logit_bias", {str(i): 1 for i in range(2000)}),
@@ -91,3 +92,28 @@ async def test_what_cannot_be_kept_is_refused(http: httpx.AsyncClient, router: A
     answer = await http.post("/v1/completions", json={"prompt": "abc", "truncate_prompt_tokens": wanted})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "truncate_prompt_tokens"
     assert not router.requests
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"allowed_token_ids": [97], "bad_words": ["a"]}, "allowed_token_ids"),
+        ({"bad_words": ["a"]}, "bad_words"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "text"}, "structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+    ],
+)
+async def test_where_no_token_is_left_the_error_names_what_left_none(
+    http: httpx.AsyncClient, router: Any, fields: dict[str, Any], param: str, stream: bool
+) -> None:
+    router.refusals = {0: InvalidRequestError("no token of the vocabulary", "structured_outputs")}
+    answer = await http.post("/v1/completions", json={"prompt": "x", "stream": stream, **fields})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+async def test_a_prompt_that_is_cut_is_echoed_as_it_was_computed(http: httpx.AsyncClient) -> None:
+    body = {"prompt": "abcdef", "max_tokens": 0, "truncate_prompt_tokens": 2, "echo": True, "logprobs": 0}
+    [choice] = (await http.post("/v1/completions", json=body)).json()["choices"]
+    assert choice["text"] == "ef"
+    assert choice["logprobs"]["tokens"] == ["e", "f"] and choice["logprobs"]["text_offset"] == [0, 1]

@@ -98,6 +98,19 @@ async def test_cut(http: httpx.AsyncClient, stream: bool) -> None:
     assert final["output"][-1]["status"] == "incomplete"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("num_tokens", "status"), [(3, "incomplete"), (None, "completed")])
+async def test_a_text_that_is_cut(
+    http: httpx.AsyncClient, router: Any, num_tokens: int | None, status: str, stream: bool
+) -> None:
+    router.reply = "abcdef"
+    body = {"input": "When?", "max_output_tokens": num_tokens, "stream": stream}
+    answer = await http.post("/v1/responses", json=body)
+    final = json.loads(answer.text.strip().split("data: ")[-1])["response"] if stream else answer.json()
+    [item] = final["output"]
+    assert (final["status"], item["status"]) == (status, status)
+
+
 async def test_a_stream_that_fails(http: httpx.AsyncClient, router: Any) -> None:
     router.die_after = 5
     text = (await http.post("/v1/responses", json={"input": "When?", "stream": True})).text
@@ -133,6 +146,8 @@ async def test_a_conversation(client: openai.AsyncOpenAI, router: Any) -> None:
         ({"include": ["file_search_call.results"]}, "include", "include"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference", "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image", "input"),
+        ({"input": [{"type": "reasoning", "summary": 5}]}, "input[0].summary must be a list", "input"),
+        ({"text": {"format": {"name": "x"}}}, "text.format.type", "text"),
         ({"input": []}, "1 to", "input"),
         ({"input": 5}, "input", "input"),
         ({"max_output_tokens": 0}, "max_output_tokens is 0", "max_output_tokens"),

@@ -22,6 +22,7 @@ from pdray.serve.api import create_app
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.testing.patience import PATIENCE_S
 
+NEED_KEY = ("/tokenize", "/detokenize", "/tokenizer_info")  # beside what is below /v1
 CONFIG = Config(served_model_name="smol")
 CHECKS = [not_a_server_error, response_schema_conformance, content_type_conformance]
 PARTS_OF_A_REQUEST = ("method", "url", "params", "headers", "json")
@@ -120,4 +121,4 @@ def test_the_schema_says_who_needs_a_key() -> None:
     paths = create_app(CONFIG.model_copy(update={"api_key": SecretStr("key")}), lambda: None).openapi()["paths"]
     for path, methods in paths.items():
         for operation in methods.values():
-            assert ("security" in operation) is (path.startswith("/v1/") or path in ("/tokenize", "/detokenize"))
+            assert ("security" in operation) is (path.startswith("/v1/") or path in NEED_KEY)

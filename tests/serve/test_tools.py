@@ -186,6 +186,14 @@ async def test_a_conversation_with_results(client: openai.AsyncOpenAI, router: A
     assert '"arguments": {"city": "Paris"}' in prompt_of(router) and "tool: sunny;" in prompt_of(router)
 
 
+@pytest.mark.parametrize("arguments", [r'{"a": "\ud800"}', '{"a": NaN}', "[1]", "{", "[" * 5000])
+async def test_arguments_in_a_history_are_the_json_of_an_object(http: httpx.AsyncClient, arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    history = [*ASK, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "x"}]
+    answer = await http.post("/v1/chat/completions", json={"messages": history, "tools": TOOLS})
+    assert answer.status_code == 400 and "tool_calls[0].function.arguments" in answer.json()["error"]["message"]
+
+
 async def test_unknown_forms_are_refused(http: httpx.AsyncClient, router: Any) -> None:
     router.tokenizer.chat_template = QWEN.replace("<tool_call>", "<tool_call><function=f>")
     body = {"messages": ASK, "tools": TOOLS}
@@ -238,6 +246,24 @@ def test_forced_schemas() -> None:
     moved = schema["$defs"]["tool0"]["properties"]
     assert moved == {"next": {"$ref": "#/$defs/tool0"}, "n": {"$ref": "#/$defs/tool0/$defs/n"}}
     assert "maxItems" not in (forced_call(tools, ToolChoice("required"), parallel=True) or {})
+
+
+def test_a_tool_without_parameters_is_called_with_none() -> None:
+    for choice in (ToolChoice("required"), ToolChoice("required", frozenset("a"), "a")):
+        schema = forced_call([Tool("a")], choice, parallel=True)
+        assert schema is not None
+        arguments = schema if choice.named else schema["$defs"]["tool0"]
+        assert arguments == {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def test_forced_arguments_are_an_object() -> None:
+    """Whether the tool's schema says so or not; and what only looks like a reference stays as it is."""
+    loose = {"properties": {"a": {"const": {"$ref": "#/x"}}, "$ref": {"enum": [{"$ref": "#"}]}}, "required": ["a"]}
+    tool = Tool("a", parameters=loose)
+    named = forced_call([tool], ToolChoice("required", frozenset("a"), "a"), parallel=True)
+    required = forced_call([tool], ToolChoice("required"), parallel=True)
+    assert required is not None
+    assert named == required["$defs"]["tool0"] == {"type": "object", **loose}
 
 
 def test_choices() -> None:

@@ -20,7 +20,8 @@ import msgspec
 
 from pdray.engine.grammar.formats import write_out_formats
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
-from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.grammar.lark import check_lark
+from pdray.engine.grammar.matcher import Grammar, GrammarError
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.errors import InvalidRequestError
 from pdray.structured_outputs import FIELD, StructuredOutputsParams
@@ -28,6 +29,7 @@ from pdray.structured_outputs import FIELD, StructuredOutputsParams
 WHITESPACE = r"[ \t\r\n]{1,40}"  # between JSON's tokens: a model that repeats itself gets on after so many
 ANY_OBJECT = '{"type": "object"}'
 MAX_REMEMBERED = 64
+DEAD_END = "NoExtensionBias"  # the library's word for a text that nothing can follow, and that may not end
 STACK_BYTES = 256 * 1024 * 1024  # reserved, not used: rules that refer to each other are followed by recursion
 
 LIMITS = llguidance.LLParserLimits(
@@ -95,12 +97,21 @@ class GrammarCompiler:
             tokens = self._load()
             self._vocabulary = tokens, tokens.trie()
         tokens, trie = self._vocabulary
-        start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=LIMITS)
+        try:
+            start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=LIMITS)
+        except InvalidRequestError:
+            raise
+        except ValueError as error:  # the library's own: a number or a depth that it cannot read, a lone surrogate
+            raise refusal(params, str(error)) from None
         if start.is_error():
             raise refusal(params, start.get_error())
         grammar = Grammar(start, len(tokens.pieces), tokens.special)
-        if not grammar.has_text():
-            raise refusal(params, "it allows no text but the empty one")
+        try:
+            if not grammar.has_text():
+                raise refusal(params, "it allows no text but the empty one")
+        except GrammarError as error:
+            dead_end = str(error) == DEAD_END
+            raise refusal(params, "no text was found that it allows" if dead_end else str(error)) from None
         return grammar
 
 
@@ -117,12 +128,15 @@ def to_grammar(params: StructuredOutputsParams) -> str:
             return str(llguidance.LLMatcher.grammar_from_regex(params.text))
         case "choice":
             choices = " | ".join(json.dumps(each) for each in params.choice or ())
-            return str(llguidance.LLMatcher.grammar_from_lark(f"start: {choices}"))
+            # one lexeme: as alternatives of a rule, each would be an item of the parser's first row
+            return str(llguidance.LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))
         case "grammar":
             try:
-                return llguidance.grammar_from("grammar", params.text)
+                grammar = llguidance.grammar_from("grammar", params.text)
             except ValueError as error:
                 raise refusal(params, str(error)) from None
+            check_lark(grammar)
+            return grammar
 
 
 def _of_schema(params: StructuredOutputsParams) -> str:

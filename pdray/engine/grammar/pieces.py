@@ -79,6 +79,8 @@ class _Wrapped:
         pieces, encode = self._tokens.pieces, self._tokens.encode
         if encode is not None:
             ids = encode(text)
-            if all(i < len(pieces) for i in ids) and b"".join(pieces[i] for i in ids) == raw:
+            # a text may look like a special token; it is written in others
+            is_text = all(i < len(pieces) and i not in self._tokens.special for i in ids)
+            if is_text and b"".join(pieces[i] for i in ids) == raw:
                 return ids
         return self.trie.greedy_tokenize(text)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
+from pdray.engine.grammar.keywords import subschemas
 from pdray.serve.tools import Tool, ToolChoice
 
 
@@ -19,8 +22,8 @@ def forced_call(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) ->
     if choice.mode != "required":
         return None
     if choice.named is not None:
-        return tools[0].schema
-    schemas = {f"tool{index}": _moved(tool.schema, f"#/$defs/tool{index}") for index, tool in enumerate(tools)}
+        return _arguments(tools[0])
+    schemas = {f"tool{index}": _moved(_arguments(tool), f"#/$defs/tool{index}") for index, tool in enumerate(tools)}
     calls = [
         {
             "type": "object",
@@ -34,14 +37,18 @@ def forced_call(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) ->
     return array if parallel else array | {"maxItems": 1}
 
 
+def _arguments(tool: Tool) -> dict[str, Any]:
+    """The schema of a tool's arguments, which are an object, whether it says so or not; without parameters, {}."""
+    if tool.parameters is None:
+        return tool.schema | {"additionalProperties": False}
+    return {"type": "object", **tool.schema}
+
+
 def _moved(schema: Any, place: str) -> Any:
     """The same schema where it is not the root: references within it lead there."""
-    if isinstance(schema, list):
-        return [_moved(each, place) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {name: _moved(each, place) for name, each in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
+    moved = msgspec.json.decode(msgspec.json.encode(schema))  # a copy
+    for _, part in subschemas(moved):
+        reference = part.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            part["$ref"] = place + reference[1:]
     return moved

@@ -130,6 +130,8 @@ def _arguments(text: str) -> str | None:
             if keyword.arg is None or keyword.arg in values:
                 return None
             values[keyword.arg] = ast.literal_eval(keyword.value)
-        return json.dumps(values, ensure_ascii=False, allow_nan=False)
+        arguments = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        arguments.encode()  # a lone surrogate is no text
+        return arguments
     except (ValueError, TypeError, RecursionError):
         return None

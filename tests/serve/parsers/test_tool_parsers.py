@@ -118,6 +118,7 @@ def test_llama3_json(text: str, expected: list[Event]) -> None:
         ("[unknown()]", [Text("[unknown()]")]),
         ("[1, 2]", [Text("[1, 2]")]),
         ("now()", [Text("now()")]),
+        (r"[get(a='\ud800')]", [Text(r"[get(a='\ud800')]")]),
     ],
 )
 def test_pythonic(text: str, expected: list[Event]) -> None:
@@ -151,6 +152,8 @@ def test_forced_calls() -> None:
     required = '[{"name": "get", "parameters": {"a": 1}}, {"name": "now", "parameters": {}}]'
     assert parsed(RequiredCallsParser(NAMES), required) == [*call("get", '{"a": 1}'), *call("now", "{}")]
     assert parsed(RequiredCallsParser(NAMES), required[:38]) == [CallStart("get"), CallArguments('{"a": 1')]
+    for end in (40, 42, 46, 60):
+        assert parsed(RequiredCallsParser(NAMES), required[:end]) == call("get", '{"a": 1}')
     assert parsed(NamedCallParser("get"), ' {"a": 1}\n') == call("get", '{"a": 1}')
     assert parsed(NamedCallParser("get"), '{"a": ') == [CallStart("get"), CallArguments('{"a": ')]
 
