@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import ray
 
-_spec = importlib.util.spec_from_file_location("worker_pairs", Path(__file__).with_name("worker_pairs.py"))
-assert _spec is not None and _spec.loader is not None
-worker_pairs = sys.modules["worker_pairs"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(worker_pairs)
+for _name in ("worker_pairs", "smol_application"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None and _spec.loader is not None
+    _module = sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+worker_pairs = sys.modules["worker_pairs"]
 
 
 @pytest.fixture(scope="module")
