@@ -22,6 +22,7 @@ from pdray.testing.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("actors", "kernels")
+MAX_LINES = 350
 GIT_LS_FILES = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
 
 # What each part of pdray may import from the others; the engine knows no Ray, no HTTP and no peers.
@@ -126,6 +127,14 @@ def test_kernels_and_actors_are_imported_by_their_installed_names() -> None:
         for module in imported_modules(path):
             assert module.split(".")[0] != "actors", f"{path.relative_to(ROOT)} imports {module}"
             assert not module.startswith("kernels."), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_no_python_file_is_too_long() -> None:
+    listed = subprocess.run([*GIT_LS_FILES, "-z", "*.py"], cwd=ROOT, capture_output=True, check=True)
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pdray import cluster_commands, reachable, serve_applications, serve_command
+from pdray import cluster_commands, reachable, serve_command
 from pdray.cluster_commands import cluster_status, format_status, stop_applications
 from pdray.config import Config
 from pdray.errors import PdrayError
-from pdray.serve_applications import ServeApplication, ServeState, brief, require_http
+from pdray.serve_applications import ServeApplication
 from pdray.serve_command import Deployment, DisplacedError, require_name, require_port
 from pdray.testing.patience import PATIENCE_S
 
@@ -153,28 +153,6 @@ def test_a_name_that_is_free_or_is_to_be_replaced(cluster: Cluster) -> None:
     require_name("pdray", replace=True)
 
 
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        (ServeState("127.0.0.1", 8100, True, {"a": application("a")}), r"8100 .*not on 127.0.0.1:8000.*--port 8100"),
-        (ServeState("10.0.0.1", 8000, True, {}), "--port 8000 --host 10.0.0.1"),
-        (ServeState("127.0.0.1", 8000, False, {}), "without HTTP"),
-    ],
-)
-def test_serve_that_listens_elsewhere_is_told_at_once(
-    state: ServeState, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serve_applications, "serve_state", lambda: state)
-    with pytest.raises(PdrayError, match=message):
-        require_http("127.0.0.1", 8000)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_serve_that_listens_there_is_used(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_applications, "serve_state", lambda: ServeState(host, 8000, True, {}))
-    require_http("127.0.0.1", 8000)
-
-
 def test_a_port_in_use_is_told_before_anything_starts() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -238,28 +216,6 @@ def test_as_many_routers_as_wanted(cluster: Cluster, monkeypatch: pytest.MonkeyP
     Deployment("pdray").deploy(Config())
     Deployment("pdray", 3).deploy(Config())
     assert [target.target._bound_deployment.num_replicas for target in targets] == [1, 3]
-
-
-TRACEBACK = """Deploying app 'pdray' failed with exception:
-Traceback (most recent call last):
-  File "/ray/serve/application_state.py", line 1, in build
-    app = call(args)
-  File "/pydantic/main.py", line 9, in parse
-    raise validation_error
-pydantic_core._pydantic_core.ValidationError: 1 validation error for Config
-num_decode_wrokers
-  Extra inputs are not permitted [type=extra_forbidden]
-    For further information visit https://errors.pydantic.dev/2.14/v/extra_forbidden
-"""
-
-
-def test_a_message_is_its_exception_without_the_frames() -> None:
-    assert brief(TRACEBACK) == (
-        "Deploying app 'pdray' failed with exception: pydantic_core._pydantic_core.ValidationError: 1 validation error "
-        "for Config num_decode_wrokers Extra inputs are not permitted [type=extra_forbidden]"
-    )
-    assert brief(" one\n two ") == "one two"
-    assert brief("") == ""
 
 
 @pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,31 +17,26 @@ import openai
 import psutil
 import pytest
 from ray import serve
+from smol_application import (
+    APP,
+    CONFIG,
+    PARIS,
+    QUEUE_BOUND,
+    is_controller,
+    nothing_in_use,
+    stream_text,
+    wait_for,
+    workers,
+)
 
 from pdray.actors.client import check_integrity, describe
 from pdray.cli import wait_until_ready
-from pdray.config import Config
 from pdray.serve import build
 from pdray.testing.patience import PATIENCE_S
 
 pytestmark = pytest.mark.ray
-
-APP = "pdray-test"
-QUEUE_BOUND = 8
-CONFIG = Config(
-    device="cpu",
-    served_model_name="smol",
-    max_model_len=1024,
-    num_kv_blocks=512,
-    max_num_seqs=8,
-    max_queue_size=QUEUE_BOUND,
-    restart_backoff_s=0.5,
-    worker_timeout_s=5.0,  # a loaded machine is no failure
-    graceful_shutdown_timeout_s=60.0,
-)
 NO_OTHERS = {"additionalProperties": False}
 CITY = {"city": {"type": "string", "maxLength": 20}}
-PARIS = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
@@ -61,26 +55,6 @@ def url(ray_cluster: None) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
-
-
-def workers() -> list[dict[str, Any]]:
-    state: list[dict[str, Any]] = describe(APP)["workers"]
-    return state
-
-
-def wait_for(condition: Any, timeout_s: float = PATIENCE_S) -> None:
-    """Poll until true; every wait on something remote has a deadline."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.1)
-
-
-def nothing_in_use() -> bool:
-    state = workers()
-    return all(
-        w["free_blocks"] == w["num_blocks"] - 1 and w["running"] == w["waiting"] == 0 for w in state
-    ) and not any(w.get("leases") for w in state)
 
 
 def test_chat_streaming_and_not(client: openai.OpenAI) -> None:
@@ -234,25 +208,6 @@ async def test_disconnect_frees_both_workers(url: str) -> None:
     wait_for(nothing_in_use)
 
 
-def stream_text(client: openai.OpenAI, seed: int, started: threading.Event | None = None) -> str:
-    """A seeded story, streamed; `started` is set at its fourth piece."""
-    stream = client.completions.create(
-        model="smol",
-        prompt=f"{seed} children went into the woods",
-        max_tokens=120,
-        temperature=0.8,
-        seed=seed,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    text = ""
-    for pieces, chunk in enumerate(stream, 1):
-        text += chunk.choices[0].text
-        if started is not None and pieces == 4:
-            started.set()
-    return text
-
-
 @pytest.fixture(scope="module")
 def stories(client: openai.OpenAI) -> list[str]:
     """What the streams say undisturbed."""
@@ -311,14 +266,6 @@ def test_a_router_replica_that_hangs_is_ended_by_its_coordinator(
     wait_until_ready(url, timeout_s=PATIENCE_S)
     assert stream_text(client, 0) == stories[0]
     assert {row["pid"] for row in workers()} == before
-
-
-def is_controller(process: psutil.Process) -> bool:
-    """Whether it is Serve's; other tests' children may have ended meanwhile, and have no command line."""
-    try:
-        return any(part.startswith("ray::ServeController") for part in process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_dead_workers_are_replaced_while_serves_controller_hangs(url: str) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from worker_pairs import TINY, Pair
 
 from pdray.config import Config
 from pdray.engine.engine import Engine
@@ -19,18 +18,11 @@ from pdray.engine.schedule.sequence import LiveRequest
 from pdray.errors import EngineHungError, StepFailedError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
-from pdray.wire.lease_messages import LeaseClosed, LeaseDenied, LeaseGranted, LeaseRequest
+from pdray.wire.lease_messages import CloseLease, LeaseClosed, LeaseDenied, LeaseGranted, LeaseRequest
 from pdray.wire.message import LegKey
 from pdray.wire.prefill_messages import FirstTokens, PrefillFailed, PrefillRequest
 from pdray.wire.worker_news import StepFailed
 
-_path = Path(__file__).with_name("test_workers.py")
-_spec = importlib.util.spec_from_file_location("worker_pairs", _path)
-assert _spec is not None and _spec.loader is not None
-worker_pairs = sys.modules["worker_pairs"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(worker_pairs)
-
-Pair = worker_pairs.Pair
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 POISON = 91  # a token id that no other prompt here has
 
@@ -58,7 +50,7 @@ def poison(engine: Engine, error: BaseException, *, from_outputs: int = 0) -> No
 @pytest.fixture
 async def pair(tmp_path: Path) -> AsyncIterator[Any]:
     model = tmp_path / "config.json"
-    model.write_text(json.dumps(worker_pairs.TINY))
+    model.write_text(json.dumps(TINY))
     pair = Pair(
         Config(
             channel="object_store",
@@ -162,7 +154,7 @@ async def test_a_prefill_worker_that_survives_ends_the_legs_of_the_step(pair: An
     again = await prefill(pair, "again", prompt(POISON), alone=True)
     assert (await pair.router.first(PrefillFailed, again)).verdict == "failed"
     for key in (*keys, again):
-        pair.router.sessions["decode-0"].send(worker_pairs.CloseLease(*key, "test"))
+        pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
     good = await prefill(pair, "good", prompt(), alone=True)
     await ended(pair, good)
     await pair.quiet()
@@ -246,7 +238,7 @@ async def test_a_request_that_cannot_be_looked_at_costs_no_session(pair: Any, mo
     key = await prefill(pair, "at prefill", prompt(POISON))
     failed = await pair.router.first(PrefillFailed, key)
     assert failed.verdict == "failed" and "ZeroDivisionError: by zero" in failed.reason
-    pair.router.sessions["decode-0"].send(worker_pairs.CloseLease(*key, "test"))
+    pair.router.sessions["decode-0"].send(CloseLease(*key, "test"))
     fail_for(pair.decode)
     denied = await pair.router.first(LeaseDenied, lease(pair, "at the lease", prompt(POISON)))
     assert (denied.retriable, denied.verdict) == (False, "failed")

@@ -33,10 +33,12 @@ from pdray.wire.lease_messages import Credit
 from pdray.wire.message import LegKey
 from pdray.wire.put_messages import PutAborted
 
-_spec = importlib.util.spec_from_file_location("protocol_world", Path(__file__).with_name("protocol_world.py"))
-assert _spec is not None and _spec.loader is not None
-protocol_world = sys.modules["protocol_world"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(protocol_world)
+for _name in ("protocol_processes", "protocol_workers", "protocol_cluster", "protocol_world"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None and _spec.loader is not None
+    _module = sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+protocol_world = sys.modules["protocol_world"]
 
 NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "1500"))
 WALK_STEPS = 300

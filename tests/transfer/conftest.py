@@ -31,10 +31,12 @@ from pdray.transfer.nccl.staging import ID_AREA_BYTES, NUM_SLOTS, Staging
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.message import LegKey
 
-_spec = importlib.util.spec_from_file_location("fake_device", Path(__file__).with_name("fake_device.py"))
-assert _spec is not None and _spec.loader is not None
-fake_device = sys.modules["fake_device"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_device)
+for _name in ("fake_device", "waits"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None and _spec.loader is not None
+    _module = sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+fake_device = sys.modules["fake_device"]
 
 NUM_LAYERS, NUM_BLOCKS = 6, 60
 BLOCK = (2, 4, 2, 8)  # keys and values, block_size, heads, head_dim

@@ -1,6 +1,6 @@
 """A third channel kind, to show what one costs: this file, and a line in the registry. Blocks go over the session.
 
-tests/actors/test_workers.py runs every check of a pair of workers over it.
+tests/actors runs every check of a pair of workers over it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,76 @@
+"""The application of test_application.py: its configuration, its workers, and a story that it tells."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import openai
+import psutil
+
+from pdray.actors.client import describe
+from pdray.config import Config
+from pdray.testing.patience import PATIENCE_S
+
+APP = "pdray-test"
+QUEUE_BOUND = 8
+CONFIG = Config(
+    device="cpu",
+    served_model_name="smol",
+    max_model_len=1024,
+    num_kv_blocks=512,
+    max_num_seqs=8,
+    max_queue_size=QUEUE_BOUND,
+    restart_backoff_s=0.5,
+    worker_timeout_s=5.0,  # a loaded machine is no failure
+    graceful_shutdown_timeout_s=60.0,
+)
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def workers() -> list[dict[str, Any]]:
+    state: list[dict[str, Any]] = describe(APP)["workers"]
+    return state
+
+
+def wait_for(condition: Any, timeout_s: float = PATIENCE_S) -> None:
+    """Poll until true; every wait on something remote has a deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.1)
+
+
+def nothing_in_use() -> bool:
+    state = workers()
+    return all(
+        w["free_blocks"] == w["num_blocks"] - 1 and w["running"] == w["waiting"] == 0 for w in state
+    ) and not any(w.get("leases") for w in state)
+
+
+def stream_text(client: openai.OpenAI, seed: int, started: threading.Event | None = None) -> str:
+    """A seeded story, streamed; `started` is set at its fourth piece."""
+    stream = client.completions.create(
+        model="smol",
+        prompt=f"{seed} children went into the woods",
+        max_tokens=120,
+        temperature=0.8,
+        seed=seed,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    text = ""
+    for pieces, chunk in enumerate(stream, 1):
+        text += chunk.choices[0].text
+        if started is not None and pieces == 4:
+            started.set()
+    return text
+
+
+def is_controller(process: psutil.Process) -> bool:
+    """Whether it is Serve's; other tests' children may have ended meanwhile, and have no command line."""
+    try:
+        return any(part.startswith("ray::ServeController") for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
