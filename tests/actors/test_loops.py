@@ -233,6 +233,7 @@ OTHERS = {
     ("pdray/background.py", "start_thread"): "the policy",
     ("pdray/engine/loop.py", "__init__"): "the engine stands alone; its on_error ends the worker",
     ("pdray/transfer/object_store/kind.py", "on_array"): "awaited where it is made",
+    ("pdray/llm.py", "_start"): "awaited where it is made",
     ("pdray/llm.py", "_generate_all"): "a task group",
     ("pdray/serve/app.py", "__init__"): "check_health() raises what they raised, and Serve replaces the replica",
     ("pdray/serve/connection.py", "unless_gone"): "awaited where they are made",
