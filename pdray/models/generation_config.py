@@ -119,6 +119,8 @@ def _checked(fields: Mapping[str, Any], names: Mapping[str, str], file: Path) ->
         kinds = (int,) if name in ("top_k", "max_tokens") else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise ModelLoadError(f"{name} is {value!r} in {file}; it must be a number; set generation_config=vllm")
+    if given.get("max_tokens") == 0:  # which a request may ask for, to score its prompt
+        raise ModelLoadError(f"max_tokens is 0 in {file}: answers would be empty; set generation_config=vllm")
     try:
         SamplingParams(**given)
     except InvalidRequestError as error:
