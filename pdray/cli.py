@@ -100,27 +100,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     from pdray.bench.shapes import command as shapes
 
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    online_parser = kinds.add_parser("serve", help="load a running OpenAI-compatible server")
-    serve.add_arguments(online_parser)
-    online_parser.set_defaults(run=serve.main)
-    offline_parser = kinds.add_parser("offline", help="generation speed without a server")
-    offline.add_arguments(offline_parser)
-    offline_parser.set_defaults(run=offline.main)
-    kernels_parser = kinds.add_parser("kernels", help="every operation of a step against what the device can do")
-    kernels.add_arguments(kernels_parser)
-    kernels_parser.set_defaults(run=kernels.main)
-    transfer_parser = kinds.add_parser("transfer", help="how fast KV blocks get from one worker to another")
-    transfer.add_arguments(transfer_parser)
-    transfer_parser.set_defaults(run=transfer.main)
-    handover_parser = kinds.add_parser("handover", help="what it costs an answer that its prompt ran on another device")
-    handover.add_arguments(handover_parser)
-    handover_parser.set_defaults(run=handover.main)
-    shapes_parser = kinds.add_parser("shapes", help="the same load on several arrangements of workers")
-    shapes.add_arguments(shapes_parser)
-    shapes_parser.set_defaults(run=shapes.main)
-    mux_parser = kinds.add_parser("mux", help="prompts and decodes beside each other on one GPU")
-    mux.add_arguments(mux_parser)
-    mux_parser.set_defaults(run=mux.main)
+    for name, module, text in (
+        ("serve", serve, "load a running OpenAI-compatible server"),
+        ("offline", offline, "generation speed without a server"),
+        ("kernels", kernels, "every operation of a step against what the device can do"),
+        ("transfer", transfer, "how fast KV blocks get from one worker to another"),
+        ("handover", handover, "what it costs an answer that its prompt ran on another device"),
+        ("shapes", shapes, "the same load on several arrangements of workers"),
+        ("mux", mux, "prompts and decodes beside each other on one GPU"),
+    ):
+        kind_parser = kinds.add_parser(name, help=text)
+        module.add_arguments(kind_parser)
+        kind_parser.set_defaults(run=module.main)
 
 
 def _serve(args: argparse.Namespace) -> int:
