@@ -5,13 +5,11 @@ A request is marked by a token id of its prompt. The fault comes in the midst of
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from pdray.testing.patched_import import patch_when_loaded
 
 ENGINE = "pdray.engine.engine"
 AT_LAYER = 20
@@ -66,25 +64,4 @@ def patch(module: ModuleType) -> None:
     module.Engine._group_callback = group_callback
 
 
-class PatchesEngine(importlib.abc.MetaPathFinder):
-    """Finds the engine's module as ever, and patches it once it is loaded."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != ENGINE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None
-        load = spec.loader.exec_module
-
-        def load_and_patch(module: ModuleType) -> None:
-            load(module)
-            patch(module)
-
-        spec.loader.exec_module = load_and_patch  # type: ignore[method-assign]
-        return spec
-
-
-sys.meta_path.insert(0, PatchesEngine())
+patch_when_loaded(ENGINE, patch)

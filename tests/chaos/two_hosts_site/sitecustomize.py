@@ -7,17 +7,16 @@ that is not the loopback device. So it shows whether the two ends agree on a net
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import queue
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from pdray.testing.patched_import import patch_when_loaded
 
 KIND = "pdray.transfer.nccl.kind"
 PATIENCE_S = 30.0
@@ -136,26 +135,9 @@ class TcpTransport:
         return HostStream()
 
 
-class PatchesKind(importlib.abc.MetaPathFinder):
-    """Finds the channel kind's module as ever, and gives it this transport once it is loaded."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != KIND:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None
-        load = spec.loader.exec_module
-
-        def load_and_patch(module: ModuleType) -> None:
-            load(module)
-            make = module.NcclKind.__init__
-            module.NcclKind.__init__ = lambda kind, site, transport=None: make(kind, site, transport or TcpTransport())
-
-        spec.loader.exec_module = load_and_patch  # type: ignore[method-assign]
-        return spec
+def patch(module: ModuleType) -> None:
+    make = module.NcclKind.__init__
+    module.NcclKind.__init__ = lambda kind, site, transport=None: make(kind, site, transport or TcpTransport())
 
 
-sys.meta_path.insert(0, PatchesKind())
+patch_when_loaded(KIND, patch)
