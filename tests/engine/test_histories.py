@@ -10,6 +10,7 @@ from pdray.engine.request import EngineRequest
 from pdray.engine.step.histories import Histories
 from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.sampling_params import SamplingParams
+from pdray.testing.every_draw import requests_of
 
 PARAMS = {
     "repetition": SamplingParams(temperature=0, max_tokens=25, ignore_eos=True, repetition_penalty=1.4),
@@ -34,10 +35,7 @@ PARAMS = {
 
 
 def requests() -> list[EngineRequest]:
-    return [
-        EngineRequest(name, [5 + (7 * i + j) % 150 for j in range(3 + 9 * i)], params, tuple(range(params.n)))
-        for i, (name, params) in enumerate(PARAMS.items())
-    ]
+    return requests_of(PARAMS)
 
 
 def assert_drawn_as_said(engine: Any, request: EngineRequest) -> int:

@@ -23,18 +23,10 @@ from pdray.engine.step.inputs import StepShape
 from pdray.engine.step.lane import Lane, Place
 from pdray.kernels.green_context import Partition, SmSplit
 from pdray.sampling_params import SamplingParams
+from pdray.testing.every_draw import EVERY_DRAW, requests_of
 
 RULES = {
-    "greedy": SamplingParams(temperature=0, max_tokens=30, ignore_eos=True),
-    "ends where it likes": SamplingParams(temperature=1.5, seed=3, max_tokens=60),
-    "stops": SamplingParams(temperature=1.0, seed=4, max_tokens=60, stop_token_ids=tuple(range(10, 40))),
-    "three": SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=25, ignore_eos=True),
-    "penalties": SamplingParams(temperature=0, max_tokens=25, ignore_eos=True, repetition_penalty=1.4),
-    "frequency": SamplingParams(temperature=0.8, seed=6, max_tokens=25, ignore_eos=True, frequency_penalty=0.7),
-    "filters": SamplingParams(temperature=1.2, seed=7, top_k=20, top_p=0.9, min_p=0.01, max_tokens=25, ignore_eos=True),
-    "not yet": SamplingParams(temperature=1.0, seed=8, min_tokens=12, max_tokens=25, stop_token_ids=tuple(range(50))),
-    "logprobs": SamplingParams(temperature=1.0, seed=9, logprobs=3, max_tokens=25, ignore_eos=True),
-    "one": SamplingParams(temperature=0, max_tokens=1),
+    **EVERY_DRAW,
     "allowed": SamplingParams(
         temperature=1.0, seed=10, max_tokens=20, ignore_eos=True, allowed_token_ids=tuple(range(5, 60))
     ),
@@ -74,10 +66,7 @@ class CapturingLane:
 
 
 def requests() -> list[EngineRequest]:
-    return [
-        EngineRequest(name, [5 + (7 * i + j) % 150 for j in range(3 + 9 * i)], params, tuple(range(params.n)))
-        for i, (name, params) in enumerate(RULES.items())
-    ]
+    return requests_of(RULES)
 
 
 def answers(engine: Any) -> dict[Any, Any]:

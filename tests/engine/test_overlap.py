@@ -9,27 +9,11 @@ import torch
 
 from pdray.engine.request import EngineRequest
 from pdray.engine.step.graphs import StepGraphs
-from pdray.sampling_params import SamplingParams
-
-RULES = {
-    "greedy": SamplingParams(temperature=0, max_tokens=30, ignore_eos=True),
-    "ends where it likes": SamplingParams(temperature=1.5, seed=3, max_tokens=60),
-    "stops": SamplingParams(temperature=1.0, seed=4, max_tokens=60, stop_token_ids=tuple(range(10, 40))),
-    "three": SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=25, ignore_eos=True),
-    "penalties": SamplingParams(temperature=0, max_tokens=25, ignore_eos=True, repetition_penalty=1.4),
-    "frequency": SamplingParams(temperature=0.8, seed=6, max_tokens=25, ignore_eos=True, frequency_penalty=0.7),
-    "filters": SamplingParams(temperature=1.2, seed=7, top_k=20, top_p=0.9, min_p=0.01, max_tokens=25, ignore_eos=True),
-    "not yet": SamplingParams(temperature=1.0, seed=8, min_tokens=12, max_tokens=25, stop_token_ids=tuple(range(50))),
-    "logprobs": SamplingParams(temperature=1.0, seed=9, logprobs=3, max_tokens=25, ignore_eos=True),
-    "one": SamplingParams(temperature=0, max_tokens=1),
-}
+from pdray.testing.every_draw import EVERY_DRAW, requests_of
 
 
 def requests() -> list[EngineRequest]:
-    return [
-        EngineRequest(name, [5 + (7 * i + j) % 150 for j in range(3 + 9 * i)], params, tuple(range(params.n)))
-        for i, (name, params) in enumerate(RULES.items())
-    ]
+    return requests_of(EVERY_DRAW)
 
 
 def answers(engine: Any) -> dict[Any, Any]:
@@ -40,7 +24,7 @@ def answers(engine: Any) -> dict[Any, Any]:
 def test_every_kind_of_request_gets_the_same_tokens(llama: Any, settings: dict[str, int]) -> None:
     plain = llama.engine(async_scheduling=False, **settings).run(*requests())
     ahead = llama.engine(async_scheduling=True, **settings).run(*requests())
-    assert answers(plain).keys() == RULES.keys()
+    assert answers(plain).keys() == EVERY_DRAW.keys()
     assert answers(ahead) == answers(plain)
     if settings:
         assert plain.stats().num_preemptions > 0 and ahead.stats().num_preemptions > 0
