@@ -42,6 +42,11 @@ CHAT_NOTES = """## Tools and thoughts
 - Thoughts between `<think>` tags are `reasoning_content`, and the same as `reasoning`. `reasoning_effort` goes to a
   template that knows it; where the template only switches thinking, `none` is off and every other value on; where it
   does neither, it is refused.
+- `thinking_token_budget` counts the tokens behind the tag that opens the thoughts; then the tag that ends them is
+  forced, whatever else the request bans. A model whose tags are not tokens of its vocabulary, or with
+  `reasoning_parser: none`, gets 400.
+- A form (`response_format`, `structured_outputs`, a forced call) holds for the answer behind the thoughts. With
+  `separate_reasoning: false`, where the prompt has closed the thoughts, and on `/v1/completions`, it holds at once.
 - `/tokenize` takes `messages` with every field of a chat request, instead of `prompt`.
 - `/v1/responses` keeps nothing: send the whole conversation as `input`, of items message, function_call,
   function_call_output and reasoning.

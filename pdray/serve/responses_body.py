@@ -40,6 +40,7 @@ FIELDS: dict[str, Ignored | Refused] = {
     "response_format": Refused(instead="use text.format"),
     "store": Refused((False,), STATELESS),
     "stream_options": Refused(({}, {"include_obfuscation": False})),
+    "thinking_token_budget": Refused((-1,), "use /v1/chat/completions"),
     "top_logprobs": Refused((0,), "use /v1/chat/completions"),
     "truncation": Refused(("disabled",), "shorten the input"),
 }
