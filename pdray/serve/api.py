@@ -161,8 +161,9 @@ def create_app(
         check_model(body.model)
         request_id = _request_id("resp", request, "_")
         log_prompt(request_id, body.input)
-        with own_names():
-            chat_body = to_chat(body)
+        names = own_names()
+        with names.told():
+            chat_body = to_chat(body, names)
             chat = await render_chat(chat_body, chat_template(), config)
             current = router()
             generation = Responses(

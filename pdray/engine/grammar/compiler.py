@@ -22,6 +22,7 @@ from pdray.engine.grammar.formats import write_out_formats
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
 from pdray.engine.grammar.lark import check_lark
 from pdray.engine.grammar.matcher import Grammar, GrammarError
+from pdray.engine.grammar.multiples import check_multiples
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.errors import InvalidRequestError
 from pdray.structured_outputs import FIELD, StructuredOutputsParams
@@ -32,15 +33,23 @@ MAX_REMEMBERED = 64
 DEAD_END = "NoExtensionBias"  # the library's word for a text that nothing can follow, and that may not end
 STACK_BYTES = 256 * 1024 * 1024  # reserved, not used: rules that refer to each other are followed by recursion
 
-LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000,  # 20 ms
-    step_lexer_fuel=100_000,  # 7 ms
-    step_max_items=20_000,  # 1 ms
-    max_items_in_row=2_000,
-    max_lexer_states=50_000,  # 100 MB
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
+
+def _limits(max_items_in_row: int) -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=1_000_000,  # 20 ms
+        step_lexer_fuel=100_000,  # 7 ms
+        step_max_items=20_000,  # 1 ms where texts can be read in one way
+        max_items_in_row=max_items_in_row,
+        max_lexer_states=50_000,  # 100 MB
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+LIMITS = _limits(2_000)
+# Rules of a request's own may read a text in many ways, and every step costs the square of a row: "a: a a | X" half a
+# second at 2,000 items, 20 ms at 500. Schemas cannot: JSON's brackets and commas say how a text is read.
+LIMITS_OF_RULES = _limits(500)
 
 
 class GrammarCompiler:
@@ -97,8 +106,9 @@ class GrammarCompiler:
             tokens = self._load()
             self._vocabulary = tokens, tokens.trie()
         tokens, trie = self._vocabulary
+        limits = LIMITS_OF_RULES if params.kind == "grammar" else LIMITS
         try:
-            start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=LIMITS)
+            start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=limits)
         except InvalidRequestError:
             raise
         except ValueError as error:  # the library's own: a number or a depth that it cannot read, a lone surrogate
@@ -143,6 +153,7 @@ def _of_schema(params: StructuredOutputsParams) -> str:
     try:
         schema = msgspec.json.decode(params.text or ANY_OBJECT)
         check_keywords(schema)
+        check_multiples(schema)
         write_out_formats(schema)
         if isinstance(schema, bool):
             schema = {} if schema else {"enum": []}
