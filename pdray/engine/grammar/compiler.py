@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance
 import msgspec
@@ -21,9 +21,10 @@ import msgspec
 from pdray.engine.grammar.formats import write_out_formats
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
 from pdray.engine.grammar.lark import check_lark
-from pdray.engine.grammar.matcher import Grammar, GrammarError
+from pdray.engine.grammar.matcher import Grammar, GrammarError, num_words
 from pdray.engine.grammar.multiples import check_multiples
 from pdray.engine.grammar.pieces import TokenPieces
+from pdray.engine.grammar.spelling import Spelling
 from pdray.errors import InvalidRequestError
 from pdray.structured_outputs import FIELD, StructuredOutputsParams
 
@@ -52,6 +53,14 @@ LIMITS = _limits(2_000)
 LIMITS_OF_RULES = _limits(500)
 
 
+class _Vocabulary(NamedTuple):
+    """What is made of the tokens once."""
+
+    tokens: TokenPieces
+    trie: llguidance.LLTokenizer
+    spelling: Spelling
+
+
 class GrammarCompiler:
     """From StructuredOutputsParams to grammars over one vocabulary. Any thread may call.
 
@@ -61,7 +70,7 @@ class GrammarCompiler:
 
     def __init__(self, load: Callable[[], TokenPieces]) -> None:
         self._load = load
-        self._vocabulary: tuple[TokenPieces, llguidance.LLTokenizer] | None = None
+        self._vocabulary: _Vocabulary | None = None
         self._lane = ThreadPoolExecutor(1, "pdray-grammar")
         self._lock = threading.Lock()
         self._spare: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
@@ -104,8 +113,10 @@ class GrammarCompiler:
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         if self._vocabulary is None:
             tokens = self._load()
-            self._vocabulary = tokens, tokens.trie()
-        tokens, trie = self._vocabulary
+            self._vocabulary = _Vocabulary(
+                tokens, tokens.trie(), Spelling(tokens.pieces, num_words(len(tokens.pieces) + 1))
+            )
+        tokens, trie, spelling = self._vocabulary
         limits = LIMITS_OF_RULES if params.kind == "grammar" else LIMITS
         try:
             start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=limits)
@@ -115,7 +126,8 @@ class GrammarCompiler:
             raise refusal(params, str(error)) from None
         if start.is_error():
             raise refusal(params, start.get_error())
-        grammar = Grammar(start, len(tokens.pieces), tokens.special)
+        is_json = params.kind in ("json", "json_object")
+        grammar = Grammar(start, len(tokens.pieces), tokens.special, spelling if is_json else None)
         try:
             if not grammar.has_text():
                 raise refusal(params, "it allows no text but the empty one")
@@ -172,12 +184,20 @@ def _of_schema(params: StructuredOutputsParams) -> str:
     return str(llguidance.LLMatcher.grammar_from_json_schema(text, None, options))  # type: ignore[arg-type]
 
 
+REASONS = {
+    "coerce_one_of": (
+        "oneOf is supported where its branches exclude each other: by their types, by const or enum, or as objects by "
+        "one required property with const or enum; use anyOf"
+    ),
+    "not present in a registry": "its $ref leads out of the schema; put what it stands for under $defs",
+    "for float range": "its minimum and maximum must be between -2^63 and 2^63, with at most 15 digits",
+    "anyOf is empty": "no value satisfies it (enum, anyOf or the schema is empty or false)",
+    "schema is false": "no value satisfies it (allOf, anyOf, oneOf or the schema is false)",
+}
+
+
 def refusal(params: StructuredOutputsParams, reason: str) -> InvalidRequestError:
     """Why a grammar cannot be compiled, in words that name no library's option."""
     reason = reason.partition("<backtrace>")[0].partition("<non-verbose/>")[0].strip()
-    if "coerce_one_of" in reason:
-        reason = (
-            "oneOf is supported where its branches exclude each other: by their types, by const or enum, or as objects "
-            "by one required property with const or enum; use anyOf"
-        )
+    reason = next((text for part, text in REASONS.items() if part in reason), reason)
     return InvalidRequestError(f"{params.label} cannot be enforced: {reason}", FIELD)
