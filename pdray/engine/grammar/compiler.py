@@ -9,6 +9,7 @@ So each request has a grammar of its own: what becomes too expensive does so for
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -184,20 +185,34 @@ def _of_schema(params: StructuredOutputsParams) -> str:
     return str(llguidance.LLMatcher.grammar_from_json_schema(text, None, options))  # type: ignore[arg-type]
 
 
+# What the library says, as a regex, and what a client is told.
 REASONS = {
     "coerce_one_of": (
         "oneOf is supported where its branches exclude each other: by their types, by const or enum, or as objects by "
         "one required property with const or enum; use anyOf"
     ),
-    "not present in a registry": "its $ref leads out of the schema; put what it stands for under $defs",
-    "for float range": "its minimum and maximum must be between -2^63 and 2^63, with at most 15 digits",
-    "anyOf is empty": "no value satisfies it (enum, anyOf or the schema is empty or false)",
-    "schema is false": "no value satisfies it (allOf, anyOf, oneOf or the schema is false)",
+    "Resource '(.*)' is not present": (
+        r"its $ref or $schema leads out of it, to '\1'; put what a $ref stands for under $defs"
+    ),
+    "for float range": (
+        "its numbers (minimum, maximum, exclusiveMinimum, exclusiveMaximum) must be between -2^63 and 2^63, with at "
+        "most 15 digits"
+    ),
+    "patternProperty regexes (.*) are not disjoint": (
+        r"one name may match several of its patternProperties, \1; make their patterns exclude each other"
+    ),
+    "(Unsatisfiable schema: (?:anyOf is empty|schema is false))": (
+        r"no value satisfies it, or an enum, allOf, anyOf or oneOf of it (\1)"
+    ),
+    "^(regex parse error)": r"a pattern is none of Rust's regex crate: \1",
 }
 
 
 def refusal(params: StructuredOutputsParams, reason: str) -> InvalidRequestError:
     """Why a grammar cannot be compiled, in words that name no library's option."""
     reason = reason.partition("<backtrace>")[0].partition("<non-verbose/>")[0].strip()
-    reason = next((text for part, text in REASONS.items() if part in reason), reason)
+    for said, told in REASONS.items() if params.kind in ("json", "json_object") else ():
+        if (found := re.search(said, reason)) is not None:
+            reason = found.expand(told) + (reason[found.end() :] if said.startswith("^") else "")
+            break
     return InvalidRequestError(f"{params.label} cannot be enforced: {reason}", FIELD)

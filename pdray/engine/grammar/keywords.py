@@ -63,7 +63,8 @@ def _check_names(path: str, part: dict[str, Any]) -> None:
     names = [*(properties if isinstance(properties, dict) else ()), *(required if isinstance(required, list) else ())]
     if (name := next((n for n in names if isinstance(n, str) and CONTROL.search(n)), None)) is not None:
         raise InvalidRequestError(
-            f"the JSON Schema's property {_shown(name)} (at {path}) is not supported: its name has a control character",
+            f"the JSON Schema's property {_shown(name)} (at {path}, in properties or required) is not supported: its "
+            "name has a control character",
             FIELD,
         )
     least = part.get("minProperties")

@@ -83,7 +83,8 @@ class GrammarRule(Rule):
             thinking = params.thinking
             set_bits(words, [i for i in self._history.end_token_ids if thinking is None or i != thinking.end], False)
             return
-        self.matcher.narrow(words)
+        if self._matcher is not None:
+            self._matcher.narrow(words)
         if self._begin_thoughts is not None:
             set_bits(words, [self._begin_thoughts], True)
         grammar = self._grammar.result()
