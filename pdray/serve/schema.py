@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from pdray.serve.messages_body import CountTokensBody, MessagesBody
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.responses_body import ResponsesBody
 from pdray.serve.tokens_api import DetokenizeBody, TokenizeBody, TokenizeChatBody
@@ -16,6 +17,8 @@ BODIES: tuple[type[BaseModel], ...] = (
     CompletionBody,
     ChatBody,
     ResponsesBody,
+    MessagesBody,
+    CountTokensBody,
     TokenizeBody,
     TokenizeChatBody,
     DetokenizeBody,

@@ -58,9 +58,9 @@ class Spelling:
         piece = self._pieces[token_id]
         if state == PLAIN and b"\\" not in piece:
             return PLAIN
-        now: int | None = state
         for byte in piece:
-            now = STEPS[now].get(byte, PLAIN if now == PLAIN else None)
-            if now is None:
+            after = STEPS[state].get(byte, PLAIN if state == PLAIN else None)
+            if after is None:
                 return None
-        return now
+            state = after
+        return state
