@@ -111,7 +111,7 @@ class Clients:
 
         client = anthropic.Anthropic(base_url=self.base_url.removesuffix("/v1"), api_key=self.key)
         tool: Any = {"name": "get_weather", "input_schema": PARAMETERS}
-        ask: dict[str, Any] = {"model": self.model, "max_tokens": 64, "tools": [tool], "temperature": 0}
+        ask: dict[str, Any] = {"model": self.model, "max_tokens": 64, "tools": [tool], "extra_body": {"temperature": 0}}
         ask |= {"tool_choice": {"type": "tool", "name": "get_weather"}}
         with client.messages.stream(messages=ASK, **ask) as stream:
             answer = stream.get_final_message()
