@@ -31,7 +31,7 @@ from pdray.serve.paths import LenientPaths
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.responses_api import Responses
 from pdray.serve.responses_body import ResponsesBody, own_names, to_chat
-from pdray.serve.schema import ERRORS, GENERATED, describe_bodies, request_body
+from pdray.serve.schema import ERRORS, GENERATED, MESSAGES_ERRORS, describe_bodies, request_body
 from pdray.serve.tokens_api import (
     DetokenizeBody,
     TokenizeBody,
@@ -175,7 +175,7 @@ def create_app(
             )
             return await generation.respond(request, current)
 
-    @v1.post("/messages", responses=GENERATED, openapi_extra=request_body(MessagesBody))
+    @v1.post("/messages", responses=GENERATED | MESSAGES_ERRORS, openapi_extra=request_body(MessagesBody))
     async def messages(request: Request) -> Response:
         """An assistant's next message, as Anthropic's API asks for it."""
         body = await read_body(request, MessagesBody.model_validate, config.max_request_bytes)
@@ -190,7 +190,7 @@ def create_app(
             generation = Messages(chat_body, chat, request_id, config.model_name, current.sampling_defaults, names)
             return await generation.respond(request, current)
 
-    @v1.post("/messages/count_tokens", openapi_extra=request_body(CountTokensBody))
+    @v1.post("/messages/count_tokens", responses=MESSAGES_ERRORS, openapi_extra=request_body(CountTokensBody))
     async def count_message_tokens(request: Request) -> dict[str, int]:
         """Tokens of such a request's prompt."""
         body = await read_body(request, CountTokensBody.model_validate, config.max_request_bytes)

@@ -136,7 +136,7 @@ def to_chat(body: ResponsesBody, names: OwnNames) -> ChatBody:
 
 def own_names() -> OwnNames:
     """For errors of the chat request; to_chat() notes where its messages come from."""
-    return OwnNames(NAMES, {"response_format": "text.format"})
+    return OwnNames(NAMES, {"response_format": "text.format", "reasoning_effort": "reasoning.effort"})
 
 
 def _messages(body: ResponsesBody, names: OwnNames) -> list[dict[str, Any]]:
@@ -234,9 +234,9 @@ def _tool(value: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _choice(value: Any) -> Any:
     match value:
-        case {"type": "function", "name": name}:
+        case {"type": "function", "name": name} if len(value) == 2:
             return {"type": "function", "function": {"name": name}}
-        case {"type": "allowed_tools", "mode": mode, "tools": tools}:
+        case {"type": "allowed_tools", "mode": mode, "tools": tools} if len(value) == 3:
             return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
     return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -37,9 +37,26 @@ class ErrorAnswer(BaseModel):
     error: Error
 
 
+class MessagesError(BaseModel):
+    type: str
+    message: str
+
+
+class MessagesErrorAnswer(BaseModel):
+    """As Anthropic's API tells of an error."""
+
+    type: Literal["error"]
+    error: MessagesError
+    request_id: str | None
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer, "description": "An error"}}
 GENERATED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, whole or, with stream=true, in events", "content": {"text/event-stream": {}}}
+}
+
+MESSAGES_ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": MessagesErrorAnswer, "description": "An error"}
 }
 
 

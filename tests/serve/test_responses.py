@@ -145,6 +145,12 @@ async def test_a_conversation(client: openai.AsyncOpenAI, router: Any) -> None:
         ({"tools": [{"type": "web_search"}]}, "web_search", "tools"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "a b", "tools"),
         ({"tool_choice": {"type": "function", "name": "g"}, "tools": [TOOL]}, "'g'", "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "now", "x": 1}, "tools": [TOOL]}, "tool_choice", "tool_choice"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TOOL], "x": 1}, "tools": [TOOL]},
+            "tool_choice",
+            "tool_choice",
+        ),
         ({"include": ["file_search_call.results"]}, "include", "include"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference", "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image", "input"),

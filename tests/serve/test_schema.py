@@ -37,6 +37,9 @@ OBEYED_CHAT |= {"tool_choice": None}
 
 OBEYED_RESPONSE = {"model": "smol", "input": "x", "max_output_tokens": 9, "chat_template_kwargs": None}
 OBEYED_RESPONSE |= {"tools": None, "tool_choice": None, "text": None, "reasoning": None}  # OpenAI's own, checked apart
+OBEYED_COUNT = {"model": "smol", "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": None}
+OBEYED_COUNT |= dict.fromkeys(("system", "thinking", "tools", "tool_choice", "output_config"))  # Anthropic's own
+OBEYED_MESSAGE = OBEYED_COUNT | {"max_tokens": 9, "stop_sequences": None}
 
 schema = schemathesis.openapi.from_dict(create_app(CONFIG, lambda: None).openapi())
 bounded = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -75,6 +78,8 @@ def test_what_the_schema_allows_is_answered(make_app: Callable[..., FastAPI], ca
         "/v1/completions": OBEYED_COMPLETION,
         "/v1/chat/completions": OBEYED_CHAT,
         "/v1/responses": OBEYED_RESPONSE,
+        "/v1/messages": OBEYED_MESSAGE,
+        "/v1/messages/count_tokens": OBEYED_COUNT,
         "/tokenize": OBEYED_CHAT if "messages" in case.body else {"model": "smol"},
         "/detokenize": {"model": "smol", "tokens": [120]},
     }

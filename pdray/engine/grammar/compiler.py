@@ -164,7 +164,7 @@ def to_grammar(params: StructuredOutputsParams) -> str:
 
 def _of_schema(params: StructuredOutputsParams) -> str:
     try:
-        schema = msgspec.json.decode(params.text or ANY_OBJECT)
+        schema = msgspec.json.decode(ANY_OBJECT if params.json is None else params.text)
         check_keywords(schema)
         check_multiples(schema)
         write_out_formats(schema)

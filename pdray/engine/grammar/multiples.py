@@ -19,7 +19,12 @@ def check_multiples(schema: Schema) -> None:
     Raises:
         InvalidRequestError: names the number and the limit.
     """
-    parts = [part for _, part in subschemas(schema)]
+    parts = []
+    for path, part in subschemas(schema):
+        value = part.get("multipleOf")
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            raise InvalidRequestError(f"the JSON Schema's multipleOf (at {path}) is {value}; it must be above 0", FIELD)
+        parts.append(part)
     numbers = {digits: part["multipleOf"] for part in parts if (digits := _digits(part.get("multipleOf")))}
     limit = f"; without zeros and point it may be at most {MAX_REMAINDERS}"
     if numbers and (worst := max(numbers)) > MAX_REMAINDERS:
