@@ -119,10 +119,10 @@ class DecodeWorker(Worker):
     def _close_links(self, worker_id: str) -> Coroutine[Any, Any, None]:
         """End that prefill worker's channel. Its messages are ignored at once; writes on its behalf have ended when the
         coroutine returns."""
-        closing = [receiver.close_link(worker_id) for receiver in self._receivers.values()]
+        closing = asyncio.gather(*(receiver.close_link(worker_id) for receiver in self._receivers.values()))
 
-        async def settle() -> None:
-            await asyncio.gather(*closing)
+        async def settle() -> None:  # may be cancelled before it begins
+            await closing
             await self._writes.settle()
 
         return settle()

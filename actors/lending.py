@@ -95,6 +95,11 @@ def build_guest(config: Config, device: torch.device, lender: WorkerInfo) -> Eng
 
     model = load_model(config, device, WeightMemory(take, is_filled=True))
     layout = KVLayout.of(model.config, config.block_size, model.dtype)
+    if (mine := f"{model.fingerprint}-{layout}") != lender.fingerprint:
+        raise HandshakeError(
+            f"{lender.worker_id} ({lender.fingerprint}) and its guest ({mine}) differ in weights, dtype, block size or "
+            "KV layout; start both from one configuration"
+        )
     pages = memory.borrow(lent.pool, lent.num_pool_bytes)
     return Engine(config, model, KVPool.borrow(layout, lender.num_blocks, pages))
 
