@@ -51,7 +51,7 @@ MODEL = {  # as Qwen3-0.6B, with random weights
     "eos_token_id": 151645,
 }
 HALVES = {"prefill_num_gpus": 0.5, "decode_num_gpus": 0.5}
-BACKOFF_S = 10.0  # in which a dead guest's memory is free
+BACKOFF_S = 6.0  # in which a dead guest's memory is free
 PATIENCE_S = 90.0
 POLL_S = 0.1
 
