@@ -29,6 +29,17 @@ def plan_guests(config: Config) -> dict[str, str]:
     return dict.fromkeys(together, LENDER)
 
 
+def why_no_guest(config: Config, worker_id: str) -> str:
+    """Why a prefill worker has memory of its own."""
+    if config.num_decode_workers > 1:
+        return f"there are {config.num_decode_workers} decode workers"
+    if worker_id in plan_guests(config):
+        return f"{LENDER} lends nothing"
+    if config.device == "cpu":
+        return "on CPU it must be asked for"
+    return f"{LENDER} is on another device"
+
+
 def lent_share(config: Config, worker_id: str) -> float:
     """Part of a GPU that a lender's guests would have, and leave to it."""
     return config.prefill_num_gpus * list(plan_guests(config).values()).count(worker_id)

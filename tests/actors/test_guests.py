@@ -103,6 +103,19 @@ async def test_it_says_what_the_decode_worker_says_alone(pair: Pair, n: int, len
     await pair.quiet()
 
 
+async def test_scores_of_a_prompt_and_what_follows_are_those_of_the_decode_worker(pair: Pair) -> None:
+    """Scores need every token computed: nothing that is cached is read then."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, prompt_logprobs=2, logprobs=1)
+    await apart(pair, "before", PROMPT, GREEDY)
+    keys = await apart(pair, "apart", PROMPT, params), await local(pair, "local", PROMPT, params)
+    assert pair.router.tokens(keys[0]) == pair.router.tokens(keys[1])
+    scores = [(await pair.router.first(FirstTokens, keys[0])).prompt_scores]
+    legs = [leg for m in pair.router.messages if isinstance(m, Tokens) for leg in m.updates if leg.key == keys[1]]
+    scores += [leg.prompt_scores for leg in legs if leg.prompt_scores is not None]
+    assert scores[0] == scores[1] and len(scores) == 2
+    await pair.quiet()
+
+
 async def test_nothing_is_computed_before_the_lease_stands(pair: Pair) -> None:
     parts = PROMPT, GREEDY, [0], [], "decode-0", 1, 0
     pair.router.sessions["prefill-0"].send(PrefillRequest("early", 0, *parts, has_lease=False))
@@ -295,7 +308,9 @@ async def test_where_nothing_is_lent_a_guest_has_memory_of_its_own(tmp_path: Pat
     await pair.prefill.start()
     await pair.connect(1)
     state = await pair.prefill.describe()
-    assert state["passed_over"]["decode-0"]["shared"] == "prefill-0 has blocks and weights of its own"
+    assert (
+        state["passed_over"]["decode-0"]["shared"] == "prefill-0 has memory of its own (decode-0 is on another device)"
+    )
     await pair.stop()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pdray.config import Config
-from pdray.control.guests import lent_share, plan_guests
+from pdray.control.guests import lent_share, plan_guests, why_no_guest
 from pdray.control.membership import Membership
 from pdray.wire.cluster_view import WorkerInfo
 
@@ -41,6 +41,20 @@ def test_guests_are_those_that_share_the_only_decode_workers_device(
     assert plan_guests(config) == dict.fromkeys(guests, "decode-0")
     assert lent_share(config, "decode-0") == len(guests) * config.prefill_num_gpus
     assert lent_share(config, "decode-1") == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"num_decode_workers": 2}, "there are 2 decode workers"),
+        ({}, "decode-0 is on another device"),
+        ({"device": "cpu"}, "on CPU it must be asked for"),
+        (HALVES, "decode-0 lends nothing"),
+    ],
+    ids=str,
+)
+def test_the_reason_is_told(settings: dict[str, Any], why: str) -> None:
+    assert why_no_guest(Config(**settings), "prefill-0") == why
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def lender(name: str, gpu: str, peers: str = "", machine: str = "here") -> Worke
     return worker(name, gpu, cuda_ipc={"gpu": gpu, "host": machine, "peers": peers})
 
 
-OWN = {"shared": "p has blocks and weights of its own"}
+OWN = {"shared": "p has memory of its own (it is no guest)"}
 
 CASES: list[tuple[Any, Any, str | None]] = [
     (worker("p", "A"), worker("d", "B"), None),

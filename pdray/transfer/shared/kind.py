@@ -10,6 +10,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+from pdray.control.guests import why_no_guest
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site
@@ -53,13 +54,20 @@ class SharedKind(Kind):
 
     name = "shared"
 
-    def __init__(self, site: Site) -> None: ...
+    def __init__(self, site: Site) -> None:
+        self._why_own = why_no_guest(site.config, site.worker_id)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """See Kind. Of a guest nobody asks for the reason."""
+        return {"own": self._why_own}
 
     @classmethod
     def obstacle(cls, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
         """See Kind."""
         if not prefill.lender:
-            return f"{prefill.worker_id} has blocks and weights of its own"
+            why = prefill.channels.get(cls.name, {}).get("own", "it is no guest")
+            return f"{prefill.worker_id} has memory of its own ({why})"
         if prefill.lender != decode.incarnation:
             return f"{prefill.worker_id} computes in the memory of {prefill.lender}, and this is {decode.incarnation}"
         return None
