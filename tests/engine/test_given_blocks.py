@@ -86,7 +86,8 @@ class TwoEngines:
         for _ in range(2000):
             self.advance(self.guest)
             self.advance(self.lender)
-            if not (self.filling or self.stopping or self.lender.scheduler.requests):
+            in_flight = self.guest.scheduler.plans_in_flight or self.lender.scheduler.plans_in_flight
+            if not (self.filling or self.stopping or self.lender.scheduler.requests or in_flight):
                 return
         raise AssertionError("the two do not come to an end")
 

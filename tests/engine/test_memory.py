@@ -89,4 +89,4 @@ def test_a_lender_leaves_memory_to_its_guests(llama: Any, monkeypatch: pytest.Mo
     assert num_bytes(GpuRoom(0.5)) // BLOCK == 18 * gib // BLOCK  # 30 less the peak of 12
     assert num_bytes(GpuRoom(1.0)) // BLOCK == 46 * gib // BLOCK  # what is free now, less 4 of activations
     assert num_bytes(GpuRoom(0.5, 3 * gib)) // BLOCK == 15 * gib // BLOCK
-    assert num_bytes(GpuRoom(0.8, 3 * gib, 2)) // BLOCK == (33 - 2 * 5) * gib // BLOCK
+    assert num_bytes(GpuRoom(0.8, 3 * gib, 2)) // BLOCK == (33 - 2 * 9) * gib // BLOCK

@@ -18,7 +18,7 @@ from reference import requests
 from rows import Row
 
 import pdray
-from pdray.engine.kv.sizing import GUEST_CONTEXT_BYTES
+from pdray.engine.kv.sizing import guest_bytes
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -109,8 +109,8 @@ def check_one_memory(model: Path) -> Iterator[Row]:
             yield Row(f"one memory: {name}", f"{same} of {len(said)} the same", "all", same == len(said))
         pids = {row["worker_id"]: row["pid"] for row in llm.status()["workers"]}
         guest = _freed_by(pids["prefill-0"])
-        limit = alone["activations"] + GUEST_CONTEXT_BYTES
-        parts = f"{_gib(alone['activations'])} of activations, {_gib(GUEST_CONTEXT_BYTES)} for its context"
+        limit = guest_bytes(alone["activations"])
+        parts = f"{_gib(limit)}: its context and twice {_gib(alone['activations'])} of activations"
         yield Row("one memory: the guest's", _gib(guest), f"<= {parts}", 0 < guest <= limit)
         lender = _freed_by(pids["decode-0"])
         num_bytes = f"{_gib(alone['weights'])} of weights among them"

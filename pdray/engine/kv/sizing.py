@@ -16,7 +16,7 @@ from pdray.errors import ConfigError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
 
-GUEST_CONTEXT_BYTES = 1024**3  # of CUDA: context, kernels, libraries' workspaces, graphs
+GUEST_CONTEXT_BYTES = 1024**3  # of CUDA: context, kernels, libraries' workspaces, graphs; inputs and outputs of steps
 CGROUP_FILES = (  # limit, usage; versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -29,8 +29,7 @@ class GpuRoom(NamedTuple):
     Attributes:
         share: of the whole GPU.
         num_outside_bytes: that this process has allocated, and not through torch.
-        num_guests: processes that will compute over the same pool, with the same weights. Each is left as much memory
-            for activations as this process takes, and GUEST_CONTEXT_BYTES.
+        num_guests: processes that will compute over the same pool, with the same weights: see guest_bytes().
     """
 
     share: float = 1.0
@@ -39,6 +38,15 @@ class GpuRoom(NamedTuple):
 
 
 WHOLE_GPU = GpuRoom()
+
+
+def guest_bytes(activations: int) -> int:
+    """Memory that a guest takes of a GPU at most: context, and activations twice, for those of CUDA graphs are kept.
+
+    Args:
+        activations: of the largest step.
+    """
+    return 2 * activations + GUEST_CONTEXT_BYTES
 
 
 def choose_num_blocks(
@@ -123,7 +131,7 @@ def _available_gpu_bytes(
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     activations = peak - torch.cuda.memory_allocated(device)
-    for_guests = room.num_guests * (activations + GUEST_CONTEXT_BYTES)
+    for_guests = room.num_guests * guest_bytes(activations)
     budget = int(total * config.gpu_memory_utilization * room.share) - peak - room.num_outside_bytes
     return max(0, min(budget, free - activations) - for_guests)
 
