@@ -16,6 +16,8 @@ from pdray.errors import OutOfMemoryError, TransferError
 
 CUDA_PAGE_BYTES = 2 * 1024 * 1024  # a smaller allocation may share its page, which is what a handle stands for
 
+REMEDY = "if it still lives, set channel to object_store"
+
 
 class LentMemory(Protocol):
     """One kind of device's memory."""
@@ -104,7 +106,7 @@ class HostMemory:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise TransferError(f"memory of process {pid} cannot be mapped: {error}") from error
+            raise TransferError(f"memory of process {pid} cannot be mapped: {error}; {REMEDY}") from error
 
 
 def _map(descriptor: int, num_bytes: int) -> torch.Tensor:
@@ -137,7 +139,7 @@ class CudaMemory:
         try:
             address = runtime.ipcOpenMemHandle(bytes.fromhex(handle))
         except runtime.CUDARuntimeError as error:
-            raise TransferError(f"memory of another process on this GPU cannot be mapped: {error}") from None
+            raise TransferError(f"memory of another process on this GPU cannot be mapped: {error}; {REMEDY}") from None
         return torch.as_tensor(_Mapped(address, num_bytes), device=torch.device("cuda", self._index))
 
 
