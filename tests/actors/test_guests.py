@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_pairs import PROMPT, SECRET, Pair, finish, make_config
+from worker_pairs import PROMPT, SECRET, LocalActor, Pair, finish, make_config
 
 from pdray.actors.prefill_worker import PrefillWorker
 from pdray.config import Config
@@ -311,6 +311,30 @@ async def test_where_nothing_is_lent_a_guest_has_memory_of_its_own(tmp_path: Pat
     assert (
         state["passed_over"]["decode-0"]["shared"] == "prefill-0 has memory of its own (decode-0 is on another device)"
     )
+    await pair.stop()
+
+
+async def test_a_guest_and_a_worker_with_memory_of_its_own_have_one_decode_worker(tmp_path: Path) -> None:
+    """Each has the channel that fits, and they say the same."""
+    places = {"prefill_device_id": [0, 1], "decode_device_id": 1, "prefill_num_gpus": 0.5, "decode_num_gpus": 0.5}
+    config = make_config(tmp_path, "auto").model_copy(update=places | {"device": "auto", "num_prefill_workers": 2})
+    pair = Pair(config)
+    await pair.start()
+    expected = await finish(pair, "own", 1)
+    guest = PrefillWorker(config, "prefill-1", "g1", SECRET, lender=pair.decode.info)
+    await guest.start()
+    await guest.connect(pair.decode.info, 1, await pair.decode.accept(guest.info, 1), LocalActor(pair.decode))
+    channels = [(await worker.describe())["channels"]["decode-0"] for worker in (pair.prefill, guest)]
+    assert channels == ["object_store", "shared"]
+    await pair.router.open(guest.info)
+    key = pair.lease("guest", PROMPT, GREEDY, prefill_worker_id="prefill-1")
+    cached = (await pair.router.first(LeaseGranted, key)).num_cached_tokens
+    parts = PROMPT, GREEDY, [0], [], "decode-0", 1, cached
+    pair.router.sessions["prefill-1"].send(PrefillRequest(*key, *parts))
+    await pair.router.wait(lambda: len(pair.router.tokens(key)) == 6)
+    assert cached == 64 and pair.router.tokens(key) == expected
+    await guest.stop()
+    await pair.quiet()
     await pair.stop()
 
 
