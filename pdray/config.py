@@ -129,8 +129,9 @@ class Config(BaseModel):
     )
     channel: Channel = Field(
         "auto",
-        description="how KV blocks travel; auto: for each pair of workers the first of cuda_ipc (one GPU, or two of one"
-        " machine that can write to each other), nccl (two GPUs) and object_store that can join them",
+        description="how KV blocks travel; auto: for each pair of workers the first of shared (on the GPU of the only"
+        " decode worker: one pool, one copy of the weights), cuda_ipc (one GPU, or two of one machine that can write to"
+        " each other), nccl (two GPUs) and object_store that can join them",
     )
     transfer_layer_group: Positive = Field(
         16,
@@ -230,6 +231,10 @@ class Config(BaseModel):
                 )
         self._check_partition()
         self._check_device_ids()
+        from pdray.control.guests import shared_obstacle  # which needs this module
+
+        if (obstacle := shared_obstacle(self)) is not None:
+            raise ValueError(obstacle)
         if not all(VISIBLE_ASCII.fullmatch(key) for key in self.api_keys):
             raise ValueError("api_key must be one or more visible ASCII characters, without spaces")
         if not all(self.model_names):
@@ -331,13 +336,8 @@ class Config(BaseModel):
         if "max_num_seqs" not in given:
             num_seqs = min(GPU_MAX_NUM_SEQS, num_tokens)
         step_timeout_s = GPU_STEP_TIMEOUT_S if self.step_timeout_s is None else self.step_timeout_s
-        return self.model_copy(
-            update={
-                "max_num_seqs": num_seqs,
-                "max_num_batched_tokens": num_tokens,
-                "step_timeout_s": step_timeout_s,
-            }
-        )
+        changes = {"max_num_seqs": num_seqs, "max_num_batched_tokens": num_tokens, "step_timeout_s": step_timeout_s}
+        return self.model_copy(update=changes)
 
     def fingerprint(self) -> str:
         """16 hex digits that two processes share only if they hold the same configuration, its API key included."""

@@ -10,20 +10,18 @@ from concurrent.futures import Future
 from functools import partial
 
 from pdray.config import Config
-from pdray.engine.budget import make_budget
 from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.matcher import Grammar
 from pdray.engine.grammar.pieces import load_pieces
-from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
+from pdray.engine.kv.block_pool import PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import usable_model_len
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
-from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.make import make_scheduler
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.refusals import give_up, grammar_compiled, refuse
-from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_stats
 from pdray.engine.step.inputs import StepInputs
@@ -46,7 +44,7 @@ class Engine:
     state, and is never held while the model runs. What a step in flight uses stays as it is until the step is booked.
 
     Args:
-        pool: this engine's alone to allocate from.
+        pool: this engine's alone to allocate from. Over a borrowed one, requests bring their blocks: see GivenBlocks.
         overlap: launch a step before the tokens of the one before it are read; default: config.async_scheduling, and
             where that says nothing, on CUDA.
 
@@ -71,23 +69,13 @@ class Engine:
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
         self.has_booked = False
-        limits = EngineLimits(
-            block_size=self.block_size,
-            num_blocks=self.num_blocks - 1,
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            headroom_tokens=config.decode_headroom_tokens,
-            vocab_size=model.config.vocab_size,
-            eos_token_ids=model.config.eos_token_ids,
-        )
         self.overlap = overlap if overlap is not None else config.async_scheduling
         if self.overlap is None:
             self.overlap = device.type == "cuda"
         capture = device.type == "cuda" and not config.enforce_eager
+        self._scheduler = make_scheduler(config, model.config, pool, self.max_model_len, padded=capture)
+        limits = self._scheduler.limits
         self.lane = Lane(model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
-        block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
-        self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
         self._is_beside = False  # steps of another lane take the device's time too
@@ -151,6 +139,16 @@ class Engine:
 
         if live.grammar is not None:
             live.grammar.add_done_callback(compiled)
+
+    def lend(self, key: Hashable) -> Reservation:
+        """Blocks of a reservation whose prompt another engine is to compute in this pool; KeyError if there is none."""
+        with self._lock:
+            return self._scheduler.lend(key)
+
+    def is_writing(self, key: Hashable) -> bool:
+        """Whether a step in flight computes this request, though it may have been released."""
+        with self._lock:
+            return any(key in plan.keys for plan in self._scheduler.plans_in_flight)
 
     def start_prefill(self, key: Hashable) -> None:
         """Compute a reserved request here.
