@@ -18,6 +18,7 @@ from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import usable_model_len
+from pdray.engine.pipeline.lane import PipelinedLane
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.limits import EngineLimits
@@ -85,7 +86,7 @@ class Engine:
         if self.overlap is None:
             self.overlap = device.type == "cuda"
         capture = device.type == "cuda" and not config.enforce_eager
-        self.lane = Lane(model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
+        self.lane = PipelinedLane(model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
         block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
         self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
         self._bookkeeper = Bookkeeper(self._scheduler)
