@@ -53,6 +53,8 @@ def assemble(config: Config, role: Role, worker_id: str, on_fatal: Callable[[Bas
     share = config.prefill_num_gpus if role is Role.PREFILL else config.decode_num_gpus
     lent = [kind.spare_bytes for kind in kinds.values() if role is Role.DECODE]
     model = load_model(config, device)
+    if role is Role.PREFILL:
+        config = config.model_copy(update={"decode_pipeline": "off"})  # it decodes nothing
     engine = build_engine(config, model, device, gpu_share=share, spare_bytes=max(lent, default=0))
     for kind in kinds.values():
         kind.attach(engine.pool)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # these need torch, which the command line's help does withou
     import torch
 
     from pdray.engine.pipeline.halves import Halves, SplitHalves
-    from pdray.engine.pipeline.lane import PipelinedLane
+    from pdray.engine.pipeline.lane import PipelinedLane, Way
     from pdray.engine.pipeline.measure import Timing
 
 PLAIN = "plain"
@@ -146,8 +146,12 @@ def make_launches(lane: PipelinedLane, size: int, halves: list[Halves], numbers:
             if way.graphs is not None:
                 launches[way_name(each, number)] = partial(way.graphs.replay, shape)
             else:
-                launches[way_name(each, number)] = lambda way=way: lane.compute_in(way, lane.rehearsed)
+                launches[way_name(each, number)] = partial(compute_rehearsed, lane, way)
     return launches
+
+
+def compute_rehearsed(lane: PipelinedLane, way: Way) -> None:
+    lane.compute_in(way, lane.rehearsed)
 
 
 def measure(lane: PipelinedLane, launches: Launches, size: int, context: int, repetitions: int) -> dict[str, Timing]:

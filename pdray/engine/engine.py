@@ -19,6 +19,7 @@ from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import usable_model_len
 from pdray.engine.pipeline.lane import PipelinedLane
+from pdray.engine.pipeline.pipeline import open_pipeline
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.limits import EngineLimits
@@ -64,9 +65,7 @@ class Engine:
         device = pool.device
         config = config.for_device(device.type)
         self.config = config
-        self.model = model
-        self.pool = pool
-        self.device = device
+        self.model, self.pool, self.device = model, pool, device
         self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
         self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
@@ -86,7 +85,10 @@ class Engine:
         if self.overlap is None:
             self.overlap = device.type == "cuda"
         capture = device.type == "cuda" and not config.enforce_eager
-        self.lane = PipelinedLane(model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
+        self.lane = PipelinedLane(
+            model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture
+        )
+        self.pipeline = open_pipeline(config, self.lane)
         block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
         self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
         self._bookkeeper = Bookkeeper(self._scheduler)
@@ -96,8 +98,7 @@ class Engine:
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
         self._mask_filler = MaskFiller(limits.vocab_size, device)
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
-        self._num_steps = 0
-        self._step_times = StepTimes()
+        self._num_steps, self._step_times = 0, StepTimes()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request for prefill here.
@@ -307,7 +308,7 @@ class Engine:
 
     def prepare_more(self) -> bool:
         """Do some of what waits until there is no work; returns whether more is left. Engine's thread only."""
-        return False
+        return self.pipeline is not None and self.pipeline.prepare_more()
 
     def split_state(self) -> SplitState | None:
         return None  # prompts and decodes share the device in one step, always
@@ -322,7 +323,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges."""
         with self._lock:
-            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps)
+            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps, self.lane.num_pipelined)
 
     def step_times(self) -> StepSpread | None:
         """Durations of the last steps, and the host's share of them."""

@@ -10,8 +10,8 @@ import torch
 
 from pdray.kernels.green_context import Partition, SmSplit, plain_streams, split_sms
 from pdray.kernels.processors import device_processors, limit_processors
+from pdray.partition_settings import SM_GROUP
 
-SM_GROUP = 8
 Split = Callable[[torch.device, int], SmSplit]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,11 +20,12 @@ class Way(NamedTuple):
     """One arrangement of pipelined decode steps.
 
     Attributes:
-        graphs: of the batch sizes that have one; None: steps are launched kernel by kernel, of any size.
+        sizes: of batches that have a graph. graphs: None: steps of any size are launched kernel by kernel.
     """
 
     halves: Halves
     num_micro_batches: int
+    sizes: tuple[int, ...] = ()
     graphs: StepGraphs | None = None
 
     @property
@@ -40,12 +41,13 @@ class PipelinedLane(Lane):
         choose: the way of a decode step, by its number of sequences, padding included, and their mean length; where it
             returns None, or is None, the plain one.
         num_pipelined: steps that were launched another way.
+        rehearsed: what rehearse() has filled in.
     """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.choose: Callable[[int, float], Way | None] | None = None
-        self.num_pipelined = 0
+    rehearsed: StepInputs
+
+    choose: Callable[[int, float], Way | None] | None = None
+    num_pipelined = 0
 
     def _run(self, inputs: StepInputs, on_group: OnGroup | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         way = self._way_of(inputs) if on_group is None and self.stream is None else None
@@ -73,7 +75,9 @@ class PipelinedLane(Lane):
 
     def make_way(self, halves: Halves, num_micro_batches: int, sizes: list[int] | None) -> Way:
         """A way with graphs of these batch sizes, none of which is captured yet; None: without graphs."""
-        return Way(halves, num_micro_batches, None if sizes is None else self.more_graphs(sizes, []))
+        if sizes is None:
+            return Way(halves, num_micro_batches)
+        return Way(halves, num_micro_batches, tuple(sizes), self.more_graphs(sizes, []))
 
     def capture_way(self, way: Way) -> Iterator[StepShape]:
         """Capture another graph of it before each value, the largest first; see capture_one_by_one()."""
@@ -83,4 +87,3 @@ class PipelinedLane(Lane):
     def rehearse(self, num_seqs: int, kv_len: int) -> None:
         """Fill the inputs for measuring, until the next step; see InputBuffers.fill_alike()."""
         self.rehearsed = self._decode_buffers.fill_alike(num_seqs, kv_len, self.pool.num_blocks)
-

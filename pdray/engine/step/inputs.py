@@ -175,9 +175,10 @@ class InputBuffers:
         part["rows"][:num_seqs] = torch.arange(num_seqs, device=self.device)
         part["starts"][: num_seqs + 1] = torch.arange(num_seqs + 1, device=self.device)
         inputs = self.views(shape, StepPlan())
-        lens = {"query_lens": [1] * num_seqs, "kv_lens": [kv_len] * num_seqs}
         tables = part["tables"][:num_seqs]  # views() cuts them to the plan's on CPU
-        return inputs._replace(attention=replace(inputs.attention, block_tables=tables, **lens))
+        query_lens, kv_lens = [1] * num_seqs, [kv_len] * num_seqs
+        attention = replace(inputs.attention, block_tables=tables, query_lens=query_lens, kv_lens=kv_lens)
+        return inputs._replace(attention=attention)
 
     def fill(self, plan: StepPlan, padded: StepShape | None = None) -> StepInputs:
         """The plan's tokens, block tables and sampling parameters. Reads the sequences: under the engine's lock.
