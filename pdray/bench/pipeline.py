@@ -89,6 +89,7 @@ def run(config: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
             timings = measure(lane, launches, size, context, args.repetitions)
             rows.append({"batch_size": size, "context": context, "ms": milliseconds(timings)})
             print(format_row(size, context, timings, names), flush=True)
+        launches.clear()  # graphs go before their partitions
     for each in opened:
         each.split.close()
     return rows

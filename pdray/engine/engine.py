@@ -18,8 +18,7 @@ from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import usable_model_len
-from pdray.engine.pipeline.lane import PipelinedLane
-from pdray.engine.pipeline.pipeline import open_pipeline
+from pdray.engine.pipeline.pipeline import open_lane
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.limits import EngineLimits
@@ -65,7 +64,9 @@ class Engine:
         device = pool.device
         config = config.for_device(device.type)
         self.config = config
-        self.model, self.pool, self.device = model, pool, device
+        self.model = model
+        self.pool = pool
+        self.device = device
         self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
         self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
@@ -81,16 +82,12 @@ class Engine:
             vocab_size=model.config.vocab_size,
             eos_token_ids=model.config.eos_token_ids,
         )
-        self.overlap = overlap if overlap is not None else config.async_scheduling
-        if self.overlap is None:
-            self.overlap = device.type == "cuda"
-        capture = device.type == "cuda" and not config.enforce_eager
-        self.lane = PipelinedLane(
-            model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture
-        )
-        self.pipeline = open_pipeline(config, self.lane)
+        wanted = config.async_scheduling if overlap is None else overlap
+        self.overlap = device.type == "cuda" if wanted is None else wanted
+        self.lane, self.pipeline = open_lane(config, model.decoder, pool, limits)
         block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
-        self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
+        budget = make_budget(config, model.config, padded=self.lane.graphs is not None)
+        self._scheduler = Scheduler(limits, block_pool, budget)
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
         self._is_beside = False  # steps of another lane take the device's time too
@@ -98,7 +95,8 @@ class Engine:
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
         self._mask_filler = MaskFiller(limits.vocab_size, device)
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
-        self._num_steps, self._step_times = 0, StepTimes()
+        self._num_steps = 0
+        self._step_times = StepTimes()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request for prefill here.

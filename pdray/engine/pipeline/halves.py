@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -20,22 +20,24 @@ class Half(NamedTuple):
 
     Attributes:
         stream: None: the thread's current one; on CPU there is no other.
-        num_sms: of its partition; None: all of the device's.
+        num_sms: that kernels are launched for; None: all of the device's.
     """
 
     stream: torch.cuda.Stream | None = None
     num_sms: int | None = None
 
     @contextmanager
-    def turn(self, before: torch.cuda.Event | None, done: torch.cuda.Event | None) -> Iterator[None]:
-        """What is launched within runs here, after ``before``; ``done`` is recorded behind it."""
+    def turn(self, before: torch.cuda.Event | None) -> Iterator[torch.cuda.Event | None]:
+        """What is launched within runs here, after ``before``. The value is recorded behind it."""
         if self.stream is None:
-            yield
+            with limit_processors(self.num_sms):
+                yield None
             return
-        assert before is not None and done is not None, "a turn on a stream of its own comes between two events"
+        assert before is not None, "a turn on a stream of its own comes after a fork"
+        done = torch.cuda.Event()
         with torch.cuda.stream(self.stream), limit_processors(self.num_sms):
             self.stream.wait_event(before)
-            yield
+            yield done
             done.record(self.stream)
 
 
@@ -44,6 +46,16 @@ class Halves(NamedTuple):
 
     attention: Half = Half()
     ffn: Half = Half()
+
+    def fork(self) -> torch.cuda.Event | None:
+        """What the first turns come after: all that the current stream has to do."""
+        return None if self.attention.stream is None else torch.cuda.current_stream().record_event()
+
+    def join(self, turns: Iterable[torch.cuda.Event | None]) -> None:
+        """The current stream goes on after these."""
+        for done in turns:
+            if done is not None:
+                torch.cuda.current_stream().wait_event(done)
 
     @property
     def name(self) -> str:

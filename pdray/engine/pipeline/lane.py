@@ -50,7 +50,7 @@ class PipelinedLane(Lane):
     num_pipelined = 0
 
     def _run(self, inputs: StepInputs, on_group: OnGroup | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        way = self._way_of(inputs) if on_group is None and self.stream is None else None
+        way = None if on_group is not None else self._way_of(inputs)
         if way is None:
             return super()._run(inputs, on_group)
         self.num_pipelined += 1
@@ -58,7 +58,7 @@ class PipelinedLane(Lane):
 
     def _way_of(self, inputs: StepInputs) -> Way | None:
         lens = inputs.attention.kv_lens
-        if self.choose is None or not inputs.shape.is_decode or len(lens) < 2:
+        if self.choose is None or self.stream is not None or not inputs.shape.is_decode or len(lens) < 2:
             return None
         way = self.choose(inputs.shape.num_seqs, sum(lens) / len(lens))
         has_size = way is not None and (way.graphs is None or inputs.shape in way.graphs)

@@ -29,17 +29,20 @@ class MicroBatch:
 
     Attributes:
         hidden: [M, hidden_size], of the turn that was launched last.
-        held: what that turn reads. It was made on the other half's stream, whose memory may be given out again as soon
-            as nobody holds it: it must last until that stream has waited for the turn.
+        held: what that turn reads, made on the other half's stream. Memory of a stream is given out again as soon as
+            nobody holds it, so it must last until that stream has waited for the turn: until the next one.
         ready: recorded behind that turn; on CPU None.
     """
 
-    rows: slice
     positions: torch.Tensor
     attention: AttentionMetadata
     hidden: torch.Tensor
     held: torch.Tensor
-    ready: torch.cuda.Event | None = None
+    ready: torch.cuda.Event | None
+
+    def pass_on(self, result: torch.Tensor, done: torch.cuda.Event | None) -> None:
+        """A turn was launched."""
+        self.hidden, self.held, self.ready = result, self.hidden, done
 
 
 def cut_rows(num_rows: int, num_parts: int) -> list[slice]:
@@ -73,29 +76,18 @@ def pipelined_forward(
     """
     assert inputs.shape.is_decode, "other steps have rows of several tokens"
     whole = decoder.embed_tokens(inputs.input_ids, sampled)
-    has_streams = halves.attention.stream is not None
-    forked = _event(has_streams)
-    if forked is not None:
-        forked.record()
+    forked = halves.fork()
     batches = [
-        MicroBatch(rows, inputs.positions[rows], cut_attention(inputs.attention, rows), whole[rows], whole, forked)
+        MicroBatch(inputs.positions[rows], cut_attention(inputs.attention, rows), whole[rows], whole, forked)
         for rows in cut_rows(len(whole), number)
     ]
     for i, layer in enumerate(decoder.layers):
         for batch in batches:
-            done = _event(has_streams)
-            with halves.attention.turn(batch.ready, done):
+            with halves.attention.turn(batch.ready) as done:
                 attended = layer.attend(batch.hidden, batch.positions, kv[i], batch.attention)
-            batch.hidden, batch.held, batch.ready = attended, batch.hidden, done
-            done = _event(has_streams)
-            with halves.ffn.turn(batch.ready, done):
-                result = layer.feed_forward(batch.hidden)
-            batch.hidden, batch.held, batch.ready = result, batch.hidden, done
-    for batch in batches:
-        if batch.ready is not None:
-            torch.cuda.current_stream().wait_event(batch.ready)
+            batch.pass_on(attended, done)
+            with halves.ffn.turn(batch.ready) as done:
+                fed = layer.feed_forward(batch.hidden)
+            batch.pass_on(fed, done)
+    halves.join(batch.ready for batch in batches)
     return decoder.norm(torch.cat([batch.hidden for batch in batches]))
-
-
-def _event(has_streams: bool) -> torch.cuda.Event | None:
-    return torch.cuda.Event() if has_streams else None

@@ -13,13 +13,16 @@ import torch
 
 from pdray import __version__
 from pdray.config import Config
+from pdray.engine.kv.pool import KVPool
 from pdray.engine.pipeline.halves import Split, SplitHalves, split_halves, stream_halves
 from pdray.engine.pipeline.lane import PipelinedLane, Way
 from pdray.engine.pipeline.table import Table, TableFile
 from pdray.engine.pipeline.tuner import grid_of, tune
+from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.step.graphs import decode_sizes
 from pdray.kernels.green_context import UnavailableError, split_sms
 from pdray.kernels.processors import device_processors
+from pdray.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +147,15 @@ class DecodePipeline:
         for each in self._opened:
             each.split.close()
         self._opened = []
+
+
+def open_lane(
+    config: Config, decoder: Decoder, pool: KVPool, limits: EngineLimits
+) -> tuple[PipelinedLane, DecodePipeline | None]:
+    """An engine's lane, with graphs on CUDA, and what open_pipeline() makes of it."""
+    capture = pool.device.type == "cuda" and not config.enforce_eager
+    lane = PipelinedLane(decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
+    return lane, open_pipeline(config, lane)
 
 
 def open_pipeline(config: Config, lane: PipelinedLane, split: Split = split_sms) -> DecodePipeline | None:
