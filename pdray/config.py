@@ -115,7 +115,7 @@ class Config(BaseModel):
         description="on a GPU: steps in micro-batches, one's attention beside another's feed-forward; auto: if faster",
     )
     decode_attention_sm: SmCount | None = Field(None, description="SMs for the attention then; default: the others")
-    decode_ffn_sm: SmCount | None = Field(None, description="SMs for the feed-forward then; default: the others, or 32")
+    decode_ffn_sm: SmCount | None = Field(None, description="SMs for the feed-forward then; default: the others, or 48")
     decode_micro_batches: Annotated[int, Field(ge=2)] = DEFAULT_MICRO_BATCHES
     enforce_eager: bool = Field(False, description="launch every kernel by itself, without CUDA graphs")
     num_threads: Positive = Field(1, description="torch threads of each CPU worker")

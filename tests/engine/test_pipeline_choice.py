@@ -160,9 +160,9 @@ def test_auto_uses_what_wins_and_the_next_start_does_not_measure(monkeypatch: py
     pipeline = open_auto(lane, split)
     assert lane.choose is None and not measured and not lane.log, "nothing at the start"
     assert pipeline.state().is_preparing
-    num_cells, num_ways, num_sizes = len(grid_of(LIMITS)), 5, 6
+    num_cells, num_ways, num_sizes = len(grid_of(LIMITS)), 4, 6
     assert finish(pipeline) == num_ways * num_sizes + num_cells + 3 + 1, "one graph or one cell at a time"
-    assert measured == grid_of(LIMITS) and split.asked == [32, 64, 32, 16]
+    assert measured == grid_of(LIMITS) and split.asked == [64, 48, 32]
     name = "64 + 68 SMs, 2 micro-batches"
     assert lane.log[-3:] == [(name, 48), (name, 40), (name, 32)]
     assert lane.choose is not None
@@ -203,7 +203,7 @@ def test_auto_with_a_split_tries_that_and_plain_streams() -> None:
 @pytest.mark.parametrize(
     ("given", "asked", "name"),
     [
-        ({}, [32], "100 + 32 SMs, 2 micro-batches"),
+        ({}, [48], "84 + 48 SMs, 2 micro-batches"),
         ({"decode_attention_sm": 64}, [64], "64 + 68 SMs, 2 micro-batches"),
         ({"decode_attention_sm": 100, "decode_ffn_sm": 32}, [32], "100 + 32 SMs, 2 micro-batches"),
         ({"decode_ffn_sm": 92, "decode_micro_batches": 4}, [40], "40 + 92 SMs, 4 micro-batches"),
@@ -229,7 +229,7 @@ def test_on_pipelines_every_step_from_the_start(given: dict[str, int], asked: li
         ("on", {"decode_attention_sm": 64, "decode_ffn_sm": 64}, (), "are 128 SMs, and the device has 132"),
         ("on", {"decode_attention_sm": 13}, (), "failed for 119"),
         ("on", {"decode_ffn_sm": 40}, (40,), "cuGreenCtxCreate failed for 40"),
-        ("auto", {}, (16,), "cuGreenCtxCreate failed for 16"),
+        ("auto", {}, (32,), "cuGreenCtxCreate failed for 32"),
     ],
 )
 def test_what_the_device_cannot_leaves_plain_steps_and_one_line(

@@ -26,8 +26,8 @@ from pdray.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
-LADDER = (32, 64, -32, -16)  # SMs of the attention that "auto" tries; below 0: all but so many
-DEFAULT_FFN_SMS = 32  # of "on"
+LADDER = (64, -48, -32)  # SMs of the attention that "auto" tries; below 0: all but so many
+DEFAULT_FFN_SMS = 48  # of "on"
 
 
 class PipelineState(NamedTuple):
