@@ -197,7 +197,9 @@ def _attention_sms(config: Config, total: int) -> int | None:
             f"decode_attention_sm ({attention}) and decode_ffn_sm ({ffn}) are {attention + ffn} SMs, and the device "
             f"has {total}; give one of them, or two that add up"
         )
-    return attention or (total - ffn if ffn else total - DEFAULT_FFN_SMS if config.decode_pipeline == "on" else None)
+    if attention or config.decode_pipeline == "auto":
+        return attention or (total - ffn if ffn else None)
+    return total - (ffn or DEFAULT_FFN_SMS)
 
 
 def table_key(lane: PipelinedLane) -> dict[str, Any]:
