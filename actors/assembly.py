@@ -64,6 +64,8 @@ def assemble(
     device = select_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
+    if role is Role.PREFILL:
+        config = config.model_copy(update={"decode_pipeline": "off"})  # it decodes nothing
     site = _site(config, role, worker_id, device, on_fatal)
     lent: Lent | None = None
     if lender is not None and lender.lends is not None:

@@ -250,6 +250,7 @@ class Worker(ABC):
             "preemptions": stats.num_preemptions,
             "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
             "split": None if split is None else split._asdict(),
+            "decode_pipeline": None if (pipeline := self.engine.pipeline) is None else pipeline.state()._asdict(),
             "routers": self._router_ids(),
         }
 

@@ -17,6 +17,7 @@ from pdray.engine.kv.block_pool import PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import usable_model_len
+from pdray.engine.pipeline.pipeline import open_lane
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.make import make_scheduler
@@ -69,13 +70,12 @@ class Engine:
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
         self.has_booked = False
-        self.overlap = overlap if overlap is not None else config.async_scheduling
-        if self.overlap is None:
-            self.overlap = device.type == "cuda"
+        wanted = config.async_scheduling if overlap is None else overlap
+        self.overlap = device.type == "cuda" if wanted is None else wanted
         capture = device.type == "cuda" and not config.enforce_eager
         self._scheduler = make_scheduler(config, model.config, pool, self.max_model_len, padded=capture)
         limits = self._scheduler.limits
-        self.lane = Lane(model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
+        self.lane, self.pipeline = open_lane(config, model.decoder, pool, limits)
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
         self._is_beside = False  # steps of another lane take the device's time too
@@ -304,7 +304,7 @@ class Engine:
 
     def prepare_more(self) -> bool:
         """Do some of what waits until there is no work; returns whether more is left. Engine's thread only."""
-        return False
+        return self.pipeline is not None and self.pipeline.prepare_more()
 
     def split_state(self) -> SplitState | None:
         return None  # prompts and decodes share the device in one step, always
@@ -319,7 +319,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges."""
         with self._lock:
-            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps)
+            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps, self.lane.num_pipelined)
 
     def step_times(self) -> StepSpread | None:
         """Durations of the last steps, and the host's share of them."""

@@ -128,6 +128,7 @@ class EngineStats:
     decode_sms: int = 0
     num_split_changes: int = 0
     num_prompt_pieces: int = 0
+    num_pipelined_steps: int = 0  # decode steps in micro-batches
 
 
 class SplitState(NamedTuple):

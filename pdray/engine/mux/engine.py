@@ -85,9 +85,11 @@ class MuxEngine(Engine):
         """Capture the next graph of a partition."""
         more = self._partitions.capture_next()
         self._learn_ready()
-        return more
+        return more or super().prepare_more()
 
     def close(self) -> None:
+        if self.pipeline is not None:
+            self.pipeline.close()
         self._partitions.close()
         self._learn_ready()
 
