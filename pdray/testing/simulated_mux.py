@@ -19,6 +19,7 @@ from pdray.testing.simulated_load import H100_8B, MAX_TOKENS, Costs, Simulated, 
 
 HALF_CONTEXT = 16_000.0
 TTFT_MS = 1000.0
+ROWS = ((2048, 15, (6, 7, 8, 9)), (2048, 8, (2, 3, 4)), (8192, 15, (1, 1.4)), (8192, 8, (0.4, 0.7)))
 SPLITS = {32: (1.58, 24_000.0), 48: (1.41, 17_000.0)}  # slowdown of decodes, and tokens of prompts a second, measured
 
 
@@ -141,25 +142,15 @@ def in_time(served: list[Served], tpot_ms: float, ttft_ms: float = TTFT_MS) -> f
 
 
 def main() -> None:
-    print(
-        "| in | TPOT ms | requests/s | in time, controller | " + " | ".join(map(str, STEP_SIZES[:-1])) + " | 32 SMs |"
-    )
+    print("| in | TPOT ms | requests/s | controller | " + " | ".join(map(str, STEP_SIZES[:-1])) + " | 32 SMs |")
     print("|---|---|---|---|" + "---|" * len(STEP_SIZES))
-    for input_len, tpot_ms, rates in (
-        (2048, 15, (6, 7, 8, 9)),
-        (2048, 8, (2, 3, 4)),
-        (8192, 15, (1, 1.4)),
-        (8192, 8, (0.4, 0.7)),
-    ):
+    fixed = [*(Arrangement(chunk=n) for n in STEP_SIZES[:-1]), Arrangement(decode_sms=32)]
+    for input_len, tpot_ms, rates in ROWS:
         for rate in rates:
-            ways = [
-                Targets(tpot_ms / 1000, TTFT_MS / 1000),
-                *(Arrangement(chunk=n) for n in STEP_SIZES[:-1]),
-                Arrangement(32),
-            ]
+            ways: list[Targets | Arrangement] = [Targets(tpot_ms / 1000, TTFT_MS / 1000), *fixed]
             shares = [in_time(serve(way, rate, input_len=input_len), tpot_ms) for way in ways]
             print(
-                f"| {input_len} | {tpot_ms} | {rate} | {' | '.join(f'{share:.2f}' for share in shares)} |", flush=True
+                f"| {input_len} | {tpot_ms} | {rate} | {' | '.join(f'{share:.0%}' for share in shares)} |", flush=True
             )
 
 

@@ -146,7 +146,7 @@ def test_it_goes_away_from_what_has_become_slow_and_comes_back() -> None:
     gpu.run(5)
     assert gpu.settled() == MIXED
     gpu.slowdown = lambda arrangement: 1.0
-    gpu.run(4 * FORGET_S)
+    gpu.run(6 * FORGET_S)
     assert gpu.settled() == Arrangement(decode_sms=32)
 
 
