@@ -60,10 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="IN@RATE[:ROW,…]",
         help="loads of the second table: prompt tokens, requests a second, rows: chunkN (mixed steps of N tokens), "
-        "smsN (decodes on N SMs; sms0: two plain streams), controller, controllerN (for a TPOT of N ms alone), halves (two "
-        "workers, each with half of the GPU); default: all but halves",
+        "smsN (decodes on N SMs; sms0: two plain streams), controller, controllerN (for a TPOT of N ms alone), halves "
+        "(two workers, each with half of the GPU); default: all but halves",
     )
-    parser.add_argument("--serve-seconds", type=float, default=10.0, help="about how long each load is offered")
+    parser.add_argument(
+        "--serve-seconds", type=float, default=10.0, help="about how long each load is offered: 16 requests or more"
+    )
     parser.add_argument("--served-output-len", type=int, default=256, help="output tokens (default: 256)")
     parser.add_argument("--ttft-ms", type=float, default=1000.0, help="within which a first token is in time")
     parser.add_argument("--tpot-ms", type=float, nargs="+", default=[15.0, 8.0], help="the same of further tokens")
@@ -103,6 +105,8 @@ def main(args: argparse.Namespace) -> int:
 def measure(config: Config, loads: list[OfferedLoad], asked: Asked, args: argparse.Namespace) -> dict[str, Any]:
     """All that one engine measures; its memory is free again."""
     result: dict[str, Any] = {"plain": [], "beside": [], "served": []}
+    if not args.compare_plain and args.no_beside and all(load.rows == ("halves",) for load in loads):
+        return result
     engine = make_engine(config, args.piece_tokens)
     try:
         if args.compare_plain:

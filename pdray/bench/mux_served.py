@@ -28,6 +28,7 @@ HEAD = (
 )
 LOAD = re.compile(r"(\d+)@([\d.]+)(?::(.+))?")
 ROW = re.compile(r"(chunk|sms)(\d+)|controller(\d*)|halves")
+LEAST_REQUESTS = 16  # of each load
 DEFAULT_CHUNKS = (128, 256, 512, 1024, 2048)
 
 
@@ -171,7 +172,7 @@ def name_of(row: str, num_sms: int) -> str:
 
 def arrival_times(load: OfferedLoad, seconds: float) -> list[float]:
     """The same for every arrangement."""
-    number = max(2, round(load.rate * seconds))
+    number = max(LEAST_REQUESTS, round(load.rate * seconds))
     return poisson_arrivals(number, load.rate, 1.0, np.random.default_rng(7))
 
 
