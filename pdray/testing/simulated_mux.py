@@ -120,7 +120,7 @@ def serve(
         chosen = controller.choose(gpu.now / 1000, load)
         if load is not None and chosen is not None and chosen.decode_sms is not None:
             slowdown, prompt_rate = splits[chosen.decode_sms]
-            prompt_rate /= 1 + load.context / HALF_CONTEXT
+            prompt_rate = 1 / (1 / prompt_rate + costs.prefix * load.context / 1e6)
             taken = gpu.step_beside(slowdown, prompt_rate) / 1000
             split_costs.note_step(chosen.decode_sms, num_streams, taken, gpu.now / 1000)
             split_costs.note_rate(chosen.decode_sms, load.context, prompt_rate, gpu.now / 1000)

@@ -20,6 +20,7 @@ HOLD_S = 0.5
 PATIENCE = 3  # choices in a row before a change
 GAIN = 1.1  # of the rate of prompts, or of the delay of streams, that is worth a change
 WORTH_SPLIT = 1.05  # times what two lanes must promise
+CAUTION = 1 / 3  # of the context whose attention doubles a token's cost, where it is weighed before it is measured
 DEFAULT_SLOWDOWN = 2.0  # without a target, steps of two lanes may take so many times a plain one
 
 
@@ -44,7 +45,7 @@ class Controller:
         self.num_changes = 0
         self.fixed: Arrangement | None = None
         self.targets = targets
-        self.pacer = Pacer(costs.costs.half_context)
+        self.pacer = Pacer(costs.costs.half_context * CAUTION)
         self.current = MIXED
         self._budget = budget if isinstance(budget, PacedBudget) else None
         self._may_mix = may_mix

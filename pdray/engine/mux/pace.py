@@ -23,7 +23,7 @@ TPOT_MARGIN = 0.95  # of the target, which is for all streams and not for their 
 ARRIVALS_S = 3.0  # of arrivals that say how many come
 ARRIVALS_MARGIN = 1.1
 PACE_STEPS = 64  # that say how fast streams are
-LATE_STRETCH = 2.5  # of steps to plain ones, while a prompt has waited too long
+HURRIED_STRETCH = 2.5  # of steps to plain ones, where prompts need it
 HOLD_SHARE = 0.9  # of the rate in the smallest steps: prompts that need more do not wait
 
 
@@ -130,10 +130,13 @@ class PacedBudget(AdaptiveBudget):
         return self._predictions([size], num_streams, context).get(size)
 
     def longest_s(self, plain_s: float) -> float:
-        """Seconds that a step with prompts may take, where a plain one takes ``plain_s``."""
-        if self.target_s is None:
+        """Seconds that a step with prompts may take, where a plain one takes ``plain_s``.
+
+        A stream's TPOT is the mean of many: while that is held, a step may take longer if the prompts need it.
+        """
+        if self.target_s is None or self.pace is None:
             return plain_s * MAX_STRETCH
-        stretch = LATE_STRETCH if self.pace is not None and self.pace.is_late else LEAST_STRETCH
+        stretch = HURRIED_STRETCH if self.pace.is_late or not self.pace.is_slow else LEAST_STRETCH
         return max(self.target_s * TPOT_MARGIN, plain_s * stretch)
 
     def _choose(self, sizes: list[int], num_streams: int, num_queued: int, context: int) -> int:
