@@ -94,9 +94,10 @@ class SplitCosts:
         self.costs = costs
         self._num_sms = num_sms
         self._found: dict[int, Found] = {}  # by decode_sms
+        self._last_token_s: float | None = None  # of when there was a large step
 
     def predict(self, decode_sms: int, num_decodes: int, context: float, now: float) -> Prediction | None:
-        """Of a split beside so many decodes. None: no plain step and no prompt was seen yet.
+        """Of a split beside so many decodes. None: no plain step, or no large one of prompts, was seen yet.
 
         Args:
             context: tokens before those of the prompt.
@@ -111,13 +112,20 @@ class SplitCosts:
         return guess._replace(step_s=guess.step_s * step, prompt_rate=guess.prompt_rate * rate)
 
     def _guess(self, decode_sms: int, num_decodes: int, context: float) -> Prediction | None:
-        plain_s, added_s = self.costs.plain(num_decodes), self.costs.added(LARGE_STEP, context)
-        if plain_s is None or not added_s:
+        plain_s, token_s = self.costs.plain(num_decodes), self._token_s(context)
+        if plain_s is None or not token_s:
             return None
         share = decode_sms / self._num_sms
         points = SLOWDOWNS, LEFT_TO_PROMPTS
         slower, left = (interpolate(each, share) for each in points) if decode_sms else WITHOUT_PARTITIONS
-        return Prediction(plain_s * slower, LARGE_STEP / added_s * left, plain_s)
+        return Prediction(plain_s * slower, left / token_s, plain_s)
+
+    def _token_s(self, context: float) -> float | None:
+        """Seconds for each token of a large step; small ones, whose tokens take less, say nothing of it."""
+        if self.costs.largest_prompt() >= LARGE_STEP / 2 and (added_s := self.costs.added(LARGE_STEP, 0.0)):
+            self._last_token_s = added_s / LARGE_STEP
+        last = self._last_token_s
+        return None if last is None else last * self.costs.weigh(1, context)
 
     def note_step(self, decode_sms: int, num_decodes: int, seconds: float, now: float) -> None:
         """A step that decodes took so long, and prompts were computed beside it all the time."""

@@ -66,16 +66,15 @@ class Pacer:
         self._arriving = 0.0  # tokens of prompts a second
         self._looked_at = 0.0
         self._seen_until = -math.inf  # prompts that were queued by then are counted
-        self._step_s: float | None = None
+        self._step_s, self._num_steps = 0.0, 0
 
     def note_step(self, seconds: float, *, has_decodes: bool) -> None:
         """A step took so long; without decodes the streams before it do not matter any more."""
         if not has_decodes:
-            self._step_s = None
-        elif self._step_s is None:
-            self._step_s = seconds
-        else:
-            self._step_s += (seconds - self._step_s) / PACE_STEPS
+            self._step_s, self._num_steps = 0.0, 0
+            return
+        self._num_steps = min(self._num_steps + 1, PACE_STEPS)
+        self._step_s += (seconds - self._step_s) / self._num_steps
 
     def look(self, now: float, load: Load, targets: Targets) -> Pace:
         """Take what has come into account. Rates are of tokens that cost as much as the first prompt's next one."""
@@ -94,8 +93,7 @@ class Pacer:
             needed = max(needed, left / each / time_left if time_left > 0 else math.inf)
         self._seen_until = newest
         limit_s = math.inf if targets.tpot_s is None else targets.tpot_s * TPOT_MARGIN
-        is_slow = self._step_s is not None and self._step_s > limit_s
-        return Pace(needed, max(needed, ARRIVALS_MARGIN * self._arriving / each), is_slow)
+        return Pace(needed, max(needed, ARRIVALS_MARGIN * self._arriving / each), self._step_s > limit_s)
 
     def _weigh(self, num_tokens: int, end: int) -> float:
         """Tokens without context that cost as much as the last ``num_tokens`` of a prompt of ``end``."""
