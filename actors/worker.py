@@ -176,12 +176,13 @@ class Worker(ABC):
             self._tasks.keep_running("publish prefixes", partial(self._prefix_news.publish, self.engine))
 
     async def stop(self) -> None:
-        """End the sessions and the engine's thread. Idempotent."""
+        """End the sessions, then the engine's thread, then the engine. Idempotent."""
         if not self._stopped.is_set():
             self._stopped.set()
             self._tasks.cancel()
             await self._server.stop()
             await asyncio.to_thread(self._engine_loop.stop)
+            await asyncio.to_thread(self.engine.close)  # nothing is launched any more
 
     async def join(self) -> None:
         """Returns when the worker was stopped; raises what made its engine fail."""

@@ -306,6 +306,9 @@ class Engine:
         """Do some of what waits until there is no work; returns whether more is left. Engine's thread only."""
         return self.pipeline is not None and self.pipeline.prepare_more()
 
+    def close(self) -> None:
+        """Give up what the device holds beside memory. No step may follow, and none may be running. Idempotent."""
+
     def split_state(self) -> SplitState | None:
         return None  # prompts and decodes share the device in one step, always
 
