@@ -60,8 +60,7 @@ class Engine:
 
     def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
         device = pool.device
-        config = config.for_device(device.type)
-        self.config = config
+        self.config = config = config.for_device(device.type)
         self.model = model
         self.pool = pool
         self.device = device
