@@ -80,8 +80,7 @@ class Engine:
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
         self._mask_filler = MaskFiller(limits.vocab_size, device)
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
-        self._num_steps = 0
-        self._step_times = StepTimes()
+        self._num_steps, self._step_times = 0, StepTimes()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request for prefill here.
