@@ -61,9 +61,7 @@ class Engine:
     def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
         device = pool.device
         self.config = config = config.for_device(device.type)
-        self.model = model
-        self.pool = pool
-        self.device = device
+        self.model, self.pool, self.device = model, pool, device
         self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
         self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
@@ -82,8 +80,7 @@ class Engine:
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
         self._mask_filler = MaskFiller(limits.vocab_size, device)
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
-        self._num_steps = 0
-        self._step_times = StepTimes()
+        self._num_steps, self._step_times = 0, StepTimes()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request for prefill here.
@@ -307,6 +304,9 @@ class Engine:
 
     def close(self) -> None:
         """Give up what the device holds beside memory. No step may follow, and none may be running. Idempotent."""
+        self._in_flight = None  # what a step hands to the host remembers its lane's stream
+        if self.pipeline is not None:
+            self.pipeline.close()
 
     def split_state(self) -> SplitState | None:
         return None  # prompts and decodes share the device in one step, always
