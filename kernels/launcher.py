@@ -1,0 +1,42 @@
+"""Launches of Triton kernels without Triton's binder, for those that are launched one by one in every step.
+
+To launch ``kernel[grid](...)`` Triton looks at the type of every argument and finds the compiled kernel by them, which
+takes longer than the kernel runs (150 us on a slow host). Here the caller says what the compiled kernel depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import triton
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes; Triton compiles one kernel for pointers that are multiples of it, and one for others
+
+
+class Launcher:
+    """Compiled kernels by key. For one thread and one device; launches go to its current stream."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Hashable, Any] = {}
+
+    def launch(
+        self, key: Hashable, kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], **options: Any
+    ) -> None:
+        """``kernel[grid](*args, **options)``.
+
+        Args:
+            key: all that the compiled kernel depends on, but for the kernel itself: dtypes, integers and options.
+            args: of every parameter, constants included. Tensors begin at multiples of ALIGNMENT.
+        """
+        if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
+            kernel[grid](*args, **options)
+            return
+        compiled = self._compiled.get((kernel.fn, key))
+        if compiled is None:
+            assert all(arg.data_ptr() % ALIGNMENT == 0 for arg in args if isinstance(arg, Tensor)), "not aligned"
+            compiled = kernel.warmup(*args, grid=grid, **options)
+            compiled = compiled.result() if hasattr(compiled, "result") else compiled
+            self._compiled[kernel.fn, key] = compiled
+        compiled[grid](*[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args])
