@@ -2,8 +2,7 @@
 
 llguidance derives a grammar's states as they are met, so to compile takes milliseconds; masks take microseconds. What
 hostile grammars may cost is bounded by their size (pdray.structured_outputs) and by the limits below, which count work
-and not time. What has been derived is shared by all matchers of one compiled grammar, and counts against its limits.
-So each request has a grammar of its own: what becomes too expensive does so for nobody else, and on every worker alike.
+and not time. Requests with the same parameters share what has been derived, within tighter limits: see starts.py.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import llguidance
 import msgspec
@@ -23,6 +22,7 @@ from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one
 from pdray.engine.grammar.lark import check_lark
 from pdray.engine.grammar.matcher import Grammar, GrammarError
 from pdray.engine.grammar.pieces import TokenPieces
+from pdray.engine.grammar.starts import Start, Starts
 from pdray.errors import InvalidRequestError
 from pdray.structured_outputs import FIELD, StructuredOutputsParams
 
@@ -30,17 +30,24 @@ WHITESPACE = r"[ \t\r\n]{1,40}"  # between JSON's tokens: a model that repeats i
 ANY_OBJECT = '{"type": "object"}'
 MAX_REMEMBERED = 64
 DEAD_END = "NoExtensionBias"  # the library's word for a text that nothing can follow, and that may not end
+T = TypeVar("T")
 STACK_BYTES = 256 * 1024 * 1024  # reserved, not used: rules that refer to each other are followed by recursion
 
-LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000,  # 20 ms
-    step_lexer_fuel=100_000,  # 7 ms
-    step_max_items=20_000,  # 1 ms
-    max_items_in_row=2_000,
-    max_lexer_states=50_000,  # 100 MB
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
+
+def _limits(max_lexer_states: int) -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=1_000_000,  # 20 ms
+        step_lexer_fuel=100_000,  # 7 ms
+        step_max_items=20_000,  # 1 ms
+        max_items_in_row=2_000,
+        max_lexer_states=max_lexer_states,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+LIMITS = _limits(50_000)  # 100 MB
+SHARED_LIMITS = _limits(5_000)  # 10 MB, which stay after the outputs
 
 
 class GrammarCompiler:
@@ -48,47 +55,45 @@ class GrammarCompiler:
 
     Args:
         load: the vocabulary; called once, when it is first needed, on the compiler's thread.
+        most_starts: compiled of one grammar, to be shared by its outputs; see Starts.
     """
 
-    def __init__(self, load: Callable[[], TokenPieces]) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[], TokenPieces], most_starts: int = 1) -> None:
+        self._load, self._most_starts = load, most_starts
         self._vocabulary: tuple[TokenPieces, llguidance.LLTokenizer] | None = None
         self._lane = ThreadPoolExecutor(1, "pdray-grammar")
         self._lock = threading.Lock()
-        self._spare: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
+        self._known: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
 
     def compile(self, params: StructuredOutputsParams) -> Future[Grammar]:
-        """A grammar for one request, or InvalidRequestError with the reason why there is none. Returns at once.
-
-        For the next request with the same parameters, another one is compiled at once.
-        """
+        """The grammar for a request, or InvalidRequestError with the reason why there is none. Returns at once."""
         with self._lock:
-            future = self._spare_for(params)
-            if not future.done() or future.exception() is None:
-                self._spare[params] = self._submit(params)
+            future = self._future(params)
+            if future.done() and future.exception() is None:
+                future.result().starts.expect()
             return future
 
     def check(self, params: StructuredOutputsParams) -> Future[Grammar]:
-        """What compile() will give, which this leaves there."""
+        """What compile() will give, for no request."""
         with self._lock:
-            return self._spare_for(params)
+            return self._future(params)
 
-    def _spare_for(self, params: StructuredOutputsParams) -> Future[Grammar]:
-        if params not in self._spare:
-            self._spare[params] = self._submit(params)
-        self._spare.move_to_end(params)
-        while len(self._spare) > MAX_REMEMBERED:
-            self._spare.popitem(last=False)
-        return self._spare[params]
+    def _future(self, params: StructuredOutputsParams) -> Future[Grammar]:
+        if params not in self._known:
+            self._known[params] = self._submit(self._compile, params)
+        self._known.move_to_end(params)
+        while len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return self._known[params]
 
     def warm(self) -> None:
         """Load the vocabulary now, beside the caller."""
         self.check(StructuredOutputsParams(json_object=True))
 
-    def _submit(self, params: StructuredOutputsParams) -> Future[Grammar]:
+    def _submit(self, work: Callable[..., T], *args: object) -> Future[T]:
         size = threading.stack_size(STACK_BYTES)  # of the lane's thread, which the first submit() starts
         try:
-            return self._lane.submit(self._compile, params)
+            return self._lane.submit(work, *args)
         finally:
             threading.stack_size(size)
 
@@ -96,16 +101,21 @@ class GrammarCompiler:
         if self._vocabulary is None:
             tokens = self._load()
             self._vocabulary = tokens, tokens.trie()
-        tokens, trie = self._vocabulary
-        try:
-            start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=LIMITS)
-        except InvalidRequestError:
-            raise
-        except ValueError as error:  # the library's own: a number or a depth that it cannot read, a lone surrogate
-            raise refusal(params, str(error)) from None
-        if start.is_error():
-            raise refusal(params, start.get_error())
-        grammar = Grammar(start, len(tokens.pieces), tokens.special)
+        tokens, _ = self._vocabulary
+        text = to_grammar(params)
+
+        def compile_one(is_shared: bool) -> Future[llguidance.LLMatcher]:
+            return self._submit(self._start, params, text, SHARED_LIMITS if is_shared else LIMITS)
+
+        first = self._start(params, text, SHARED_LIMITS)
+        is_expensive = Start(first).is_spent()
+        if is_expensive:
+            first = self._start(params, text, LIMITS)
+            if first.is_error():
+                raise refusal(params, first.get_error())
+        grammar = Grammar(
+            Starts(first, compile_one, 0 if is_expensive else self._most_starts), len(tokens.pieces), tokens.special
+        )
         try:
             if not grammar.has_text():
                 raise refusal(params, "it allows no text but the empty one")
@@ -113,6 +123,15 @@ class GrammarCompiler:
             dead_end = str(error) == DEAD_END
             raise refusal(params, "no text was found that it allows" if dead_end else str(error)) from None
         return grammar
+
+    def _start(
+        self, params: StructuredOutputsParams, text: str, limits: llguidance.LLParserLimits
+    ) -> llguidance.LLMatcher:
+        assert self._vocabulary is not None
+        try:
+            return llguidance.LLMatcher(self._vocabulary[1], text, log_level=0, limits=limits)
+        except ValueError as error:  # the library's own: a number or a depth that it cannot read, a lone surrogate
+            raise refusal(params, str(error)) from None
 
 
 def to_grammar(params: StructuredOutputsParams) -> str:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import llguidance
 import numpy as np
 
+from pdray.engine.grammar.starts import Starts
+
 Words = np.ndarray[Any, np.dtype[np.int32]]  # one bit a token, 32 a word, the lowest first
 
 
@@ -21,14 +23,14 @@ def num_words(vocab_size: int) -> int:
 
 
 class Grammar(NamedTuple):
-    """What a compiler makes, for one request. Its matchers share what they have found out about it.
+    """What a compiler makes, for all requests with the same parameters.
 
     Attributes:
-        start: a matcher that has taken nothing, and never does.
+        starts: of the outputs that follow it.
         special: see TokenPieces.
     """
 
-    start: llguidance.LLMatcher
+    starts: Starts
     vocab_size: int
     special: frozenset[int]
 
@@ -38,7 +40,7 @@ class Grammar(NamedTuple):
         Raises:
             GrammarError: they do not begin any text of the grammar.
         """
-        matcher = GrammarMatcher(self.start.deep_copy(), self.vocab_size)
+        matcher = GrammarMatcher(self.starts, self.vocab_size)
         for token_id in token_ids:
             matcher.take(token_id)
         return matcher
@@ -56,30 +58,43 @@ class Grammar(NamedTuple):
 
 
 class GrammarMatcher:
-    """One output's place in its grammar. For one thread at a time."""
+    """One output's place in its grammar. For one thread at a time.
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
+    Attributes:
+        ended: the text is complete, and nothing can follow it.
+        error: first line of why it cannot go on; empty while it can.
+    """
+
+    def __init__(self, starts: Starts, vocab_size: int) -> None:
+        self._starts, self._num_words = starts, num_words(vocab_size + 1)
+        self._start = starts.choose()
+        if self._start is None:
+            self._matcher = starts.alone()
+        else:
+            self._matcher = self._start.matcher.deep_copy()
+            self._start.users.add(self)
+        self._token_ids: list[int] = []
+        self._told: int | None = None  # by take_all(), and not yet by take()
+        self.ended = bool(self._matcher.is_stopped())
+        self.error = ""
+
+    @property
+    def shared_with(self) -> int:
+        """The same for matchers that take turns."""
+        return id(self if self._start is None else self._start)
 
     def take(self, token_id: int) -> None:
-        """The output has this token now.
+        """The output has this token now; take_all() may have said so before.
 
         Raises:
             GrammarError: the grammar does not allow it, or has become too expensive.
         """
-        if not self._matcher.consume_token(token_id):
+        if self._told is None:
+            take_all([self], [token_id], None)
+        assert self._told == token_id, "take_all() was told another token"
+        self._told = None
+        if self.error:
             raise GrammarError(self.error)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the text is complete, and nothing can follow it."""
-        return bool(self._matcher.is_stopped())
-
-    @property
-    def error(self) -> str:
-        """First line of why it cannot go on; empty while it can."""
-        return str(self._matcher.get_error()).partition("\n")[0]
 
     def fill(self, words: Words) -> None:
         """Set the bits of the tokens that may come next, and no others.
@@ -94,6 +109,59 @@ class GrammarMatcher:
         if self.error:
             raise GrammarError(self.error)
 
+    def _note_taken(self, token_id: int, is_taken: bool) -> None:
+        if not is_taken and self._leave():
+            is_taken = self._matcher.consume_token(token_id)
+        self._told = token_id
+        if is_taken:
+            self._token_ids.append(token_id)
+            self.ended = bool(self._matcher.is_stopped())
+        else:
+            self._note_error()
+
+    def _note_filled(self, words: Words) -> None:
+        if self._matcher.is_error() and self._leave():
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._matcher.is_error():
+            self._note_error()
+
+    def _note_error(self) -> None:
+        self.error = str(self._matcher.get_error()).partition("\n")[0] or "the grammar cannot go on"
+
+    def _leave(self) -> bool:
+        """Go on alone if what is shared has become too expensive; returns whether that was so.
+
+        With a matcher that has filled every mask and taken every token, as if it had never been shared.
+        """
+        if self._start is None:
+            return False
+        self._starts.note_failure(self._start)
+        if not self._starts.is_expensive:
+            return False
+        self._start, self._matcher = None, self._starts.alone()
+        words = np.zeros(self._num_words, dtype=np.int32)
+        for token_id in self._token_ids:
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            self._matcher.consume_token(token_id)
+        return True
+
+
+def take_all(
+    matchers: Sequence[GrammarMatcher], token_ids: Sequence[int], executor: llguidance.LLExecutor | None
+) -> None:
+    """Tell each matcher the token that its take() will be told next, which does no more then than raise its error.
+
+    Args:
+        executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
+    """
+    pairs = [(each._matcher, token_id) for each, token_id in zip(matchers, token_ids, strict=True)]
+    if executor is not None and len(pairs) > 1:
+        taken = executor.consume_token_par(pairs)
+    else:
+        taken = [matcher.consume_token(token_id) for matcher, token_id in pairs]
+    for each, token_id, is_taken in zip(matchers, token_ids, taken, strict=True):
+        each._note_taken(token_id, is_taken)
+
 
 def fill_all(
     matchers: Sequence[GrammarMatcher], words: Words, executor: llguidance.LLExecutor | None, rows: Sequence[int] = (0,)
@@ -105,9 +173,12 @@ def fill_all(
     """
     assert words.flags.c_contiguous and words.dtype == np.int32
     address, size = words.ctypes.data, words.shape[1] * 4
-    inner = [each._matcher for each in matchers]
-    if executor is not None and len(inner) > 1:
-        executor.unsafe_compute_mask_ptr(list(zip(inner, rows, strict=True)), address, size, len(words))
-        return
-    for matcher, row in zip(inner, rows, strict=True):
-        matcher.unsafe_compute_mask_ptr(address + row * size, size)
+    if executor is not None and len(matchers) > 1:
+        # those that take turns beside each other, where one thread comes to all of them
+        pairs = sorted(zip(matchers, rows, strict=True), key=lambda pair: pair[0].shared_with)
+        executor.unsafe_compute_mask_ptr([(each._matcher, row) for each, row in pairs], address, size, len(words))
+    else:
+        for each, row in zip(matchers, rows, strict=True):
+            each._matcher.unsafe_compute_mask_ptr(address + row * size, size)
+    for each, row in zip(matchers, rows, strict=True):
+        each._note_filled(words[row])
