@@ -11,6 +11,7 @@ import numpy as np
 from pdray.engine.grammar.starts import Starts
 
 Words = np.ndarray[Any, np.dtype[np.int32]]  # one bit a token, 32 a word, the lowest first
+FILLED = -1
 
 
 class GrammarError(Exception):
@@ -73,7 +74,7 @@ class GrammarMatcher:
         else:
             self._matcher = self._start.matcher.deep_copy()
             self._start.users.add(self)
-        self._token_ids: list[int] = []
+        self._done: list[int] = []  # so far: tokens taken, and FILLED
         self._told: int | None = None  # by take_all(), and not yet by take()
         self.ended = bool(self._matcher.is_stopped())
         self.error = ""
@@ -114,14 +115,15 @@ class GrammarMatcher:
             is_taken = self._matcher.consume_token(token_id)
         self._told = token_id
         if is_taken:
-            self._token_ids.append(token_id)
+            self._done.append(token_id)
             self.ended = bool(self._matcher.is_stopped())
         else:
             self._note_error()
 
-    def _note_filled(self, words: Words) -> None:
-        if self._matcher.is_error() and self._leave():
+    def _note_filled(self, words: Words, is_spent: bool) -> None:
+        if (is_spent or self._matcher.is_error()) and self._leave():
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._done.append(FILLED)
         if self._matcher.is_error():
             self._note_error()
 
@@ -140,16 +142,18 @@ class GrammarMatcher:
             return False
         self._start, self._matcher = None, self._starts.alone()
         words = np.zeros(self._num_words, dtype=np.int32)
-        for token_id in self._token_ids:
-            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            self._matcher.consume_token(token_id)
+        for done in self._done:
+            if done == FILLED:
+                self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            else:
+                self._matcher.consume_token(done)
         return True
 
 
 def take_all(
     matchers: Sequence[GrammarMatcher], token_ids: Sequence[int], executor: llguidance.LLExecutor | None
 ) -> None:
-    """Tell each matcher the token that its take() will be told next, which does no more then than raise its error.
+    """Tell each matcher the token that its take() will be told next, which then only raises its error.
 
     Args:
         executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
@@ -180,5 +184,6 @@ def fill_all(
     else:
         for each, row in zip(matchers, rows, strict=True):
             each._matcher.unsafe_compute_mask_ptr(address + row * size, size)
+    spent = {start for start in {each._start for each in matchers} if start is not None and start.is_spent()}
     for each, row in zip(matchers, rows, strict=True):
-        each._note_filled(words[row])
+        each._note_filled(words[row], each._start in spent)

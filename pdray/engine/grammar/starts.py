@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import llguidance
+import numpy as np
 
 OUTPUTS_PER_START = 4  # beyond, another start is compiled
 
@@ -29,12 +30,16 @@ class Start:
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self.matcher = matcher
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        first = np.frombuffer(matcher.deep_copy().compute_bitmask(), np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(first, bitorder="little"))
+        self._token_id = int(allowed[0]) if len(allowed) else 0
 
     def is_spent(self) -> bool:
-        """Whether its copies cannot go on, whatever they have taken."""
-        probe = self.matcher.deep_copy()
-        probe.compute_bitmask()
-        return bool(probe.is_error())
+        """Whether its copies cannot go on, whatever they have taken: what is shared has become too much.
+
+        A mask that leaves one token may not tell. To take a token always does.
+        """
+        return not self.matcher.deep_copy().consume_token(self._token_id)
 
 
 class Starts:
