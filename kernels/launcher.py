@@ -7,7 +7,7 @@ takes longer than the kernel runs (150 us on a slow host). Here the caller says 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -15,16 +15,24 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes; Triton compiles one kernel for pointers that are multiples of it, and one for others
 
 
+class Compiled(NamedTuple):
+    """What Triton's own launch of a compiled kernel takes."""
+
+    run: Any
+    function: int
+    metadata: Any
+
+
 class Launcher:
     """Compiled kernels by key. For one thread and one device; launches go to its current stream."""
 
     def __init__(self) -> None:
-        self._compiled: dict[Hashable, Any] = {}
+        self._compiled: dict[Hashable, Compiled] = {}
 
     def launch(
         self, key: Hashable, kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], **options: Any
     ) -> None:
-        """``kernel[grid](*args, **options)``.
+        """``kernel[grid](*args, **options)``, without Triton's hooks.
 
         Args:
             key: all that the compiled kernel depends on, but for the kernel itself: dtypes, integers and options.
@@ -36,7 +44,9 @@ class Launcher:
         compiled = self._compiled.get((kernel.fn, key))
         if compiled is None:
             assert all(arg.data_ptr() % ALIGNMENT == 0 for arg in args if isinstance(arg, Tensor)), "not aligned"
-            compiled = kernel.warmup(*args, grid=grid, **options)
-            compiled = compiled.result() if hasattr(compiled, "result") else compiled
-            self._compiled[kernel.fn, key] = compiled
-        compiled[grid](*[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args])
+            made = kernel.warmup(*args, grid=grid, **options)
+            compiled = self._compiled[kernel.fn, key] = Compiled(made.run, made.function, made.packed_metadata)
+        driver = triton.runtime.driver.active
+        stream = driver.get_current_stream(driver.get_current_device())
+        pointers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+        compiled.run(*grid, stream, compiled.function, compiled.metadata, None, None, None, *pointers)
