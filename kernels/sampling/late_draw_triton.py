@@ -209,11 +209,16 @@ def triton_draw_late(
         return
     scratch = scratch or LateScratch.of(num_rows, vocab_size, logits.device, most_groups)
     scores, token_ids, launcher = scratch.scores, scratch.token_ids, scratch.launcher
+    addresses = tuple(tensor.data_ptr() for tensor in (logits, out, *table))
+    key = num_rows, logits.dtype, logits.stride(0), may_filter, may_need_search, addresses
+    if launcher.repeat(key):
+        return
     if may_filter:
         _bound(logits, table, out, scratch, may_need_search)
         launch_draw(DrawLaunch.of(logits, table, out, scratch.bounds, BOUNDED_ROWS.value), scores, token_ids, launcher)
     else:
         launch_draw(DrawLaunch.of(logits, table, out, None, LATE_ROWS.value), scores, token_ids, launcher)
+    launcher.remember(key)
 
 
 def _bound(logits: Tensor, table: DrawTable, out: Tensor, scratch: LateScratch, may_need_search: bool) -> None:

@@ -110,20 +110,16 @@ class GrammarMatcher:
         if self.error:
             raise GrammarError(self.error)
 
-    def _note_taken(self, token_id: int, is_taken: bool) -> None:
-        if not is_taken and self._leave():
-            is_taken = self._matcher.consume_token(token_id)
-        self._told = token_id
-        if is_taken:
-            self._done.append(token_id)
-            self.ended = bool(self._matcher.is_stopped())
-        else:
+    def _refused(self, token_id: int) -> bool:
+        """A token was not taken; whether it is after all."""
+        is_taken = self._leave() and self._matcher.consume_token(token_id)
+        if not is_taken:
             self._note_error()
+        return is_taken
 
-    def _note_filled(self, words: Words, is_spent: bool) -> None:
+    def _check_filled(self, words: Words, is_spent: bool) -> None:
         if (is_spent or self._matcher.is_error()) and self._leave():
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        self._done.append(FILLED)
         if self._matcher.is_error():
             self._note_error()
 
@@ -158,32 +154,70 @@ def take_all(
     Args:
         executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
     """
-    pairs = [(each._matcher, token_id) for each, token_id in zip(matchers, token_ids, strict=True)]
-    if executor is not None and len(pairs) > 1:
+    if executor is not None and len(matchers) > 1:
+        pairs = [(each._matcher, token_id) for each, token_id in zip(matchers, token_ids, strict=True)]
         taken = executor.consume_token_par(pairs)
     else:
-        taken = [matcher.consume_token(token_id) for matcher, token_id in pairs]
+        taken = [each._matcher.consume_token(token_id) for each, token_id in zip(matchers, token_ids, strict=True)]
     for each, token_id, is_taken in zip(matchers, token_ids, taken, strict=True):
-        each._note_taken(token_id, is_taken)
+        each._told = token_id
+        if is_taken or each._refused(token_id):
+            each._done.append(token_id)
+            each.ended = each._matcher.is_stopped()
+
+
+class Fill(NamedTuple):
+    """GrammarMatcher.fill() of several, in parts: run() may be called on another thread, and finish() is to follow.
+
+    Attributes:
+        rows: of ``words``, one for each matcher.
+        executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
+    """
+
+    matchers: Sequence[GrammarMatcher]
+    words: Words
+    rows: Sequence[int]
+    executor: llguidance.LLExecutor | None
+    pairs: list[tuple[llguidance.LLMatcher, int]]
+
+    @classmethod
+    def of(
+        cls,
+        matchers: Sequence[GrammarMatcher],
+        words: Words,
+        executor: llguidance.LLExecutor | None,
+        rows: Sequence[int],
+    ) -> Fill:
+        assert words.flags.c_contiguous and words.dtype == np.int32
+        order = range(len(rows))
+        if executor is not None:  # those that take turns beside each other, where one thread comes to all of them
+            order = sorted(order, key=lambda i: matchers[i].shared_with)  # type: ignore[assignment]
+        return cls(matchers, words, rows, executor, [(matchers[i]._matcher, rows[i]) for i in order])
+
+    def run(self) -> None:
+        """Compute the masks."""
+        address, size = self.words.ctypes.data, self.words.shape[1] * 4
+        if self.executor is not None and len(self.pairs) > 1:
+            self.executor.unsafe_compute_mask_ptr(self.pairs, address, size, len(self.words))
+        else:
+            for matcher, row in self.pairs:
+                matcher.unsafe_compute_mask_ptr(address + row * size, size)
+
+    def finish(self) -> None:
+        """See to those that could not go on as they were. Whose ``error`` is set then, has no mask."""
+        starts = {start for start in {each._start for each in self.matchers} if start is not None}
+        spent = {start for start in starts if start.is_spent()}
+        if spent or any([matcher.is_error() for matcher, _ in self.pairs]):
+            for each, row in zip(self.matchers, self.rows, strict=True):
+                each._check_filled(self.words[row], each._start in spent)
+        for each in self.matchers:
+            each._done.append(FILLED)
 
 
 def fill_all(
     matchers: Sequence[GrammarMatcher], words: Words, executor: llguidance.LLExecutor | None, rows: Sequence[int] = (0,)
 ) -> None:
-    """GrammarMatcher.fill() of each, into the row of words given for it. Whose ``error`` is set then, has no mask.
-
-    Args:
-        executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
-    """
-    assert words.flags.c_contiguous and words.dtype == np.int32
-    address, size = words.ctypes.data, words.shape[1] * 4
-    if executor is not None and len(matchers) > 1:
-        # those that take turns beside each other, where one thread comes to all of them
-        pairs = sorted(zip(matchers, rows, strict=True), key=lambda pair: pair[0].shared_with)
-        executor.unsafe_compute_mask_ptr([(each._matcher, row) for each, row in pairs], address, size, len(words))
-    else:
-        for each, row in zip(matchers, rows, strict=True):
-            each._matcher.unsafe_compute_mask_ptr(address + row * size, size)
-    spent = {start for start in {each._start for each in matchers} if start is not None and start.is_spent()}
-    for each, row in zip(matchers, rows, strict=True):
-        each._note_filled(words[row], each._start in spent)
+    """GrammarMatcher.fill() of each, into the row of words given for it. Whose ``error`` is set then, has no mask."""
+    fill = Fill.of(matchers, words, executor, rows)
+    fill.run()
+    fill.finish()

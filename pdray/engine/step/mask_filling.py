@@ -18,7 +18,7 @@ import llguidance
 import numpy as np
 import torch
 
-from pdray.engine.grammar.matcher import GrammarError, GrammarMatcher, Words, fill_all, take_all
+from pdray.engine.grammar.matcher import Fill, GrammarError, GrammarMatcher, Words, take_all
 from pdray.engine.schedule.bookkeeping import GOES_ON, find_stop
 from pdray.engine.schedule.masks import NOTHING_LEFT, GrammarRule
 from pdray.engine.schedule.plan import Draw, SampledRow, StepPlan
@@ -42,6 +42,7 @@ class Filling(NamedTuple):
     words: Words
     matchers: dict[int, GrammarMatcher]
     failures: dict[Hashable, str]
+    fill: Fill
 
 
 class MaskFiller:
@@ -79,32 +80,32 @@ class MaskFiller:
             return
         matchers, token_ids = [], []
         for (sequence, _, _), row in zip(plan.draws, rows, strict=True):
-            live = sequence.request
+            live, token_id = sequence.request, row.token_id
             if live.grammar is None or sequence.status is SequenceStatus.FINISHED:
                 continue
-            is_text = find_stop(live.params, self._eos_token_ids, row.token_id) is GOES_ON
+            may_be_end = token_id in live.end_token_ids
+            is_text = not may_be_end or find_stop(live.params, self._eos_token_ids, token_id) is GOES_ON
             if is_text and (matcher := _rule(sequence).taker) is not None:
                 matchers.append(matcher)
-                token_ids.append(row.token_id)
+                token_ids.append(token_id)
         take_all(matchers, token_ids, self._executor)
         if self._expected is not None:
             self._begin(*self._expected)
 
     def _begin(self, plan: StepPlan, words: Words) -> None:
         draws = [draw for draw in plan.draws if draw.sequence.request.has_rules]
-        filling = self._filling = Filling(draws, words, {}, {})
-        self._expected = None
+        matchers: dict[int, GrammarMatcher] = {}
+        failures: dict[Hashable, str] = {}
         for i, (sequence, _, _) in enumerate(draws):
             if sequence.request.grammar is not None and sequence.status is not SequenceStatus.FINISHED:
                 try:
-                    filling.matchers[i] = _rule(sequence).matcher
+                    matchers[i] = _rule(sequence).matcher
                 except GrammarError as error:
-                    filling.failures[sequence.request.key] = str(error)
-        matchers, places = list(filling.matchers.values()), list(filling.matchers)
-        if self._thread is None:
-            fill_all(matchers, words, None, places)
-        elif matchers:
-            self._thread.start(lambda: fill_all(matchers, words, self._executor, places))
+                    failures[sequence.request.key] = str(error)
+        fill = Fill.of(list(matchers.values()), words, self._executor, list(matchers))
+        self._expected, self._filling = None, Filling(draws, words, matchers, failures, fill)
+        if self._thread is not None and matchers:
+            self._thread.start(fill.run)
 
     def fill(self) -> dict[Hashable, str]:
         """Masks of those of the expected plan's draws that have any, in order. All tokens before them are booked.
@@ -116,10 +117,14 @@ class MaskFiller:
             assert self._expected is not None, "no step waits for masks"
             self._begin(*self._expected)
         assert self._filling is not None
-        (draws, words, matchers, failures), self._filling = self._filling, None
-        words[[i for i in range(len(draws)) if i not in matchers]] = self._everything
-        if self._thread is not None and matchers:
+        (draws, words, matchers, failures, fill), self._filling = self._filling, None
+        if len(matchers) < len(draws):
+            words[[i for i in range(len(draws)) if i not in matchers]] = self._everything
+        if self._thread is None:
+            fill.run()
+        elif matchers:
             self._thread.wait()
+        fill.finish()
         may_end = (words[: len(draws), self._last_word] & ~self._last_bits) != 0
         for i, draw in enumerate(draws):
             sequence, matcher = draw.sequence, matchers.get(i)

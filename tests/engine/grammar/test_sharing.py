@@ -57,7 +57,7 @@ def test_a_fault_of_a_thread_is_the_engines(with_threads: Callable[..., Any], mo
         raise RuntimeError("out of luck")
 
     engine = with_threads()
-    monkeypatch.setattr("pdray.engine.step.mask_filling.fill_all", fail)
+    monkeypatch.setattr("pdray.engine.grammar.matcher.Fill.run", fail)
     engine.run(EngineRequest("r", [5, 6, 7], RULES["schema"]))
     assert "out of luck" in (engine.updates["r"][-1].failure or "")
 
