@@ -87,6 +87,7 @@ class Worker(ABC):
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
         self._prefix_news = PrefixNews(self._routers, self._tasks)
         self.kinds: dict[str, Kind] = {}  # of channels, by name
+        self.lender: WorkerInfo | None = None  # whose guest it is to be
         self._started = False
         self._starting = asyncio.Lock()
         self._start_error: BaseException | None = None
@@ -116,8 +117,9 @@ class Worker(ABC):
         if in_ray := ray.is_initialized():
             log_to_stderr()
         self._loop = asyncio.get_running_loop()
-        self.device, self.kinds, self.engine = await asyncio.to_thread(self._assemble)
-        self.engine.on_layer_group = self._layer_group_from_engine
+        self.device, self.kinds, self.engine, lent = await asyncio.to_thread(self._assemble)
+        is_guest = self.engine.pool.borrowed
+        self.engine.on_layer_group = None if is_guest else self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
         self._engine_loop.start()
         address = listen_address(self.config)
@@ -148,13 +150,15 @@ class Worker(ABC):
             max_num_batched_tokens=self.engine.config.max_num_batched_tokens,
             channels={name: kind.facts for name, kind in self.kinds.items()},
             vocab_size=self.engine.model.config.vocab_size,
+            lends=lent,
+            lender=self.lender.incarnation if is_guest and self.lender is not None else "",
         )
         self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
         log_start(str(self), self.config, self.info, self.engine.pool.layout.dtype)
 
     def _assemble(self) -> Assembly:
-        return assemble(self.config, self.role, self.worker_id, self._fail)
+        return assemble(self.config, self.role, self.worker_id, self._fail, self.lender)
 
     def _start_loops(self, step_timeout_s: float | None, *, in_ray: bool) -> None:
         if step_timeout_s is not None:
@@ -172,12 +176,13 @@ class Worker(ABC):
             self._tasks.keep_running("publish prefixes", partial(self._prefix_news.publish, self.engine))
 
     async def stop(self) -> None:
-        """End the sessions and the engine's thread. Idempotent."""
+        """End the sessions, then the engine's thread, then the engine. Idempotent."""
         if not self._stopped.is_set():
             self._stopped.set()
             self._tasks.cancel()
             await self._server.stop()
             await asyncio.to_thread(self._engine_loop.stop)
+            await asyncio.to_thread(self.engine.close)  # nothing is launched any more
 
     async def join(self) -> None:
         """Returns when the worker was stopped; raises what made its engine fail."""
@@ -204,7 +209,8 @@ class Worker(ABC):
     async def identify(self) -> WorkerIdentity | WorkerLoading:
         """Describe this worker to a Coordinator that was started again."""
         if not self._started:
-            return WorkerLoading(self.worker_id, self.incarnation, origin(self.config, self.secret))
+            lender = "" if self.lender is None else self.lender.incarnation
+            return WorkerLoading(self.worker_id, self.incarnation, origin(self.config, self.secret), lender)
         writers = list(self._writers.values())
         return WorkerIdentity(self.info, origin(self.config, self.secret), self._epochs(), writers)
 
@@ -245,6 +251,7 @@ class Worker(ABC):
             "preemptions": stats.num_preemptions,
             "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
             "split": None if split is None else split._asdict(),
+            "decode_pipeline": None if (pipeline := self.engine.pipeline) is None else pipeline.state()._asdict(),
             "routers": self._router_ids(),
         }
 

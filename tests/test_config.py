@@ -82,3 +82,26 @@ def test_a_split_that_cannot_be_is_refused(given: dict[str, object], text: str) 
     with pytest.raises(ValueError, match=text):
         Config(**given)
     Config(mode="colocated", sm_partition="auto", decode_sms=32, target_tpot_ms=8, target_ttft_ms=1000)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"decode_attention_sm": 64}, "decode_attention_sm is given, but decode_pipeline is off; set it to on or auto"),
+        ({"decode_ffn_sm": 64}, "decode_ffn_sm is given, but decode_pipeline is off"),
+        ({"decode_micro_batches": 3}, "decode_micro_batches is given, but decode_pipeline is off"),
+        ({"decode_pipeline": "on", "enforce_eager": True}, "decode_pipeline is on, but enforce_eager"),
+        ({"decode_pipeline": "on", "decode_attention_sm": 60, "decode_ffn_sm": 72, "mode": "colocated"}, None),
+        ({"decode_pipeline": "auto", "decode_attention_sm": 62, "decode_ffn_sm": 70}, "is 62 and decode_ffn_sm 70"),
+        ({"decode_pipeline": "on", "decode_ffn_sm": 4}, "decode_ffn_sm"),
+        ({"decode_pipeline": "on", "decode_micro_batches": 1}, "decode_micro_batches"),
+        ({"decode_pipeline": "sometimes"}, "decode_pipeline"),
+        ({"decode_pipeline": "auto", "mode": "colocated", "sm_partition": "on", "decode_sms": 32}, None),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused(given: dict[str, object], text: str | None) -> None:
+    if text is None:
+        assert Config(**Config(**given).model_dump()) == Config(**given)
+        return
+    with pytest.raises(ValueError, match=text):
+        Config(**given)

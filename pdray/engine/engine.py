@@ -10,20 +10,19 @@ from concurrent.futures import Future
 from functools import partial
 
 from pdray.config import Config
-from pdray.engine.budget import make_budget
 from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.matcher import Grammar
 from pdray.engine.grammar.pieces import load_pieces
-from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
+from pdray.engine.kv.block_pool import PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import usable_model_len
+from pdray.engine.pipeline.pipeline import open_lane
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
-from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.schedule.make import make_scheduler
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.refusals import give_up, grammar_compiled, refuse
-from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_stats
 from pdray.engine.step.inputs import StepInputs
@@ -46,7 +45,7 @@ class Engine:
     state, and is never held while the model runs. What a step in flight uses stays as it is until the step is booked.
 
     Args:
-        pool: this engine's alone to allocate from.
+        pool: this engine's alone to allocate from. Over a borrowed one, requests bring their blocks: see GivenBlocks.
         overlap: launch a step before the tokens of the one before it are read; default: config.async_scheduling, and
             where that says nothing, on CUDA.
 
@@ -62,31 +61,18 @@ class Engine:
     def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
         device = pool.device
         self.config = config = config.for_device(device.type)
-        self.model = model
-        self.pool = pool
-        self.device = device
+        self.model, self.pool, self.device = model, pool, device
         self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
         self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
         self.has_booked = False
-        limits = EngineLimits(
-            block_size=self.block_size,
-            num_blocks=self.num_blocks - 1,
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            headroom_tokens=config.decode_headroom_tokens,
-            vocab_size=model.config.vocab_size,
-            eos_token_ids=model.config.eos_token_ids,
-        )
-        self.overlap = overlap if overlap is not None else config.async_scheduling
-        if self.overlap is None:
-            self.overlap = device.type == "cuda"
+        wanted = config.async_scheduling if overlap is None else overlap
+        self.overlap = device.type == "cuda" if wanted is None else wanted
         capture = device.type == "cuda" and not config.enforce_eager
-        self.lane = Lane(model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
-        block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
-        self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
+        self._scheduler = make_scheduler(config, model.config, pool, self.max_model_len, padded=capture)
+        limits = self._scheduler.limits
+        self.lane, self.pipeline = open_lane(config, model.decoder, pool, limits)
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
         self._is_beside = False  # steps of another lane take the device's time too
@@ -149,6 +135,16 @@ class Engine:
 
         if live.grammar is not None:
             live.grammar.add_done_callback(compiled)
+
+    def lend(self, key: Hashable) -> Reservation:
+        """Blocks of a reservation whose prompt another engine is to compute in this pool; KeyError if there is none."""
+        with self._lock:
+            return self._scheduler.lend(key)
+
+    def is_writing(self, key: Hashable) -> bool:
+        """Whether a step in flight computes this request, though it may have been released."""
+        with self._lock:
+            return any(key in plan.keys for plan in self._scheduler.plans_in_flight)
 
     def start_prefill(self, key: Hashable) -> None:
         """Compute a reserved request here.
@@ -306,7 +302,10 @@ class Engine:
 
     def prepare_more(self) -> bool:
         """Do some of what waits until there is no work; returns whether more is left. Engine's thread only."""
-        return False
+        return self.pipeline is not None and self.pipeline.prepare_more()
+
+    def close(self) -> None:
+        """Give up what the device holds beside memory. No step may follow, and none may be running. Idempotent."""
 
     def split_state(self) -> SplitState | None:
         return None  # prompts and decodes share the device in one step, always
@@ -321,7 +320,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges."""
         with self._lock:
-            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps)
+            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps, self.lane.num_pipelined)
 
     def step_times(self) -> StepSpread | None:
         """Durations of the last steps, and the host's share of them."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pdray.kernels.attention.paged import AttentionMetadata
+from pdray.models.arena import Arena
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.attention import Attention
 from pdray.models.parts.embedding import Embedding, OutputHead
@@ -64,23 +65,40 @@ def shapes_of_layer(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) ->
     return DecoderLayer(config, RotaryTable(placement.empty(0, half), placement.empty(0, half)), placement)
 
 
+def num_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Size of the arena that a decoder's weights fill."""
+    arena = Arena.unlimited()
+    Decoder(config, 1, dtype, torch.device("meta"), arena)
+    return arena.num_bytes
+
+
 class Decoder(Part):
     """Weights of a model and its forward pass. Built with uninitialised weights; a loader fills parameters().
 
     Run it under torch.inference_mode. It keeps no state between calls, so that calls of several threads need only
     disjoint slots of the KV pool.
 
+    Args:
+        arena: that holds the weights, on ``device``; default: torch's own memory.
+
     Attributes:
         max_len: positions that the rotary table covers.
     """
 
-    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        arena: Arena | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.max_len = max_len
         self.dtype = dtype
         self.device = device
-        placement = Placement(dtype, device)
+        placement = Placement(dtype, device, arena)
         rotary = build_rotary_table(config, max_len, device)
         vocabulary = config.vocab_size, config.hidden_size
         self.embed_tokens = self.add("model.embed_tokens", Embedding(*vocabulary, placement))

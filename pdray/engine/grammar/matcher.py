@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import llguidance
 import numpy as np
 
+from pdray.engine.grammar.spelling import PLAIN, Spelling
 from pdray.engine.grammar.starts import Starts
 
 Words = np.ndarray[Any, np.dtype[np.int32]]  # one bit a token, 32 a word, the lowest first
@@ -29,11 +30,13 @@ class Grammar(NamedTuple):
     Attributes:
         starts: of the outputs that follow it.
         special: see TokenPieces.
+        spelling: of JSON; None for other texts.
     """
 
     starts: Starts
     vocab_size: int
     special: frozenset[int]
+    spelling: Spelling | None = None
 
     def matcher(self, token_ids: Iterable[int] = ()) -> GrammarMatcher:
         """One that has taken these tokens.
@@ -41,7 +44,7 @@ class Grammar(NamedTuple):
         Raises:
             GrammarError: they do not begin any text of the grammar.
         """
-        matcher = GrammarMatcher(self.starts, self.vocab_size)
+        matcher = GrammarMatcher(self.starts, self.vocab_size, self.spelling)
         for token_id in token_ids:
             matcher.take(token_id)
         return matcher
@@ -64,9 +67,10 @@ class GrammarMatcher:
     Attributes:
         ended: the text is complete, and nothing can follow it.
         error: first line of why it cannot go on; empty while it can.
+        spelling, spelling_state: see Spelling.
     """
 
-    def __init__(self, starts: Starts, vocab_size: int) -> None:
+    def __init__(self, starts: Starts, vocab_size: int, spelling: Spelling | None) -> None:
         self._starts, self._num_words = starts, num_words(vocab_size + 1)
         self._start = starts.choose()
         if self._start is None:
@@ -74,6 +78,7 @@ class GrammarMatcher:
         else:
             self._matcher = self._start.matcher.deep_copy()
             self._start.users.add(self)
+        self.spelling, self.spelling_state = spelling, PLAIN
         self._done: list[int] = []  # so far: tokens taken, and FILLED
         self._told: int | None = None  # by take_all(), and not yet by take()
         self.ended = bool(self._matcher.is_stopped())
@@ -96,6 +101,17 @@ class GrammarMatcher:
         self._told = None
         if self.error:
             raise GrammarError(self.error)
+        if self.spelling is not None:
+            state = self.spelling.after(self.spelling_state, token_id)
+            if state is None:
+                self.error = "a character of a JSON string is spelled in an unusual way"
+                raise GrammarError(self.error)
+            self.spelling_state = state
+
+    def narrow(self, words: Words) -> None:
+        """Take away what fill_all() has left in though it does not keep to the spelling."""
+        if self.spelling is not None:
+            words &= self.spelling.allowed[self.spelling_state][: len(words)]
 
     def fill(self, words: Words) -> None:
         """Set the bits of the tokens that may come next, and no others.
@@ -109,6 +125,7 @@ class GrammarMatcher:
         fill_all([self], words[None], None)
         if self.error:
             raise GrammarError(self.error)
+        self.narrow(words)
 
     def _refused(self, token_id: int) -> bool:
         """A token was not taken; whether it is after all."""
@@ -167,7 +184,7 @@ def take_all(
 
 
 class Fill(NamedTuple):
-    """GrammarMatcher.fill() of several, in parts: run() may be called on another thread, and finish() is to follow.
+    """GrammarMatcher.fill() of several, but for narrow(): run(), which may be called on another thread, then finish().
 
     Attributes:
         rows: of ``words``, one for each matcher.
@@ -217,7 +234,9 @@ class Fill(NamedTuple):
 def fill_all(
     matchers: Sequence[GrammarMatcher], words: Words, executor: llguidance.LLExecutor | None, rows: Sequence[int] = (0,)
 ) -> None:
-    """GrammarMatcher.fill() of each, into the row of words given for it. Whose ``error`` is set then, has no mask."""
+    """GrammarMatcher.fill() of each, but for narrow(), into the row of words given for it. Whose ``error`` is set then,
+    has no mask.
+    """
     fill = Fill.of(matchers, words, executor, rows)
     fill.run()
     fill.finish()

@@ -30,16 +30,16 @@ class Start:
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self.matcher = matcher
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
-        first = np.frombuffer(matcher.deep_copy().compute_bitmask(), np.uint8)
-        allowed = np.flatnonzero(np.unpackbits(first, bitorder="little"))
-        self._token_id = int(allowed[0]) if len(allowed) else 0
+        probe = matcher.deep_copy()
+        bits = np.unpackbits(np.frombuffer(probe.compute_bitmask(), np.uint8), bitorder="little")
+        self._token_id = None if probe.is_error() else int(bits.argmax())  # one that may come first
 
     def is_spent(self) -> bool:
         """Whether its copies cannot go on, whatever they have taken: what is shared has become too much.
 
         A mask that leaves one token may not tell. To take a token always does.
         """
-        return not self.matcher.deep_copy().consume_token(self._token_id)
+        return self._token_id is None or not self.matcher.deep_copy().consume_token(self._token_id)
 
 
 class Starts:

@@ -13,7 +13,7 @@ from pdray.engine.request import RequestUpdate
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import StepPlan
 from pdray.engine.step.draws import DrawReader, Draws
-from pdray.engine.step.graphs import StepGraphs, decode_sizes
+from pdray.engine.step.graphs import Compute, StepGraphs, decode_sizes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
@@ -133,13 +133,14 @@ class Lane:
         tokens = self.limits.max_num_batched_tokens
         return StepGraphs(self._graph_logits(), tokens, decode=decode, with_prompts=with_prompts)
 
-    def capture_one_by_one(self, place: Place) -> Iterator[StepShape]:
+    def capture_one_by_one(self, place: Place, compute: Compute | None = None) -> Iterator[StepShape]:
         """Capture another of the place's graphs before each value; while values are taken, no step is in flight.
 
         Where a graph with prompts is replayed nobody hears of groups of layers.
         """
         assert place.graphs is not None and place.stream is not None
-        captures = place.graphs.capture_one_by_one(self.compute, self._decode_buffers, self._buffers, place.stream)
+        buffers = self._decode_buffers, self._buffers
+        captures = place.graphs.capture_one_by_one(compute or self.compute, *buffers, place.stream)
         while True:
             self._decode_buffers.clear()
             self._buffers.clear()
@@ -216,22 +217,24 @@ class Lane:
         if inputs.needs.joins is not None:
             remember(self.histories.words, inputs.needs.joins)
         num_draws = len(inputs.num_logprobs)
-        scores = None
+        logits, scores = self._run(inputs, on_group)
+        if self.on_logits is not None and num_draws:
+            self.on_logits(logits[:num_draws].float())
+        undrawn = Undrawn(inputs, logits, scores)
+        return undrawn if inputs.needs.num_masks else self.draw(undrawn)
+
+    def _run(self, inputs: StepInputs, on_group: OnGroup | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the step's draws, and its scores."""
         if self.graphs is not None and inputs.shape in self.graphs and inputs.scores is None:
             logits = self.graphs.replay(inputs.shape)
             if on_group is not None:
                 for layers, stored in self.graphs.stored(inputs.shape):
                     on_group(layers, self._event_after(stored))
-        else:
-            on_layer = None if on_group is None else self._on_layer(inputs.shape, on_group)
-            if inputs.scores is None:
-                logits = self.compute(inputs, on_layer)
-            else:
-                logits, scores = self._compute_scored(inputs, inputs.scores, on_layer)
-        if self.on_logits is not None and num_draws:
-            self.on_logits(logits[:num_draws].float())
-        undrawn = Undrawn(inputs, logits, scores)
-        return undrawn if inputs.needs.num_masks else self.draw(undrawn)
+            return logits, None
+        on_layer = None if on_group is None else self._on_layer(inputs.shape, on_group)
+        if inputs.scores is not None:
+            return self._compute_scored(inputs, inputs.scores, on_layer)
+        return self.compute(inputs, on_layer), None
 
     @torch.inference_mode()
     def draw(self, undrawn: Undrawn) -> Draws:

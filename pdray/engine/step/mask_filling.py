@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from pdray.engine.grammar.matcher import Fill, GrammarError, GrammarMatcher, Words, take_all
+from pdray.engine.grammar.spelling import PLAIN
 from pdray.engine.schedule.bookkeeping import GOES_ON, find_stop
 from pdray.engine.schedule.masks import NOTHING_LEFT, GrammarRule
 from pdray.engine.schedule.plan import Draw, SampledRow, StepPlan
@@ -78,18 +79,20 @@ class MaskFiller:
         """
         if self._executor is None:
             return
-        matchers, token_ids = [], []
+        matchers, token_ids, must_be_told = [], [], False
         for (sequence, _, _), row in zip(plan.draws, rows, strict=True):
             live, token_id = sequence.request, row.token_id
             if live.grammar is None or sequence.status is SequenceStatus.FINISHED:
                 continue
-            may_be_end = token_id in live.end_token_ids
-            is_text = not may_be_end or find_stop(live.params, self._eos_token_ids, token_id) is GOES_ON
-            if is_text and (matcher := _rule(sequence).taker) is not None:
-                matchers.append(matcher)
-                token_ids.append(token_id)
+            if token_id in live.end_token_ids and find_stop(live.params, self._eos_token_ids, token_id) is not GOES_ON:
+                continue
+            if (matcher := _rule(sequence).taker) is None:
+                must_be_told = True
+                continue
+            matchers.append(matcher)
+            token_ids.append(token_id)
         take_all(matchers, token_ids, self._executor)
-        if self._expected is not None:
+        if self._expected is not None and not must_be_told:
             self._begin(*self._expected)
 
     def _begin(self, plan: StepPlan, words: Words) -> None:
@@ -97,9 +100,11 @@ class MaskFiller:
         matchers: dict[int, GrammarMatcher] = {}
         failures: dict[Hashable, str] = {}
         for i, (sequence, _, _) in enumerate(draws):
-            if sequence.request.grammar is not None and sequence.status is not SequenceStatus.FINISHED:
+            if sequence.request.grammar is None or sequence.status is SequenceStatus.FINISHED:
+                continue
+            if not (rule := _rule(sequence)).is_thinking:
                 try:
-                    matchers[i] = _rule(sequence).matcher
+                    matchers[i] = rule.matcher
                 except GrammarError as error:
                     failures[sequence.request.key] = str(error)
         fill = Fill.of(list(matchers.values()), words, self._executor, list(matchers))
@@ -117,7 +122,8 @@ class MaskFiller:
             assert self._expected is not None, "no step waits for masks"
             self._begin(*self._expected)
         assert self._filling is not None
-        (draws, words, matchers, failures, fill), self._filling = self._filling, None
+        filling, self._filling = self._filling, None
+        draws, words, matchers, failures, fill = filling
         if len(matchers) < len(draws):
             words[[i for i in range(len(draws)) if i not in matchers]] = self._everything
         if self._thread is None:
@@ -125,16 +131,33 @@ class MaskFiller:
         elif matchers:
             self._thread.wait()
         fill.finish()
-        may_end = (words[: len(draws), self._last_word] & ~self._last_bits) != 0
+        settled = self._settled(filling)
         for i, draw in enumerate(draws):
-            sequence, matcher = draw.sequence, matchers.get(i)
-            if sequence.status is SequenceStatus.FINISHED:
+            if i in settled or draw.sequence.status is SequenceStatus.FINISHED:
                 continue
-            if matcher is None or matcher.error or may_end[i] or len(sequence.rules) > 1:
-                reason = (matcher.error if matcher is not None else "") or self._narrow(draw, words[i])
-                if reason:
-                    failures.setdefault(sequence.request.key, reason)
+            matcher = matchers.get(i)
+            reason = (matcher.error if matcher is not None else "") or self._narrow(draw, words[i])
+            if reason:
+                failures.setdefault(draw.sequence.request.key, reason)
         return failures
+
+    def _settled(self, filling: Filling) -> set[int]:
+        """Masks that no rule narrows: of outputs that follow a grammar and nothing else, and cannot end here."""
+        may_end = (filling.words[: len(filling.draws), self._last_word] & ~self._last_bits) != 0
+        settled, spelled, spelling = set(), [], None
+        for i, matcher in filling.matchers.items():
+            sequence = filling.draws[i].sequence
+            if matcher.error or may_end[i] or len(sequence.rules) > 1 or _rule(sequence).taker is None:
+                continue
+            if matcher.spelling is None:
+                settled.add(i)
+            elif matcher.spelling_state == PLAIN:
+                spelled.append(i)
+                spelling = matcher.spelling  # the vocabulary's
+        if spelling is not None:
+            breaks = spelling.breaks(filling.words, spelled)
+            settled.update(i for i, is_broken in zip(spelled, breaks.tolist(), strict=True) if not is_broken)
+        return settled
 
     def _narrow(self, draw: Draw, words: Words) -> str:
         """Let every rule have its word; returns why nothing is left, if so."""

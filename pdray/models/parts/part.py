@@ -7,16 +7,25 @@ from typing import TypeVar
 
 import torch
 
+from pdray.models.arena import Arena
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a part's weights lie, and as what. On the device "meta" a part has shapes and no values."""
+    """Where a part's weights lie, and as what. On the device "meta" a part has shapes and no values.
+
+    Attributes:
+        arena: that they lie in, on that device; None: each lies where torch puts it.
+    """
 
     dtype: torch.dtype
     device: torch.device
+    arena: Arena | None = None
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """An uninitialised weight."""
+        """A weight without a value; in an arena, whatever lies there."""
+        if self.arena is not None:
+            return self.arena.take(shape, self.dtype)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 

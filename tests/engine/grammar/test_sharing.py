@@ -93,7 +93,7 @@ def test_no_output_pays_for_what_others_have_derived(make: Callable[..., Any], m
     """Where too much is shared each goes on as if it had been alone from its first token."""
     expected = answers(make().run(*requests()))
     for states in (40, 90, 200):
-        monkeypatch.setattr(compiler, "SHARED_LIMITS", compiler._limits(states))
+        monkeypatch.setattr(compiler, "MAX_SHARED_STATES", states)
         engine = make()
         engine.grammars = make_compiler()
         params = wanted("json", SCHEMA, max_tokens=150, seed=5)
@@ -108,8 +108,8 @@ def test_no_output_pays_for_what_others_have_derived(make: Callable[..., Any], m
 def test_an_expensive_output_ends_where_it_would_alone(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "SHARED_LIMITS", compiler._limits(300))
-    monkeypatch.setattr(compiler, "LIMITS", compiler._limits(700))
+    monkeypatch.setattr(compiler, "MAX_SHARED_STATES", 300)
+    monkeypatch.setattr(compiler, "MAX_STATES", 700)
     bomb = wanted("regex", GROWING, max_tokens=400, ignore_eos=True)
     lengths = []
     for delays in ((0,), (0, 3, 7)):
