@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Tokens that match one of these are allowed all at once where anything that matches it is: within a string, by how many
+# characters it may still have. Others are looked at one by one. The library's own list goes from 10 to 30.
+SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(rf'[^"\\\x00-\x1F\x7F]{{1,{most}}}' for most in (1, 2, 4, 7, 10, 15, 20, 30)),
+    r'[^"\\\x00-\x1F\x7F]+',
+]
 MAX_ENCODED_CHARS = 256
 
 
@@ -45,7 +52,7 @@ class TokenPieces(NamedTuple):
     def trie(self) -> llguidance.LLTokenizer:
         """The trie that masks are computed with. Its last id, vocab_size, stands for the end of the text."""
         wrapped = _Wrapped(self)
-        wrapped.trie = llguidance.LLTokenizer(wrapped)  # type: ignore[arg-type]
+        wrapped.trie = llguidance.LLTokenizer(wrapped, slices=SLICES)  # type: ignore[arg-type]
         return wrapped.trie
 
 
@@ -74,7 +81,8 @@ class _Wrapped:
         self._tokens = tokens
         self.eos_token_id = len(tokens.pieces)
         self.tokens = [*tokens.pieces, b"<end>"]
-        self.special_token_ids = [*sorted(tokens.special), self.eos_token_id]
+        # An id that stands for nothing is in no trie. As a special token it would be, one more with the same bytes.
+        self.special_token_ids = [*sorted(i for i in tokens.special if tokens.pieces[i]), self.eos_token_id]
 
     def __call__(self, text: str | bytes) -> list[int]:
         text = text if isinstance(text, str) else text.decode(errors="replace")

@@ -34,6 +34,7 @@ class Spelling:
 
     Attributes:
         allowed: by state, the tokens that keep to it.
+        places: words of PLAIN's that leave tokens out. banned: those tokens.
     """
 
     def __init__(self, pieces: Sequence[bytes], num_words: int) -> None:
@@ -52,6 +53,13 @@ class Spelling:
             bits[[i for i in doubtful if self.after(state, i) is None]] = False
             bits[len(pieces) :] = True  # the end of the text
             self.allowed.append(np.packbits(bits, bitorder="little").view(np.int32))
+        self.places = np.flatnonzero(self.allowed[PLAIN] != -1)
+        self.banned = ~self.allowed[PLAIN][self.places]
+
+    def breaks(self, words: Words, rows: Sequence[int]) -> Any:
+        """Which of these rows of masks [R, W], all in PLAIN, have a token that does not keep to the rule."""
+        places = self.places[self.places < words.shape[1]]
+        return (words[np.ix_(rows, places)] & self.banned[: len(places)]).any(1)
 
     def after(self, state: int, token_id: int) -> int | None:
         """The state behind a token; None if it does not keep to the rule."""

@@ -62,6 +62,11 @@ class GrammarRule(Rule):
             raise GrammarError(self._failure)
         return self._matcher
 
+    @property
+    def taker(self) -> GrammarMatcher | None:
+        """The matcher, if the next token is one that told() will hand on to it, and no thought."""
+        return None if self._failure or self._thoughts is not None else self._matcher
+
     def told(self, token_id: int) -> None:
         """See Rule. A token that the grammar does not take (all logits were -inf) ends the request at its next draw."""
         if not self._is_answer(token_id):

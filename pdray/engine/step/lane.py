@@ -11,49 +11,20 @@ import torch
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.request import RequestUpdate
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.schedule.plan import SampledRow, StepPlan
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.step.draws import DrawReader, Draws
 from pdray.engine.step.graphs import Compute, StepGraphs, decode_sizes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
-from pdray.engine.step.reports import unpack_reports
 from pdray.engine.step.scores import ScoreInputs, compute_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
-from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
+from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, make_scratch, report
 from pdray.kernels.sampling.history import remember
 from pdray.models.decoder import Decoder
 from pdray.sampling_params import MAX_LOGPROBS
-
-
-class Draws(NamedTuple):
-    """Draws of a launched step.
-
-    Attributes:
-        packed: on the host, and on CUDA only once ``done`` has passed: token ids, or reports if num_top is not None.
-        num_logprobs: see StepInputs.
-        num_top: most likely tokens in each report; None if no row asked for any.
-        scores: as packed, of prompt tokens: reports of MAX_LOGPROBS most likely tokens. None if none are asked for.
-    """
-
-    packed: torch.Tensor
-    num_logprobs: list[int | None]
-    num_top: int | None
-    done: torch.cuda.Event | None = None
-    scores: torch.Tensor | None = None
-
-    def is_done(self) -> bool:
-        """Whether read() would not wait."""
-        return self.done is None or self.done.query()
-
-    def read(self) -> list[SampledRow]:
-        """One row for each draw, in order. Waits for the step."""
-        if self.done is not None:
-            self.done.synchronize()
-        if self.num_top is None:
-            return [SampledRow(token_id) for token_id in self.packed.tolist()]
-        return unpack_reports(self.packed.numpy(), self.num_logprobs, self.num_top)
 
 
 class Undrawn(NamedTuple):
@@ -137,8 +108,9 @@ class Lane:
         self.histories, self.masks = histories or Histories(*draws), MaskBuffer(*draws)
         self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device, self.histories, self.masks)
         self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, self.masks)
+        self._reader, self._scratch = DrawReader(limits.max_num_seqs, device), make_scratch(*draws)
         if device.type == "cuda":
-            load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
+            load_late_draws(self.histories.words, self.masks.words, decoder.dtype, self._scratch)
             copy_blocks(pool.tensor, [(0, 0)])  # the dummy block: loads the kernels before the first fork needs them
         self._logits: torch.Tensor | None = None  # that graphs write
         if capture:
@@ -332,19 +304,10 @@ class Lane:
         sampled, num_top = self.sampled[:num], None
         table = inputs.draws._replace(records=inputs.draws.records[:num])
         if needs.has_late:
-            draw_late(logits[:num], table, sampled, may_need_search=needs.may_need_search)
-        packed = sampled
+            filters = {"may_filter": needs.may_filter, "may_need_search": needs.may_need_search}
+            draw_late(logits[:num], table, sampled, scratch=self._scratch, **filters)
+        packed = None
         if needs.has_reports:
             num_top = MAX_LOGPROBS
             packed = report(logits[:num], table, sampled, num_top)
-        if packed.device.type == "cpu":
-            return Draws(packed.clone(), inputs.num_logprobs, num_top, None, scores)
-        host, scores_host = _to_host(packed), None if scores is None else _to_host(scores)
-        done = torch.cuda.Event()
-        done.record()
-        return Draws(host, inputs.num_logprobs, num_top, done, scores_host)
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A pinned copy, which is there when the current stream has come so far."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return self._reader.send(sampled, inputs.num_logprobs, packed, num_top, scores)
