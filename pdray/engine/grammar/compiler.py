@@ -9,11 +9,12 @@ So each request has a grammar of its own: what becomes too expensive does so for
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance
 import msgspec
@@ -21,8 +22,10 @@ import msgspec
 from pdray.engine.grammar.formats import write_out_formats
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
 from pdray.engine.grammar.lark import check_lark
-from pdray.engine.grammar.matcher import Grammar, GrammarError
+from pdray.engine.grammar.matcher import Grammar, GrammarError, num_words
+from pdray.engine.grammar.multiples import check_multiples
 from pdray.engine.grammar.pieces import TokenPieces
+from pdray.engine.grammar.spelling import Spelling
 from pdray.errors import InvalidRequestError
 from pdray.structured_outputs import FIELD, StructuredOutputsParams
 
@@ -32,15 +35,31 @@ MAX_REMEMBERED = 64
 DEAD_END = "NoExtensionBias"  # the library's word for a text that nothing can follow, and that may not end
 STACK_BYTES = 256 * 1024 * 1024  # reserved, not used: rules that refer to each other are followed by recursion
 
-LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000,  # 20 ms
-    step_lexer_fuel=100_000,  # 7 ms
-    step_max_items=20_000,  # 1 ms
-    max_items_in_row=2_000,
-    max_lexer_states=50_000,  # 100 MB
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
+
+def _limits(max_items_in_row: int) -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=1_000_000,  # 20 ms
+        step_lexer_fuel=100_000,  # 7 ms
+        step_max_items=20_000,  # 1 ms where texts can be read in one way
+        max_items_in_row=max_items_in_row,
+        max_lexer_states=50_000,  # 100 MB
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+LIMITS = _limits(2_000)
+# Rules of a request's own may read a text in many ways, and every step costs the square of a row: "a: a a | X" half a
+# second at 2,000 items, 20 ms at 500. Schemas cannot: JSON's brackets and commas say how a text is read.
+LIMITS_OF_RULES = _limits(500)
+
+
+class _Vocabulary(NamedTuple):
+    """What is made of the tokens once."""
+
+    tokens: TokenPieces
+    trie: llguidance.LLTokenizer
+    spelling: Spelling
 
 
 class GrammarCompiler:
@@ -52,7 +71,7 @@ class GrammarCompiler:
 
     def __init__(self, load: Callable[[], TokenPieces]) -> None:
         self._load = load
-        self._vocabulary: tuple[TokenPieces, llguidance.LLTokenizer] | None = None
+        self._vocabulary: _Vocabulary | None = None
         self._lane = ThreadPoolExecutor(1, "pdray-grammar")
         self._lock = threading.Lock()
         self._spare: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
@@ -95,17 +114,21 @@ class GrammarCompiler:
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         if self._vocabulary is None:
             tokens = self._load()
-            self._vocabulary = tokens, tokens.trie()
-        tokens, trie = self._vocabulary
+            self._vocabulary = _Vocabulary(
+                tokens, tokens.trie(), Spelling(tokens.pieces, num_words(len(tokens.pieces) + 1))
+            )
+        tokens, trie, spelling = self._vocabulary
+        limits = LIMITS_OF_RULES if params.kind == "grammar" else LIMITS
         try:
-            start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=LIMITS)
+            start = llguidance.LLMatcher(trie, to_grammar(params), log_level=0, limits=limits)
         except InvalidRequestError:
             raise
         except ValueError as error:  # the library's own: a number or a depth that it cannot read, a lone surrogate
             raise refusal(params, str(error)) from None
         if start.is_error():
             raise refusal(params, start.get_error())
-        grammar = Grammar(start, len(tokens.pieces), tokens.special)
+        is_json = params.kind in ("json", "json_object")
+        grammar = Grammar(start, len(tokens.pieces), tokens.special, spelling if is_json else None)
         try:
             if not grammar.has_text():
                 raise refusal(params, "it allows no text but the empty one")
@@ -141,8 +164,9 @@ def to_grammar(params: StructuredOutputsParams) -> str:
 
 def _of_schema(params: StructuredOutputsParams) -> str:
     try:
-        schema = msgspec.json.decode(params.text or ANY_OBJECT)
+        schema = msgspec.json.decode(ANY_OBJECT if params.json is None else params.text)
         check_keywords(schema)
+        check_multiples(schema)
         write_out_formats(schema)
         if isinstance(schema, bool):
             schema = {} if schema else {"enum": []}
@@ -161,12 +185,34 @@ def _of_schema(params: StructuredOutputsParams) -> str:
     return str(llguidance.LLMatcher.grammar_from_json_schema(text, None, options))  # type: ignore[arg-type]
 
 
+# What the library says, as a regex, and what a client is told.
+REASONS = {
+    "coerce_one_of": (
+        "oneOf is supported where its branches exclude each other: by their types, by const or enum, or as objects by "
+        "one required property with const or enum; use anyOf"
+    ),
+    "Resource '(.*)' is not present": (
+        r"its $ref or $schema leads out of it, to '\1'; put what a $ref stands for under $defs"
+    ),
+    "for float range": (
+        "its numbers (minimum, maximum, exclusiveMinimum, exclusiveMaximum) must be between -2^63 and 2^63, with at "
+        "most 15 digits"
+    ),
+    "patternProperty regexes (.*) are not disjoint": (
+        r"one name may match several of its patternProperties, \1; make their patterns exclude each other"
+    ),
+    "(Unsatisfiable schema: (?:anyOf is empty|schema is false))": (
+        r"no value satisfies it, or an enum, allOf, anyOf or oneOf of it (\1)"
+    ),
+    "^(regex parse error)": r"a pattern is none of Rust's regex crate: \1",
+}
+
+
 def refusal(params: StructuredOutputsParams, reason: str) -> InvalidRequestError:
     """Why a grammar cannot be compiled, in words that name no library's option."""
     reason = reason.partition("<backtrace>")[0].partition("<non-verbose/>")[0].strip()
-    if "coerce_one_of" in reason:
-        reason = (
-            "oneOf is supported where its branches exclude each other: by their types, by const or enum, or as objects "
-            "by one required property with const or enum; use anyOf"
-        )
+    for said, told in REASONS.items() if params.kind in ("json", "json_object") else ():
+        if (found := re.search(said, reason)) is not None:
+            reason = found.expand(told) + (reason[found.end() :] if said.startswith("^") else "")
+            break
     return InvalidRequestError(f"{params.label} cannot be enforced: {reason}", FIELD)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import llguidance
 import numpy as np
 
+from pdray.engine.grammar.spelling import PLAIN, Spelling
+
 Words = np.ndarray[Any, np.dtype[np.int32]]  # one bit a token, 32 a word, the lowest first
 
 
@@ -26,11 +28,13 @@ class Grammar(NamedTuple):
     Attributes:
         start: a matcher that has taken nothing, and never does.
         special: see TokenPieces.
+        spelling: of JSON; None for other texts.
     """
 
     start: llguidance.LLMatcher
     vocab_size: int
     special: frozenset[int]
+    spelling: Spelling | None = None
 
     def matcher(self, token_ids: Iterable[int] = ()) -> GrammarMatcher:
         """One that has taken these tokens.
@@ -38,7 +42,7 @@ class Grammar(NamedTuple):
         Raises:
             GrammarError: they do not begin any text of the grammar.
         """
-        matcher = GrammarMatcher(self.start.deep_copy(), self.vocab_size)
+        matcher = GrammarMatcher(self.start.deep_copy(), self.spelling)
         for token_id in token_ids:
             matcher.take(token_id)
         return matcher
@@ -58,9 +62,10 @@ class Grammar(NamedTuple):
 class GrammarMatcher:
     """One output's place in its grammar. For one thread at a time."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, spelling: Spelling | None) -> None:
         self._matcher = matcher
-        self._vocab_size = vocab_size
+        self._spelling = spelling
+        self._state = PLAIN
 
     def take(self, token_id: int) -> None:
         """The output has this token now.
@@ -70,6 +75,16 @@ class GrammarMatcher:
         """
         if not self._matcher.consume_token(token_id):
             raise GrammarError(self.error)
+        if self._spelling is not None:
+            state = self._spelling.after(self._state, token_id)
+            if state is None:
+                raise GrammarError("a character of a JSON string is spelled in an unusual way")
+            self._state = state
+
+    def narrow(self, words: Words) -> None:
+        """Take away what fill_all() has left in though it does not keep to the spelling."""
+        if self._spelling is not None:
+            words &= self._spelling.allowed[self._state][: len(words)]
 
     @property
     def ended(self) -> bool:
@@ -93,12 +108,14 @@ class GrammarMatcher:
         fill_all([self], words[None], None)
         if self.error:
             raise GrammarError(self.error)
+        self.narrow(words)
 
 
 def fill_all(
     matchers: Sequence[GrammarMatcher], words: Words, executor: llguidance.LLExecutor | None, rows: Sequence[int] = (0,)
 ) -> None:
-    """GrammarMatcher.fill() of each, into the row of words given for it. Whose ``error`` is set then, has no mask.
+    """GrammarMatcher.fill() of each, but for narrow(), into the row of words given for it. Whose ``error`` is set then,
+    has no mask.
 
     Args:
         executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MAX_ENCODED_CHARS = 256
+
+
 class TokenPieces(NamedTuple):
     """Attributes:
     pieces: of each id of the vocabulary within a text; empty for ids that stand for nothing.
@@ -74,13 +77,13 @@ class _Wrapped:
         self.special_token_ids = [*sorted(tokens.special), self.eos_token_id]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        raw = text.encode() if isinstance(text, str) else text
-        text = raw.decode(errors="replace")
+        text = text if isinstance(text, str) else text.decode(errors="replace")
+        text = text[:MAX_ENCODED_CHARS]  # each step asks for the tokens of all that is left, and takes the first one
         pieces, encode = self._tokens.pieces, self._tokens.encode
         if encode is not None:
             ids = encode(text)
             # a text may look like a special token; it is written in others
             is_text = all(i < len(pieces) and i not in self._tokens.special for i in ids)
-            if is_text and b"".join(pieces[i] for i in ids) == raw:
+            if is_text and b"".join(pieces[i] for i in ids) == text.encode():
                 return ids
-        return self.trie.greedy_tokenize(text)
+        return list(self.trie.greedy_tokenize(text))

@@ -62,7 +62,7 @@ class MaskFiller:
         matchers = {}
         for i, sequence in sequences.items():
             for rule in sequence.rules:
-                if isinstance(rule, GrammarRule):
+                if isinstance(rule, GrammarRule) and not rule.is_thinking:
                     try:
                         matchers[i] = rule.matcher
                     except GrammarError as error:
