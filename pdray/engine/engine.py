@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -22,7 +21,7 @@ from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, Re
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.make import make_scheduler
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
-from pdray.engine.schedule.refusals import give_up, grammar_compiled, refuse
+from pdray.engine.schedule.refusals import give_up, grammar_compiled, preparing, refuse
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_stats
 from pdray.engine.step.inputs import StepInputs
@@ -30,12 +29,10 @@ from pdray.engine.step.lane import Flight, Lane, Launched, Settled, Undrawn
 from pdray.engine.step.layer_groups import OnGroup, group_callback
 from pdray.engine.step.mask_filling import MaskFiller, num_fill_threads
 from pdray.engine.step.times import StepSpread, StepTimes
-from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError, describe_error
+from pdray.errors import InvalidRequestError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
 from pdray.structured_outputs import FIELD
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -115,14 +112,9 @@ class Engine:
 
     def _prepare(self, request: EngineRequest, *, reserved: bool) -> LiveRequest:
         wanted = request.params.structured_outputs
-        try:
+        with preparing(request.key):
             grammar = None if wanted is None else self.grammars.compile(wanted)
             return self._scheduler.prepare(request, reserved=reserved, grammar=grammar)
-        except InvalidRequestError:
-            raise
-        except Exception as error:
-            logger.exception("request %r could not be prepared", request.key)
-            raise RequestFailedError(f"the request could not be prepared: {describe_error(error)}") from error
 
     def _watch_grammar(self, live: LiveRequest) -> None:
         """Go on with the request when its grammar is there; end it if there is none, once nobody writes its blocks."""
