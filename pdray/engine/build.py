@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from pdray.engine.mux.partitions import PIECE_TOKENS
 from pdray.engine.step.profile import profile_model
 from pdray.kernels.green_context import open_splits
 from pdray.models.load import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 
 class PoolPlace(NamedTuple):
@@ -57,8 +60,11 @@ def make_pool(config: Config, model: LoadedModel, device: torch.device, place: P
 def build_engine(config: Config, model: LoadedModel, device: torch.device, place: PoolPlace = ANYWHERE) -> Engine:
     """An engine with a pool of its own; see make_pool(). With sm_partition one of two lanes.
 
-    On a device without partitions "auto" is "off", and says so in one line of the log.
+    "auto" is "off" on a device without partitions, and where throughput alone counts; one line of the log says so.
     """
+    if config.sm_partition == "auto" and config.target_tpot_ms == 0:
+        logger.warning("sm_partition auto is off: with target_tpot_ms 0 one step of prompts and decodes computes most")
+        config = config.model_copy(update={"sm_partition": "off", "decode_sms": None, "target_ttft_ms": None})
     pool = make_pool(config, model, device, place)
     if config.sm_partition == "off":
         return Engine(config, model, pool)

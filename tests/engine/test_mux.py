@@ -279,6 +279,21 @@ def test_a_cpu_has_no_partitions_and_one_line_says_so(
         engine.close()
 
 
+@pytest.mark.parametrize(("setting", "kind"), [("auto", Engine), ("on", MuxEngine)])
+def test_where_throughput_alone_counts_auto_is_off(
+    llama: Any, setting: str, kind: type, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = [SmSplit(Partition(16, None), Partition(116, None))]
+    monkeypatch.setattr("pdray.engine.build.open_splits", lambda device, sizes: splits)
+    settings: Any = {"model": str(llama.folder), "skip_tokenizer_init": True, "num_kv_blocks": 50, "mode": "colocated"}
+    with caplog.at_level(logging.WARNING):
+        config = Config(**settings, sm_partition=setting, target_tpot_ms=0, target_ttft_ms=1000)
+        engine = build_engine(config, llama.loaded, torch.device("cpu"))
+    assert type(engine) is kind
+    assert ("sm_partition auto is off: with target_tpot_ms 0" in caplog.text) == (setting == "auto")
+    engine.close()
+
+
 @pytest.mark.parametrize(
     ("most_tokens", "sizes"), [(16, [16]), (64, [64]), (1500, [64, 128, 256, 512, 1024, 1500]), (4096, [*PIECE_SIZES])]
 )
