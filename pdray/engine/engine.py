@@ -61,9 +61,7 @@ class Engine:
     def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
         device = pool.device
         self.config = config = config.for_device(device.type)
-        self.model = model
-        self.pool = pool
-        self.device = device
+        self.model, self.pool, self.device = model, pool, device
         self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
         self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
@@ -307,6 +305,8 @@ class Engine:
 
     def close(self) -> None:
         """Give up what the device holds beside memory. No step may follow, and none may be running. Idempotent."""
+        if self.pipeline is not None:
+            self.pipeline.close()
 
     def split_state(self) -> SplitState | None:
         return None  # prompts and decodes share the device in one step, always
