@@ -110,6 +110,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("pdray.engine.pipeline.halves.plain_streams", lambda device, reason: stream)
     monkeypatch.setattr(module, "table_key", lambda lane: {"device": "fake"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
 def open_on(lane: FakeLane, split: Splits, **settings: Any) -> DecodePipeline:
@@ -282,6 +283,14 @@ def test_a_cpu_says_so_and_decodes_plainly(llama: Any, caplog: pytest.LogCapture
             engine.step()
         assert engine.stats().num_pipelined_steps == 0 and engine.prepare_more() is False
     assert build_engine(Config(**cast(Any, common)), llama.loaded, torch.device("cpu")).pipeline is None
+
+
+@pytest.mark.parametrize("kind", ["engine", "mux"])
+def test_an_engine_closes_its_pipeline(llama: Any, kind: str) -> None:
+    engine, closed = getattr(llama, kind)(), []
+    engine.pipeline = SimpleNamespace(close=lambda: closed.append(kind))
+    engine.close()
+    assert closed == [kind]
 
 
 def test_halves_of_a_device() -> None:

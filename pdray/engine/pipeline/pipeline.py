@@ -140,7 +140,9 @@ class DecodePipeline:
         return PipelineState(self._mode, ways, *measured, self._is_preparing, steps, self._unavailable)
 
     def close(self) -> None:
-        """Give up graphs, then the partitions' streams: steps are plain again. Idempotent; no step is in flight."""
+        """Wait for the device, give up graphs, then the partitions' streams: steps are plain again. Idempotent."""
+        if self._opened:
+            torch.cuda.synchronize(self._lane.pool.device)
         self._lane.choose = None
         self._work, self._is_preparing = iter(()), False
         self._ways = {}
