@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pdray.bench import mixed
-from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, Timed, measure_rows
+from pdray.bench.rows import HEADER, WORKLOADS, Measured, Requests, Timed, measure_rows, needs_tokenizer
 from pdray.bench.ways import Generate, Generation, Way, make_engine, make_llm, make_transformers
 from pdray.config import OFFLINE_TARGET_TPOT_MS, Config
 from pdray.errors import ConfigError
@@ -139,6 +139,9 @@ def _rows_of(
     args: argparse.Namespace,
 ) -> list[Measured | mixed.MixedMeasured]:
     names = list(WORKLOADS) if "all" in args.rows else [name for name in args.rows if name != MIXED]
+    if way == "llm" and config.skip_tokenizer_init and (left_out := [name for name in names if needs_tokenizer(name)]):
+        print(f"{way} has no tokenizer (--skip-tokenizer-init), and so not: {', '.join(left_out)}", flush=True)
+        names = [name for name in names if name not in left_out]
     rows: list[Measured | mixed.MixedMeasured] = []
     if names:
         started = time.perf_counter()

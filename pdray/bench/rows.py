@@ -17,6 +17,7 @@ import numpy as np
 from pdray.engine.step.times import StepSpread
 from pdray.models.model_config import ModelConfig
 from pdray.sampling_params import SamplingParams
+from pdray.structured_outputs import StructuredOutputsParams
 
 BYTES_PER_S = 3.0e12  # what an H100's memory gives to a kernel that only reads
 FLOPS_PER_S = 800e12  # dense bfloat16 products of random data on an H100
@@ -31,6 +32,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "penalty": {"repetition_penalty": 1.05, "presence_penalty": 0.5},
     "logprobs": {"logprobs": 5},
     "min-p": {"min_p": 0.05},
+}
+MIXED_SETTINGS = tuple(SETTINGS)
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["new", "vip", "late", None]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+# No answer of 257 tokens is a whole list.
+SETTINGS["json"] = {
+    "structured_outputs": StructuredOutputsParams(json={"type": "array", "items": PERSON, "minItems": 200})
 }
 
 
@@ -105,8 +121,13 @@ WORKLOADS = {
 } | {
     f"{name}-{num}x{length}": Workload(num, length, 257, STEP_UNIT, settings)
     for num, length in ((1, 512), (64, 512), (256, 512), (1, 8192), (32, 8192))
-    for name, settings in [*((name, (name,)) for name in SETTINGS), ("mixed", tuple(SETTINGS))]
+    for name, settings in [*((name, (name,)) for name in SETTINGS), ("mixed", MIXED_SETTINGS)]
 }
+
+
+def needs_tokenizer(name: str) -> bool:
+    """Whether the named workload's answers are text of some form."""
+    return "json" in WORKLOADS[name].settings
 
 
 def floor_seconds(model: ModelConfig, requests: Requests) -> float:

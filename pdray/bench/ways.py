@@ -49,16 +49,25 @@ class Way:
 
 @contextlib.contextmanager
 def make_engine(config: Config) -> Iterator[Way]:
-    """The engine, stepped by this thread: no Ray, no HTTP. The garbage collector is as quiet as in a worker."""
+    """The engine, stepped by this thread: no Ray, no HTTP. The garbage collector is as quiet as in a worker.
+
+    Without a tokenizer its grammars are over a made-up vocabulary.
+    """
     import torch
 
+    from pdray.bench.vocabulary import make_vocabulary
     from pdray.engine.build import build_engine
     from pdray.engine.device import select_device
+    from pdray.engine.grammar.compiler import GrammarCompiler
     from pdray.engine.request import EngineRequest
+    from pdray.engine.step.mask_filling import num_fill_threads
     from pdray.models import load_model
 
     device = select_device(config)
     engine = build_engine(config, load_model(config, device), device)
+    if config.skip_tokenizer_init:
+        vocabulary = make_vocabulary(engine.model.config.vocab_size)
+        engine.grammars = GrammarCompiler(lambda: vocabulary, num_fill_threads(device))
     thresholds = gc.get_threshold()
     quiet_garbage_collection()
 

@@ -14,6 +14,7 @@ from pdray import cli
 from pdray.bench import offline
 from pdray.bench.offline import Generation, OfflineRow, format_rows, measure
 from pdray.bench.rows import WORKLOADS, Requests, floor_seconds
+from pdray.bench.vocabulary import make_vocabulary
 from pdray.errors import ConfigError
 from pdray.models.model_config import ModelConfig
 from pdray.sampling_params import SamplingParams
@@ -135,6 +136,24 @@ def test_named_rows_have_their_lengths_and_floors(tmp_path: Path, capsys: pytest
     assert (row["name"], row["way"], row["unit"]) == ("first-token", "engine", "ms")
     assert row["figure"] == pytest.approx(1000 * row["seconds"][0]) and 0 < row["share"] < 1
     assert "| first-token | engine |" in capsys.readouterr().out
+
+
+def test_a_schema_is_a_setting_of_steps(tmp_path: Path) -> None:
+    """Also for a model without a tokenizer: its answers follow the schema in a made-up vocabulary."""
+    assert (
+        make_vocabulary(3000).pieces == make_vocabulary(3000).pieces and len(set(make_vocabulary(3000).pieces)) == 3000
+    )
+    assert "json" not in WORKLOADS["mixed-1x512"].settings
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(SHAPE | {"architectures": ["LlamaForCausalLM"], "vocab_size": 700, "max_position_embeddings": 1024})
+    )
+    words = ["bench", "offline", str(config), "--load-format", "dummy", "--skip-tokenizer-init", "--device", "cpu"]
+    words += ["--num-kv-blocks", "64", "--repeat", "1", "--save-result", str(tmp_path / "out")]
+    assert cli.main([*words, "--rows", "plain-1x512", "json-1x512"]) == 0
+    plain, form = json.loads((tmp_path / "out").read_text())["rows"]
+    assert (form["name"], form["unit"], plain["to_plain"]) == ("json-1x512", "ms a step", None)
+    assert form["to_plain"] == pytest.approx(form["figure"] / plain["figure"])
 
 
 def test_table_has_a_line_for_each_row() -> None:
