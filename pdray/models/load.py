@@ -10,6 +10,7 @@ import torch
 
 from pdray.config import Config
 from pdray.errors import ConfigError, ModelLoadError
+from pdray.kernels.collective.group import RankGroup
 from pdray.models.decoder import Decoder
 from pdray.models.dummy import fill_dummy
 from pdray.models.end_of_sequence import tokenizer_end_ids
@@ -48,12 +49,15 @@ def load_model_config(config: Config) -> ModelConfig:
     return _model_config(source, _gguf(source), config)
 
 
-def load_model(config: Config, device: torch.device) -> LoadedModel:
+def load_model(config: Config, device: torch.device, group: RankGroup | None = None) -> LoadedModel:
     """Build the decoder on ``device`` and fill it.
+
+    Args:
+        group: ranks that share the model: this process loads its own shard and nothing else.
 
     Raises:
         ModelLoadError: the model is not found, unknown, or its tensors do not fit its configuration.
-        ConfigError: max_model_len is beyond the model's limit.
+        ConfigError: max_model_len is beyond the model's limit, or the model cannot be divided by so many ranks.
     """
     source = resolve_model(config, weights=True)
     gguf = _gguf(source)
@@ -64,7 +68,7 @@ def load_model(config: Config, device: torch.device) -> LoadedModel:
             logger.warning("%s ties its embeddings by its config.json, but holds an lm_head of its own", source.path)
         model_config = dataclasses.replace(model_config, tie_word_embeddings=not untied)
     dtype = choose_dtype(config, model_config, device)
-    decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device)
+    decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device, group)
     _fill(decoder, source, gguf, config)
     digest = fingerprint(decoder)
     decoder.pack_weights()
@@ -98,13 +102,13 @@ def _gguf(source: ModelSource) -> GGUFFile | None:
 
 def _fill(decoder: Decoder, source: ModelSource, gguf: GGUFFile | None, config: Config) -> None:
     """Give every parameter its value. No view of them outlives this, so that packing frees what it replaces."""
-    parameters = decoder.parameters()
+    parameters, cuts = decoder.parameters(), decoder.cuts()
     if config.load_format == "dummy":
-        fill_dummy(parameters, config.seed, decoder.config.initializer_range)
+        fill_dummy(parameters, config.seed, decoder.config.initializer_range, cuts)
     elif gguf is not None:
-        load_gguf(gguf, parameters)
+        load_gguf(gguf, parameters, cuts)
     else:
-        load_safetensors(source.path, parameters)
+        load_safetensors(source.path, parameters, cuts)
 
 
 def _model_config(source: ModelSource, gguf: GGUFFile | None, config: Config) -> ModelConfig:
