@@ -11,7 +11,9 @@ from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import choose_num_blocks
 from pdray.engine.mux.engine import MuxEngine, wanted_sizes
 from pdray.engine.mux.partitions import PIECE_TOKENS
+from pdray.engine.ranks.orders import LaneRanks
 from pdray.engine.step.profile import profile_model
+from pdray.kernels.collective.group import RankGroup
 from pdray.kernels.green_context import open_splits
 from pdray.models.load import LoadedModel
 
@@ -19,7 +21,7 @@ from pdray.models.load import LoadedModel
 def make_pool(
     config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0, spare_bytes: int = 0
 ) -> KVPool:
-    """A pool as large as the configuration says, or as the device allows.
+    """A pool as large as the configuration says, or as the device allows; of several ranks, each has as many blocks.
 
     Args:
         gpu_share: part of the GPU that its worker may use (CUDA, measured pool).
@@ -29,32 +31,54 @@ def make_pool(
         OutOfMemoryError: the measured pool cannot hold one sequence of max_model_len.
     """
     config = config.for_device(device.type)
-    layout = KVLayout.of(model.config, config.block_size, model.dtype)
+    layout = KVLayout.of(model.config, config.block_size, model.dtype, model.decoder.num_ranks)
     num_blocks = choose_num_blocks(
         config,
         layout,
         device,
         model.decoder.max_len,
         gpu_share=gpu_share,
+        num_ranks=model.decoder.num_ranks,
         profile=lambda: profile_model(_largest(config), model.decoder),
     )
+    if model.decoder.group is not None:
+        num_blocks = smallest(model.decoder.group, num_blocks, device)
     return KVPool.allocate(layout, num_blocks, device, spare_bytes=spare_bytes)
 
 
 def build_engine(
-    config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0, spare_bytes: int = 0
+    config: Config,
+    model: LoadedModel,
+    device: torch.device,
+    *,
+    gpu_share: float = 1.0,
+    spare_bytes: int = 0,
+    ranks: LaneRanks | None = None,
 ) -> Engine:
     """An engine with a pool of its own; see make_pool(). With sm_partition one of two lanes.
+
+    Args:
+        ranks: those that share the model with this process, which is rank 0.
 
     On a device without partitions "auto" is "off", and says so in one line of the log.
     """
     pool = make_pool(config, model, device, gpu_share=gpu_share, spare_bytes=spare_bytes)
     if config.sm_partition == "off":
-        return Engine(config, model, pool)
+        return Engine(config, model, pool, ranks=ranks)
     splits = open_splits(pool.device, wanted_sizes(config))
     if config.sm_partition == "auto" and splits[0].unavailable is not None:
         return Engine(config, model, pool)
     return MuxEngine(config, model, pool, splits=splits)
+
+
+def smallest(group: RankGroup, number: int, device: torch.device) -> int:
+    """The smallest of the ranks' numbers."""
+    mine = torch.tensor([number], dtype=torch.int64, device=device)
+    numbers = group.gather(mine)
+    if numbers is not None:
+        mine = torch.stack(numbers).amin(0)
+    group.broadcast(mine)
+    return int(mine.item())
 
 
 def _largest(config: Config) -> Config:

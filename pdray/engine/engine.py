@@ -17,17 +17,18 @@ from pdray.engine.grammar.pieces import load_pieces
 from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.kv.sizing import usable_model_len
+from pdray.engine.lanes import engine_limits, make_lane
+from pdray.engine.ranks.orders import LaneRanks
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
-from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.refusals import give_up, grammar_compiled, refuse
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_stats
 from pdray.engine.step.inputs import StepInputs
-from pdray.engine.step.lane import Flight, Lane, Launched, Settled, Undrawn
+from pdray.engine.step.flight import Flight, Launched, Settled, Undrawn
+from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup, group_callback
 from pdray.engine.step.mask_filling import MaskFiller
 from pdray.engine.step.times import StepSpread, StepTimes
@@ -49,6 +50,7 @@ class Engine:
         pool: this engine's alone to allocate from.
         overlap: launch a step before the tokens of the one before it are read; default: config.async_scheduling, and
             where that says nothing, on CUDA.
+        ranks: those that share the model with this one.
 
     Attributes:
         max_model_len: tokens of prompt and output: the configured limit, or what the pool holds of one sequence.
@@ -59,7 +61,15 @@ class Engine:
         grammars: compiles structured outputs, on a thread of its own.
     """
 
-    def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: LoadedModel,
+        pool: KVPool,
+        *,
+        overlap: bool | None = None,
+        ranks: LaneRanks | None = None,
+    ) -> None:
         device = pool.device
         config = config.for_device(device.type)
         self.config = config
@@ -67,29 +77,20 @@ class Engine:
         self.pool = pool
         self.device = device
         self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
-        self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
         self.has_booked = False
-        limits = EngineLimits(
-            block_size=self.block_size,
-            num_blocks=self.num_blocks - 1,
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            headroom_tokens=config.decode_headroom_tokens,
-            vocab_size=model.config.vocab_size,
-            eos_token_ids=model.config.eos_token_ids,
-        )
-        self.overlap = overlap if overlap is not None else config.async_scheduling
-        if self.overlap is None:
-            self.overlap = device.type == "cuda"
-        capture = device.type == "cuda" and not config.enforce_eager
-        self.lane = Lane(model.decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
+        limits = engine_limits(config, model, pool)
+        self.max_model_len = limits.max_model_len
+        overlap = config.async_scheduling if overlap is None else overlap
+        self.overlap = device.type == "cuda" if overlap is None else overlap
+        self.lane = make_lane(config, model, pool, limits, ranks)
         block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
-        self._scheduler = Scheduler(limits, block_pool, make_budget(config, model.config, padded=capture))
+        budget = make_budget(config, model.config, padded=self.lane.graphs is not None)
+        self._scheduler = Scheduler(limits, block_pool, budget)
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
+        self._is_shared = device.type != "cpu" or ranks is not None  # a launched step cannot be taken back
         self._is_beside = False  # steps of another lane take the device's time too
         self._lock = threading.Lock()
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
@@ -251,7 +252,7 @@ class Engine:
             launched = lane.launch(inputs, on_group)
             return launched if isinstance(launched, Undrawn) else Flight(plan, launched)
         except Exception as error:
-            if self.device.type != "cpu" and (launching or isinstance(error, RuntimeError)):
+            if self._is_shared and (launching or isinstance(error, RuntimeError)):
                 raise
             return error
 
@@ -269,7 +270,7 @@ class Engine:
             failures = self._mask_filler.fill([draw for chunk in plan.chunks for draw in chunk.draws], lane.masks.host)
             flight = Flight(plan, lane.draw(launched))
         except Exception as error:
-            if self.device.type != "cpu":
+            if self._is_shared:
                 raise
             return Settled(None, self._give_up(plan, error))
         with self._lock:

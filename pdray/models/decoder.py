@@ -94,6 +94,7 @@ class Decoder(Part):
         self.group = group
         placement = Placement(dtype, device, group)
         self.shard = placement.shard(config)
+        self.num_ranks = 1 if group is None else group.size
         rotary = build_rotary_table(config, max_len, device)
         self.embed_tokens = self.add("model.embed_tokens", make_embedding(config, placement))
         self.layers = [

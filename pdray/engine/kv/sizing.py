@@ -28,6 +28,7 @@ def choose_num_blocks(
     max_model_len: int,
     *,
     gpu_share: float = 1.0,
+    num_ranks: int = 1,
     profile: Callable[[], None] | None = None,
 ) -> int:
     """Size of the pool in blocks, the dummy block included.
@@ -35,6 +36,9 @@ def choose_num_blocks(
     num_kv_blocks, else what kv_cache_memory_bytes holds, else a share of what is free: on CPU
     cpu_memory_utilization of available memory, on CUDA gpu_memory_utilization * gpu_share of the GPU less what the
     process uses at the peak of ``profile``. Never more than max_num_seqs sequences of max_model_len can fill.
+
+    Args:
+        num_ranks: processes that have such a pool each; on CPU they divide what a worker may take.
 
     Raises:
         ConfigError: num_kv_blocks is too small for any request.
@@ -49,7 +53,8 @@ def choose_num_blocks(
     if config.kv_cache_memory_bytes is not None:
         available, setting = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     elif device.type == "cpu":
-        available, setting = int(available_host_bytes() * config.cpu_memory_utilization), "cpu_memory_utilization"
+        share = config.cpu_memory_utilization / num_ranks
+        available, setting = int(available_host_bytes() * share), "cpu_memory_utilization"
     else:
         available, setting = _available_gpu_bytes(config, device, gpu_share, profile), "gpu_memory_utilization"
     num_blocks = available // size

@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import replace
 
 from pdray.config import Config
-from pdray.engine.engine import Engine, Flight, Launched
+from pdray.engine.engine import Engine
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.mux.controller import Controller, Targets
 from pdray.engine.mux.costs import Arrangement, StepCosts
@@ -27,6 +27,7 @@ from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.step.graphs import FEW_SEQUENCES
 from pdray.engine.step.inputs import StepInputs
+from pdray.engine.step.flight import Flight, Launched
 from pdray.engine.step.lane import Lane
 from pdray.kernels.green_context import SmSplit, open_splits
 from pdray.models.decoder import shapes_of_layer

@@ -9,78 +9,22 @@ from typing import NamedTuple
 import torch
 
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.request import RequestUpdate
+from pdray.engine.ranks.orders import LaneRanks, StepOrder
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.schedule.plan import SampledRow, StepPlan
+from pdray.engine.schedule.plan import BlockCopy, StepPlan
+from pdray.engine.step.flight import Draws, Undrawn
 from pdray.engine.step.graphs import StepGraphs, decode_sizes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
-from pdray.engine.step.reports import unpack_reports
-from pdray.engine.step.scores import ScoreInputs, compute_scores, make_scores, score_piece
+from pdray.engine.step.scores import ScoreInputs, compute_scores, follow_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
 from pdray.kernels.sampling.history import remember
 from pdray.models.decoder import Decoder
 from pdray.sampling_params import MAX_LOGPROBS
-
-
-class Draws(NamedTuple):
-    """Draws of a launched step.
-
-    Attributes:
-        packed: on the host, and on CUDA only once ``done`` has passed: token ids, or reports if num_top is not None.
-        num_logprobs: see StepInputs.
-        num_top: most likely tokens in each report; None if no row asked for any.
-        scores: as packed, of prompt tokens: reports of MAX_LOGPROBS most likely tokens. None if none are asked for.
-    """
-
-    packed: torch.Tensor
-    num_logprobs: list[int | None]
-    num_top: int | None
-    done: torch.cuda.Event | None = None
-    scores: torch.Tensor | None = None
-
-    def is_done(self) -> bool:
-        """Whether read() would not wait."""
-        return self.done is None or self.done.query()
-
-    def read(self) -> list[SampledRow]:
-        """One row for each draw, in order. Waits for the step."""
-        if self.done is not None:
-            self.done.synchronize()
-        if self.num_top is None:
-            return [SampledRow(token_id) for token_id in self.packed.tolist()]
-        return unpack_reports(self.packed.numpy(), self.num_logprobs, self.num_top)
-
-
-class Undrawn(NamedTuple):
-    """A launched step whose late draws wait for masks."""
-
-    inputs: StepInputs
-    logits: torch.Tensor
-    scores: torch.Tensor | None
-
-
-class Flight(NamedTuple):
-    """A step that was launched."""
-
-    plan: StepPlan
-    draws: Draws
-
-
-class Settled(NamedTuple):
-    """Attributes:
-    flight: a step that is in flight, if any. news: of requests that ended with its launch.
-    """
-
-    flight: Flight | None
-    news: list[RequestUpdate]
-
-
-Launched = Flight | Undrawn | Exception  # the last is a plan's fault alone, and has left everything else as it was
 
 
 class Place(NamedTuple):
@@ -104,6 +48,8 @@ class Lane:
         histories: default: its own.
         largest_group: layers that are told of together at most; see layer_groups().
         capture: make CUDA graphs, and load what launched steps need.
+        ranks: of a worker of several, each with a lane of its own: this one tells the others what it launches, or is
+            told. All are made at the same time. Tokens are drawn by rank 0.
 
     Attributes:
         sampled: the last launched step's draws. masks: of those that wait for any.
@@ -121,6 +67,7 @@ class Lane:
         histories: Histories | None = None,
         largest_group: int = 16,
         capture: bool = False,
+        ranks: LaneRanks | None = None,
     ) -> None:
         self.decoder = decoder
         self.pool = pool
@@ -135,8 +82,20 @@ class Lane:
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
         draws = limits.max_num_seqs, decoder.config.vocab_size, device
         self.histories, self.masks = histories or Histories(*draws), MaskBuffer(*draws)
-        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device, self.histories, self.masks)
-        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, self.masks)
+        self._announce = None if ranks is None else ranks.announce
+        memory = None if ranks is None else ranks.memory
+        self._decode_buffers, self._buffers = (
+            InputBuffers(
+                limits,
+                num_tokens,
+                device,
+                self.histories,
+                self.masks,
+                memory=memory,
+                follows=ranks is not None and ranks.announce is None,
+            )
+            for num_tokens in (limits.max_num_seqs, limits.max_num_batched_tokens)
+        )
         if device.type == "cuda":
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
             copy_blocks(pool.tensor, [(0, 0)])  # the dummy block: loads the kernels before the first fork needs them
@@ -237,9 +196,23 @@ class Lane:
             launch.
         """
         with self._on_stream():
-            return self._launch(inputs, on_group)
+            if self._announce is not None:
+                self._announce(StepOrder.of(inputs))
+            undrawn = self._run(inputs, on_group)
+            return undrawn if inputs.needs.num_masks else self.draw(undrawn)
 
-    def _launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws | Undrawn:
+    @torch.inference_mode()
+    def follow(self, order: StepOrder) -> None:
+        """Do this rank's part of a step that rank 0 launches; nothing here waits for a device."""
+        shape, scored = order.step_shape, order.scored
+        with self._on_stream():
+            inputs = (self._decode_buffers if shape.is_decode else self._buffers).receive(order.host, shape, order.spans)
+            scores = None if scored is None else follow_scores(scored, self.pool.device)
+            copies = [BlockCopy(*copy) for copy in order.copies]
+            self._run(inputs._replace(copies=copies, scores=scores), None)
+
+    def _run(self, inputs: StepInputs, on_group: OnGroup | None) -> Undrawn:
+        """All of a step but its late draws."""
         copy_blocks(self.pool.tensor, list(inputs.copies))
         if inputs.needs.joins is not None:
             remember(self.histories.words, inputs.needs.joins)
@@ -258,8 +231,7 @@ class Lane:
                 logits, scores = self._compute_scored(inputs, inputs.scores, on_layer)
         if self.on_logits is not None and num_draws:
             self.on_logits(logits[:num_draws].float())
-        undrawn = Undrawn(inputs, logits, scores)
-        return undrawn if inputs.needs.num_masks else self.draw(undrawn)
+        return Undrawn(inputs, logits, scores)
 
     @torch.inference_mode()
     def draw(self, undrawn: Undrawn) -> Draws:
@@ -301,6 +273,7 @@ class Lane:
         logits_out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of the step's draws, which go to ``sampled`` but for late ones. Can be captured."""
+        self._share_sampled()
         tokens = inputs.input_ids, inputs.positions
         rows = None if inputs.shape.is_decode else inputs.logit_rows
         hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
@@ -310,12 +283,18 @@ class Lane:
         self, inputs: StepInputs, scores: ScoreInputs, on_layer: Callable[[int], None] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """compute(), and the scores; of a step that is no decode step."""
+        self._share_sampled()
         num = len(inputs.logit_rows)
         rows = torch.cat((inputs.logit_rows, scores.rows))
         tokens = inputs.input_ids, inputs.positions
         hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
         logits = self._draw(hidden[:num], inputs, None)
         return logits, compute_scores(self.decoder, hidden[num:], scores, inputs.draws, self._score_piece)
+
+    def _share_sampled(self) -> None:
+        """Let every rank know what rank 0 has drawn in the step before: late draws, too, are made by now."""
+        if self.decoder.group is not None:
+            self.decoder.group.broadcast(self.sampled)
 
     def _draw(self, hidden: torch.Tensor, inputs: StepInputs, logits_out: torch.Tensor | None) -> torch.Tensor:
         logits = self.decoder.compute_logits(hidden, logits_out)
