@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from pdray.engine.engine import Engine
+    from pdray.ranks.leader import Leader
     from pdray.transfer.channel import Kind
 
 logger = logging.getLogger(__name__)
@@ -24,21 +25,29 @@ logger = logging.getLogger(__name__)
 class Assembly(NamedTuple):
     """Attributes:
     device: that the worker runs on. kinds: of channels, by name. engine: warmed up.
+    leader: of the processes that share the model with this one; None: there are none.
     """
 
     device: torch.device
     kinds: dict[str, Kind]
     engine: Engine
+    leader: Leader | None
 
 
-def assemble(config: Config, role: Role, worker_id: str, on_fatal: Callable[[BaseException], None]) -> Assembly:
+def assemble(
+    config: Config,
+    role: Role,
+    worker_id: str,
+    on_fatal: Callable[[BaseException], None],
+    on_rank_end: Callable[[BaseException], None],
+) -> Assembly:
     """Choose the device, take every channel kind's memory there, load the model and build the engine.
 
     Whatever synchronises the device or takes its memory is done here, before any channel is open. Takes seconds to
     minutes; not for the event loop's thread.
 
     Args:
-        on_fatal: see pdray.transfer.channel.Site.
+        on_fatal: see pdray.transfer.channel.Site. on_rank_end: see Leader; then this may never return.
     """
     import torch
 
@@ -52,11 +61,24 @@ def assemble(config: Config, role: Role, worker_id: str, on_fatal: Callable[[Bas
         torch.set_num_threads(config.num_threads)
     share = config.prefill_num_gpus if role is Role.PREFILL else config.decode_num_gpus
     lent = [kind.spare_bytes for kind in kinds.values() if role is Role.DECODE]
-    model = load_model(config, device)
-    engine = build_engine(config, model, device, gpu_share=share, spare_bytes=max(lent, default=0))
+    leader = _make_leader(config, device, on_rank_end)
+    group, ranks = (None, None) if leader is None else (leader.group, leader.ranks)
+    model = load_model(config, device, group)
+    engine = build_engine(config, model, device, gpu_share=share, spare_bytes=max(lent, default=0), ranks=ranks)
     for kind in kinds.values():
         kind.attach(engine.pool)
-    return Assembly(device, kinds, engine)
+    return Assembly(device, kinds, engine, leader)
+
+
+def _make_leader(
+    config: Config, device: torch.device, on_rank_end: Callable[[BaseException], None]
+) -> Leader | None:
+    if config.tensor_parallel_size == 1:
+        return None
+    from pdray.ranks.leader import Leader, check_model
+
+    check_model(config)
+    return Leader(config, device, on_rank_end)
 
 
 def _make_kinds(

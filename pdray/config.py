@@ -227,8 +227,9 @@ class Config(BaseModel):
         for name in ("prefill_num_gpus", "decode_num_gpus"):
             share = getattr(self, name)
             if share > 1:
-                raise ValueError(f"{name} is {share}; it must be at most 1: for workers of several GPUs set "
-                    "tensor_parallel_size")
+                raise ValueError(
+                    f"{name} is {share}; it must be at most 1: for workers of several GPUs set tensor_parallel_size"
+                )
         for name, amount in self.worker_resources.items():
             if name in ("CPU", "GPU", "object_store_memory") or not amount > 0:
                 raise ValueError(

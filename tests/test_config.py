@@ -82,3 +82,18 @@ def test_a_split_that_cannot_be_is_refused(given: dict[str, object], text: str) 
     with pytest.raises(ValueError, match=text):
         Config(**given)
     Config(mode="colocated", sm_partition="auto", decode_sms=32, target_tpot_ms=8, target_ttft_ms=1000)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mode": "disaggregated"}, "mode is disaggregated.* set mode to colocated or tensor_parallel_size to 1"),
+        ({"sm_partition": "auto"}, "sm_partition is auto.* set sm_partition to off"),
+        ({"decode_device_id": 0}, "decode_device_id names one GPU.* remove it"),
+        ({"decode_num_gpus": 0.5}, "decode_num_gpus is 0.5.* remove decode_num_gpus"),
+    ],
+)
+def test_what_workers_of_several_ranks_do_not_do_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"tensor_parallel_size is 2|{message}") as refusal:
+        Config(**{"mode": "colocated", "tensor_parallel_size": 2} | given)
+    assert re.search(message, str(refusal.value))

@@ -79,7 +79,7 @@ def test_no_option_leaves_every_default() -> None:
     [
         (["--max-num-seqs", "0"], "--max-num-seqs: .*greater than or equal to 1.*given: 0"),
         (["--weights-seed", "-1"], "--weights-seed: "),
-        (["--prefill-num-gpus", "2"], "tensor parallelism is not there yet"),
+        (["--prefill-num-gpus", "2"], "at most 1: for workers of several GPUs set tensor_parallel_size"),
     ],
 )
 def test_bad_value_names_the_option(words: list[str], message: str) -> None:
