@@ -70,9 +70,7 @@ def assemble(
     return Assembly(device, kinds, engine, leader)
 
 
-def _make_leader(
-    config: Config, device: torch.device, on_rank_end: Callable[[BaseException], None]
-) -> Leader | None:
+def _make_leader(config: Config, device: torch.device, on_rank_end: Callable[[BaseException], None]) -> Leader | None:
     if config.tensor_parallel_size == 1:
         return None
     from pdray.ranks.leader import Leader, check_model

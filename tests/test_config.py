@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,5 @@ def test_a_split_that_cannot_be_is_refused(given: dict[str, object], text: str) 
     ],
 )
 def test_what_workers_of_several_ranks_do_not_do_is_named(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"tensor_parallel_size is 2|{message}") as refusal:
+    with pytest.raises(ValueError, match=message):
         Config(**{"mode": "colocated", "tensor_parallel_size": 2} | given)
-    assert re.search(message, str(refusal.value))

@@ -51,7 +51,10 @@ def test_what_is_taken(words: list[str], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "words,named",
     [
-        (["--tensor-parallel-size", "2"], "tensor_parallel_size is 2, but mode is disaggregated.* set mode to colocated"),
+        (
+            ["--tensor-parallel-size", "2"],
+            "tensor_parallel_size is 2, but mode is disaggregated.* set mode to colocated",
+        ),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported: .*--tensor-parallel-size"),
         (["--trust-remote-code"], "--trust-remote-code is not supported"),
         (["--no-enable-chunked-prefill"], "--no-enable-chunked-prefill .*--max-num-batched-tokens"),

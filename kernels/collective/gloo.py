@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,10 @@ class GlooGroup(RankGroup):
 
     def __init__(self, rank: int, size: int, store_file: str, *, timeout_s: float = TIMEOUT_S) -> None:
         self.rank, self.size = rank, size
-        options = ProcessGroupGloo._Options()
+        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         options._timeout = timedelta(seconds=timeout_s)
-        self._group = ProcessGroupGloo(FileStore(store_file, size), rank, size, options)
+        self._group: Any = ProcessGroupGloo(FileStore(store_file, size), rank, size, options)
 
     def sum(self, x: Tensor) -> Tensor:
         """See RankGroup."""

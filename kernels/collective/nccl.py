@@ -12,6 +12,7 @@ from pdray.kernels.collective.group import RankGroup
 TYPES = {torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # of nccl.h; cupy does not name all
 SUM = 0
 
+
 def make_unique_id() -> Any:
     """Names a new group: for one rank to make, and all to have. bytes, or of cupy before 14 numbers."""
     from cupy.cuda import nccl

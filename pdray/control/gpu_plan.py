@@ -52,7 +52,11 @@ def _workers(config: Config) -> list[tuple[str, float, int | None]]:
     if config.mode == "disaggregated":
         roles.insert(0, ("prefill", config.num_prefill_workers, config.prefill_num_gpus, config.prefill_device_ids))
     return [
-        (f"{role}-{index}", num_ranks * math.floor(share * UNITS + 1e-6) / UNITS, None if device_ids is None else device_ids[index])
+        (
+            f"{role}-{index}",
+            num_ranks * math.floor(share * UNITS + 1e-6) / UNITS,
+            None if device_ids is None else device_ids[index],
+        )
         for role, count, share, device_ids in roles
         for index in range(count)
     ]

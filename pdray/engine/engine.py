@@ -26,8 +26,8 @@ from pdray.engine.schedule.refusals import give_up, grammar_compiled, refuse
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_stats
-from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.flight import Flight, Launched, Settled, Undrawn
+from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup, group_callback
 from pdray.engine.step.mask_filling import MaskFiller
@@ -70,8 +70,7 @@ class Engine:
         overlap: bool | None = None,
         ranks: LaneRanks | None = None,
     ) -> None:
-        device = pool.device
-        config = config.for_device(device.type)
+        device, config = pool.device, config.for_device(pool.device.type)
         self.config = config
         self.model = model
         self.pool = pool
@@ -90,7 +89,7 @@ class Engine:
         self._scheduler = Scheduler(limits, block_pool, budget)
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
-        self._is_shared = device.type != "cpu" or ranks is not None  # a launched step cannot be taken back
+        self._has_ranks = ranks is not None  # a step that was launched on all of them cannot be taken back
         self._is_beside = False  # steps of another lane take the device's time too
         self._lock = threading.Lock()
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
@@ -252,7 +251,7 @@ class Engine:
             launched = lane.launch(inputs, on_group)
             return launched if isinstance(launched, Undrawn) else Flight(plan, launched)
         except Exception as error:
-            if self._is_shared and (launching or isinstance(error, RuntimeError)):
+            if (self.device.type != "cpu" or self._has_ranks) and (launching or isinstance(error, RuntimeError)):
                 raise
             return error
 
@@ -270,7 +269,7 @@ class Engine:
             failures = self._mask_filler.fill([draw for chunk in plan.chunks for draw in chunk.draws], lane.masks.host)
             flight = Flight(plan, lane.draw(launched))
         except Exception as error:
-            if self._is_shared:
+            if self.device.type != "cpu" or self._has_ranks:
                 raise
             return Settled(None, self._give_up(plan, error))
         with self._lock:

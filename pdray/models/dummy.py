@@ -30,4 +30,4 @@ def fill_dummy(
         whole = tensor if cut is None else tensor.new_empty(cut.whole_shape(tensor.shape))
         whole.normal_(0.0, initializer_range, generator=generator)
         if cut is not None:
-            tensor.copy_(whole[cut.index])
+            tensor.copy_(whole[cut.indices])

@@ -136,7 +136,7 @@ def copy_checked(name: str, stored: Any, target: torch.Tensor, file: Path, cut: 
     expected = tuple(target.shape) if cut is None else cut.whole_shape(target.shape)
     if shape != expected:
         raise ModelLoadError(f"{name} in {file} has shape {shape}; the model's configuration makes it {expected}")
-    tensor: torch.Tensor = stored[:] if cut is None else stored[cut.index]
+    tensor: torch.Tensor = stored[:] if cut is None else stored[cut.indices]
     if tensor.dtype not in DTYPES:
         raise ModelLoadError(
             f"{name} in {file} is {str(tensor.dtype).removeprefix('torch.')}, so the weights are quantised; "

@@ -49,7 +49,7 @@ class Cut(NamedTuple):
     span: Span
 
     @property
-    def index(self) -> tuple[slice, ...]:
+    def indices(self) -> tuple[slice, ...]:
         """Of the whole tensor."""
         return *(slice(None),) * self.dim, slice(self.span.start, self.span.stop)
 

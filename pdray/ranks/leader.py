@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+
+import msgspec
 
 from pdray.config import Config
 from pdray.engine.ranks.orders import LaneRanks, StepOrder
@@ -44,25 +47,17 @@ class Leader:
             check_visible(gpus, size)
         self._on_end = on_end
         self._ended = threading.Lock()  # taken by the first rank that ends
-        self._fds = os.memfd_create("pdray-inputs"), os.memfd_create("pdray-meeting")
+        self._inputs: int | None = os.memfd_create("pdray-inputs")
         self._members = [
-            Member(rank, member_environment(gpus[rank] if on_gpu else None), self._fds, self._member_ended)
+            Member(rank, member_environment(gpus[rank] if on_gpu else None), self._inputs, self._member_ended)
             for rank in range(1, size)
         ]
         try:
-            unique_id = None
-            if on_gpu:
-                from pdray.kernels.collective.nccl import make_unique_id
-
-                unique_id = make_unique_id()
-            settings = settings_of(config)
-            for member in self._members:
-                member.send(encode(Setup(settings, member.rank, size, unique_id)))
-            self.group: RankGroup = join(Setup(settings, 0, size, unique_id), self._fds[1], device)
+            self.group = self._join(config, device)
         except BaseException:
             self.close()
             raise
-        self.ranks = LaneRanks(SharedMemory(self._fds[0], pinned=on_gpu), self._announce)
+        self.ranks = LaneRanks(SharedMemory(self._inputs, pinned=on_gpu), self._announce)
 
     @property
     def pids(self) -> list[int]:
@@ -73,9 +68,9 @@ class Leader:
         """End the other ranks, and see them gone. Idempotent; no step may be in flight."""
         for member in self._members:
             member.close()
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = ()
+        if self._inputs is not None:
+            os.close(self._inputs)
+            self._inputs = None
 
     def __enter__(self) -> Self:
         return self
@@ -84,6 +79,18 @@ class Leader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _join(self, config: Config, device: torch.device) -> RankGroup:
+        unique_id = None
+        if device.type == "cuda":
+            from pdray.kernels.collective.nccl import make_unique_id
+
+            unique_id = make_unique_id()
+        with tempfile.TemporaryDirectory(prefix="pdray-") as folder:
+            setup = Setup(settings_of(config), 0, config.tensor_parallel_size, unique_id, f"{folder}/ranks")
+            for member in self._members:
+                member.send(encode(msgspec.structs.replace(setup, rank=member.rank)))
+            return join(setup, device)
 
     def _announce(self, order: StepOrder) -> None:
         message = encode_order(order)

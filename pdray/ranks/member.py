@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -23,12 +24,12 @@ class Member:
     knows it, because the kernel ends it with the worker's process, however that ends.
 
     Args:
-        environment: of the process. fds: it inherits them, and has their numbers in its command.
+        environment: of the process. inputs: descriptor of the memory that steps' inputs lie in.
         on_end: called on a thread of its own, once, with why the process has ended, unless close() came first.
     """
 
     def __init__(
-        self, rank: int, environment: dict[str, str], fds: tuple[int, ...], on_end: Callable[[RankDiedError], None]
+        self, rank: int, environment: dict[str, str], inputs: int, on_end: Callable[[RankDiedError], None]
     ) -> None:
         self.rank = rank
         self._on_end = on_end
@@ -37,14 +38,12 @@ class Member:
         self._started: Future[int] = Future()
 
         def watch() -> None:
-            inherited = (theirs.fileno(), *fds)
+            inherited = theirs.fileno(), inputs
             module = [sys.executable, "-m", "pdray.ranks.process"]
             command = [*module, *map(str, (os.getpid(), *inherited))]
             try:
                 with theirs:
-                    process = subprocess.Popen(
-                        command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL
-                    )
+                    process = subprocess.Popen(command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL)
             except BaseException as error:
                 return self._started.set_exception(error)
             self._started.set_result(process.pid)
@@ -72,10 +71,8 @@ class Member:
         if not self._closing.is_set():
             self._closing.set()
             if self._thread.is_alive():
-                try:
+                with contextlib.suppress(RankDiedError):  # the thread sees to the rest
                     self.send(b"")
-                except RankDiedError:
-                    pass  # the thread sees to the rest
         self._thread.join()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:

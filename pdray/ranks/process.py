@@ -1,4 +1,4 @@
-"""The process of a rank other than 0: `python -m pdray.ranks.process PARENT PIPE INPUTS MEETING`.
+"""The process of a rank other than 0: `python -m pdray.ranks.process PARENT PIPE INPUTS`.
 
 It loads its shard, makes its pool and its lane, and then does its part of every step that rank 0 tells it of.
 """
@@ -31,7 +31,7 @@ from pdray.ranks.setup import Setup, decode, join
 PR_SET_PDEATHSIG = 1
 
 
-def main(parent: int, pipe: int, inputs: int, meeting: int) -> None:
+def main(parent: int, pipe: int, inputs: int) -> None:
     """Run until rank 0 says so, or is gone. Does not return: CUDA and Gloo might wait for other ranks."""
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
@@ -39,7 +39,7 @@ def main(parent: int, pipe: int, inputs: int, meeting: int) -> None:
     connection = Connection(pipe)
     status = 0
     try:
-        follow(make_rank(decode(connection.recv_bytes()), inputs, meeting), connection)
+        follow(make_rank(decode(connection.recv_bytes()), inputs), connection)
     except EOFError:
         pass  # rank 0 is gone
     except BaseException as error:
@@ -58,13 +58,13 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def make_rank(setup: Setup, inputs: int, meeting: int) -> Lane:
+def make_rank(setup: Setup, inputs: int) -> Lane:
     """What rank 0 makes, too, in the same order."""
     config = setup.config
     device = select_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
-    group = join(setup, meeting, device)
+    group = join(setup, device)
     config = config.for_device(device.type)
     model = load_model(config, device, group)
     pool = make_pool(config, model, device)

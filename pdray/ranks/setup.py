@@ -18,12 +18,14 @@ class Setup(msgspec.Struct, frozen=True):
     """Attributes:
     settings: fields of the Config that were given, as JSON; no API key is among them.
     unique_id: of the NCCL communicator, as cupy has it; None: the ranks run on CPU.
+    store_file: by which they find each other then: a path where nothing is yet.
     """
 
     settings: str
     rank: int
     size: int
     unique_id: bytes | tuple[int, ...] | None
+    store_file: str
 
     @property
     def config(self) -> Config:
@@ -39,16 +41,16 @@ def settings_of(config: Config) -> str:
     return config.model_dump_json(exclude_unset=True)
 
 
-def join(setup: Setup, store_fd: int, device: torch.device) -> RankGroup:
-    """This process as a rank of its group. Blocks until all are there.
-
-    Args:
-        store_fd: of a file in memory that the ranks have in common, and that nothing else is written to.
-    """
+def join(setup: Setup, device: torch.device) -> RankGroup:
+    """This process as a rank of its group. Blocks until all are there; rank 0, until none needs the file any more."""
     if setup.unique_id is not None:
         from pdray.kernels.collective.nccl import NcclGroup
 
         return NcclGroup(setup.rank, setup.size, setup.unique_id, device)
+    import torch
+
     from pdray.kernels.collective.gloo import GlooGroup
 
-    return GlooGroup(setup.rank, setup.size, f"/proc/self/fd/{store_fd}")
+    group = GlooGroup(setup.rank, setup.size, setup.store_file)
+    group.gather(torch.zeros(1))
+    return group

@@ -14,8 +14,8 @@ from rows import Row
 
 from pdray.engine.engine import Engine
 from pdray.engine.request import EngineRequest
-from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.flight import Draws
+from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup
 from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample

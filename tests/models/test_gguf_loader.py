@@ -126,7 +126,7 @@ def test_each_rank_loads_its_part(name: str, tmp_path: Path, hf_model: Any) -> N
         cuts = loaded.decoder.cuts()
         assert "model.layers.0.self_attn.q_proj.weight" in cuts
         for name, parameter in loaded.decoder.parameters().items():
-            expected = whole[name][cuts[name].index] if name in cuts else whole[name]
+            expected = whole[name][cuts[name].indices] if name in cuts else whole[name]
             assert torch.equal(parameter, expected), name
 
 

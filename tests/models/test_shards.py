@@ -35,7 +35,7 @@ def shard_of(group: RankGroup, whole: Decoder) -> Decoder:
     shard = Decoder(whole.config, whole.max_len, whole.dtype, whole.device, group)
     weights, cuts = whole.parameters(), shard.cuts()
     for name, parameter in shard.parameters().items():
-        parameter.copy_(weights[name][cuts[name].index] if name in cuts else weights[name])
+        parameter.copy_(weights[name][cuts[name].indices] if name in cuts else weights[name])
     shard.pack_weights()
     return shard
 
@@ -102,7 +102,7 @@ def check_parts(config: Config, size: int) -> None:
     for decoder in decoders:
         cuts = decoder.cuts()
         for name, parameter in decoder.parameters().items():
-            expected = whole[name][cuts[name].index] if name in cuts else whole[name]
+            expected = whole[name][cuts[name].indices] if name in cuts else whole[name]
             assert torch.equal(parameter, expected), name
         matrices = {name for name, tensor in whole.items() if tensor.ndim == 2}
         assert {name for name in matrices if not name.endswith(("k_proj.weight", "v_proj.weight"))} <= cuts.keys()
@@ -114,7 +114,11 @@ def check_parts(config: Config, size: int) -> None:
     [
         ({}, 3, r"tensor_parallel_size is 3, by which .*num_attention_heads \(8\) .*set it to 1 or 2 or 4 or 8$"),
         ({"intermediate_size": 90}, 4, r"intermediate_size \(90\) cannot be divided; set it to 1 or 2$"),
-        ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, r"num_key_value_heads \(3\).* set it to 1 or 3 or 6$"),
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 3},
+            2,
+            r"num_key_value_heads \(3\).* set it to 1 or 3 or 6$",
+        ),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_by_name(

@@ -25,9 +25,9 @@ from pdray.engine.mux.partitions import LADDER, PIECE_TOKENS, Partitions
 from pdray.engine.request import EngineRequest, EngineStats, RequestUpdate, SplitState
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.sequence import LiveRequest
+from pdray.engine.step.flight import Flight, Launched
 from pdray.engine.step.graphs import FEW_SEQUENCES
 from pdray.engine.step.inputs import StepInputs
-from pdray.engine.step.flight import Flight, Launched
 from pdray.engine.step.lane import Lane
 from pdray.kernels.green_context import SmSplit, open_splits
 from pdray.models.decoder import shapes_of_layer

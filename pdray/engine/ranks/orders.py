@@ -37,11 +37,11 @@ class StepOrder(msgspec.Struct, frozen=True, array_like=True):
         scores, spans = inputs.scores, inputs.spans
         return cls(
             inputs.host,
-            tuple(inputs.shape),
+            inputs.shape,
             spans.query_lens,
             spans.kv_lens,
             spans.num_decodes,
-            [tuple(copy) for copy in inputs.copies],
+            [(copy.source, copy.destination) for copy in inputs.copies],
             None if scores is None else scores.host_rows.tobytes(),
         )
 

@@ -206,7 +206,9 @@ class Lane:
         """Do this rank's part of a step that rank 0 launches; nothing here waits for a device."""
         shape, scored = order.step_shape, order.scored
         with self._on_stream():
-            inputs = (self._decode_buffers if shape.is_decode else self._buffers).receive(order.host, shape, order.spans)
+            inputs = (self._decode_buffers if shape.is_decode else self._buffers).receive(
+                order.host, shape, order.spans
+            )
             scores = None if scored is None else follow_scores(scored, self.pool.device)
             copies = [BlockCopy(*copy) for copy in order.copies]
             self._run(inputs._replace(copies=copies, scores=scores), None)
