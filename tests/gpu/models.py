@@ -91,7 +91,8 @@ def check_models() -> Iterator[Row]:
             expected = [reference(model, full, request) for request in requests()]
             errors = [(ours(full, r) - e).abs().max().item() for r, e in zip(requests(), expected, strict=True)]
             yield Row(f"{name} float32", f"{max(errors):.1e}", f"<= {FLOAT32_TOLERANCE:g}", max(errors) <= 1e-3)
-            tight = engine(folder, "float32", num_kv_blocks=78).run(*requests())
+            # with a budget that adapts to streams, prompts may wait until the pool is large enough
+            tight = engine(folder, "float32", num_kv_blocks=78, target_tpot_ms=0).run(*requests())
             same = all(tight.ids(r.key) == full.ids(r.key) for r in requests())
             preempted = tight.stats().num_preemptions
             yield Row(
