@@ -26,7 +26,7 @@ class NcclGroup(RankGroup):
     def __init__(self, rank: int, size: int, unique_id: Any, device: torch.device) -> None:
         from cupy.cuda import nccl
 
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
         self.rank, self.size = rank, size
         self._grouped = nccl.groupStart, nccl.groupEnd
         self._inner: Any = nccl.NcclCommunicator(size, unique_id, rank)

@@ -49,7 +49,7 @@ class Leader:
         self._ended = threading.Lock()  # taken by the first rank that ends
         self._inputs: int | None = os.memfd_create("pdray-inputs")
         self._members = [
-            Member(rank, member_environment(gpus[rank] if on_gpu else None), self._inputs, self._member_ended)
+            Member(rank, member_environment(gpus[rank:] + gpus[:rank]), self._inputs, self._member_ended)
             for rank in range(1, size)
         ]
         try:

@@ -96,14 +96,14 @@ class Member:
         self._on_end(RankDiedError(f"rank {self.rank} is not watched any more: {error!r}"))
 
 
-def member_environment(gpu: str | None) -> dict[str, str]:
+def member_environment(gpus: list[str]) -> dict[str, str]:
     """This process's environment, in which another finds the same modules.
 
     Args:
-        gpu: the only one that it is to see, as CUDA_VISIBLE_DEVICES names it; None: it uses none.
+        gpus: that it is to see, as CUDA_VISIBLE_DEVICES names them, its own first; none: as here.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    return environment if gpu is None else environment | {"CUDA_VISIBLE_DEVICES": gpu}
+    return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
 
 def check_visible(gpus: list[str], size: int) -> None:

@@ -17,6 +17,7 @@ from graphs import check_graphs
 from models import check_models
 from nccl_system import check_lent, check_nccl, check_two
 from partitions import check_partitions
+from ranks import check_ranks
 from rows import Row, print_header, print_rows
 from shared_gpu import check_shared
 from text import check_memory, check_text
@@ -55,6 +56,7 @@ def main() -> int:
             "graphs",
             "failures",
             "partitions",
+            "ranks",
             "text",
             "memory",
             "shared",
@@ -73,6 +75,7 @@ def main() -> int:
         "graphs": check_graphs,
         "failures": check_failures,
         "partitions": check_partitions,
+        "ranks": check_ranks,
         "text": lambda: check_text(args.gguf),
         "memory": lambda: check_memory(args.gguf),
         "shared": lambda: check_shared(args.gguf),
