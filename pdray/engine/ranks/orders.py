@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks of each step that it launches."""
+"""Step orders: what rank 0 tells the other ranks of each step that it launches."""
 
 from __future__ import annotations
 
