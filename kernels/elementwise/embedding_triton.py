@@ -32,8 +32,8 @@ def embed_kernel(
     element = tl.arange(0, PADDED_WIDTH)
     mask = element < WIDTH
     if IS_SHARD:
-        is_own = (token_id >= own_start) & (token_id < own_stop)
-        row = tl.load(table_ptr + (token_id - own_start) * WIDTH + element, mask=mask & is_own, other=0.0)
+        first = tl.where((token_id >= own_start) & (token_id < own_stop), 0, WIDTH)  # nothing of others' rows
+        row = tl.load(table_ptr + (token_id - own_start) * WIDTH + element, mask=mask & (element >= first), other=0.0)
     else:
         row = tl.load(table_ptr + token_id * WIDTH + element, mask=mask)
     tl.store(out_ptr + token * WIDTH + element, row, mask=mask)
