@@ -6,10 +6,13 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from pdray.actors.lending import build_guest, build_lender, lends
 from pdray.actors.placement import listen_address
 from pdray.config import Config
+from pdray.control.guests import KIND, plan_guests
+from pdray.errors import RankDiedError
 from pdray.transfer.registry import allowed_kinds, load_kind
-from pdray.wire.cluster_view import WorkerInfo
+from pdray.wire.cluster_view import Lent, WorkerInfo
 from pdray.wire.peers import Role
 
 if TYPE_CHECKING:
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
     from pdray.engine.engine import Engine
     from pdray.ranks.leader import Leader
-    from pdray.transfer.channel import Kind
+    from pdray.transfer.channel import Kind, Site
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +28,15 @@ logger = logging.getLogger(__name__)
 class Assembly(NamedTuple):
     """Attributes:
     device: that the worker runs on. kinds: of channels, by name. engine: warmed up.
+    lent: what guests can map of its memory.
     leader: of the processes that share the model with this one; None: there are none.
     """
 
     device: torch.device
     kinds: dict[str, Kind]
     engine: Engine
-    leader: Leader | None
+    lent: Lent | None = None
+    leader: Leader | None = None
 
 
 def assemble(
@@ -39,7 +44,8 @@ def assemble(
     role: Role,
     worker_id: str,
     on_fatal: Callable[[BaseException], None],
-    on_rank_end: Callable[[BaseException], None],
+    on_rank_end: Callable[[RankDiedError], object],
+    lender: WorkerInfo | None = None,
 ) -> Assembly:
     """Choose the device, take every channel kind's memory there, load the model and build the engine.
 
@@ -48,29 +54,47 @@ def assemble(
 
     Args:
         on_fatal: see pdray.transfer.channel.Site. on_rank_end: see Leader; then this may never return.
+        lender: the decode worker whose guest this one is to be. If that lends nothing, it has memory of its own.
+
+    Raises:
+        TransferError: the lender's memory cannot be mapped here.
     """
     import torch
 
-    from pdray.engine.build import build_engine
+    from pdray.engine.build import PoolPlace, build_engine
     from pdray.engine.device import select_device
+    from pdray.engine.kv.sizing import GpuRoom
     from pdray.models import load_model
 
     device = select_device(config)
-    kinds = _make_kinds(config, role, worker_id, device, on_fatal)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
-    share = config.prefill_num_gpus if role is Role.PREFILL else config.decode_num_gpus
-    lent = [kind.spare_bytes for kind in kinds.values() if role is Role.DECODE]
-    leader = _make_leader(config, device, on_rank_end)
-    group, ranks = (None, None) if leader is None else (leader.group, leader.ranks)
-    model = load_model(config, device, group)
-    engine = build_engine(config, model, device, gpu_share=share, spare_bytes=max(lent, default=0), ranks=ranks)
+    if role is Role.PREFILL:
+        config = config.model_copy(update={"decode_pipeline": "off"})  # it decodes nothing
+    site = _site(config, role, worker_id, device, on_fatal)
+    lent: Lent | None = None
+    leader: Leader | None = None
+    if lender is not None and lender.lends is not None:
+        kinds = _make_kinds([KIND], site)
+        engine = build_guest(config, device, lender)
+    elif role is Role.DECODE and lends(config, worker_id, device):
+        only_guests = len(plan_guests(config)) == config.num_prefill_workers
+        kinds = _make_kinds([KIND] if only_guests else allowed_kinds(config.channel), site)
+        engine, lent = build_lender(config, worker_id, device, _spare_bytes(kinds))
+    else:
+        kinds = {} if config.mode == "colocated" else _make_kinds(allowed_kinds(config.channel), site)
+        share = config.prefill_num_gpus if role is Role.PREFILL else config.decode_num_gpus
+        spare_bytes = _spare_bytes(kinds) if role is Role.DECODE else 0
+        place = PoolPlace(spare_bytes, room=GpuRoom(share))
+        leader = _make_leader(config, device, on_rank_end)
+        group, ranks = (None, None) if leader is None else (leader.group, leader.ranks)
+        engine = build_engine(config, load_model(config, device, group=group), device, place, ranks)
     for kind in kinds.values():
         kind.attach(engine.pool)
-    return Assembly(device, kinds, engine, leader)
+    return Assembly(device, kinds, engine, lent, leader)
 
 
-def _make_leader(config: Config, device: torch.device, on_rank_end: Callable[[BaseException], None]) -> Leader | None:
+def _make_leader(config: Config, device: torch.device, on_rank_end: Callable[[RankDiedError], object]) -> Leader | None:
     if config.tensor_parallel_size == 1:
         return None
     from pdray.ranks.leader import Leader, check_model
@@ -79,16 +103,22 @@ def _make_leader(config: Config, device: torch.device, on_rank_end: Callable[[Ba
     return Leader(config, device, on_rank_end)
 
 
-def _make_kinds(
+def _spare_bytes(kinds: dict[str, Kind]) -> int:
+    return max((kind.spare_bytes for kind in kinds.values()), default=0)
+
+
+def _make_kinds(names: list[str], site: Site) -> dict[str, Kind]:
+    """They take their memory of the device: before the pool is sized."""
+    return {name: load_kind(name)(site) for name in names}
+
+
+def _site(
     config: Config, role: Role, worker_id: str, device: torch.device, on_fatal: Callable[[BaseException], None]
-) -> dict[str, Kind]:
+) -> Site:
     from pdray.transfer.channel import Site
 
-    if config.mode == "colocated":
-        return {}
     num_peers = config.num_decode_workers if role is Role.PREFILL else 1
-    site = Site(config, worker_id, device, num_peers, on_fatal, listen_address(config).dial)
-    return {name: load_kind(name)(site) for name in allowed_kinds(config.channel)}
+    return Site(config, worker_id, device, num_peers, on_fatal, listen_address(config).dial)
 
 
 def log_start(worker: str, config: Config, info: WorkerInfo, dtype: torch.dtype) -> None:

@@ -29,6 +29,7 @@ from pdray.actors.succession import Standing, Succession
 from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
 from pdray.control.generations import Phase
+from pdray.control.guests import plan_guests
 from pdray.control.membership import Membership
 from pdray.control.pair_health import BrokenPair, PairHealth
 from pdray.control.room import Held
@@ -85,9 +86,8 @@ class Coordinator:
         config = self.config
         num_prefill = 0 if config.mode == "colocated" else config.num_prefill_workers
         self._table_generation = max(int(time.time()), self._table_generation + 1)
-        self._membership = Membership(
-            num_prefill, config.num_decode_workers, config.restart_backoff_s, generation=self._table_generation
-        )
+        table = num_prefill, config.num_decode_workers, config.restart_backoff_s, self._table_generation
+        self._membership = Membership(*table, plan_guests(config))
         self._fleet = WorkerFleet(
             config,
             self.app_name,

@@ -92,11 +92,17 @@ class DecodeWorker(Worker):
                 f"{prefill.worker_id} ({prefill.fingerprint}) and {self.worker_id} ({self.info.fingerprint}) differ in "
                 "weights, dtype, block size or KV layout; start both from one configuration"
             )
+        if prefill.lender not in ("", self.incarnation):
+            raise HandshakeError(
+                f"{prefill.worker_id} computes in the memory of {prefill.lender}, and this is {self.incarnation}; "
+                "it must end with that one"
+            )
         failures = self._failures_of(prefill)
         kind, passed_over = choose_kind(self.config.channel, prefill, self.info, failures)
         await self._close_links(prefill.worker_id)
         self._writers[prefill.incarnation] = prefill
-        self._send(self.leases.set_writer(prefill.worker_id, prefill.incarnation, epoch))
+        writer = prefill.worker_id, prefill.incarnation, epoch
+        self._send(self.leases.set_writer(*writer, is_guest=bool(prefill.lender)))
         if kind not in self._receivers:
             self._receivers[kind] = self.kinds[kind].make_receiver(self, self._writes)
         return ChannelOffer(kind, await self._receivers[kind].accept(prefill.worker_id, epoch), passed_over)
@@ -113,10 +119,10 @@ class DecodeWorker(Worker):
     def _close_links(self, worker_id: str) -> Coroutine[Any, Any, None]:
         """End that prefill worker's channel. Its messages are ignored at once; writes on its behalf have ended when the
         coroutine returns."""
-        closing = [receiver.close_link(worker_id) for receiver in self._receivers.values()]
+        closing = asyncio.gather(*(receiver.close_link(worker_id) for receiver in self._receivers.values()))
 
-        async def settle() -> None:
-            await asyncio.gather(*closing)
+        async def settle() -> None:  # may be cancelled before it begins
+            await closing
             await self._writes.settle()
 
         return settle()

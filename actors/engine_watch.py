@@ -33,6 +33,7 @@ def describe_engine(engine: Engine) -> dict[str, Any]:
         "preemptions": stats.num_preemptions,
         "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
         "split": None if split is None else split._asdict(),
+        "decode_pipeline": None if (pipeline := engine.pipeline) is None else pipeline.state()._asdict(),
     }
 
 

@@ -253,7 +253,7 @@ class WorkerFleet:
         cls = PrefillWorker if self.membership.is_prefill(start.worker_id) else DecodeWorker
         places = await self._get_places()
         try:
-            options = await places.place(start.worker_id)
+            options = await places.place(start.worker_id, start.lender)
             self.startup.waits(start.worker_id, "")
             async with asyncio.timeout(self.config.start_timeout_s):
                 process = self._processes[start.incarnation] = WorkerProcess(start.worker_id, start.incarnation)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from pdray.actors.gpu_groups import GpuGroups
 from pdray.actors.placement import cluster_nodes, uses_cuda, worker_options, worker_resources
 from pdray.actors.questions import ask
@@ -65,8 +67,11 @@ class WorkerPlaces:
         self._lock = asyncio.Lock()
         self._starting: set[str] = set()  # have a place, and Ray may not have counted it yet
 
-    async def place(self, worker_id: str) -> dict[str, Any]:
+    async def place(self, worker_id: str, lender: WorkerInfo | None = None) -> dict[str, Any]:
         """Options of a worker's actor that put it where there is room; returns once there is some.
+
+        Args:
+            lender: of a guest, which must be on that one's node; on GPUs their bundle sees to it.
 
         Raises:
             PlacementError: there never will be. PdrayError: the GPUs that the configuration names are not free.
@@ -77,20 +82,25 @@ class WorkerPlaces:
             await self._gpus.reserve(lambda reason: self._on_wait(worker_id, reason))
             return options | self._gpus.options(worker_id)
         demand = worker_resources(self._config)
+        node_id = "" if lender is None else lender.node_id
         if demand:
-            await self._wait_for_room(worker_id, demand)
+            await self._wait_for_room(worker_id, demand, node_id)
         self._starting.add(worker_id)
+        if node_id:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
         return options
 
     def started(self, worker_id: str) -> None:
         """The worker's actor runs, or has ended: Ray's own count includes it from now on."""
         self._starting.discard(worker_id)
 
-    async def _wait_for_room(self, worker_id: str, demand: Resources) -> None:
+    async def _wait_for_room(self, worker_id: str, demand: Resources, node_id: str) -> None:
         since = asyncio.get_running_loop().time()
         while True:
             async with self._lock:
                 nodes = await ask(cluster_nodes, what="which nodes there are")
+                if node_id:
+                    nodes = [node for node in nodes if node.node_id == node_id]
                 starting = [demand] * len(self._starting - {worker_id})
                 room = find_room([demand, *starting], nodes)
                 if room is Room.HERE:

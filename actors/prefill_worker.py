@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pdray.actors.sent import Sent
 from pdray.actors.worker import Worker
 from pdray.config import Config
-from pdray.control.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
+from pdray.control.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute, StopCompute
 from pdray.control.losses import blame
 from pdray.control.prefill_ledger import PrefillLedger
-from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate
+from pdray.engine.request import EngineRequest, LayerGroupReady, RequestUpdate, Reservation
 from pdray.errors import InvalidRequestError, RequestFailedError, TransferError
 from pdray.transfer.channel import Link, Put, PutResult
 from pdray.wire.cluster_view import ChannelOffer, WorkerInfo
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STOPPED_POLL_S = 0.05
+
 
 class PrefillWorker(Worker):
     """See the module. Everything runs on the event loop's thread but the engine's steps and the channels' copies."""
@@ -45,16 +47,30 @@ class PrefillWorker(Worker):
     role = Role.PREFILL
 
     def __init__(
-        self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
+        self,
+        config: Config,
+        worker_id: str,
+        incarnation: str,
+        secret: bytes,
+        *,
+        app_name: str = "local",
+        lender: WorkerInfo | None = None,
     ) -> None:
         super().__init__(config, worker_id, incarnation, secret, app_name=app_name)
+        self.lender = lender
         self.ledger = PrefillLedger()
+        self._stopping: set[LegKey] = set()  # a guest's legs that steps in flight may still write
+        self._look_again: asyncio.TimerHandle | None = None
         self._channels: dict[str, Sender] = {}
         self._passed_over: dict[str, dict[str, str]] = {}  # by decode worker: faster kinds of channel, and why not
         # By decode worker: what is opened or closed there is so one after the other.
         self._links: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._held: dict[LegKey, list[LayerGroupReady]] = {}
         self._sent: defaultdict[str, Sent] = defaultdict(Sent)  # by decode worker, over all epochs
+
+    async def _start(self) -> None:
+        await super()._start()
+        self.ledger = PrefillLedger(is_guest=self.engine.pool.borrowed)
 
     async def stop(self) -> None:
         await super().stop()
@@ -163,7 +179,8 @@ class PrefillWorker(Worker):
             case Ping():
                 session.send(Pong(self.engine.stats().queued_tokens))
             case BeginPutReply():
-                self._perform(self.ledger.begin_put_reply(message.key, message.granted))
+                given = Reservation(message.block_ids, message.num_cached_tokens)
+                self._perform(self.ledger.begin_put_reply(message.key, message.granted, given))
             case AbortPut():
                 self._perform(self.ledger.abort_put(peer, message.key))
             case ChannelMessage():
@@ -201,6 +218,7 @@ class PrefillWorker(Worker):
         now = self._now()
         for channel in self._channels.values():
             channel.step_ended()
+        self._settle_stopped()
         for update in updates:
             key = LegKey(*update.key)  # type: ignore[misc]
             if update.failure is not None:
@@ -231,11 +249,24 @@ class PrefillWorker(Worker):
                     for ready in self._held.pop(key, []):
                         self._put(key, ready)
                     self._perform(self.ledger.puts_flushed(self._now(), key))
+                case StopCompute(key):
+                    self.engine.release(key)
+                    self._stopping.add(key)
+                    self._loop.call_soon(self._settle_stopped)
                 case Release(key):
                     self._held.pop(key, None)
                     for channel in self._channels.values():
                         channel.end_leg(key)
                     self.engine.release(key)
+
+    def _settle_stopped(self) -> None:
+        """Tell of legs whose last step is over. A step that fails while it is launched says nothing: look again."""
+        if self._look_again is not None:
+            self._look_again.cancel()
+        for key in [key for key in self._stopping if not self.engine.is_writing(key)]:
+            self._stopping.discard(key)
+            self._perform(self.ledger.stopped(key))
+        self._look_again = self._loop.call_later(STOPPED_POLL_S, self._settle_stopped) if self._stopping else None
 
     def _start_compute(self, key: LegKey) -> None:
         leg = self.ledger.leg(key)
@@ -251,6 +282,7 @@ class PrefillWorker(Worker):
                     priority=leg.priority,
                     prefill_only=True,
                     alone=leg.alone,
+                    given=self.ledger.given(key),
                 )
             )
         except InvalidRequestError as error:

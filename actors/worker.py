@@ -88,12 +88,12 @@ class Worker(ABC):
         self._writers: dict[str, WorkerInfo] = {}  # that may write into this pool, by incarnation, until seen dead
         self._prefix_news = PrefixNews(self._routers, self._tasks)
         self.kinds: dict[str, Kind] = {}  # of channels, by name
+        self.lender: WorkerInfo | None = None  # whose guest it is to be
         self._leader: Leader | None = None
-        self._started = False
+        self._started = self._ending = False
         self._starting = asyncio.Lock()
         self._start_error: BaseException | None = None
         self._stopped = asyncio.Event()
-        self._ending = False
         self._fatal: BaseException | None = None
 
     def __repr__(self) -> str:
@@ -120,8 +120,9 @@ class Worker(ABC):
             log_to_stderr()
         self._loop = asyncio.get_running_loop()
         assembly = await unless_ended(asyncio.to_thread(self._assemble), self.join())
-        self.device, self.kinds, self.engine, self._leader = assembly
-        self.engine.on_layer_group = self._layer_group_from_engine
+        self.device, self.kinds, self.engine, lent, self._leader = assembly
+        is_guest = self.engine.pool.borrowed
+        self.engine.on_layer_group = None if is_guest else self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
         self._engine_loop.start()
         address = listen_address(self.config)
@@ -152,13 +153,16 @@ class Worker(ABC):
             max_num_batched_tokens=self.engine.config.max_num_batched_tokens,
             channels={name: kind.facts for name, kind in self.kinds.items()},
             vocab_size=self.engine.model.config.vocab_size,
+            lends=lent,
+            lender=self.lender.incarnation if is_guest and self.lender is not None else "",
         )
         self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
         log_start(str(self), self.config, self.info, self.engine.pool.layout.dtype)
 
     def _assemble(self) -> Assembly:
-        return assemble(self.config, self.role, self.worker_id, self._fail, self._rank_ended)
+        ends = self._fail, lambda error: self._loop.call_soon_threadsafe(self._end_with_step, error)
+        return assemble(self.config, self.role, self.worker_id, *ends, self.lender)
 
     def _start_loops(self, step_timeout_s: float | None, *, in_ray: bool) -> None:
         if step_timeout_s is not None:
@@ -176,12 +180,13 @@ class Worker(ABC):
             self._tasks.keep_running("publish prefixes", partial(self._prefix_news.publish, self.engine))
 
     async def stop(self) -> None:
-        """End the sessions and the engine's thread. Idempotent."""
+        """End the sessions, then the engine's thread, then the engine. Idempotent."""
         if not self._stopped.is_set():
             self._stopped.set()
             self._tasks.cancel()
             await self._server.stop()
             await asyncio.to_thread(self._engine_loop.stop)
+            await asyncio.to_thread(self.engine.close)  # nothing is launched any more
             if self._leader is not None:
                 await asyncio.to_thread(self._leader.close)
 
@@ -210,7 +215,8 @@ class Worker(ABC):
     async def identify(self) -> WorkerIdentity | WorkerLoading:
         """Describe this worker to a Coordinator that was started again."""
         if not self._started:
-            return WorkerLoading(self.worker_id, self.incarnation, origin(self.config, self.secret))
+            lender = "" if self.lender is None else self.lender.incarnation
+            return WorkerLoading(self.worker_id, self.incarnation, origin(self.config, self.secret), lender)
         writers = list(self._writers.values())
         return WorkerIdentity(self.info, origin(self.config, self.secret), self._epochs(), writers)
 
@@ -270,9 +276,6 @@ class Worker(ABC):
         self._loop.call_soon_threadsafe(tell)
         told.wait(limit_s)
 
-    def _rank_ended(self, error: BaseException) -> None:
-        self._loop.call_soon_threadsafe(self._end_with_step, error)
-
     def _layer_group_from_engine(self, ready: LayerGroupReady) -> None:
         self._loop.call_soon_threadsafe(self._on_layer_group, ready)
 
@@ -283,12 +286,10 @@ class Worker(ABC):
     # event loop's thread
 
     async def _end_if_hung(self, step_timeout_s: float) -> None:
-        error = await wait_until_hung(self._engine_loop, step_timeout_s)
-        self._end_with_step(error)
+        self._end_with_step(await wait_until_hung(self._engine_loop, step_timeout_s))
 
     def _end_with_step(self, error: BaseException, keys: Iterable[Hashable] | None = None) -> None:
-        """A step has broken the engine: routers hear which legs it computed, and then the worker ends. Once: engine
-        and leader may both see the end of a rank."""
+        """A step has broken the engine: routers hear, once, which legs it computed, and then the worker ends."""
         if not self._started:
             return self._fail(error)
         if self._ending:

@@ -51,7 +51,8 @@ async def create_actor(
     def create() -> ActorHandle:
         actor_class: Any = ray.remote(cls)
         arguments = (config, start.worker_id, start.incarnation, secret)
-        handle: ActorHandle = actor_class.options(**options).remote(*arguments, app_name=app_name)
+        guest = {} if start.lender is None else {"lender": start.lender}
+        handle: ActorHandle = actor_class.options(**options).remote(*arguments, app_name=app_name, **guest)
         return handle
 
     try:

@@ -96,7 +96,7 @@ def _add_address(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from pdray.bench import handover, kernels, mux, offline, serve, transfer
+    from pdray.bench import handover, kernels, mux, offline, pipeline, serve, transfer
     from pdray.bench.shapes import command as shapes
 
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -108,6 +108,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         ("handover", handover, "what it costs an answer that its prompt ran on another device"),
         ("shapes", shapes, "the same load on several arrangements of workers"),
         ("mux", mux, "prompts and decodes beside each other on one GPU"),
+        ("pipeline", pipeline, "decode steps in micro-batches, attention beside feed-forward"),
     ):
         kind_parser = kinds.add_parser(name, help=text)
         module.add_arguments(kind_parser)

@@ -95,6 +95,7 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
         lines += [f"trouble: {row['worker_id']}: {row['trouble']}" for row in workers if row.get("trouble")]
         lines += [line for worker in workers for line in _channel_lines(worker)]
         lines += [_split_line(worker["worker_id"], worker["split"]) for worker in workers if worker.get("split")]
+        lines += [_pipeline_line(w["worker_id"], w["decode_pipeline"]) for w in workers if w.get("decode_pipeline")]
         lines += [f"suspicion: {suspicion}" for suspicion in application.get("suspicions", [])]
         lines += [f"loop failed: {name}: {text}" for name, text in application.get("loop_failures", {}).items()]
         if coming := application.get("next"):
@@ -140,6 +141,24 @@ def _split_line(worker_id: str, split: dict[str, Any]) -> str:
         how = f"decodes on {decode_sms} SMs, prompts on {num_sms - decode_sms}"
     reason = f" (no partitions: {split['unavailable']})" if split["unavailable"] else ""
     return f"split of {worker_id}: {how}{reason}; {split['num_changes']} changes, {split['num_pieces']} pieces"
+
+
+def _pipeline_line(worker_id: str, pipeline: dict[str, Any]) -> str:
+    """How a worker computes its decode steps; fields of PipelineState."""
+    ways = "; ".join(f"{name}, with {_ranges(sizes)} sequences" for name, sizes in pipeline["ways"].items())
+    if pipeline["unavailable"]:
+        how = f"plain steps ({pipeline['unavailable']})"
+    elif pipeline["is_preparing"]:
+        how = "plain steps until it is measured"
+    elif pipeline["mode"] == "auto":
+        how = f"{ways or 'plain steps'}, faster in {pipeline['num_won']} of {pipeline['num_measured']} cases measured"
+    else:
+        how = ways
+    return f"decode pipeline of {worker_id}: {how}; {pipeline['num_steps']} pipelined steps"
+
+
+def _ranges(sizes: list[int]) -> str:
+    return f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else ", ".join(map(str, sizes))
 
 
 def _lease_lines(workers: list[dict[str, Any]]) -> list[str]:

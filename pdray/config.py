@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from pdray.errors import ConfigError
 from pdray.gpu_settings import check_device_ids, check_ranks
+from pdray.partition_settings import DEFAULT_MICRO_BATCHES, SM_GROUP, check_partition, check_pipeline
 from pdray.transfer.registry import KINDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -33,6 +34,7 @@ Names = Annotated[list[str], Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+SmCount = Annotated[int, Field(ge=SM_GROUP)]
 ToolCallParser = Annotated[
     str, Field(pattern=f"^({'|'.join(TOOL_CALL_PARSERS)})$", json_schema_extra={"enum": [*TOOL_CALL_PARSERS]})
 ]
@@ -111,6 +113,13 @@ class Config(BaseModel):
     target_ttft_ms: Annotated[float, Field(gt=0)] | None = Field(
         None, description="with sm_partition: while prompts need no longer, shorter steps come before more prompts"
     )
+    decode_pipeline: Literal["auto", "on", "off"] = Field(
+        "off",
+        description="on a GPU: steps in micro-batches, one's attention beside another's feed-forward; auto: if faster",
+    )
+    decode_attention_sm: SmCount | None = Field(None, description="SMs for the attention then; default: the others")
+    decode_ffn_sm: SmCount | None = Field(None, description="SMs for the feed-forward then; default: the others, or 48")
+    decode_micro_batches: Annotated[int, Field(ge=2)] = DEFAULT_MICRO_BATCHES
     enforce_eager: bool = Field(False, description="launch every kernel by itself, without CUDA graphs")
     num_threads: Positive = Field(1, description="torch threads of each CPU worker")
 
@@ -135,8 +144,9 @@ class Config(BaseModel):
     )
     channel: Channel = Field(
         "auto",
-        description="how KV blocks travel; auto: for each pair of workers the first of cuda_ipc (one GPU, or two of one"
-        " machine that can write to each other), nccl (two GPUs) and object_store that can join them",
+        description="how KV blocks travel; auto: for each pair of workers the first of shared (on the GPU of the only"
+        " decode worker: one pool, one copy of the weights), cuda_ipc (one GPU, or two of one machine that can write to"
+        " each other), nccl (two GPUs) and object_store that can join them",
     )
     transfer_layer_group: Positive = Field(
         16,
@@ -236,24 +246,19 @@ class Config(BaseModel):
                     f"worker_resources gives {amount:g} for {name}; it takes amounts above 0 of resources other than "
                     "CPU (worker_num_cpus) and GPU (prefill_num_gpus, decode_num_gpus)"
                 )
-        self._check_partition()
+        check_partition(self)
+        check_pipeline(self)
         check_device_ids(self)
         check_ranks(self)
+        from pdray.control.guests import shared_obstacle  # which needs this module
+
+        if (obstacle := shared_obstacle(self)) is not None:
+            raise ValueError(obstacle)
         if not all(VISIBLE_ASCII.fullmatch(key) for key in self.api_keys):
             raise ValueError("api_key must be one or more visible ASCII characters, without spaces")
         if not all(self.model_names):
             raise ValueError("served_model_name must not be empty")
         return self
-
-    def _check_partition(self) -> None:
-        if self.sm_partition != "off" and self.mode != "colocated":
-            raise ValueError(
-                f"sm_partition is {self.sm_partition}, but mode is {self.mode}, where no worker both prefills and "
-                "decodes; set mode to colocated or sm_partition to off"
-            )
-        if self.sm_partition == "off" and (self.decode_sms or self.target_ttft_ms):
-            name = "decode_sms" if self.decode_sms else "target_ttft_ms"
-            raise ValueError(f"{name} is given, but sm_partition is off; set it to on or auto, or remove {name}")
 
     @property
     def prefill_device_ids(self) -> list[int] | None:
@@ -321,13 +326,8 @@ class Config(BaseModel):
         if "max_num_seqs" not in given:
             num_seqs = min(GPU_MAX_NUM_SEQS, num_tokens)
         step_timeout_s = GPU_STEP_TIMEOUT_S if self.step_timeout_s is None else self.step_timeout_s
-        return self.model_copy(
-            update={
-                "max_num_seqs": num_seqs,
-                "max_num_batched_tokens": num_tokens,
-                "step_timeout_s": step_timeout_s,
-            }
-        )
+        changes = {"max_num_seqs": num_seqs, "max_num_batched_tokens": num_tokens, "step_timeout_s": step_timeout_s}
+        return self.model_copy(update=changes)
 
     def fingerprint(self) -> str:
         """16 hex digits that two processes share only if they hold the same configuration, its API key included."""

@@ -48,6 +48,11 @@ def check_ranks(config: Config) -> None:
             f"sm_partition is {config.sm_partition}, which divides one GPU, but tensor_parallel_size is {size}; "
             "set sm_partition to off"
         )
+    if config.decode_pipeline != "off":
+        raise ValueError(
+            f"decode_pipeline is {config.decode_pipeline}, but tensor_parallel_size is {size}, whose ranks run plain "
+            "steps; set decode_pipeline to off"
+        )
     if config.decode_device_id is not None:
         raise ValueError(
             f"decode_device_id names one GPU for each worker, but tensor_parallel_size is {size}; remove it, and start "

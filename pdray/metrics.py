@@ -34,6 +34,7 @@ Worker (tags `worker`, `role`):
     pdray_decode_sms                         gauge, SMs of decodes beside prompts; 0 while there is no split
     pdray_split_changes                      counter, of the split, or between a split and one step of both
     pdray_prompt_pieces                      counter, of prompts, computed beside decodes
+    pdray_pipelined_steps                    counter, decode steps in micro-batches; the others are plain
     pdray_integrity_problems                 gauge, found by the last check of the block accounting at rest
     pdray_transfers                          counter, completed puts of this worker
     pdray_transfer_bytes                     counter, KV that they pushed
@@ -180,6 +181,7 @@ class WorkerMetrics:
         "num_output_tokens": ("pdray_engine_output_tokens", "Tokens sampled"),
         "num_split_changes": ("pdray_split_changes", "Changes of how prompts and decodes share the GPU"),
         "num_prompt_pieces": ("pdray_prompt_pieces", "Pieces of prompts computed beside decodes"),
+        "num_pipelined_steps": ("pdray_pipelined_steps", "Decode steps in micro-batches"),
     }
 
     def __init__(self, worker_id: str, role: str, *, application: str, model: str) -> None:

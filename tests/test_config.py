@@ -86,10 +86,34 @@ def test_a_split_that_cannot_be_is_refused(given: dict[str, object], text: str) 
 
 
 @pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"decode_attention_sm": 64}, "decode_attention_sm is given, but decode_pipeline is off; set it to on or auto"),
+        ({"decode_ffn_sm": 64}, "decode_ffn_sm is given, but decode_pipeline is off"),
+        ({"decode_micro_batches": 3}, "decode_micro_batches is given, but decode_pipeline is off"),
+        ({"decode_pipeline": "on", "enforce_eager": True}, "decode_pipeline is on, but enforce_eager"),
+        ({"decode_pipeline": "on", "decode_attention_sm": 60, "decode_ffn_sm": 72, "mode": "colocated"}, None),
+        ({"decode_pipeline": "auto", "decode_attention_sm": 62, "decode_ffn_sm": 70}, "is 62 and decode_ffn_sm 70"),
+        ({"decode_pipeline": "on", "decode_ffn_sm": 4}, "decode_ffn_sm"),
+        ({"decode_pipeline": "on", "decode_micro_batches": 1}, "decode_micro_batches"),
+        ({"decode_pipeline": "sometimes"}, "decode_pipeline"),
+        ({"decode_pipeline": "auto", "mode": "colocated", "sm_partition": "on", "decode_sms": 32}, None),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused(given: dict[str, object], text: str | None) -> None:
+    if text is None:
+        assert Config(**Config(**given).model_dump()) == Config(**given)
+        return
+    with pytest.raises(ValueError, match=text):
+        Config(**given)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"mode": "disaggregated"}, "mode is disaggregated.* set mode to colocated or tensor_parallel_size to 1"),
         ({"sm_partition": "auto"}, "sm_partition is auto.* set sm_partition to off"),
+        ({"decode_pipeline": "auto"}, "decode_pipeline is auto.* set decode_pipeline to off"),
         ({"decode_device_id": 0}, "decode_device_id names one GPU.* remove it"),
         ({"decode_num_gpus": 0.5}, "decode_num_gpus is 0.5.* remove decode_num_gpus"),
     ],

@@ -128,6 +128,7 @@ def test_worker_counters_grow_by_the_difference(metrics_url: str) -> None:
     metrics.update(stats(free_blocks=75, running=2, waiting=1, prefix_cache_queries=64, prefix_cache_hits=32))
     metrics.update(stats(free_blocks=25, running=4, prefix_cache_queries=96, prefix_cache_hits=32, num_preemptions=1))
     metrics.update(stats(free_blocks=25, running=4, decode_sms=48, num_split_changes=3, num_prompt_pieces=70))
+    metrics.update(stats(free_blocks=25, running=4, decode_sms=48, num_pipelined_steps=7))
     metrics.on_transfer(1024, 0.004)
     metrics.on_transfer(1024, 0.002)
     tags = "application=app,model=tiny,role=decode,worker=decode-0"
@@ -143,6 +144,7 @@ def test_worker_counters_grow_by_the_difference(metrics_url: str) -> None:
             ("ray_pdray_decode_sms", tags): 48,
             ("ray_pdray_split_changes_total", tags): 3,
             ("ray_pdray_prompt_pieces_total", tags): 70,
+            ("ray_pdray_pipelined_steps_total", tags): 7,
             ("ray_pdray_transfer_bytes_total", tags): 2048,
             ("ray_pdray_transfers_total", tags): 2,
             ("ray_pdray_transfer_seconds_total", tags): 0.006,

@@ -51,6 +51,7 @@ NEEDED = {  # fields that are refused without others
     "decode_sms": {"mode": "colocated", "sm_partition": "on"},
     "tensor_parallel_size": {"mode": "colocated"},
     "target_ttft_ms": {"mode": "colocated", "sm_partition": "auto"},
+    **dict.fromkeys(("decode_attention_sm", "decode_ffn_sm", "decode_micro_batches"), {"decode_pipeline": "on"}),
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pdray.cluster_commands import format_status
+from pdray.engine.pipeline.pipeline import PipelineState
 from pdray.engine.request import SplitState
 
 
@@ -64,3 +67,23 @@ def test_status_says_how_prompts_and_decodes_share_a_gpu(
     workers = [{"worker_id": "decode-0", "split": split._asdict()}, {"worker_id": "decode-1", "split": None}]
     lines = format_status([{"name": "pdray", "workers": workers}]).splitlines()
     assert [shown for shown in lines if "split" in shown] == [f"split of decode-0: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        (("on", {"100 + 32 SMs": [2, 4, 64]}, 0, 0, False, 7, None), "100 + 32 SMs, with 2 to 64 sequences; 7"),
+        (("auto", {}, 0, 0, True, 0, None), "plain steps until it is measured; 0"),
+        (("auto", {}, 21, 0, False, 0, None), "plain steps, faster in 0 of 21 cases measured; 0"),
+        (
+            ("auto", {"two streams": [64], "64 + 68 SMs": [128, 256]}, 21, 3, False, 9, None),
+            "two streams, with 64 sequences; 64 + 68 SMs, with 128 to 256 sequences, faster in 3 of 21 cases measured;"
+            " 9",
+        ),
+        (("on", {}, 0, 0, False, 0, "old driver"), "plain steps (old driver); 0"),
+    ],
+)
+def test_status_says_how_decode_steps_are_computed(state: tuple[Any, ...], line: str) -> None:
+    workers = [{"worker_id": "d-0", "decode_pipeline": PipelineState(*state)._asdict()}, {"worker_id": "d-1"}]
+    lines = format_status([{"name": "pdray", "workers": workers}]).splitlines()
+    assert [shown for shown in lines if "pipeline" in shown] == [f"decode pipeline of d-0: {line} pipelined steps"]

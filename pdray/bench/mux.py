@@ -1,51 +1,42 @@
 """`pdray bench mux`: prompts and decodes on one GPU, mixed in one step or beside each other on partitions of its SMs.
 
 One engine and one set of weights for all rows. First what a decode step suffers beside prompts that never end, and what
-those get: alone, mixed with chunks of several sizes, on two plain streams, on each partition. Then, with --rates,
-requests that come at random: the share that has its first token and its further tokens in time, in each arrangement and
-as the controller chooses.
+those get: alone, mixed with chunks of several sizes, on two plain streams, on each partition. Then, with --serve,
+requests that come at random: the share that has its first token and its further tokens in time, in each arrangement, as
+the controller chooses, and on two workers that share the GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from pdray.bench.mux_served import (
+    HEAD,
+    Asked,
+    OfferedLoad,
+    arrangement_of,
+    name_of,
+    parse_load,
+    plot,
+    run_halves,
+    run_served,
+)
 from pdray.bench.offline import machine
-from pdray.bench.plot import Series, line_plot
-from pdray.bench.workload import poisson_arrivals
 from pdray.config import Config
 from pdray.errors import ConfigError
 from pdray.options import add_config_arguments, config_from_args
 
 if TYPE_CHECKING:  # these need torch, which the command line's help does without
-    from pdray.bench.mux_load import Beside, Served
-    from pdray.engine.mux.costs import Arrangement
+    from pdray.bench.mux_load import Beside
     from pdray.engine.mux.engine import MuxEngine
-    from pdray.engine.request import EngineRequest
 
-COLORS = ("#1f6feb", "#d73a49", "#2da44e", "#bf8700", "#8250df", "#57606a", "#0a7ea4", "#e16f24", "#24292f")
 BESIDE_HEAD = (
     "| arrangement | decode p50 ms | p99 | longest | to alone (p99) | prompt tok/s | of alone |\n"
     "|---|---:|---:|---:|---:|---:|---:|"
 )
-SERVED_HEAD = (
-    "| in | req/s | TPOT target ms | arrangement | TTFT p50 / p99 ms | TPOT p50 / p99 ms | longest gap ms | in time |\n"
-    "|---:|---:|---:|---|---:|---:|---:|---:|"
-)
-
-
-class Row(NamedTuple):
-    """A named arrangement; None: as the controller chooses."""
-
-    name: str
-    arrangement: Arrangement | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,41 +51,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--piece-tokens", type=int, default=2048, help="of prompts on a partition at a time")
     parser.add_argument("--no-beside", action="store_true", help="leave out the first table")
-    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests a second of the second table")
-    parser.add_argument("--rate-chunks", type=int, nargs="*", default=[512, 1024, 2048], help="of its mixed steps")
-    parser.add_argument("--rate-seconds", type=float, default=10.0, help="about how long each rate is offered")
-    parser.add_argument("--served-input-len", type=int, default=2048, help="prompt tokens (default: 2048)")
+    parser.add_argument(
+        "--compare-plain", action="store_true", help="first: decodes alone, in turn with an engine without partitions"
+    )
+    parser.add_argument(
+        "--serve",
+        nargs="*",
+        default=[],
+        metavar="IN@RATE[:ROW,…]",
+        help="loads of the second table: prompt tokens, requests a second, rows: chunkN (mixed steps of N tokens), "
+        "smsN (decodes on N SMs; sms0: two plain streams), controller, controllerN (for a TPOT of N ms alone), halves "
+        "(two workers, each with half of the GPU); default: all but halves",
+    )
+    parser.add_argument(
+        "--serve-seconds", type=float, default=10.0, help="about how long each load is offered: 16 requests or more"
+    )
     parser.add_argument("--served-output-len", type=int, default=256, help="output tokens (default: 256)")
     parser.add_argument("--ttft-ms", type=float, default=1000.0, help="within which a first token is in time")
     parser.add_argument("--tpot-ms", type=float, nargs="+", default=[15.0, 8.0], help="the same of further tokens")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="requests in time over rate, as SVG")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="of the first --serve's prompts and each TPOT: requests in time over rate, as SVG; FILE-8ms.svg and so on",
+    )
     parser.add_argument("--save-result", type=Path, metavar="FILE", help="write the rows as JSON")
     add_config_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print, save."""
+    from pdray.bench.ways import make_llm
+
     config = config_from_args(args)
     if config.sm_partition == "off":
         config = config.model_copy(update={"mode": "colocated", "sm_partition": "auto"})
     if args.seconds <= 0 or min(args.num_decodes, args.context, args.input_len) < 1:
         raise ConfigError("--seconds, --num-decodes, --context and --input-len must be above 0")
-    if args.plot and not args.rates:
-        raise ConfigError("--plot draws the second table: give --rates")
-    engine = make_engine(config, args.piece_tokens)
-    try:
-        result: dict[str, Any] = {"beside": [], "served": []}
-        if not args.no_beside:
-            result["beside"] = run_beside(engine, args)
-        for input_len in [args.served_input_len] if args.rates else []:
-            result["served"] += run_served(engine, args, input_len)
-        if args.plot:
-            args.plot.write_text(plot(result["served"], args.tpot_ms))
-    finally:
-        engine.close()
+    loads = [parse_load(text) for text in args.serve]
+    if args.plot and not loads:
+        raise ConfigError("--plot draws the second table: give --serve")
+    asked = Asked(args.serve_seconds, args.served_output_len, args.ttft_ms, args.tpot_ms)
+    result = measure(config, loads, asked, args)
+    result["served"] += run_halves(config, loads, asked, make_llm)
+    for tpot_ms in args.tpot_ms if args.plot else []:
+        where = args.plot.with_name(f"{args.plot.stem}-{tpot_ms:g}ms.svg")
+        where.write_text(plot(result["served"], loads[0].input_len, tpot_ms))
     if args.save_result:
         args.save_result.write_text(json.dumps({"config": config.model_dump()} | result | machine(), indent=1) + "\n")
     return 0
+
+
+def measure(config: Config, loads: list[OfferedLoad], asked: Asked, args: argparse.Namespace) -> dict[str, Any]:
+    """All that one engine measures; its memory is free again."""
+    result: dict[str, Any] = {"plain": [], "beside": [], "served": []}
+    if not args.compare_plain and args.no_beside and all(load.rows == ("halves",) for load in loads):
+        return result
+    engine = make_engine(config, args.piece_tokens)
+    try:
+        if args.compare_plain:
+            result["plain"] = compare_plain(engine, config, args)
+        if not args.no_beside:
+            result["beside"] = run_beside(engine, args)
+        if loads:
+            print(f"\n{HEAD}", flush=True)
+            result["served"] = run_served(engine, loads, asked)
+    finally:
+        engine.close()
+        del engine
+        free_memory()
+    return result
+
+
+def free_memory() -> None:
+    """Give the device back what nothing holds any more."""
+    import gc
+
+    import torch
+
+    gc.unfreeze()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def make_engine(config: Config, piece_tokens: int) -> MuxEngine:
@@ -118,17 +156,22 @@ def make_engine(config: Config, piece_tokens: int) -> MuxEngine:
     return engine
 
 
-def rows_of(engine: MuxEngine, chunks: list[int]) -> list[Row]:
-    """Every arrangement that this engine has."""
-    from pdray.engine.mux.costs import Arrangement
+def compare_plain(engine: MuxEngine, config: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Decodes alone on this engine and on one that never had partitions, over the same weights, in turn."""
+    from pdray.bench.mux_load import Prompts, measure_beside
+    from pdray.engine.build import make_pool
+    from pdray.engine.engine import Engine
 
-    mixed = [Row(f"mixed, {chunk}", Arrangement(chunk=chunk)) for chunk in chunks]
-    total = engine.num_sms
-    splits = [
-        Row(f"{n} + {total - n} SMs" if n else "two plain streams", Arrangement(decode_sms=n))
-        for n in engine.split_state().ready
-    ]
-    return mixed + splits
+    plain = Engine(config, engine.model, make_pool(config, engine.model, engine.device))
+    prompts, rows = Prompts(engine.model.config.vocab_size, 2), []
+    for name, each in (("without", plain), ("with", engine), ("with", engine), ("without", plain)):
+        sizes = {"context": args.context, "seconds": args.seconds}
+        row = measure_beside(each, prompts, num_decodes=args.num_decodes, input_len=0, **sizes)
+        print(f"decodes alone, {name} partitions: p50 {row.gap_p50} ms, p99 {row.gap_p99} ms", flush=True)
+        rows.append({"name": name} | row._asdict())
+    del plain, each
+    free_memory()
+    return rows
 
 
 def run_beside(engine: MuxEngine, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -143,8 +186,9 @@ def run_beside(engine: MuxEngine, args: argparse.Namespace) -> list[dict[str, An
     rows = [("decodes alone", decode), ("prompts alone", prompt)]
     for name, row in rows:
         print(format_beside(name, row, decode, prompt), flush=True)
-    for name, arrangement in rows_of(engine, args.chunks):
-        engine.controller.fixed = arrangement
+    splits = [f"sms{n}" for n in engine.split_state().ready]
+    for word in (*(f"chunk{n}" for n in args.chunks), *splits):
+        engine.controller.fixed, name = arrangement_of(word, engine), name_of(word, engine.num_sms)
         row = measure_beside(engine, prompts, num_decodes=args.num_decodes, input_len=args.input_len, **sizes)
         rows.append((name, row))
         print(format_beside(name, row, decode, prompt), flush=True)
@@ -157,78 +201,3 @@ def format_beside(name: str, row: Beside, decode: Beside, prompt: Beside) -> str
     slower = "" if row.gap_p99 is None or not decode.gap_p99 else f"{row.gap_p99 / decode.gap_p99:.2f}"
     rate = [f"{row.prompt_rate:,.0f}", f"{row.prompt_rate / prompt.prompt_rate:.0%}"] if row.prompt_rate else ["", ""]
     return f"| {' | '.join([name, *gaps, slower, *rate])} |"
-
-
-def run_served(engine: MuxEngine, args: argparse.Namespace, input_len: int) -> list[dict[str, Any]]:
-    """The second table."""
-    from pdray.bench.mux_load import serve
-    from pdray.engine.mux.controller import Targets
-
-    print(f"\n{SERVED_HEAD}", flush=True)
-    fixed = rows_of(engine, args.rate_chunks)
-    results = []
-    for rate in args.rates:
-        for name, arrangement in fixed:
-            engine.controller.fixed = arrangement
-            served = serve(engine, arrivals(engine, args, input_len, rate))
-            for tpot_ms in args.tpot_ms:
-                results.append(summary(name, input_len, rate, tpot_ms, args.ttft_ms, served))
-                print(format_served(results[-1]), flush=True)
-        engine.controller.fixed = None
-        for tpot_ms in args.tpot_ms:
-            engine.controller.targets = Targets(tpot_ms / 1000, None)
-            changes = engine.split_state().num_changes
-            served = serve(engine, arrivals(engine, args, input_len, rate))
-            results.append(summary("controller", input_len, rate, tpot_ms, args.ttft_ms, served))
-            print(format_served(results[-1]), f"{engine.split_state().num_changes - changes} changes", flush=True)
-    return results
-
-
-def arrivals(
-    engine: MuxEngine, args: argparse.Namespace, input_len: int, rate: float
-) -> Iterator[tuple[float, EngineRequest]]:
-    """The same times for every arrangement, with other prompts."""
-    from pdray.bench.mux_load import Prompts
-
-    number = max(2, round(rate * args.rate_seconds))
-    times = poisson_arrivals(number, rate, 1.0, np.random.default_rng(7))
-    prompts = Prompts(engine.model.config.vocab_size, 1)
-    for at in times:
-        request = prompts.request(input_len, args.served_output_len)
-        yield at, replace(request, key=("served", request.key))
-
-
-def summary(
-    name: str, input_len: int, rate: float, tpot_ms: float, ttft_ms: float, served: list[Served]
-) -> dict[str, Any]:
-    """One row of the second table."""
-    from pdray.bench.mux_load import goodput
-
-    ttft, tpot = ([getattr(each, field) * 1000 for each in served] for field in ("ttft_s", "tpot_s"))
-    in_time = goodput(served, lambda each: each.ttft_s * 1000 <= ttft_ms and each.tpot_s * 1000 <= tpot_ms)
-    percentiles = {
-        f"{field}_{p}": round(float(np.percentile(values, p)), 2)
-        for field, values in (("ttft", ttft), ("tpot", tpot))
-        for p in (50, 99)
-    }
-    longest = max(each.longest_gap_s for each in served) * 1000
-    where = {"name": name, "input_len": input_len, "rate": rate, "tpot_target": tpot_ms}
-    return where | percentiles | {"longest_gap": round(longest, 1), "in_time": in_time}
-
-
-def format_served(row: dict[str, Any]) -> str:
-    cells = [str(row["input_len"]), f"{row['rate']:g}", f"{row['tpot_target']:g}", row["name"]]
-    cells += [f"{row['ttft_50']:.0f} / {row['ttft_99']:.0f}", f"{row['tpot_50']:.2f} / {row['tpot_99']:.2f}"]
-    cells += [f"{row['longest_gap']:.0f}", f"{row['in_time']:.0%}"]
-    return f"| {' | '.join(cells)} |"
-
-
-def plot(rows: list[dict[str, Any]], tpot_ms: list[float]) -> str:
-    """Requests in time a second over requests offered a second, for the strictest TPOT."""
-    strictest = min(tpot_ms)
-    mine = [row for row in rows if row["tpot_target"] == strictest]
-    series = []
-    for color, name in zip(COLORS, dict.fromkeys(row["name"] for row in mine), strict=False):
-        points = [(row["rate"], row["rate"] * row["in_time"]) for row in mine if row["name"] == name]
-        series.append(Series(name, color, points))
-    return line_plot(f"Requests within a TPOT of {strictest:g} ms", "offered requests/s", "in time requests/s", series)

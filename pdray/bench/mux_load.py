@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pdray.bench.rows import VOCABULARY_START
-from pdray.engine.mux.engine import MuxEngine
+from pdray.engine.engine import Engine
 from pdray.engine.request import EngineRequest, RequestUpdate
 from pdray.sampling_params import SamplingParams
 
@@ -54,7 +54,7 @@ class Prompts:
 
 
 def measure_beside(
-    engine: MuxEngine, prompts: Prompts, *, num_decodes: int, context: int, input_len: int, seconds: float
+    engine: Engine, prompts: Prompts, *, num_decodes: int, context: int, input_len: int, seconds: float
 ) -> Beside:
     """Sequences that decode beside prompts that never end.
 
@@ -96,14 +96,14 @@ def measure_beside(
     return Beside(p50, p99, longest, rate)
 
 
-def _add(engine: MuxEngine, prompts: Prompts, number: int, input_len: int, output_len: int) -> list[EngineRequest]:
+def _add(engine: Engine, prompts: Prompts, number: int, input_len: int, output_len: int) -> list[EngineRequest]:
     added = [prompts.request(input_len, output_len) for _ in range(number)]
     for request in added:
         engine.add(request)
     return added
 
 
-def clear(engine: MuxEngine) -> None:
+def clear(engine: Engine) -> None:
     """End every request, and what is in flight."""
     for key in engine.live_keys():
         engine.release(key)
@@ -111,7 +111,7 @@ def clear(engine: MuxEngine) -> None:
         engine.step()
 
 
-def serve(engine: MuxEngine, requests: Iterator[tuple[float, EngineRequest]]) -> list[Served]:
+def serve(engine: Engine, requests: Iterator[tuple[float, EngineRequest]]) -> list[Served]:
     """Requests at their times, in seconds from now; to the end."""
     waiting = deque(requests)
     times: dict[object, list[float]] = {}
@@ -137,8 +137,13 @@ def _note(updates: list[RequestUpdate], times: dict[object, list[float]], done: 
             times[update.key].append(now)
         if update.finished:
             arrived, *tokens = times.pop(update.key)
-            gaps = np.diff(tokens)
-            done.append(Served(tokens[0] - arrived, float(gaps.mean()), float(gaps.max())))
+            done.append(served_of(arrived, tokens))
+
+
+def served_of(arrived: float, tokens: list[float]) -> Served:
+    """A request by the times of its arrival and of its tokens, of which there are two or more."""
+    gaps = np.diff(tokens)
+    return Served(tokens[0] - arrived, float(gaps.mean()), float(gaps.max()))
 
 
 def goodput(served: list[Served], within: Callable[[Served], bool]) -> float:

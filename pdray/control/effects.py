@@ -28,20 +28,31 @@ class FlushPuts(NamedTuple):
     key: LegKey
 
 
+class StopCompute(NamedTuple):
+    """Stop computing the leg, whose blocks are a decode worker's; call stopped() once no step writes to them."""
+
+    key: LegKey
+
+
 class Release(NamedTuple):
     """Stop computing the leg and unpin its blocks: no put of it is in flight."""
 
     key: LegKey
 
 
-LedgerEffect = Send | StartCompute | FlushPuts | Release
+LedgerEffect = Send | StartCompute | FlushPuts | StopCompute | Release
 
 
 class Start(NamedTuple):
-    """Create the worker's actor and load it; report ready() or start_failed()."""
+    """Create the worker's actor and load it; report ready() or start_failed().
+
+    Attributes:
+        lender: the decode worker whose guest it is to be.
+    """
 
     worker_id: str
     incarnation: str
+    lender: WorkerInfo | None = None
 
 
 class Kill(NamedTuple):
@@ -74,7 +85,7 @@ MembershipEffect = Start | Kill | Connect | TellGone
 def describe(effect: MembershipEffect) -> str:
     """The effect in words, for logs."""
     match effect:
-        case Start(worker_id, _):
+        case Start(worker_id):
             return f"the start of {worker_id}"
         case Kill(_, incarnation):
             return f"the end of {incarnation}"

@@ -171,10 +171,10 @@ class LeaseTable:
 
     # prefill workers
 
-    def set_writer(self, worker_id: str, incarnation: str, epoch: int) -> list[Send]:
+    def set_writer(self, worker_id: str, incarnation: str, epoch: int, *, is_guest: bool = False) -> list[Send]:
         """A prefill worker is connected in this epoch. What it was filling in an older one is aborted."""
         previous = self._writers.get(worker_id)
-        self._writers[worker_id] = Writer(incarnation, epoch)
+        self._writers[worker_id] = Writer(incarnation, epoch, is_guest)
         if previous is None or previous == self._writers[worker_id]:
             return []
         return self._end_all(
@@ -198,8 +198,11 @@ class LeaseTable:
             and (lease.state is LeaseState.GRANTED or (lease.state is LeaseState.FILLING and lease.writer == writer))
         )
         if granted:
-            assert lease is not None
+            assert lease is not None and writer is not None
             lease.state, lease.writer = LeaseState.FILLING, writer
+            if writer.is_guest:
+                lease.reservation = self._allocator.lend(message.key)
+                return [Send(worker_id, BeginPutReply(*message.key, True, *lease.reservation))]
         return [Send(worker_id, BeginPutReply(*message.key, granted))]
 
     def may_write(self, key: LegKey, worker_id: str, epoch: int) -> bool:

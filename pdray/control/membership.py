@@ -9,7 +9,7 @@ Pure: time and events go in, effects come out. Single-threaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -86,12 +86,15 @@ class Membership:
     num_prefill, num_decode: how many of each; num_prefill 0 is colocated.
     backoff_s: wait before the first restart; doubles with every failure in a row, up to 30 s.
     generation: higher than that of the table whose place this one takes.
+    guests: workers that compute in the memory of another one, by its id: they are started once that one is ready, and
+        end with it; it is not started again before they have, because they hold memory that it needs.
     """
 
     num_prefill: int
     num_decode: int
     backoff_s: float
     generation: int = 0
+    guests: Mapping[str, str] = field(default_factory=dict)
     _workers: dict[str, _Worker] = field(default_factory=dict, init=False)
     _strays: dict[str, tuple[Stray, _Work]] = field(default_factory=dict, init=False)  # by incarnation
     _pairs: dict[tuple[str, str], _Pair] = field(default_factory=dict, init=False)
@@ -168,9 +171,10 @@ class Membership:
             if worker.kill is not None and worker.kill.take(now):
                 effects.append(Kill(worker_id, worker.incarnation))
             absent = worker.state is WorkerState.ABSENT and worker_id not in names_taken
-            if may_start and absent and worker.start_at <= now:
+            if may_start and absent and worker.start_at <= now and self._may_start(worker_id, names_taken):
                 worker.state, worker.incarnation = WorkerState.STARTING, self._new_incarnation(worker_id)
-                effects.append(Start(worker_id, worker.incarnation))
+                lender = self._workers[self.guests[worker_id]].info if worker_id in self.guests else None
+                effects.append(Start(worker_id, worker.incarnation, lender))
             for gone, work in worker.to_tell.values():
                 if work.take(now):
                     effects.append(TellGone(worker_id, worker.incarnation, gone))
@@ -208,6 +212,10 @@ class Membership:
             accepted = found[decode_id].epochs.get(prefill_id, 0) if decode_id in found else 0
             pair.epoch = max(opened, accepted)
             pair.connected = opened == accepted > 0 and found[prefill_id].info in found[decode_id].writers
+        lenders = {identity.info.worker_id: identity.info.lender for identity in identities}
+        for guest, lender in (lenders | {each.worker_id: each.lender for each in loading}).items():
+            if lender and lender != self._workers[self.guests[guest]].incarnation:
+                self.suspect(guest, self._workers[guest].incarnation)
         alive = {identity.info.incarnation for identity in identities}
         writers = [writer for identity in identities for writer in identity.writers if writer.incarnation not in alive]
         for stray in (*strays, *(Stray(writer.worker_id, writer.incarnation, writer) for writer in writers)):
@@ -237,6 +245,9 @@ class Membership:
         worker.to_tell.clear()
         self._disconnect(worker_id)
         self._version += 1
+        for guest in self._guests_of(worker_id):
+            if not self._has_own_memory(guest):
+                self.suspect(guest, self._workers[guest].incarnation)
 
     def died(self, now: float, worker_id: str, incarnation: str) -> None:
         """Note that its process was seen dead: peers may free what it could have written; another is started."""
@@ -304,6 +315,22 @@ class Membership:
         """The pair's channel does not bring anything over: it is opened anew, in a higher epoch."""
         self._pairs[prefill_id, decode_id].connected = False
         self._version += 1
+
+    def _may_start(self, worker_id: str, names_taken: set[str]) -> bool:
+        """Whether a guest's lender is there, or a lender's former guests are gone."""
+        if worker_id in self.guests:
+            return self._workers[self.guests[worker_id]].state is WorkerState.READY
+        guests = self._guests_of(worker_id)
+        gone = (self._workers[guest].state is WorkerState.ABSENT or self._has_own_memory(guest) for guest in guests)
+        return all(gone) and not names_taken.intersection(guests)
+
+    def _guests_of(self, worker_id: str) -> list[str]:
+        return [guest for guest, lender in self.guests.items() if lender == worker_id]
+
+    def _has_own_memory(self, guest: str) -> bool:
+        """It is ready, and its lender could lend nothing."""
+        info = self._workers[guest].info
+        return info is not None and not info.lender
 
     def _new_incarnation(self, worker_id: str) -> str:
         self._num_started += 1

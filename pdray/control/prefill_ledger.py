@@ -7,6 +7,9 @@ are sampled. PutDone follows the last put. A leg that ends with its first token 
 and no puts. A leg that is cancelled, aborted or broken issues no more puts; once none is in flight it
 says so (PutAborted) and its blocks are unpinned, never before.
 
+A guest has no blocks: it begins to compute when the answer brings the lease's, puts nothing, and what stops it waits
+for the end of every step that writes to them.
+
 Pure: time, messages and completions go in, effects come out. Single-threaded.
 """
 
@@ -17,7 +20,8 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from pdray.control.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute
+from pdray.control.effects import FlushPuts, LedgerEffect, Release, Send, StartCompute, StopCompute
+from pdray.engine.request import Reservation
 from pdray.wire.message import LegKey, Verdict
 from pdray.wire.prefill_messages import FirstTokens, PrefillFailed, PrefillRequest
 from pdray.wire.put_messages import BeginPut, PutAborted, PutDone
@@ -33,6 +37,8 @@ class _Task:
     may_put: bool | None = None  # the decode worker's answer to BeginPut
     puts_issued: int = 0
     puts_in_flight: int = 0
+    given: Reservation | None = None  # a guest's blocks for it
+    is_writing: bool = False  # a guest's engine may be computing in them
     first_tokens: FirstTokens | None = None
     computed_at: float = 0.0
     done_sent: bool = False
@@ -41,9 +47,14 @@ class _Task:
 
 
 class PrefillLedger:
-    """All legs of one prefill worker."""
+    """All legs of one prefill worker.
 
-    def __init__(self) -> None:
+    Args:
+        is_guest: it computes in its decode worker's pool.
+    """
+
+    def __init__(self, *, is_guest: bool = False) -> None:
+        self._is_guest = is_guest
         self._legs: dict[LegKey, _Task] = {}
 
     def __len__(self) -> int:
@@ -53,6 +64,10 @@ class PrefillLedger:
         """The request of a live leg."""
         leg = self._legs.get(key)
         return None if leg is None else leg.request
+
+    def given(self, key: LegKey) -> Reservation | None:
+        """The blocks that a guest is to compute the leg in."""
+        return self._legs[key].given
 
     def may_put(self, key: LegKey) -> bool:
         """Whether a put of this leg may be issued now."""
@@ -67,12 +82,16 @@ class PrefillLedger:
     # routers
 
     def keys(self) -> list[LegKey]:
-        return list(self._legs)
+        """Legs that the engine holds blocks for."""
+        return [key for key, leg in self._legs.items() if not self._is_guest or (leg.is_writing and not leg.stopping)]
 
     def request(self, router_id: str, message: PrefillRequest, epoch: int | None) -> list[LedgerEffect]:
         """A new leg. ``epoch`` is the channel's to its decode worker now; None if there is no channel."""
         if message.key in self._legs:
             return []
+        if message.decode_worker_id is None and self._is_guest:
+            reason = "this worker has no blocks of its own, and the leg names no decode worker"
+            return [Send(router_id, PrefillFailed(*message.key, reason))]
         if message.decode_worker_id is None:
             self._legs[message.key] = _Task(router_id, message, may_put=False)
             return [StartCompute(message.key)]
@@ -80,7 +99,8 @@ class PrefillLedger:
             reason = f"no channel to {message.decode_worker_id} in epoch {message.epoch} (now {epoch})"
             return [Send(router_id, PrefillFailed(*message.key, reason))]
         leg = self._legs[message.key] = _Task(router_id, message)
-        return [StartCompute(message.key), *(self._ask(message.key, leg) if message.has_lease else ())]
+        asked = self._ask(message.key, leg) if message.has_lease else []
+        return asked if self._is_guest else [StartCompute(message.key), *asked]
 
     def lease_confirmed(self, key: LegKey, num_cached_tokens: int) -> list[LedgerEffect]:
         """The lease of a leg that came without one was granted. One that has ended since is not asked about."""
@@ -106,17 +126,26 @@ class PrefillLedger:
 
     # decode workers
 
-    def begin_put_reply(self, key: LegKey, granted: bool) -> list[LedgerEffect]:
-        """The decode worker's answer. Refused: the lease is gone, and so is the leg."""
+    def begin_put_reply(self, key: LegKey, granted: bool, given: Reservation | None = None) -> list[LedgerEffect]:
+        """The decode worker's answer. Refused: the lease is gone, and so is the leg.
+
+        Args:
+            given: the lease's blocks, for a guest.
+        """
         leg = self._legs.get(key)
         if leg is None:
             return []
         if leg.stopping:
             leg.may_put, leg.owes_aborted = granted, leg.owes_aborted or granted
             return self._leave_if_idle(key, leg)
-        leg.may_put = granted
-        if granted:
+        is_first, leg.may_put = leg.may_put is None, granted
+        if granted and not self._is_guest:
             return [FlushPuts(key)]
+        if granted:
+            if not is_first:
+                return []
+            leg.given, leg.is_writing = given, True
+            return [StartCompute(key)]
         return self.fail(key, "its lease no longer stands")
 
     def abort_put(self, decode_worker_id: str, key: LegKey) -> list[LedgerEffect]:
@@ -144,7 +173,7 @@ class PrefillLedger:
         leg = self._legs.get(message.key)
         if leg is None or leg.stopping:
             return []
-        leg.first_tokens, leg.computed_at = message, now
+        leg.first_tokens, leg.computed_at, leg.is_writing = message, now, False
         return [Send(leg.router_id, message), *self._finish_if_pushed(now, message.key, leg)]
 
     def put_issued(self, key: LegKey) -> None:
@@ -166,6 +195,12 @@ class PrefillLedger:
             return self.fail(key, error)
         return self._leave_if_idle(key, leg)
 
+    def stopped(self, key: LegKey) -> list[LedgerEffect]:
+        """No step writes to the blocks of a leg that was to be stopped."""
+        leg = self._legs[key]
+        leg.is_writing = False
+        return self._leave_if_idle(key, leg)
+
     def fail(
         self, key: LegKey, reason: str, verdict: Verdict = "lost", *, param: str | None = None, lost_worker_id: str = ""
     ) -> list[LedgerEffect]:
@@ -179,9 +214,11 @@ class PrefillLedger:
     # transitions
 
     def _stop(self, key: LegKey, leg: _Task) -> list[LedgerEffect]:
-        leg.stopping = True
+        is_first, leg.stopping = not leg.stopping, True
         if leg.may_put:
             leg.owes_aborted = True
+        if leg.is_writing:
+            return [StopCompute(key)] if is_first else []
         return self._leave_if_idle(key, leg)
 
     def _finish_if_pushed(self, now: float, key: LegKey, leg: _Task) -> list[LedgerEffect]:
@@ -198,7 +235,7 @@ class PrefillLedger:
 
     def _leave_if_idle(self, key: LegKey, leg: _Task) -> list[LedgerEffect]:
         """The leg is forgotten once nothing of it can happen any more."""
-        if leg.puts_in_flight or not (leg.done_sent or leg.stopping):
+        if leg.puts_in_flight or leg.is_writing or not (leg.done_sent or leg.stopping):
             return []
         if leg.stopping and leg.asked and leg.may_put is None:
             return []  # BeginPut is under way: its answer decides whether PutAborted is owed

@@ -9,14 +9,16 @@ from pdray.models.model_config import ModelConfig
 ATTENTION_EFFICIENCY = 0.5  # of the device's arithmetic, against what products reach
 
 
-def make_budget(config: Config, model: ModelConfig, *, padded: bool) -> TokenBudget:
+def make_budget(
+    config: Config, model: ModelConfig, *, padded: bool, adaptive: type[AdaptiveBudget] = AdaptiveBudget
+) -> TokenBudget:
     """Args:
-    padded: steps are padded to the sizes of CUDA graphs.
+    padded: steps are padded to the sizes of CUDA graphs. adaptive: what is made where the configuration fixes nothing.
     """
     target_ms = config.target_tpot_ms
     if target_ms == 0:
         return FixedBudget(config.max_num_batched_tokens)
-    return AdaptiveBudget(
+    return adaptive(
         config.max_num_batched_tokens,
         STEP_SIZES if padded else SMALL_STEP_SIZES + STEP_SIZES,
         target_s=None if target_ms is None else target_ms / 1000,

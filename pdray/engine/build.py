@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from pdray.config import Config
 from pdray.engine.engine import Engine
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.kv.sizing import choose_num_blocks
+from pdray.engine.kv.sizing import WHOLE_GPU, GpuRoom, choose_num_blocks
 from pdray.engine.mux.engine import MuxEngine, wanted_sizes
 from pdray.engine.mux.partitions import PIECE_TOKENS
 from pdray.engine.ranks.orders import LaneRanks
@@ -18,14 +21,24 @@ from pdray.kernels.green_context import open_splits
 from pdray.models.load import LoadedModel
 
 
-def make_pool(
-    config: Config, model: LoadedModel, device: torch.device, *, gpu_share: float = 1.0, spare_bytes: int = 0
-) -> KVPool:
-    """A pool as large as the configuration says, or as the device allows; of several ranks, each has as many blocks.
+class PoolPlace(NamedTuple):
+    """Where a pool lies, and what it must leave of its device.
 
-    Args:
-        gpu_share: part of the GPU that its worker may use (CUDA, measured pool).
-        spare_bytes: see KVPool.allocate().
+    Attributes:
+        spare_bytes, memory: see KVPool.allocate().
+        room: for a pool whose size is measured.
+    """
+
+    spare_bytes: int = 0
+    memory: Callable[[int], torch.Tensor] | None = None
+    room: GpuRoom = WHOLE_GPU
+
+
+ANYWHERE = PoolPlace()
+
+
+def make_pool(config: Config, model: LoadedModel, device: torch.device, place: PoolPlace = ANYWHERE) -> KVPool:
+    """A pool as large as the configuration says, or as the device allows; of several ranks, each has as many blocks.
 
     Raises:
         OutOfMemoryError: the measured pool cannot hold one sequence of max_model_len.
@@ -37,22 +50,20 @@ def make_pool(
         layout,
         device,
         model.decoder.max_len,
-        gpu_share=gpu_share,
+        room=place.room,
         num_ranks=model.decoder.num_ranks,
         profile=lambda: profile_model(_largest(config), model.decoder),
     )
     if model.decoder.group is not None:
         num_blocks = smallest(model.decoder.group, num_blocks, device)
-    return KVPool.allocate(layout, num_blocks, device, spare_bytes=spare_bytes)
+    return KVPool.allocate(layout, num_blocks, device, spare_bytes=place.spare_bytes, memory=place.memory)
 
 
 def build_engine(
     config: Config,
     model: LoadedModel,
     device: torch.device,
-    *,
-    gpu_share: float = 1.0,
-    spare_bytes: int = 0,
+    place: PoolPlace = ANYWHERE,
     ranks: LaneRanks | None = None,
 ) -> Engine:
     """An engine with a pool of its own; see make_pool(). With sm_partition one of two lanes.
@@ -62,7 +73,7 @@ def build_engine(
 
     On a device without partitions "auto" is "off", and says so in one line of the log.
     """
-    pool = make_pool(config, model, device, gpu_share=gpu_share, spare_bytes=spare_bytes)
+    pool = make_pool(config, model, device, place)
     if config.sm_partition == "off":
         return Engine(config, model, pool, ranks=ranks)
     splits = open_splits(pool.device, wanted_sizes(config))

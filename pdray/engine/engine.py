@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -10,20 +9,20 @@ from concurrent.futures import Future
 from functools import partial
 
 from pdray.config import Config
-from pdray.engine.budget import make_budget
 from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.matcher import Grammar
 from pdray.engine.grammar.pieces import load_pieces
-from pdray.engine.kv.block_pool import BlockPool, PrefixChanges
+from pdray.engine.kv.block_pool import PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.lanes import engine_limits, make_lane
-from pdray.engine.ranks.orders import LaneRanks
+from pdray.engine.kv.sizing import usable_model_len
+from pdray.engine.pipeline.pipeline import open_lane
+from pdray.engine.ranks.orders import Ranks
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
+from pdray.engine.schedule.make import make_scheduler
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
-from pdray.engine.schedule.refusals import give_up, grammar_compiled, refuse
-from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.refusals import give_up, grammar_compiled, preparing, refuse
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_stats
 from pdray.engine.step.flight import Flight, Launched, Settled, Undrawn
@@ -32,12 +31,10 @@ from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup, group_callback
 from pdray.engine.step.mask_filling import MaskFiller
 from pdray.engine.step.times import StepSpread, StepTimes
-from pdray.errors import InvalidRequestError, RequestFailedError, StepFailedError, describe_error
+from pdray.errors import InvalidRequestError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
 from pdray.outputs import SampledToken
 from pdray.structured_outputs import FIELD
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -47,7 +44,7 @@ class Engine:
     state, and is never held while the model runs. What a step in flight uses stays as it is until the step is booked.
 
     Args:
-        pool: this engine's alone to allocate from.
+        pool: this engine's alone to allocate from. Over a borrowed one, requests bring their blocks: see GivenBlocks.
         overlap: launch a step before the tokens of the one before it are read; default: config.async_scheduling, and
             where that says nothing, on CUDA.
         ranks: those that share the model with this one.
@@ -62,34 +59,26 @@ class Engine:
     """
 
     def __init__(
-        self,
-        config: Config,
-        model: LoadedModel,
-        pool: KVPool,
-        *,
-        overlap: bool | None = None,
-        ranks: LaneRanks | None = None,
+        self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None, ranks: Ranks = None
     ) -> None:
-        device, config = pool.device, config.for_device(pool.device.type)
-        self.config = config
+        device = pool.device
+        self.config = config = config.for_device(device.type)
         self.model = model
         self.pool = pool
         self.device = device
         self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
+        self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
         self.on_work: Callable[[], None] | None = None
         self.has_booked = False
-        limits = engine_limits(config, model, pool)
-        self.max_model_len = limits.max_model_len
-        overlap = config.async_scheduling if overlap is None else overlap
-        self.overlap = device.type == "cuda" if overlap is None else overlap
-        self.lane = make_lane(config, model, pool, limits, ranks)
-        block_pool = BlockPool(self.num_blocks, config.enable_prefix_caching)
-        budget = make_budget(config, model.config, padded=self.lane.graphs is not None)
-        self._scheduler = Scheduler(limits, block_pool, budget)
+        wanted = config.async_scheduling if overlap is None else overlap
+        self.overlap = device.type == "cuda" if wanted is None else wanted
+        capture = device.type == "cuda" and not config.enforce_eager
+        self._scheduler = make_scheduler(config, model.config, pool, self.max_model_len, padded=capture)
+        limits = self._scheduler.limits
+        self.lane, self.pipeline = open_lane(config, model.decoder, pool, limits, ranks)
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
-        self._has_ranks = ranks is not None  # a step that was launched on all of them cannot be taken back
         self._is_beside = False  # steps of another lane take the device's time too
         self._lock = threading.Lock()
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
@@ -131,14 +120,9 @@ class Engine:
 
     def _prepare(self, request: EngineRequest, *, reserved: bool) -> LiveRequest:
         wanted = request.params.structured_outputs
-        try:
+        with preparing(request.key):
             grammar = None if wanted is None else self.grammars.compile(wanted)
             return self._scheduler.prepare(request, reserved=reserved, grammar=grammar)
-        except InvalidRequestError:
-            raise
-        except Exception as error:
-            logger.exception("request %r could not be prepared", request.key)
-            raise RequestFailedError(f"the request could not be prepared: {describe_error(error)}") from error
 
     def _watch_grammar(self, live: LiveRequest) -> None:
         """Go on with the request when its grammar is there; end it if there is none, once nobody writes its blocks."""
@@ -151,6 +135,16 @@ class Engine:
 
         if live.grammar is not None:
             live.grammar.add_done_callback(compiled)
+
+    def lend(self, key: Hashable) -> Reservation:
+        """Blocks of a reservation whose prompt another engine is to compute in this pool; KeyError if there is none."""
+        with self._lock:
+            return self._scheduler.lend(key)
+
+    def is_writing(self, key: Hashable) -> bool:
+        """Whether a step in flight computes this request, though it may have been released."""
+        with self._lock:
+            return any(key in plan.keys for plan in self._scheduler.plans_in_flight)
 
     def start_prefill(self, key: Hashable) -> None:
         """Compute a reserved request here.
@@ -251,7 +245,7 @@ class Engine:
             launched = lane.launch(inputs, on_group)
             return launched if isinstance(launched, Undrawn) else Flight(plan, launched)
         except Exception as error:
-            if (self.device.type != "cpu" or self._has_ranks) and (launching or isinstance(error, RuntimeError)):
+            if (self.device.type != "cpu" or self.lane.is_shared) and (launching or isinstance(error, RuntimeError)):
                 raise
             return error
 
@@ -269,7 +263,7 @@ class Engine:
             failures = self._mask_filler.fill([draw for chunk in plan.chunks for draw in chunk.draws], lane.masks.host)
             flight = Flight(plan, lane.draw(launched))
         except Exception as error:
-            if self.device.type != "cpu" or self._has_ranks:
+            if self.device.type != "cpu" or self.lane.is_shared:
                 raise
             return Settled(None, self._give_up(plan, error))
         with self._lock:
@@ -306,7 +300,10 @@ class Engine:
 
     def prepare_more(self) -> bool:
         """Do some of what waits until there is no work; returns whether more is left. Engine's thread only."""
-        return False
+        return self.pipeline is not None and self.pipeline.prepare_more()
+
+    def close(self) -> None:
+        """Give up what the device holds beside memory. No step may follow, and none may be running. Idempotent."""
 
     def split_state(self) -> SplitState | None:
         return None  # prompts and decodes share the device in one step, always
@@ -321,7 +318,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges."""
         with self._lock:
-            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps)
+            return engine_stats(self._bookkeeper, self.num_blocks, self._num_steps, self.lane.num_pipelined)
 
     def step_times(self) -> StepSpread | None:
         """Durations of the last steps, and the host's share of them."""

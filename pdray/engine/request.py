@@ -11,6 +11,18 @@ from pdray.prompt_scores import PromptScores
 from pdray.sampling_params import SamplingParams
 
 
+class Reservation(NamedTuple):
+    """Blocks held for a request that is not being computed yet.
+
+    Attributes:
+        block_ids: the blocks that hold prompt and earlier outputs, in order.
+        num_cached_tokens: leading tokens whose KV those blocks already hold (whole blocks).
+    """
+
+    block_ids: list[int]
+    num_cached_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One prompt to complete, ``len(indices)`` times.
@@ -23,6 +35,7 @@ class EngineRequest:
             positions of new tokens go on from there.
         prefill_only: stop after the first token of each index and keep the blocks until release().
         alone: its first steps compute nothing else, so that one that fails says whose fault it is.
+        given: the blocks to compute it in, of an engine without blocks of its own; see GivenBlocks.
     """
 
     key: Hashable
@@ -33,18 +46,7 @@ class EngineRequest:
     priority: int = 0
     prefill_only: bool = False
     alone: bool = False
-
-
-class Reservation(NamedTuple):
-    """Blocks held for a request that is not being computed yet.
-
-    Attributes:
-        block_ids: the blocks that hold prompt and earlier outputs, in order.
-        num_cached_tokens: leading tokens whose KV those blocks already hold (whole blocks).
-    """
-
-    block_ids: list[int]
-    num_cached_tokens: int
+    given: Reservation | None = None
 
 
 class LayerGroupReady(NamedTuple):
@@ -126,6 +128,7 @@ class EngineStats:
     decode_sms: int = 0
     num_split_changes: int = 0
     num_prompt_pieces: int = 0
+    num_pipelined_steps: int = 0  # decode steps in micro-batches
 
 
 class SplitState(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.collective.group import RankGroup
+from pdray.models.arena import Arena
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.attention import Attention
 from pdray.models.parts.embedding import make_embedding, make_head
@@ -65,6 +66,13 @@ def shapes_of_layer(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) ->
     return DecoderLayer(config, RotaryTable(placement.empty(0, half), placement.empty(0, half)), placement)
 
 
+def num_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Size of the arena that a decoder's weights fill."""
+    arena = Arena.unlimited()
+    Decoder(config, 1, dtype, torch.device("meta"), arena)
+    return arena.num_bytes
+
+
 class Decoder(Part):
     """Weights of a model and its forward pass. Built with uninitialised weights; a loader fills parameters().
 
@@ -72,6 +80,7 @@ class Decoder(Part):
     disjoint slots of the KV pool.
 
     Args:
+        arena: that holds the weights, on ``device``; default: torch's own memory.
         group: ranks that share the model, of which this process is one. All must make the same calls, in one order.
 
     Attributes:
@@ -84,6 +93,7 @@ class Decoder(Part):
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        arena: Arena | None = None,
         group: RankGroup | None = None,
     ) -> None:
         super().__init__()
@@ -92,9 +102,9 @@ class Decoder(Part):
         self.dtype = dtype
         self.device = device
         self.group = group
-        placement = Placement(dtype, device, group)
-        self.shard = placement.shard(config)
         self.num_ranks = 1 if group is None else group.size
+        placement = Placement(dtype, device, arena, group)
+        self.shard = placement.shard(config)
         rotary = build_rotary_table(config, max_len, device)
         self.embed_tokens = self.add("model.embed_tokens", make_embedding(config, placement))
         self.layers = [

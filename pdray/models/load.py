@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from pdray.config import Config
 from pdray.errors import ConfigError, ModelLoadError
 from pdray.kernels.collective.group import RankGroup
-from pdray.models.decoder import Decoder
+from pdray.models.arena import Arena
+from pdray.models.decoder import Decoder, num_weight_bytes
 from pdray.models.dummy import fill_dummy
 from pdray.models.end_of_sequence import tokenizer_end_ids
 from pdray.models.fingerprint import fingerprint
@@ -49,10 +51,25 @@ def load_model_config(config: Config) -> ModelConfig:
     return _model_config(source, _gguf(source), config)
 
 
-def load_model(config: Config, device: torch.device, group: RankGroup | None = None) -> LoadedModel:
+class WeightMemory(NamedTuple):
+    """Memory for a model's weights, where they are to lie in one piece.
+
+    Attributes:
+        take: gives [n] uint8 on the model's device.
+        is_filled: the same model's weights are there already.
+    """
+
+    take: Callable[[int], torch.Tensor]
+    is_filled: bool = False
+
+
+def load_model(
+    config: Config, device: torch.device, memory: WeightMemory | None = None, group: RankGroup | None = None
+) -> LoadedModel:
     """Build the decoder on ``device`` and fill it.
 
     Args:
+        memory: default: torch's own.
         group: ranks that share the model: this process loads its own shard and nothing else.
 
     Raises:
@@ -68,8 +85,10 @@ def load_model(config: Config, device: torch.device, group: RankGroup | None = N
             logger.warning("%s ties its embeddings by its config.json, but holds an lm_head of its own", source.path)
         model_config = dataclasses.replace(model_config, tie_word_embeddings=not untied)
     dtype = choose_dtype(config, model_config, device)
-    decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device, group)
-    _fill(decoder, source, gguf, config)
+    arena = None if memory is None else Arena(memory.take(num_weight_bytes(model_config, dtype)))
+    decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device, arena, group)
+    if memory is None or not memory.is_filled:
+        _fill(decoder, source, gguf, config)
     digest = fingerprint(decoder)
     decoder.pack_weights()
     return LoadedModel(model_config, decoder, dtype, digest)

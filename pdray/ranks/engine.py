@@ -29,7 +29,7 @@ def open_engine(config: Config, device: torch.device) -> Iterator[Engine]:
         return
     check_model(config)
     with Leader(config, device, end_process) as leader:
-        yield build_engine(config, load_model(config, device, leader.group), device, ranks=leader.ranks)
+        yield build_engine(config, load_model(config, device, group=leader.group), device, ranks=leader.ranks)
 
 
 def end_process(error: RankDiedError) -> None:

@@ -40,7 +40,7 @@ class Leader:
         group: for load_model(). ranks: for build_engine().
     """
 
-    def __init__(self, config: Config, device: torch.device, on_end: Callable[[RankDiedError], None]) -> None:
+    def __init__(self, config: Config, device: torch.device, on_end: Callable[[RankDiedError], object]) -> None:
         size, on_gpu = config.tensor_parallel_size, device.type == "cuda"
         gpus = visible_gpus() if on_gpu else []
         if on_gpu:

@@ -17,10 +17,12 @@ import torch
 
 from pdray.engine.build import make_pool
 from pdray.engine.device import select_device
-from pdray.engine.lanes import engine_limits, make_lane
+from pdray.engine.kv.sizing import usable_model_len
+from pdray.engine.pipeline.pipeline import open_lane
 from pdray.engine.ranks.orders import LaneRanks
 from pdray.engine.ranks.orders import decode as decode_order
 from pdray.engine.ranks.shared_memory import SharedMemory
+from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.step.lane import Lane
 from pdray.errors import describe_error
 from pdray.garbage_collection import quiet_garbage_collection
@@ -66,10 +68,12 @@ def make_rank(setup: Setup, inputs: int) -> Lane:
         torch.set_num_threads(config.num_threads)
     group = join(setup, device)
     config = config.for_device(device.type)
-    model = load_model(config, device, group)
+    model = load_model(config, device, group=group)
     pool = make_pool(config, model, device)
+    max_model_len = usable_model_len(model.decoder.max_len, pool.num_blocks, config.block_size)
+    limits = EngineLimits.of(config, model.config, pool, max_model_len)
     ranks = LaneRanks(SharedMemory(inputs, pinned=device.type == "cuda"))
-    lane = make_lane(config, model, pool, engine_limits(config, model, pool), ranks)
+    lane, _ = open_lane(config, model.decoder, pool, limits, ranks)
     quiet_garbage_collection()
     return lane
 

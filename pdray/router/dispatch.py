@@ -124,7 +124,7 @@ class Dispatch:
     def _await_credit(self, leg: Leg) -> None:
         """Who waits first is told by every worker that could take it, as soon as it can."""
         demand = leg.demand(self._config)
-        if leg.ends_with_first_token and self._workers.open_links(Role.PREFILL):
+        if not self._placement.needs_lease(leg):
             return  # it waits for a prefill worker's queue
         for link in self._workers.open_links(Role.DECODE, Role.BOTH):
             if link.could_decode(demand) and link.want(demand):

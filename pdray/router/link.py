@@ -49,6 +49,11 @@ class WorkerLink:
         """Whether it can be asked."""
         return self.opened and not self.failed
 
+    @property
+    def is_guest(self) -> bool:
+        """It computes in the blocks of leases alone."""
+        return bool(self.info.lender)
+
     def could_decode(self, demand: Demand) -> bool:
         """Whether the request would fit if nothing else were there."""
         info = self.info

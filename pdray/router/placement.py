@@ -24,8 +24,9 @@ class Placement:
     def choose(self, leg: Leg, demand: Demand) -> Choice | None:
         """Workers that are large enough and can take it now."""
         prefill = [link for link in self._workers.open_links(Role.PREFILL) if link.could_prefill(demand)]
-        if prefill and leg.ends_with_first_token:  # nobody decodes: no lease, and its KV stays where it is
-            prefill_id = choose_prefill([link.prefill_state(leg.prefix_hashes) for link in prefill])
+        with_blocks = [link for link in prefill if not link.is_guest]
+        if with_blocks and leg.ends_with_first_token:  # nobody decodes: no lease, and its KV stays where it is
+            prefill_id = choose_prefill([link.prefill_state(leg.prefix_hashes) for link in with_blocks])
             return None if prefill_id is None else Choice(prefill_id, None)
         decode = [
             link
@@ -48,17 +49,23 @@ class Placement:
         if prefill_id is None or decode_id is None:
             return False
         links = self._workers.links
-        return may_start_ahead(links[decode_id].decode_state(), links[prefill_id].prefill_state(), demand)
+        return not links[prefill_id].is_guest and may_start_ahead(
+            links[decode_id].decode_state(), links[prefill_id].prefill_state(), demand
+        )
+
+    def needs_lease(self, leg: Leg) -> bool:
+        """Whether a decode worker must take it, as far as its connected workers show."""
+        return not leg.ends_with_first_token or all(link.is_guest for link in self._workers.open_links(Role.PREFILL))
 
     def fits(self, leg: Leg, links: Sequence[WorkerLink]) -> bool:
         """Whether these workers could serve it if nothing else were there."""
         demand = leg.demand(self._config)
-        can_prefill = any(link.info.role == Role.PREFILL and link.could_prefill(demand) for link in links)
-        if can_prefill and leg.ends_with_first_token:
+        prefill = [link for link in links if link.info.role == Role.PREFILL and link.could_prefill(demand)]
+        if leg.ends_with_first_token and any(not link.is_guest for link in prefill):
             return True
         is_local = demand.tokens <= self._config.local_prefill_max_tokens
         decode = [link for link in links if link.could_decode(demand)]
-        return bool(decode) and (can_prefill or is_local or any(link.info.role == Role.BOTH for link in decode))
+        return bool(decode) and (bool(prefill) or is_local or any(link.info.role == Role.BOTH for link in decode))
 
     def refusal(self, leg: Leg) -> InvalidRequestError | None:
         """Why it can never be served; None if it can, or if workers are missing that may be larger."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # By name, the fastest first: module and class. What joins any two workers stands last.
 KINDS = {
+    "shared": "pdray.transfer.shared.kind:SharedKind",
     "cuda_ipc": "pdray.transfer.cuda_ipc.kind:CudaIpcKind",
     "nccl": "pdray.transfer.nccl.kind:NcclKind",
     "object_store": "pdray.transfer.object_store.kind:ObjectStoreKind",

@@ -9,6 +9,21 @@ import msgspec
 from pdray.wire.peers import Role
 
 
+class Lent(msgspec.Struct, frozen=True):
+    """Memory of a decode worker that its guests map.
+
+    Attributes:
+        host: names the machine, the same for all processes that run on it now.
+        weights, pool: handles; see pdray.engine.kv.lent_memory.
+    """
+
+    host: str
+    weights: str
+    num_weight_bytes: int
+    pool: str
+    num_pool_bytes: int
+
+
 class WorkerInfo(msgspec.Struct, frozen=True):
     """One live worker.
 
@@ -18,6 +33,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         fingerprint: of weights, dtype, block size and KV layout; peers must agree.
         channels: what each channel kind of this worker must be known by; see pdray.transfer.channel.Kind.facts.
         vocab_size: the model's; token ids are below it. None is not known.
+        lends: what guests can map of its memory. lender: of a guest, the incarnation whose memory it computes in; it
+            has no blocks of its own, and computes nothing without a lease.
     """
 
     worker_id: str
@@ -36,6 +53,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     channels: dict[str, dict[str, str]] = {}
     vocab_size: int | None = None
+    lends: Lent | None = None
+    lender: str = ""
 
 
 class ChannelOffer(msgspec.Struct, frozen=True):
@@ -67,11 +86,16 @@ class WorkerIdentity(msgspec.Struct, frozen=True):
 
 
 class WorkerLoading(msgspec.Struct, frozen=True):
-    """What a worker tells it that loads still; `origin` as in WorkerIdentity."""
+    """What a worker tells it that loads still; `origin` as in WorkerIdentity.
+
+    Attributes:
+        lender: that it was started as a guest of; see WorkerInfo.
+    """
 
     worker_id: str
     incarnation: str
     origin: str
+    lender: str = ""
 
 
 class Heartbeat(msgspec.Struct, frozen=True):

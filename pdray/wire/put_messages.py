@@ -7,14 +7,20 @@ from pdray.wire.message import LegMessage, Message
 
 
 class BeginPut(LegMessage, frozen=True):
-    """Ask to start writing into the lease; sent as soon as the leg is queued at the prefill worker.
-    No byte is written before BeginPutReply says yes. May be repeated."""
+    """Ask to start writing into the lease; sent as soon as the leg is queued at the prefill worker. A guest computes
+    nothing before it is told where. No byte is written before BeginPutReply says yes. May be repeated."""
 
     epoch: int
 
 
 class BeginPutReply(LegMessage, frozen=True):
+    """Attributes:
+    block_ids, num_cached_tokens: for a guest, the blocks to compute the prompt in, and how much of them is there.
+    """
+
     granted: bool
+    block_ids: list[int] = []
+    num_cached_tokens: int = 0
 
 
 class PutDone(LegMessage, frozen=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from pdray.actors import fleet as fleet_module
 from pdray.actors import places as places_module
@@ -201,3 +202,20 @@ async def test_room_that_never_was_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     places = WorkerPlaces(CONFIG, "app", detached=True, on_wait=lambda *_: None)
     with pytest.raises(PlacementError, match="lower worker_num_cpus"):
         await places.place("decode-0")
+
+
+async def test_a_guest_goes_to_its_lenders_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much room there is elsewhere."""
+    name, other = "0a" * 28, "0b" * 28
+    here, there = NodeRoom(name, {"CPU": 2.0}, {"CPU": 0.0}), NodeRoom(other, {"CPU": 2.0}, {"CPU": 2.0})
+    monkeypatch.setattr(places_module, "cluster_nodes", lambda: [here, there])
+    for setting, value in (("RETRY_S", 0.01), ("PATIENCE_S", 0.0)):
+        monkeypatch.setattr(places_module, setting, value)
+    reasons: list[str] = []
+    places = WorkerPlaces(CONFIG, "app", detached=True, on_wait=lambda _, reason: reasons.append(reason))
+    placing = asyncio.ensure_future(places.place("prefill-0", structs.replace(INFO, node_id=name)))
+    await until(lambda: placing.done() or reasons)
+    assert not placing.done()
+    here = NodeRoom(name, {"CPU": 2.0}, {"CPU": 1.0})
+    options = await asyncio.wait_for(placing, PATIENCE_S)
+    assert (options["scheduling_strategy"].node_id, options["scheduling_strategy"].soft) == (name, False)

@@ -136,13 +136,15 @@ def test_two_lanes_equal_one(ray_cluster: None, tiny: dict[str, Any]) -> None:
     settings = tiny | {"max_num_batched_tokens": 16, "max_num_seqs": 8}
     said = {}
     for sm_partition in ("off", "on"):
-        with LLM(**settings, sm_partition=sm_partition) as llm:
+        with LLM(**settings, sm_partition=sm_partition, decode_pipeline=sm_partition) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             said[sm_partition] = [output.outputs[0].token_ids for output in outputs]
-            split = llm.status()["workers"][0]["split"]
-            assert (split is not None) == (sm_partition == "on")
+            worker = llm.status()["workers"][0]
+            split, pipeline = worker["split"], worker["decode_pipeline"]
+            assert (split is not None) == (pipeline is not None) == (sm_partition == "on")
             wait_until_at_rest(llm)
     assert split["num_pieces"] > 0 and "cpu has no SMs" in split["unavailable"]
+    assert "cpu has no SMs" in pipeline["unavailable"]
     assert said["on"] == said["off"]
 
 

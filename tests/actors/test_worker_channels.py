@@ -121,6 +121,7 @@ async def test_a_kind_that_turns_out_not_to_work_is_passed_over(
     state = await pair.prefill.describe()
     assert state["channels"] == {"decode-0": "object_store"}
     assert state["passed_over"]["decode-0"] == {
+        "shared": "prefill-0 has memory of its own (on CPU it must be asked for)",
         "cuda_ipc": "RuntimeError: no peer access",
         "nccl": "prefill-0 runs on cpu",
     }

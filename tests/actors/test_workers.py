@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 
 import pytest
-from worker_pairs import PROMPT, SECRET, Pair
+from worker_pairs import PROMPT, SECRET, Pair, finish, make_config
 
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.config import Config
@@ -84,6 +85,18 @@ async def test_cached_blocks_are_not_sent_again(pair: Pair) -> None:
     num_blocks = 5 + 1 + 1  # 70 tokens; of the later prompts all but the last one's block are there already
     assert sent["num_bytes"] == num_blocks * pair.prefill.engine.pool.layout.block_bytes
     assert sent["num_puts"] == 3 * 3 + 3 + 3 and sent["seconds"] >= 0  # 3 chunks, then 1 each; 5 layers, 2 at a time
+
+
+async def test_only_the_worker_that_decodes_says_how_it_does(tmp_path: Path) -> None:
+    """decode_pipeline on a CPU: the decode worker's steps are plain, and it says why; a prefill worker has none."""
+    pair = Pair(make_config(tmp_path, "object_store").model_copy(update={"decode_pipeline": "on"}))
+    await pair.start()
+    await finish(pair, "r", 1)
+    state = (await pair.decode.describe())["decode_pipeline"]
+    assert state["mode"] == "on" and "cpu has no SMs" in state["unavailable"] and state["num_steps"] == 0
+    assert (await pair.prefill.describe())["decode_pipeline"] is None
+    await pair.quiet()
+    await pair.stop()
 
 
 async def test_a_prompt_may_be_computed_before_its_lease_is_granted(pair: Pair) -> None:

@@ -161,7 +161,9 @@ class Pair:
         self.router = ScriptedRouter()
 
     async def start(self) -> None:
-        prefill, decode = await self.prefill.start(), await self.decode.start()
+        decode = await self.decode.start()
+        self.prefill.lender = decode if self.config.channel == "shared" else None
+        prefill = await self.prefill.start()
         await self.connect(1)
         await self.router.open(prefill)
         await self.router.open(decode)

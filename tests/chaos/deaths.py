@@ -47,13 +47,13 @@ def kill_two(role: str) -> Disturbance:
 
 def disturbances(config: Config) -> dict[str, Disturbance]:
     """By the name of their rows: those that the number of workers allows."""
-    found = {
-        "decode worker killed": kill("decode-0"),
-        "prefill worker killed": kill("prefill-0"),
-        "Coordinator killed": kill("coordinator"),
-        "decode worker stopped": kill("decode-0", signal.SIGSTOP),
-    }
-    for role, number in (("decode", config.num_decode_workers), ("prefill", config.num_prefill_workers)):
+    num_prefill_workers = 0 if config.mode == "colocated" else config.num_prefill_workers
+    found = {"decode worker killed": kill("decode-0")}
+    if num_prefill_workers:
+        found["prefill worker killed"] = kill("prefill-0")
+    found["Coordinator killed"] = kill("coordinator")
+    found["decode worker stopped"] = kill("decode-0", signal.SIGSTOP)
+    for role, number in (("decode", config.num_decode_workers), ("prefill", num_prefill_workers)):
         if number > 1:
             both = "both" if number == 2 else f"two of {number}"
             found[f"{both} {role} workers killed, one after the other"] = kill_two(role)

@@ -36,7 +36,7 @@ class PacedWorker(DecodeWorker):
 
     def _assemble(self) -> Assembly:
         torch.set_num_threads(1)
-        return Assembly(torch.device("cpu"), {}, cast(Engine, PacedEngine(self.config, self._pace)), None)
+        return Assembly(torch.device("cpu"), {}, cast(Engine, PacedEngine(self.config, self._pace)))
 
 
 async def watch_one(info: WorkerInfo, version: int) -> ClusterView:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import structs
 from protocol_processes import (
     BLOCK_SIZE,
     LEASE_TIMEOUT_S,
@@ -41,6 +42,7 @@ class Cluster(Workers):
     Args:
         num_prefill: 0 is colocated.
         num_blocks: of each worker.
+        guests: prefill workers compute in the pool of the only decode worker.
         table, ledger, members, waiters, blame: what is under test, or mutants of it.
     """
 
@@ -54,11 +56,13 @@ class Cluster(Workers):
         waiters: type[CreditWaiters] = CreditWaiters,
         blame: Callable[[list[LegKey]], Verdict] = blame,
         num_blocks: int = NUM_BLOCKS[0],
+        guests: bool = False,
     ) -> None:
         super().__init__(blame)
         self._num_blocks = num_blocks
         self._table, self._ledger, self._waiters, self._members = table, ledger, waiters, members
-        self.membership = members(num_prefill, num_decode, backoff_s=0.01)
+        lenders = {f"prefill-{i}": "decode-0" for i in range(num_prefill)} if guests else {}
+        self.membership = members(num_prefill, num_decode, backoff_s=0.01, guests=lenders)
         self.calls: deque[Any] = deque()  # the Coordinator's effects, through Ray: in order, lost with it
         self.strays: dict[str, Process] = {}  # that the Coordinator found and does not know, by the name it gave them
         self.notices: deque[Callable[[], None]] = deque()  # of broken sessions
@@ -88,10 +92,22 @@ class Cluster(Workers):
 
     def _start(self, start: Start) -> None:
         process: Process
+        lender = ""
         if start.worker_id.startswith("prefill"):
             process = PrefillProcess(start.worker_id, start.incarnation, ledger=self._ledger())
             role = Role.PREFILL
+            if start.worker_id in self.membership.guests:
+                if start.lender is None:
+                    self.problems.append(f"{start.worker_id} was started before its lender")
+                    return
+                process.lender, lender = self.processes[start.lender.worker_id], start.lender.incarnation  # type: ignore
+                if process.lender.incarnation != lender or not process.lender.alive:  # type: ignore[union-attr]
+                    self.membership.start_failed(start.worker_id, start.incarnation, "its lender is gone")
+                    return
+                process.ledger = self._ledger(is_guest=True)
         else:
+            guests = [p for p in self.workers(PrefillProcess) if p.alive and p.lender is not None]
+            self.problems += [f"{start.incarnation} was started beside {p.incarnation}" for p in guests]
             process = decode = DecodeProcess(start.worker_id, start.incarnation, waiters=self._waiters())
             decode.pool = Pool(self._num_blocks)
             decode.table = self._table(decode.pool, lambda: credit(decode.pool), LEASE_TIMEOUT_S, BLOCK_SIZE)
@@ -100,6 +116,7 @@ class Cluster(Workers):
         info = WorkerInfo(
             start.worker_id, start.incarnation, role, "", 0, 0, "", "", "", self._num_blocks, 16, 1024, 8, 64
         )
+        info = structs.replace(info, lender=lender)
         process.info = info
         self.membership.ready(info)
 
@@ -124,7 +141,9 @@ class Cluster(Workers):
                 identity = WorkerIdentity(process.info, "", epochs, [])
             identities.append(identity)
         former = self.membership
-        self.membership = self._members(former.num_prefill, former.num_decode, 0.01, former.generation + 1)
+        self.membership = self._members(
+            former.num_prefill, former.num_decode, 0.01, former.generation + 1, former.guests
+        )
         self.membership.adopt(identities, strays)
         assert self.membership.view.version > former.view.version
         self._pump()
@@ -175,7 +194,10 @@ class Cluster(Workers):
             return
         assert isinstance(prefill, PrefillProcess) and isinstance(decode, DecodeProcess)
         decode.writers[prefill.incarnation] = connect.prefill
-        self._send(decode, decode.table.set_writer(prefill.name, prefill.incarnation, connect.epoch))
+        if prefill.lender not in (None, decode):
+            self.problems.append(f"{prefill.incarnation} is connected to {decode.incarnation}, and is no guest of it")
+        writer = prefill.name, prefill.incarnation, connect.epoch
+        self._send(decode, decode.table.set_writer(*writer, is_guest=prefill.lender is not None))
         self._disconnect(prefill, decode.name)
         prefill.epochs[decode.name] = (connect.epoch, decode)
         self._send(decode, decode.table.link_restored(prefill.name))

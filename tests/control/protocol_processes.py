@@ -60,6 +60,10 @@ class Pool:
         self.owner.update(dict.fromkeys(blocks, request.key))  # type: ignore[arg-type]
         return Reservation(blocks, 0)
 
+    def lend(self, key: LegKey) -> Reservation:
+        assert key not in self.running
+        return Reservation([block for block, owner in self.owner.items() if owner == key], 0)
+
     def start_prefill(self, key: LegKey) -> None:
         request = self.requests[key]
         self.running[key] = {index: len(request.output_token_ids) for index in request.indices}
@@ -129,6 +133,9 @@ class PrefillProcess(Process):
     computing: dict[LegKey, int] = field(default_factory=dict)  # layer groups left
     held: dict[LegKey, int] = field(default_factory=dict)
     puts: list[PutInFlight] = field(default_factory=list)
+    leaving: set[LegKey] = field(default_factory=set)  # of a guest: given up, and a step in flight computes them
+    writes: dict[LegKey, list[int]] = field(default_factory=dict)  # of a guest: its lender's blocks
+    lender: DecodeProcess | None = None
 
 
 @dataclass(eq=False)

@@ -23,7 +23,8 @@ from protocol_processes import (
     sampled,
 )
 
-from pdray.control.effects import FlushPuts, Release, Send, StartCompute
+from pdray.control.effects import FlushPuts, Release, Send, StartCompute, StopCompute
+from pdray.engine.request import Reservation
 from pdray.testing.simulated_router import Held
 from pdray.wire.lease_messages import CloseLease, EndCompletion, LeaseRequest, LegTokens, RenewLeases, Tokens
 from pdray.wire.message import LegKey, Verdict
@@ -118,7 +119,8 @@ class Workers:
             case CancelPrefill():
                 self._ledger_do(prefill, ledger.cancel(message.key))
             case BeginPutReply():
-                self._ledger_do(prefill, ledger.begin_put_reply(message.key, message.granted))
+                given = Reservation(message.block_ids, message.num_cached_tokens)
+                self._ledger_do(prefill, ledger.begin_put_reply(message.key, message.granted, given))
             case AbortPut():
                 self._ledger_do(prefill, ledger.abort_put(source.name, message.key))
 
@@ -129,10 +131,17 @@ class Workers:
                     self._send(prefill, [effect])
                 case StartCompute(key):
                     prefill.computing[key] = LAYER_GROUPS
+                    if prefill.lender is not None:
+                        given = prefill.ledger.given(key)
+                        assert given is not None
+                        prefill.writes[key] = given.block_ids
                 case FlushPuts(key):
                     for _ in range(prefill.held.pop(key, 0)):
                         self._put(prefill, key)
                     self._ledger_do(prefill, prefill.ledger.puts_flushed(self.now, key))
+                case StopCompute(key):
+                    prefill.computing.pop(key, None)
+                    prefill.leaving.add(key)
                 case Release(key):
                     prefill.computing.pop(key, None)
                     prefill.held.pop(key, None)
@@ -157,16 +166,29 @@ class Workers:
         if self.poison.get(key.request_id):
             self._engine_fails(prefill, [key] if leg.alone else self._shared_step(prefill))
             return
-        if prefill.ledger.may_put(key):
+        if prefill.lender is None and prefill.ledger.may_put(key):
             self._put(prefill, key)
         elif prefill.ledger.may_hold(key):
             prefill.held[key] = prefill.held.get(key, 0) + 1
         prefill.computing[key] -= 1
         if prefill.computing[key] == 0:
             del prefill.computing[key]
+            prefill.writes.pop(key, None)
             position = len(leg.output_token_ids)
             tokens = [sampled(leg.request_id, index, position) for index in leg.indices]
             self._ledger_do(prefill, prefill.ledger.computed(self.now, FirstTokens(*key, tokens, 0, 0.0, 0.0)))
+
+    def end_step(self, prefill: PrefillProcess, key: LegKey) -> None:
+        """The last step of a guest's that computed a leg which was given up is over."""
+        prefill.leaving.remove(key)
+        del prefill.writes[key]
+        self._ledger_do(prefill, prefill.ledger.stopped(key))
+
+    def check_guest(self, guest: PrefillProcess) -> None:
+        """What a guest computes lies in its own legs' blocks."""
+        if guest.lender is not None and guest.lender.alive:
+            for key, blocks in guest.writes.items():
+                self._check_target(key, guest.lender, blocks)
 
     def finish_put(self, prefill: PrefillProcess, put: PutInFlight) -> None:
         """The bytes land: in whatever the blocks belong to by now."""

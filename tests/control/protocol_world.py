@@ -122,6 +122,7 @@ class World(Cluster):
                 result += [lambda p=prefill, key=key: self.compute(p, key) for key in prefill.computing]
             if prefill.runs:
                 result += [lambda p=prefill, put=put: self.finish_put(p, put) for put in prefill.puts]
+                result += [lambda p=prefill, key=key: self.end_step(p, key) for key in prefill.leaving]
         result += [lambda d=d: self.step(d) for d in self.workers(DecodeProcess) if d.computes and d.pool.running]
         result += [
             lambda p=p: self.bury(p) for p in self.processes.values() if p.broken and p.alive and self._is_heard(p)
@@ -168,7 +169,7 @@ class World(Cluster):
     def _is_idle(self) -> bool:
         prefills = [worker for worker in self.workers(PrefillProcess) if worker.alive]
         decodes = [worker for worker in self.workers(DecodeProcess) if worker.alive]
-        at_work = any(p.computing or p.puts or p.broken for p in prefills)
+        at_work = any(p.computing or p.puts or p.leaving or p.broken for p in prefills)
         at_work |= any(d.pool.running or d.broken for d in decodes)
         return not (self.links or self.calls or self.notices or at_work or self._progress_of_routers())
 
@@ -179,6 +180,7 @@ class World(Cluster):
             process.router.problems.clear()
         for prefill in self.workers(PrefillProcess):
             if prefill.alive:
+                self.check_guest(prefill)
                 for put in prefill.puts:
                     if put.decode.alive:
                         self._check_target(put.key, put.decode, put.blocks)
@@ -221,6 +223,9 @@ class World(Cluster):
             if decode.alive and dead:
                 self.problems.append(f"{decode.name} was never told of the end of {dead}")
         for prefill in self.workers(PrefillProcess):
+            lender = prefill.lender
+            if prefill.alive and lender is not None and self.processes[lender.name] is not lender:
+                self.problems.append(f"{prefill.name} has outlived {lender.incarnation}")
             if prefill.alive and (len(prefill.ledger) or prefill.puts or prefill.held):
                 self.problems.append(f"{prefill.name} still holds {prefill.ledger._legs}")
         return self.problems

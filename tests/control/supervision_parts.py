@@ -53,6 +53,7 @@ class Process:
 class Worker(Process):
     info: WorkerInfo | None = None
     loaded_at: float = 0.0
+    lender: Worker | None = None
     masters: Suspicions = field(default_factory=lambda: Suspicions(STEP_S))
     asked_by: list[Coordinator] = field(default_factory=list)  # heartbeats that wait to be answered
 

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from supervised_routers import Replicas
+from supervised_workers import Starts
 from supervision_parts import (
     COORDINATOR_LIMIT_S,
-    LOAD_S,
     NUM_WORKERS,
-    ORPHANED_AFTER_S,
     RAY_RESTART_S,
     ROUND_TRIP_S,
     SESSION_TIMEOUT_S,
@@ -31,19 +30,20 @@ from supervision_parts import (
     Worker,
 )
 
-from pdray.control.effects import Kill, Start
+from pdray.control.effects import Connect, Kill, Start, TellGone
 from pdray.control.membership import Membership, Stray
 from pdray.control.silent_routers import EndRouter, Look, SilentRouters
 from pdray.control.suspicions import Suspicions
-from pdray.wire.cluster_view import WorkerIdentity, WorkerInfo, WorkerLoading
+from pdray.wire.cluster_view import WorkerIdentity, WorkerLoading
 
 
-class World:
+class World(Starts):
     """Args:
     suspicions, silent_routers: the classes under test, or mutants of them.
     fenced: a Coordinator asks Ray before it acts. vigilant: routers end a Coordinator that hangs.
     orphans_ask_routers: a worker is no orphan while it has a session with a router.
     asks_ray: before it ends a router, a Coordinator asks whether it is there.
+    guests: one worker computes in the other's memory; members: the table under test.
     """
 
     def __init__(
@@ -56,12 +56,15 @@ class World:
         vigilant: bool = True,
         orphans_ask_routers: bool = True,
         asks_ray: bool = True,
+        guests: bool = False,
+        members: type[Membership] = Membership,
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
         self.problems: list[str] = []
         self._suspicions, self._silent_routers = suspicions, silent_routers
         self._fenced, self._vigilant, self._orphans_ask_routers = fenced, vigilant, orphans_ask_routers
+        self._guests, self._members = guests, members
         self.workers: dict[str, Worker] = {}  # by worker id: who has the name
         self.serve = Replicas(self.rng, suspicions, self.problems, asks_ray=asks_ray)
         self.former: list[Coordinator] = []
@@ -73,7 +76,8 @@ class World:
 
     def _new_coordinator(self, generation: int) -> Coordinator:
         new = Coordinator("coordinator", str(generation), generation=generation)
-        new.table = Membership(0, NUM_WORKERS, 0.5, generation)
+        numbers = (1, NUM_WORKERS - 1) if self._guests else (0, NUM_WORKERS)
+        new.table = self._members(*numbers, 0.5, generation, {"prefill-0": "decode-0"} if self._guests else {})
         new.suspicions = self._suspicions(STEP_S)
         new.routers = self._silent_routers(STEP_S, WORKER_TIMEOUT_S)
         new.adopts_at = self.now + WORKER_TIMEOUT_S
@@ -188,7 +192,7 @@ class World:
             if worker in me.identified:
                 assert worker.info is not None
                 if worker.loaded_at > self.now:
-                    loading.append(WorkerLoading(worker.name, worker.incarnation, ""))
+                    loading.append(WorkerLoading(worker.name, worker.incarnation, "", worker.info.lender))
                     me.loading[worker] = self.now + START_TIMEOUT_S
                 else:
                     identities.append(WorkerIdentity(worker.info, "", {}, []))
@@ -239,48 +243,16 @@ class World:
                     return
                 self.problems.append(f"a former Coordinator carried out {effect}")
             match effect:
-                case Start(worker_id, incarnation):
-                    self._start(me, worker_id, incarnation)
+                case Start():
+                    self._start(me, effect)
+                case Connect() | TellGone():
+                    self._join(me, effect)
                 case Kill(worker_id, incarnation):
                     self._kill(me, worker_id, incarnation)
                 case Look():
                     self.serve.look(self.now, me, effect, fails=self._fails())
                 case EndRouter():
                     self.serve.end(self.now, me, effect, fails=self._fails())
-
-    def _start(self, me: Coordinator, worker_id: str, incarnation: str) -> None:
-        if self._fails() or ((taken := self.workers.get(worker_id)) is not None and taken.alive):
-            me.table.start_failed(worker_id, incarnation, "injected")
-            return
-        info = WorkerInfo(worker_id, incarnation, "both", "", 0, 0, "", "", "", 8, 16, 1024, 8, 64)
-        loaded_at = self.now + self.rng.uniform(0.0, LOAD_S)
-        worker = Worker(worker_id, incarnation, info=info, loaded_at=loaded_at, masters=self._suspicions(STEP_S))
-        worker.masters.expect(self.now, "masters", "", ORPHANED_AFTER_S, sign="", next="")
-        self.workers[worker_id] = worker
-        me.loading[worker] = self.now + START_TIMEOUT_S
-
-    def _await_loading(self, me: Coordinator) -> None:
-        for worker, deadline in list(me.loading.items()):
-            if worker.runs and worker.loaded_at <= self.now:
-                assert worker.info is not None
-                me.table.ready(worker.info)
-                self._expect(me, worker)
-            elif worker.alive and self.now < deadline:
-                continue
-            else:
-                me.table.start_failed(worker.name, worker.incarnation, "died" if not worker.alive else "hung")
-            del me.loading[worker]
-
-    def _kill(self, me: Coordinator, worker_id: str, incarnation: str) -> None:
-        if self._fails():
-            me.table.kill_failed(self.now, incarnation, "injected")
-            return
-        worker = me.strays.get(incarnation, self.workers.get(worker_id))
-        if worker is not None and worker.alive and (incarnation in me.strays or worker.incarnation == incarnation):
-            if worker.longest_idle_s < WORKER_TIMEOUT_S - ROUND_TRIP_S and not worker.stopped_at:
-                self.problems.append(f"{worker.incarnation} was killed, and was not sick")
-            worker.alive = False
-        me.table.died(self.now, worker_id, incarnation)
 
     def _fails(self) -> bool:
         return self.disturb and self.rng.random() < 0.2
@@ -335,6 +307,7 @@ class World:
         if not self.whole:
             states = self.coordinator.table.states()
             self.problems.append(f"not whole {SETTLE_S:g} s after the last disturbance: {states}")
+        self.check_lenders()
         return self.problems
 
 

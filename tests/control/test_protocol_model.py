@@ -21,9 +21,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec import structs
 
 from pdray.control.credit import CreditWaiters
-from pdray.control.effects import LedgerEffect, Release, Send
+from pdray.control.effects import LedgerEffect, Release, Send, StopCompute
 from pdray.control.lease import LeaseState
 from pdray.control.lease_table import LeaseTable
 from pdray.control.membership import Membership
@@ -46,7 +47,10 @@ TOPOLOGIES = [
     {"num_prefill": 2, "num_decode": 2},
     {"num_prefill": 1, "num_decode": 1},
     {"num_prefill": 0, "num_decode": 2},
+    {"num_prefill": 2, "num_decode": 1, "guests": True},
 ]
+
+GUESTS = TOPOLOGIES[-1]
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +87,7 @@ ProtocolMachine.TestCase.settings = settings(max_examples=150, stateful_step_cou
 TestProtocol = ProtocolMachine.TestCase
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=["2P2D", "1P1D", "colocated"])
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=["2P2D", "1P1D", "colocated", "guests"])
 def test_random_walks_violate_nothing(topology: dict[str, int]) -> None:
     for seed in range(NUM_WALKS // len(TOPOLOGIES)):
         assert protocol_world.walk(seed, WALK_STEPS, **topology) == [], f"seed {seed}"
@@ -204,6 +208,44 @@ class AwaitsAnAnswerToNoQuestion(PrefillLedger):
         return [] if leg.stopping and leg.may_put is None else super()._leave_if_idle(key, leg)
 
 
+class SaysStoppedInAStep(PrefillLedger):
+    """A guest acknowledges an abort while a step in flight still computes the leg."""
+
+    def _stop(self, key: LegKey, leg: Any) -> list[LedgerEffect]:
+        was_writing, leg.is_writing = leg.is_writing, False
+        return [*([StopCompute(key)] if was_writing else []), *super()._stop(key, leg)]
+
+    def stopped(self, key: LegKey) -> list[LedgerEffect]:
+        return []
+
+
+class GuestsOutliveTheirLender(Membership):
+    """A guest holds the memory of a dead process, and its lender's successor has none."""
+
+    def _has_own_memory(self, guest: str) -> bool:
+        return True
+
+
+class StartsLendersBesideGuests(Membership):
+    """The successor does not wait until they have ended."""
+
+    def _may_start(self, worker_id: str, names_taken: set[str]) -> bool:
+        return worker_id not in self.guests or super()._may_start(worker_id, names_taken)
+
+
+class StartsGuestsFirst(Membership):
+    def _may_start(self, worker_id: str, names_taken: set[str]) -> bool:
+        return worker_id in self.guests or super()._may_start(worker_id, names_taken)
+
+
+class KeepsGuestsOfTheDead(Membership):
+    """A Coordinator that was started again goes on with a guest whose lender has ended meanwhile."""
+
+    def adopt(self, identities: Any, strays: Any = ()) -> None:
+        own = [structs.replace(each, info=structs.replace(each.info, lender="")) for each in identities]
+        super().adopt(own, strays)
+
+
 def blames_everybody(suspects: list[LegKey]) -> str:
     """Whoever was in the step fails at once."""
     return "failed"
@@ -231,6 +273,11 @@ def blames_nobody(suspects: list[LegKey]) -> str:
         {"ledger": ForgetsThatLeasesStand},
         {"ledger": AwaitsAnAnswerToNoQuestion},
         {"waiters": TellsNobody},
+        {"ledger": SaysStoppedInAStep} | GUESTS,
+        {"members": GuestsOutliveTheirLender} | GUESTS,
+        {"members": StartsLendersBesideGuests} | GUESTS,
+        {"members": StartsGuestsFirst} | GUESTS,
+        {"members": KeepsGuestsOfTheDead} | GUESTS,
     ],
     ids=lambda mutant: next(iter(mutant.values())).__name__,
 )

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from pdray.control.membership import Membership
 from pdray.control.silent_routers import EndRouter, Look, SilentRouters
 from pdray.control.suspicions import Suspicion, Suspicions
 
-for _name in ("supervision_parts", "supervised_routers", "supervision_world"):
+for _name in ("supervision_parts", "supervised_routers", "supervised_workers", "supervision_world"):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
     assert _spec is not None and _spec.loader is not None
     _module = sys.modules[_name] = importlib.util.module_from_spec(_spec)
@@ -29,10 +30,26 @@ NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "2400")) // 12
 WALK_STEPS = 400
 
 
+@pytest.mark.parametrize("guests", [False, True], ids=["alone", "guests"])
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
-def test_random_walks_violate_nothing(rate: float) -> None:
-    for seed in range(NUM_WALKS // 3):
-        assert supervision_world.walk(seed, WALK_STEPS, rate) == [], f"seed {seed}"
+def test_random_walks_violate_nothing(rate: float, guests: bool) -> None:
+    for seed in range(NUM_WALKS // 6):
+        assert supervision_world.walk(seed, WALK_STEPS, rate, guests=guests) == [], f"seed {seed}"
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_a_lender_takes_its_guest_along_and_no_guest_its_lender(victim: str) -> None:
+    world = supervision_world.World(0, guests=True)
+    while not world.whole:
+        world.step()
+    workers, world.disturb = dict(world.workers), False
+    world.stop(world.workers[victim], None)
+    began = world.now
+    while world.now < began + 30.0:
+        world.step()
+    assert world.problems == [] and world.whole
+    replaced = {name for name, worker in world.workers.items() if worker is not workers[name]}
+    assert replaced == ({"prefill-0"} if victim == "prefill-0" else {"prefill-0", "decode-0"})
 
 
 @pytest.mark.parametrize("name", ["coordinator", "decode-0", "router-0"])
@@ -117,6 +134,20 @@ class ForgetsSessions(SilentRouters):
         return
 
 
+class GuestsOutliveTheirLender(Membership):
+    """What computes in a dead process's memory goes on, and holds it."""
+
+    def _has_own_memory(self, guest: str) -> bool:
+        return True
+
+
+class StartsLendersBesideGuests(Membership):
+    """The successor does not wait until they have ended."""
+
+    def _may_start(self, worker_id: str, names_taken: set[str]) -> bool:
+        return worker_id not in self.guests or super()._may_start(worker_id, names_taken)
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -130,6 +161,8 @@ class ForgetsSessions(SilentRouters):
         {"silent_routers": TakesIgnoranceForSilence},
         {"silent_routers": ForgetsSessions},
         {"asks_ray": False},
+        {"guests": True, "members": GuestsOutliveTheirLender},
+        {"guests": True, "members": StartsLendersBesideGuests},
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Hashable
 
+from pdray.engine.kv.allocator import KVAllocator
 from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.kv.integrity import check_integrity
 from pdray.engine.request import EngineRequest
@@ -39,9 +40,11 @@ class FakeEngine:
         headroom: int = 4,
         caching: bool = True,
         adaptive: TokenBudget | None = None,
+        allocator: type[KVAllocator] = KVAllocator,
     ):
         self.limits = EngineLimits(BLOCK_SIZE, num_blocks - 1, 64, max_num_seqs, budget, headroom, VOCAB_SIZE, (EOS,))
-        self.scheduler = Scheduler(self.limits, BlockPool(num_blocks, caching), adaptive)
+        pool = BlockPool(num_blocks, caching)
+        self.scheduler = Scheduler(self.limits, pool, adaptive, allocator(self.limits, pool))
         self.bookkeeper = Bookkeeper(self.scheduler)
         self.slots: dict[tuple[int, int], list[int]] = {}
         self.in_flight: list[tuple[StepPlan, list[SampledRow]]] = []

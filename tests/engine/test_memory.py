@@ -12,7 +12,7 @@ from pdray.config import Config
 from pdray.engine.kv import sizing
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.kv.sizing import available_host_bytes, choose_num_blocks
+from pdray.engine.kv.sizing import GpuRoom, available_host_bytes, choose_num_blocks
 from pdray.engine.step.profile import profile_model
 from pdray.errors import ConfigError, OutOfMemoryError
 
@@ -70,3 +70,23 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_profile_run_fits_any_token_budget(llama: Any) -> None:
     for budget in (8, 512, 700):
         profile_model(Config(max_num_seqs=8, max_num_batched_tokens=budget), llama.loaded.decoder)
+
+
+def test_a_lender_leaves_memory_to_its_guests(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights outside torch count, a guest's activations and context are left, and its share is the lender's."""
+    gib = 1024**3
+    numbers = {"max_memory_allocated": 12 * gib, "memory_allocated": 8 * gib, "mem_get_info": (50 * gib, 80 * gib)}
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    config = Config(model=str(llama.folder), skip_tokenizer_init=True, gpu_memory_utilization=0.75, max_num_seqs=2000)
+
+    def num_bytes(room: GpuRoom) -> int:
+        layout = KVLayout.of(llama.loaded.config, 16, torch.float32)
+        return choose_num_blocks(config, layout, torch.device("cuda"), 10**5, room=room) * layout.block_bytes
+
+    assert num_bytes(GpuRoom(0.5)) // BLOCK == 18 * gib // BLOCK  # 30 less the peak of 12
+    assert num_bytes(GpuRoom(1.0)) // BLOCK == 46 * gib // BLOCK  # what is free now, less 4 of activations
+    assert num_bytes(GpuRoom(0.5, 3 * gib)) // BLOCK == 15 * gib // BLOCK
+    assert num_bytes(GpuRoom(0.8, 3 * gib, 2)) // BLOCK == (33 - 2 * 9) * gib // BLOCK

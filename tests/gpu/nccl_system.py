@@ -98,7 +98,7 @@ def check_lent(gguf: Path | None) -> Iterator[Row]:
         yield Row("two halves of a GPU over cuda_ipc", "no --gguf FILE given", "as colocated", None)
         return
     whole = ask(gguf, mode="colocated")
-    apart = ask(gguf, mixed=NUM_MIXED, prefill_num_gpus=0.5, decode_num_gpus=0.5)
+    apart = ask(gguf, mixed=NUM_MIXED, prefill_num_gpus=0.5, decode_num_gpus=0.5, channel="cuda_ipc")
     yield from compare("two halves of a GPU over cuda_ipc", whole, apart, "cuda_ipc")
 
 

@@ -49,7 +49,7 @@ def check_ranks(names: tuple[str, ...] = DIVISIBLE) -> Iterator[Row]:
             alone = engine(Path(folder), "float32", **SETTINGS).run(*requests_of(DRAWS))
             config = alone.config.model_copy(update={"tensor_parallel_size": 2})
             with Leader(config, GPU, end_process) as leader:
-                model = load_model(config, GPU, leader.group)
+                model = load_model(config, GPU, group=leader.group)
                 pair = engine_conftest.RecordingEngine(config, model, GPU, ranks=leader.ranks)
                 pair.run(*requests_of(DRAWS))
                 yield from compare(f"two ranks, {name}, {how}", pair, alone)

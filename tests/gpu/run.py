@@ -17,6 +17,7 @@ from graphs import check_graphs
 from models import check_models
 from nccl_system import check_lent, check_nccl, check_two
 from partitions import check_partitions
+from pipeline import check_pipeline
 from ranks import check_ranks
 from rows import Row, print_header, print_rows
 from shared_gpu import check_shared
@@ -56,6 +57,7 @@ def main() -> int:
             "graphs",
             "failures",
             "partitions",
+            "pipeline",
             "ranks",
             "text",
             "memory",
@@ -75,6 +77,7 @@ def main() -> int:
         "graphs": check_graphs,
         "failures": check_failures,
         "partitions": check_partitions,
+        "pipeline": check_pipeline,
         "ranks": check_ranks,
         "text": lambda: check_text(args.gguf),
         "memory": lambda: check_memory(args.gguf),

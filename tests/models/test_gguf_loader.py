@@ -122,7 +122,7 @@ def test_each_rank_loads_its_part(name: str, tmp_path: Path, hf_model: Any) -> N
     config = Config(model=str(tmp_path / "model.gguf"))
     write_gguf(hf_model(architecture, **SIZES, **overrides), tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q8_0)
     whole = load_model(config, CPU).decoder.parameters()
-    for loaded in run_ranks(2, lambda group: load_model(config, CPU, group)):
+    for loaded in run_ranks(2, lambda group: load_model(config, CPU, group=group)):
         cuts = loaded.decoder.cuts()
         assert "model.layers.0.self_attn.q_proj.weight" in cuts
         for name, parameter in loaded.decoder.parameters().items():

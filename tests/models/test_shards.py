@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def shard_of(group: RankGroup, whole: Decoder) -> Decoder:
     """A rank's part of a decoder that is not packed."""
-    shard = Decoder(whole.config, whole.max_len, whole.dtype, whole.device, group)
+    shard = Decoder(whole.config, whole.max_len, whole.dtype, whole.device, group=group)
     weights, cuts = whole.parameters(), shard.cuts()
     for name, parameter in shard.parameters().items():
         parameter.copy_(weights[name][cuts[name].indices] if name in cuts else weights[name])
@@ -98,7 +98,7 @@ def test_each_rank_loads_its_part(
 def check_parts(config: Config, size: int) -> None:
     """What the ranks hold is what one alone holds, and no rank holds all of a large matrix."""
     whole = load_model(config, CPU).decoder.parameters()
-    decoders = [loaded.decoder for loaded in run_ranks(size, lambda group: load_model(config, CPU, group))]
+    decoders = [loaded.decoder for loaded in run_ranks(size, lambda group: load_model(config, CPU, group=group))]
     for decoder in decoders:
         cuts = decoder.cuts()
         for name, parameter in decoder.parameters().items():
@@ -126,7 +126,7 @@ def test_sizes_that_do_not_divide_are_refused_by_name(
 ) -> None:
     config = save_dummy(hf_model("LlamaForCausalLM", **FOUR | overrides), tmp_path)
     with pytest.raises(ConfigError, match=message):
-        run_ranks(size, lambda group: load_model(config, CPU, group))
+        run_ranks(size, lambda group: load_model(config, CPU, group=group))
 
 
 @given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 64))

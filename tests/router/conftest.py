@@ -55,7 +55,7 @@ class FakeWorker:
 
     Attributes:
         credit, queued_tokens, max_num_seqs, max_num_batched_tokens, num_blocks, max_model_len: what it tells.
-        vocab_size: likewise.
+        vocab_size, lender: likewise.
         wanted: the credit that routers have asked for with RenewLeases, each once.
         on_received: called with every message that it keeps.
     """
@@ -68,6 +68,7 @@ class FakeWorker:
         self.num_blocks, self.max_model_len = 1000, 100
         self.wanted: list[CreditWanted] = []
         self.vocab_size: int | None = None
+        self.lender = ""
         self.received: list[Any] = []
         self.renewed: set[LegKey] = set()
         self.session: Session | None = None
@@ -89,6 +90,7 @@ class FakeWorker:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             vocab_size=self.vocab_size,
+            lender=self.lender,
             **place,  # type: ignore[arg-type]
         )
         return self.info

@@ -16,6 +16,7 @@ from pdray.router.router import DecodePool
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.lease_messages import Credit, CreditUpdate, LeaseRequest
+from pdray.wire.prefill_messages import PrefillRequest
 from pdray.wire.worker_news import PrefixUpdate, pack_hashes
 
 MakeCluster = Callable[..., Awaitable[Any]]
@@ -44,6 +45,51 @@ async def test_local_prefill(make_cluster: MakeCluster) -> None:
     assert cluster.prefill.received == []
     cluster.submit("long", prompt="1234567")
     assert (await cluster.decode.expect(LeaseRequest, "long")).prefill_worker_id == "prefill-0"
+
+
+@pytest.mark.parametrize("is_guest", [False, True])
+async def test_only_a_worker_with_blocks_of_its_own_computes_without_a_lease(
+    is_guest: bool, make_cluster: MakeCluster
+) -> None:
+    """Neither a request that ends with its first token, nor one whose lease is as good as granted."""
+    cluster = await make_cluster(empty=True)
+    prefill, decode = cluster.new_worker("prefill-0", "prefill"), cluster.new_worker("decode-0", "decode")
+    prefill.lender = "1" if is_guest else ""
+    await cluster.show(prefill, decode)
+    await asyncio.wait_for(cluster.router.wait_ready(), PATIENCE_S)
+    one = cluster.submit("one", SamplingParams(temperature=0, max_tokens=1))
+    if not is_guest:
+        assert (await prefill.hear(PrefillRequest, "one")).decode_worker_id is None
+        assert decode.received == []
+    else:
+        assert (await decode.expect(LeaseRequest, "one")).prefill_worker_id == "prefill-0"
+        assert prefill.received == []
+        decode.grant("one")
+        asked = await prefill.hear(PrefillRequest, "one")
+        assert (asked.decode_worker_id, asked.has_lease) == ("decode-0", True)
+    prefill.first("one", "a", finish="length")
+    assert await cluster.text_of(await one) == "a"
+    cluster.submit("more", GREEDY)
+    await decode.expect(LeaseRequest, "more")
+    if is_guest:
+        await asyncio.sleep(0.02)
+        assert prefill.about("more") == []
+        decode.grant("more")
+    assert (await prefill.hear(PrefillRequest, "more")).has_lease is is_guest
+
+
+async def test_a_first_token_of_a_guest_waits_for_credit(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster(empty=True)
+    prefill, decode = cluster.new_worker("prefill-0", "prefill"), cluster.new_worker("decode-0", "decode")
+    prefill.lender, decode.credit = "1", Credit(free_blocks=0, free_places=0, running=1, waiting=0, leases=1)
+    await cluster.show(prefill, decode)
+    await asyncio.wait_for(cluster.router.wait_ready(), PATIENCE_S)
+    cluster.submit("one", SamplingParams(temperature=0, max_tokens=1))
+    await decode.wait(lambda: decode.wanted)
+    assert prefill.received == decode.received == []
+    decode.credit = Credit(free_blocks=10, free_places=4, running=0, waiting=0, leases=0)
+    decode.send(CreditUpdate(decode.credit))
+    await decode.expect(LeaseRequest, "one")
 
 
 async def test_a_colocated_worker_serves_alone(make_cluster: MakeCluster) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
 import pytest
 from pydantic import ValidationError
 
@@ -26,6 +27,8 @@ def lender(name: str, gpu: str, peers: str = "", machine: str = "here") -> Worke
     """A worker that can lend and borrow memory, too."""
     return worker(name, gpu, cuda_ipc={"gpu": gpu, "host": machine, "peers": peers})
 
+
+OWN = {"shared": "p has memory of its own (it is no guest)"}
 
 CASES: list[tuple[Any, Any, str | None]] = [
     (worker("p", "A"), worker("d", "B"), None),
@@ -72,7 +75,7 @@ def test_memory_is_lent_where_it_can_be_written(prefill: WorkerInfo, decode: Wor
     """The fastest kind, and the reason why a pair has another."""
     chosen = choose_kind("auto", prefill, decode)
     if obstacle is None:
-        assert chosen == choose_kind("cuda_ipc", prefill, decode) == Choice("cuda_ipc", {})
+        assert chosen == Choice("cuda_ipc", OWN) and choose_kind("cuda_ipc", prefill, decode) == Choice("cuda_ipc", {})
     else:
         assert chosen.kind in ("nccl", "object_store") and obstacle in chosen.passed_over["cuda_ipc"]
         with pytest.raises(ConfigError, match=f"channel is cuda_ipc, but .*{re.escape(obstacle)}"):
@@ -82,14 +85,23 @@ def test_memory_is_lent_where_it_can_be_written(prefill: WorkerInfo, decode: Wor
 def test_a_kind_that_has_failed_is_passed_over() -> None:
     prefill, decode = lender("p", "A", "B"), lender("d", "B")
     failures = {"cuda_ipc": "the test write was lost"}
-    assert choose_kind("auto", prefill, decode, failures) == Choice("nccl", failures)
+    assert choose_kind("auto", prefill, decode, failures) == Choice("nccl", OWN | failures)
     with pytest.raises(ConfigError, match="but the test write was lost"):
         choose_kind("cuda_ipc", prefill, decode, failures)
 
 
+def test_who_computes_in_the_others_memory_has_nothing_to_send() -> None:
+    """But only to that very process."""
+    decode = lender("d", "A")
+    guest, orphan = (msgspec.structs.replace(lender("p", "A"), lender=name) for name in (decode.incarnation, "former"))
+    assert choose_kind("auto", guest, decode) == choose_kind("shared", guest, decode) == Choice("shared", {})
+    with pytest.raises(ConfigError, match="p computes in the memory of former, and this is 1"):
+        choose_kind("shared", orphan, decode)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_where_the_registry_says(name: str) -> None:
-    assert load_kind(name).name == name and Config(channel=name).channel == name
+    assert load_kind(name).name == name and Config(channel=name, device="cpu").channel == name
 
 
 def test_an_unknown_kind_is_refused() -> None:

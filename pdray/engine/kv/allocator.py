@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdray.engine.kv.block_pool import BlockPool
+from pdray.engine.request import Reservation
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.sequence import BlockCopy, LiveRequest, Sequence
 
@@ -13,6 +14,9 @@ class KVAllocator:
     def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
         self.limits = limits
         self.pool = pool
+
+    def accept(self, request: LiveRequest) -> None:
+        """A request has come, and will be given blocks."""
 
     def hash_prompt(self, sequence: Sequence) -> None:
         """Compute the hashes that allocate() needs. Touches nothing but the sequence."""
@@ -56,6 +60,11 @@ class KVAllocator:
         """The sequences that get blocks together with this one."""
         request = sequence.request
         return [sequence] if request.forked or request.prefill_only else request.sequences
+
+    def reservation(self, sequence: Sequence) -> Reservation:
+        """The blocks of its tokens, without those of head-room, and how much of them is cached."""
+        num_blocks = self.limits.num_blocks_for(len(sequence.token_ids))
+        return Reservation(sequence.block_table[:num_blocks], sequence.num_computed_tokens)
 
     def leave_last_block_to_compute(self, request: LiveRequest) -> None:
         """Exchange the last block for a private one if the whole prompt was cached."""

@@ -132,6 +132,10 @@ class BlockPool:
         """Whether it has more than one user."""
         return self._ref_counts[block] > 1
 
+    def is_used(self, block: int) -> bool:
+        """Whether it has any user."""
+        return self._ref_counts[block] > 0
+
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference on each; brings free cached blocks back into use."""
         for block in blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,22 +16,35 @@ class KVPool(NamedTuple):
     """Attributes:
     tensor: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]; block 0 is a dummy for padding.
     spare: [n] uint8 behind the blocks, of a pool that can be lent to other processes; else None.
+    borrowed: it is another process's, which says which blocks may be used.
     """
 
     layout: KVLayout
     tensor: torch.Tensor
     spare: torch.Tensor | None = None
+    borrowed: bool = False
 
     @classmethod
-    def allocate(cls, layout: KVLayout, num_blocks: int, device: torch.device, *, spare_bytes: int = 0) -> KVPool:
+    def allocate(
+        cls,
+        layout: KVLayout,
+        num_blocks: int,
+        device: torch.device,
+        *,
+        spare_bytes: int = 0,
+        memory: Callable[[int], torch.Tensor] | None = None,
+    ) -> KVPool:
         """Zeros. On CPU pages are taken when they are used.
 
         Args:
             spare_bytes: for a pool that is to be lent: blocks and spare are then one allocation, which begins with the
                 blocks and holds nothing else.
+            memory: gives zeros, [n] uint8, that others can map; default: this process's own.
         """
         num_bytes = num_blocks * layout.block_bytes
-        if device.type == "cpu":
+        if memory is not None:
+            pages = memory(num_bytes + spare_bytes)
+        elif device.type == "cpu":
             pages = torch.from_numpy(np.zeros(num_bytes + spare_bytes, dtype=np.uint8))
         elif spare_bytes:
             pages = allocate_alone(num_bytes + spare_bytes, device).zero_()
@@ -38,6 +52,12 @@ class KVPool(NamedTuple):
             pages = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         tensor = pages[:num_bytes].view(layout.dtype).view(layout.shape(num_blocks))
         return cls(layout, tensor, pages[num_bytes:] if spare_bytes else None)
+
+    @classmethod
+    def borrow(cls, layout: KVLayout, num_blocks: int, pages: torch.Tensor) -> KVPool:
+        """Another process's pool, mapped here: [at least its blocks' bytes] uint8 from its beginning."""
+        tensor = pages[: num_blocks * layout.block_bytes].view(layout.dtype).view(layout.shape(num_blocks))
+        return cls(layout, tensor, borrowed=True)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> KVPool:

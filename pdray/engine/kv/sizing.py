@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -15,10 +16,37 @@ from pdray.errors import ConfigError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
 
+GUEST_CONTEXT_BYTES = 1024**3  # of CUDA: context, kernels, libraries' workspaces, graphs; inputs and outputs of steps
 CGROUP_FILES = (  # limit, usage; versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+
+
+class GpuRoom(NamedTuple):
+    """What a worker may use of its GPU.
+
+    Attributes:
+        share: of the whole GPU.
+        num_outside_bytes: that this process has allocated, and not through torch.
+        num_guests: processes that will compute over the same pool, with the same weights: see guest_bytes().
+    """
+
+    share: float = 1.0
+    num_outside_bytes: int = 0
+    num_guests: int = 0
+
+
+WHOLE_GPU = GpuRoom()
+
+
+def guest_bytes(activations: int) -> int:
+    """Memory that a guest takes of a GPU at most: context, and activations twice, for those of CUDA graphs are kept.
+
+    Args:
+        activations: of the largest step.
+    """
+    return 2 * activations + GUEST_CONTEXT_BYTES
 
 
 def choose_num_blocks(
@@ -27,15 +55,16 @@ def choose_num_blocks(
     device: torch.device,
     max_model_len: int,
     *,
-    gpu_share: float = 1.0,
+    room: GpuRoom = WHOLE_GPU,
     num_ranks: int = 1,
     profile: Callable[[], None] | None = None,
 ) -> int:
     """Size of the pool in blocks, the dummy block included.
 
     num_kv_blocks, else what kv_cache_memory_bytes holds, else a share of what is free: on CPU
-    cpu_memory_utilization of available memory, on CUDA gpu_memory_utilization * gpu_share of the GPU less what the
-    process uses at the peak of ``profile``. Never more than max_num_seqs sequences of max_model_len can fill.
+    cpu_memory_utilization of available memory, on CUDA gpu_memory_utilization * room.share of the GPU less what the
+    process uses at the peak of ``profile``, and what it leaves to guests. Never more than max_num_seqs sequences of
+    max_model_len can fill.
 
     Args:
         num_ranks: processes that have such a pool each; on CPU they divide what a worker may take.
@@ -56,7 +85,7 @@ def choose_num_blocks(
         share = config.cpu_memory_utilization / num_ranks
         available, setting = int(available_host_bytes() * share), "cpu_memory_utilization"
     else:
-        available, setting = _available_gpu_bytes(config, device, gpu_share, profile), "gpu_memory_utilization"
+        available, setting = _available_gpu_bytes(config, device, room, profile), "gpu_memory_utilization"
     num_blocks = available // size
     if num_blocks < blocks_per_sequence + 1:
         longest = longest_sequence(num_blocks, config.block_size)
@@ -95,9 +124,9 @@ def available_host_bytes() -> int:
 
 
 def _available_gpu_bytes(
-    config: Config, device: torch.device, gpu_share: float, profile: Callable[[], None] | None
+    config: Config, device: torch.device, room: GpuRoom, profile: Callable[[], None] | None
 ) -> int:
-    """This worker's share of the GPU, less weights and the peak of activations."""
+    """This worker's share of the GPU, less weights and the peak of activations, its guests' too."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     if profile is not None:
@@ -106,9 +135,10 @@ def _available_gpu_bytes(
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    budget = int(total * config.gpu_memory_utilization * gpu_share) - peak
-    still_free = free - (peak - torch.cuda.memory_allocated(device))
-    return max(0, min(budget, still_free))
+    activations = peak - torch.cuda.memory_allocated(device)
+    for_guests = room.num_guests * guest_bytes(activations)
+    budget = int(total * config.gpu_memory_utilization * room.share) - peak - room.num_outside_bytes
+    return max(0, min(budget, free - activations) - for_guests)
 
 
 def _read_int(path: str) -> int | None:

@@ -15,22 +15,24 @@ from collections import deque
 from dataclasses import replace
 
 from pdray.config import Config
+from pdray.engine.budget import half_context, make_budget
 from pdray.engine.engine import Engine
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.mux.controller import Controller, Targets
-from pdray.engine.mux.costs import Arrangement, StepCosts
+from pdray.engine.mux.controller import Controller
+from pdray.engine.mux.costs import Arrangement, SplitCosts
 from pdray.engine.mux.load import measure_load
 from pdray.engine.mux.meter import LaunchNote, Meter
+from pdray.engine.mux.pace import PacedBudget, Targets
 from pdray.engine.mux.partitions import LADDER, PIECE_TOKENS, Partitions
 from pdray.engine.request import EngineRequest, EngineStats, RequestUpdate, SplitState
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.sequence import LiveRequest
+from pdray.engine.schedule.step_costs import StepCosts
 from pdray.engine.step.flight import Flight, Launched
 from pdray.engine.step.graphs import FEW_SEQUENCES
 from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Lane
 from pdray.kernels.green_context import SmSplit, open_splits
-from pdray.models.decoder import shapes_of_layer
 from pdray.models.load import LoadedModel
 
 DECODES = Share(prompts=0)
@@ -64,16 +66,18 @@ class MuxEngine(Engine):
         limits = replace(limits, max_num_batched_tokens=max(tokens, limits.max_num_seqs))
         self.prompt_lane = Lane(model.decoder, pool, limits, histories=self.lane.histories)
         splits = splits or open_splits(self.device, wanted_sizes(self.config))
-        self._partitions = Partitions(self.lane, self.prompt_lane, splits, capture=self.lane.graphs is not None)
+        captures = self.lane.graphs is not None
+        self._partitions = Partitions(self.lane, self.prompt_lane, splits, capture=captures)
         self.num_sms = splits[0].num_sms
-        costs = StepCosts(max(1, self.num_sms), _weight_bytes(model) / pool.layout.token_bytes)
+        budget = make_budget(self.config, model.config, padded=captures, adaptive=PacedBudget)
+        self._scheduler.budget = budget
+        costs = budget.costs if isinstance(budget, PacedBudget) else StepCosts(half_context(model.config))
         targets = Targets(_seconds(self.config.target_tpot_ms), _seconds(self.config.target_ttft_ms))
-        may_mix = self.config.sm_partition == "auto"
-        most = self.config.max_num_batched_tokens
-        self.controller = Controller(costs, targets, may_mix=may_mix, most_tokens=most)
-        self._meter = Meter(costs)
+        split_costs, may_mix = SplitCosts(costs, max(1, self.num_sms)), self.config.sm_partition == "auto"
+        self.controller = Controller(split_costs, budget, targets, may_mix=may_mix)
+        self._meter = Meter(self.controller)
         self._pieces: deque[tuple[Flight, LaunchNote]] = deque()
-        self._main_note = LaunchNote(StepPlan(), 0.0, 0, None)  # of the step in flight
+        self._main_note = LaunchNote(StepPlan(), 0.0, None)  # of the step in flight
         self._num_pieces = 0
         self._pieces_share = Share(LaneName.PROMPTS, False, tokens, FEW_SEQUENCES)
         self._learn_ready()
@@ -86,9 +90,13 @@ class MuxEngine(Engine):
         """Capture the next graph of a partition."""
         more = self._partitions.capture_next()
         self._learn_ready()
-        return more
+        return more or super().prepare_more()
 
     def close(self) -> None:
+        self._in_flight = None  # what a step hands to the host remembers its lane's stream
+        self._pieces.clear()
+        if self.pipeline is not None:
+            self.pipeline.close()
         self._partitions.close()
         self._learn_ready()
 
@@ -102,7 +110,8 @@ class MuxEngine(Engine):
             current = self.controller.current
             ready, unavailable = tuple(self._partitions.ready), self._partitions.unavailable
             changes, pieces = self.controller.num_changes, self._num_pieces
-            return SplitState(current.decode_sms, current.chunk, self.num_sms, ready, changes, pieces, unavailable)
+            chunk = None if current.is_split else current.chunk or self.config.max_num_batched_tokens
+            return SplitState(current.decode_sms, chunk, self.num_sms, ready, changes, pieces, unavailable)
 
     def stats(self) -> EngineStats:
         state = self.split_state()
@@ -118,18 +127,18 @@ class MuxEngine(Engine):
         self.has_booked = False
         with self._lock:
             updates, self._scheduler.updates = self._scheduler.updates, []
-            wanted, kv_tokens = self._arrange(time.perf_counter())
+            wanted = self._arrange(time.perf_counter())
         if wanted is not None and wanted.is_split:
-            updates += self._launch_pieces(wanted, kv_tokens)
+            updates += self._launch_pieces(wanted)
         if self._pieces:  # until they have ended decodes keep off their SMs
             wanted = self._pieces[-1][1].arrangement
         with self._lock:
-            plan = self._schedule(_main_share(wanted, self.config.max_num_batched_tokens))
+            plan = self._schedule(_main_share(wanted))
             is_idle = not plan.chunks and done is None and not self._pieces
             if is_idle and wanted is not None and wanted.is_split:  # as when decodes are to be preempted
                 plan = self._schedule(EVERYTHING._replace(tokens=self._pieces_share.tokens))
             self._is_stuck = is_idle and not plan.chunks
-        launched = self._launch_main(plan, wanted, kv_tokens) if plan.chunks else None
+        launched = self._launch_main(plan, wanted) if plan.chunks else None
         if done is not None:
             updates += self._book_main(done, done_note)
         self._in_flight, news = self._settle(plan, self.lane, launched)
@@ -145,21 +154,22 @@ class MuxEngine(Engine):
         self._meter.main_ended(note, time.perf_counter(), is_beside=self._is_beside)
         return updates
 
-    def _arrange(self, now: float) -> tuple[Arrangement | None, int]:
-        """What is to be in force, None where one side alone waits, and the tokens in the decodes' KV."""
-        load = None if self._scheduler.turns.has_alone else measure_load(self._scheduler, now)
-        return (None, 0) if load is None else (self.controller.choose(now, load), load.kv_tokens)
+    def _arrange(self, now: float) -> Arrangement | None:
+        """What is to be in force; None where one side alone waits."""
+        return self.controller.choose(
+            now, None if self._scheduler.turns.has_alone else measure_load(self._scheduler, now)
+        )
 
-    def _launch_main(self, plan: StepPlan, arrangement: Arrangement | None, kv_tokens: int) -> Launched:
+    def _launch_main(self, plan: StepPlan, arrangement: Arrangement | None) -> Launched:
         """Launch a step of the main lane: on the decodes' SMs while pieces are in flight, else on all."""
         place = self._partitions.whole
         if arrangement is not None and self._pieces:
             place, _ = self._partitions.places(arrangement.decode_sms or 0)
         self.lane.move(place)
-        self._main_note = LaunchNote(plan, time.perf_counter(), kv_tokens or _kv_tokens(plan), arrangement)
+        self._main_note = LaunchNote(plan, time.perf_counter(), arrangement)
         return self._launch(plan, self.lane)
 
-    def _launch_pieces(self, arrangement: Arrangement, kv_tokens: int) -> list[RequestUpdate]:
+    def _launch_pieces(self, arrangement: Arrangement) -> list[RequestUpdate]:
         """Keep the prompts' lane busy: launch pieces until two are in flight, without overlap one."""
         updates: list[RequestUpdate] = []
         while len(self._pieces) < (2 if self.overlap else 1):
@@ -168,7 +178,7 @@ class MuxEngine(Engine):
             if not plan.chunks:
                 break
             self.prompt_lane.move(self._partitions.places(arrangement.decode_sms or 0)[1])
-            note = LaunchNote(plan, time.perf_counter(), kv_tokens, arrangement)
+            note = LaunchNote(plan, time.perf_counter(), arrangement)
             flight, news = self._settle(plan, self.prompt_lane, self._launch(plan, self.prompt_lane))
             updates += news
             if flight is None:
@@ -199,22 +209,11 @@ def wanted_sizes(config: Config) -> tuple[int, ...]:
     return LADDER if config.decode_sms is None else (config.decode_sms,)
 
 
-def _main_share(arrangement: Arrangement | None, most_tokens: int) -> Share:
+def _main_share(arrangement: Arrangement | None) -> Share:
     """What the main lane computes: where prompts are to have a lane of their own they wait for it."""
-    if arrangement is None or arrangement.chunk == most_tokens:  # as many as the engine's own budget allows
+    if arrangement is None:
         return EVERYTHING
     return DECODES if arrangement.is_split else EVERYTHING._replace(tokens=arrangement.chunk)
-
-
-def _kv_tokens(plan: StepPlan) -> int:
-    return sum(chunk.end for chunk in plan.chunks[: plan.num_decodes])
-
-
-def _weight_bytes(model: LoadedModel) -> int:
-    """What a decode step reads of weights."""
-    config = model.config
-    layer = sum(part.weight.numel() for part in shapes_of_layer(config).linears())
-    return (config.num_layers * layer + config.vocab_size * config.hidden_size) * model.dtype.itemsize
 
 
 def _seconds(milliseconds: float | None) -> float | None:

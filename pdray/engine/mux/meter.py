@@ -1,35 +1,35 @@
-"""Durations of the steps of two lanes, as the controller's costs are told them."""
+"""Durations of the steps of two lanes, as the controller is told them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from pdray.engine.mux.costs import Arrangement, StepCosts
+from pdray.engine.mux.controller import Controller
+from pdray.engine.mux.costs import Arrangement
 from pdray.engine.schedule.plan import StepPlan
-
-FULL = 0.9  # of its chunk of prompts: what a step needs to stand for its arrangement
-FEW_DECODES = 16  # beside which a step of prompts is one of prompts alone
+from pdray.engine.schedule.token_budget import work_of
 
 
 class LaunchNote(NamedTuple):
     """A step in flight, as it was when it was launched.
 
     Attributes:
-        at: s. kv_tokens: of the sequences that decode in it, or beside it.
-        arrangement: in force, and both sides waited; None: one side has the device.
+        at: s. arrangement: in force, and both sides waited; None: one side has the device.
     """
 
     plan: StepPlan
     at: float
-    kv_tokens: int
     arrangement: Arrangement | None
 
 
 class Meter:
-    """A step's time runs from its launch, or from the end of the step before it in its lane if that was later."""
+    """A step's time runs from its launch, or from the end of the step before it in its lane if that was later.
 
-    def __init__(self, costs: StepCosts) -> None:
-        self._costs = costs
+    What steps without pieces beside them take is told to the token budget by the engine.
+    """
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
         self._main_ended_at = self._piece_ended_at = float("-inf")
 
     def main_ended(self, step: LaunchNote, now: float, *, is_beside: bool) -> None:
@@ -40,22 +40,14 @@ class Meter:
         """
         seconds = now - max(step.at, self._main_ended_at)
         self._main_ended_at = now
-        num_decodes, arrangement = step.plan.num_decodes, step.arrangement
-        num_prompt_tokens = step.plan.num_tokens - num_decodes
         if seconds <= 0:
             return
-        if arrangement is not None and arrangement.is_split:
-            if is_beside and num_decodes and not num_prompt_tokens:
-                self._costs.note_step(arrangement, step.kv_tokens, seconds, now)
-        elif is_beside:
-            return
-        elif not num_prompt_tokens:
-            self._costs.note_plain(step.kv_tokens, seconds)
-        elif num_decodes <= FEW_DECODES:
-            self._costs.note_prompts(num_prompt_tokens, seconds)
-        elif arrangement is not None and num_prompt_tokens >= FULL * (arrangement.chunk or num_prompt_tokens):
-            self._costs.note_step(arrangement, step.kv_tokens, seconds, now)
-            self._costs.note_rate(arrangement, step.kv_tokens, num_prompt_tokens / seconds, now)
+        num_decodes, arrangement = step.plan.num_decodes, step.arrangement
+        self._controller.pacer.note_step(seconds, has_decodes=num_decodes > 0)
+        is_split = arrangement is not None and arrangement.decode_sms is not None
+        if is_split and is_beside and num_decodes == step.plan.num_tokens:
+            assert arrangement is not None and arrangement.decode_sms is not None
+            self._controller.costs.note_step(arrangement.decode_sms, num_decodes, seconds, now)
 
     def piece_ended(self, piece: LaunchNote, now: float, *, is_beside: bool) -> None:
         """A piece of prompts ended.
@@ -65,5 +57,7 @@ class Meter:
         """
         seconds = now - max(piece.at, self._piece_ended_at)
         self._piece_ended_at = now
-        if is_beside and piece.arrangement is not None and seconds > 0:
-            self._costs.note_rate(piece.arrangement, piece.kv_tokens, piece.plan.num_tokens / seconds, now)
+        if is_beside and piece.arrangement is not None and piece.arrangement.decode_sms is not None and seconds > 0:
+            work = work_of(piece.plan)
+            rate = work.num_prompt_tokens / seconds
+            self._controller.costs.note_rate(piece.arrangement.decode_sms, work.context, rate, now)

@@ -73,3 +73,6 @@ class LaneRanks(NamedTuple):
 
     memory: SharedMemory
     announce: Callable[[StepOrder], None] | None = None
+
+
+Ranks = LaneRanks | None

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.demand import Demand, lease_demand, num_blocks_for, num_reserved_tokens, num_start_blocks
 from pdray.errors import InvalidRequestError
 from pdray.prompt_scores import check_size
 from pdray.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pdray.config import Config
+    from pdray.engine.kv.pool import KVPool
+    from pdray.models.model_config import ModelConfig
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
@@ -48,6 +54,20 @@ class EngineLimits:
     headroom_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: Config, model: ModelConfig, pool: KVPool, max_model_len: int) -> EngineLimits:
+        """The limits of an engine with this configuration, model and pool."""
+        return cls(
+            block_size=pool.layout.block_size,
+            num_blocks=pool.num_blocks - 1,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            headroom_tokens=config.decode_headroom_tokens,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+        )
 
     def end_token_ids(self, request: EngineRequest) -> tuple[int, ...]:
         """Ids of the vocabulary that end the request's completions."""

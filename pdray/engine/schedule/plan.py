@@ -85,7 +85,7 @@ class StepPlan:
     Attributes:
         copies: to be done before it; the plan holds a reference on each source until update().
         num_draws, num_scores: of all chunks.
-        is_decode: each chunk is one token, and draws one.
+        is_decode: each chunk is one token and draws one, and nobody is told of its layers.
         num_decodes: leading chunks of one token.
         alone: the request that it computes and no other, where that was asked for.
         planned_at: on the engine's clock.
@@ -122,7 +122,8 @@ class StepPlan:
         if self.num_decodes == self.num_tokens and num_tokens == 1:
             self.num_decodes += 1
         self.num_tokens += num_tokens
-        self.is_decode &= num_tokens == len(draws) == 1 and not num_scores
+        is_told_of = sequence.request.prefill_only  # layer by layer, which a decode step's graph does not do
+        self.is_decode &= num_tokens == len(draws) == 1 and not num_scores and not is_told_of
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_in_flight += 1
         sequence.lane = self.lane

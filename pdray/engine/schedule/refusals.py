@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING
 
 from pdray.engine.request import RequestUpdate
 from pdray.engine.schedule.sequence import LiveRequest, SequenceStatus
-from pdray.errors import InvalidRequestError, describe_error
+from pdray.errors import InvalidRequestError, RequestFailedError, describe_error
 
 if TYPE_CHECKING:
     from pdray.engine.schedule.plan import StepPlan
     from pdray.engine.schedule.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def preparing(key: Hashable) -> Iterator[None]:
+    """Around what examines a request that is not taken yet.
+
+    Raises:
+        InvalidRequestError: as it is. RequestFailedError: whatever else goes wrong there.
+    """
+    try:
+        yield
+    except InvalidRequestError:
+        raise
+    except Exception as error:
+        logger.exception("request %r could not be prepared", key)
+        raise RequestFailedError(f"the request could not be prepared: {describe_error(error)}") from error
 
 
 def refuse(scheduler: Scheduler, key: Hashable, error: BaseException) -> RequestUpdate:

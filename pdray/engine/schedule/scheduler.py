@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Hashable
 from concurrent.futures import Future
 from itertools import count
-from typing import NamedTuple
 
 from pdray.engine.grammar.matcher import Grammar
 from pdray.engine.kv.allocator import KVAllocator
 from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest, RequestUpdate, Reservation
+from pdray.engine.schedule.counters import Counters
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.order import batch_order, may_continue, may_decode, num_known_tokens, queue_order
 from pdray.engine.schedule.plan import EVERYTHING, Share, StepPlan
@@ -32,14 +32,6 @@ from pdray.engine.schedule.token_budget import FixedBudget, TokenBudget, tokens_
 from pdray.engine.schedule.turns import Turn, Turns
 from pdray.errors import InvalidRequestError
 from pdray.outputs import SampledToken
-
-
-class Counters(NamedTuple):
-    """See EngineStats."""
-
-    num_preemptions: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
 
 
 class Scheduler:
@@ -59,11 +51,17 @@ class Scheduler:
         compiling: requests whose grammar is not there yet.
     """
 
-    def __init__(self, limits: EngineLimits, pool: BlockPool, budget: TokenBudget | None = None) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        pool: BlockPool,
+        budget: TokenBudget | None = None,
+        allocator: KVAllocator | None = None,
+    ) -> None:
         self.limits = limits
         self.budget = budget or FixedBudget(limits.max_num_batched_tokens)
         self.pool = pool
-        self.allocator = KVAllocator(limits, pool)
+        self.allocator = allocator or KVAllocator(limits, pool)
         self.requests: dict[Hashable, LiveRequest] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -114,9 +112,13 @@ class Scheduler:
         self._count_prefix_hits(live)
         for sequence in live.sequences:
             sequence.status = SequenceStatus.RESERVED
-        return Reservation(
-            lead.block_table[: self.limits.num_blocks_for(len(lead.token_ids))], lead.num_computed_tokens
-        )
+        return self.allocator.reservation(lead)
+
+    def lend(self, key: Hashable) -> Reservation:
+        """A reservation's blocks, for another to compute its prompt in: one of them at least is not cached."""
+        live = self._reserved(key)
+        self.allocator.leave_last_block_to_compute(live)
+        return self.allocator.reservation(live.lead)
 
     def start_prefill(self, key: Hashable, now: float) -> None:
         """Compute a reserved request here."""
@@ -132,10 +134,8 @@ class Scheduler:
         live = self._reserved(key)
         by_index = {token.index: token for token in tokens}
         if by_index.keys() != {s.index for s in live.sequences} or len(by_index) != len(tokens):
-            indices = [s.index for s in live.sequences]
-            raise ValueError(
-                f"request {key!r} starts with tokens of indices {[t.index for t in tokens]}, not {indices}"
-            )
+            wanted, given = [s.index for s in live.sequences], [t.index for t in tokens]
+            raise ValueError(f"request {key!r} starts with tokens of indices {given}, not {wanted}")
         if live.refusal is not None:
             return self.updates.append(refuse(self, key, live.refusal))
         live.started_at = now
@@ -322,6 +322,7 @@ class Scheduler:
     def _enter(self, live: LiveRequest) -> None:
         if live.key in self.requests:
             raise InvalidRequestError(f"request key {live.key!r} is in use")
+        self.allocator.accept(live)
         self.requests[live.key] = live
         self.turns.add(live)
         if not live.may_draw:

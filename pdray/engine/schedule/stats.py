@@ -7,7 +7,7 @@ from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.sequence import SequenceStatus
 
 
-def engine_stats(bookkeeper: Bookkeeper, num_blocks: int, num_steps: int) -> EngineStats:
+def engine_stats(bookkeeper: Bookkeeper, num_blocks: int, num_steps: int, num_pipelined_steps: int) -> EngineStats:
     """Under the engine's lock."""
     scheduler = bookkeeper.scheduler
     prefilling = [s for s in scheduler.running if s.num_uncomputed_tokens > 1]
@@ -27,4 +27,5 @@ def engine_stats(bookkeeper: Bookkeeper, num_blocks: int, num_steps: int) -> Eng
         prefix_cache_hits=counters.prefix_cache_hits,
         num_prompt_tokens=bookkeeper.num_prompt_tokens,
         num_output_tokens=bookkeeper.num_output_tokens,
+        num_pipelined_steps=num_pipelined_steps,
     )

@@ -97,8 +97,11 @@ class AdaptiveBudget:
         self._last_was_plain = not self._last_was_plain and (age is None or age > MEASURE_EVERY)
         if self._last_was_plain:
             return num_streams
-        sizes = [size for size in self._sizes if size >= num_streams + LEAST_TOKENS] or [self.max_tokens]
-        return self._choose(sizes, num_streams, num_queued, context)
+        return self._choose(self.sizes_beside(num_streams), num_streams, num_queued, context)
+
+    def sizes_beside(self, num_streams: int) -> list[int]:
+        """Of steps that have room for prompts, ascending."""
+        return [size for size in self._sizes if size >= num_streams + LEAST_TOKENS] or [self.max_tokens]
 
     def _choose(self, sizes: list[int], num_streams: int, num_queued: int, context: int) -> int:
         """The largest size that keeps to what a step may take; larger ones too until they catch up with the queue."""

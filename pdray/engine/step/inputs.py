@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +99,12 @@ class HostInputs:
         self.rows, self.starts, self.lens = arrays["rows"], arrays["starts"], arrays["lens"]
         self.records = arrays["records"]
         self.tables = arrays["tables"]
-        self.owners: list[tuple[np.ndarray[Any, Any] | None, int]] = [(None, 0)] * len(self.tables)
+        self.owners: list[tuple[np.ndarray[Any, Any] | None, int]]
+        self.forget_tables()
+
+    def forget_tables(self) -> None:
+        """The block tables hold something else now."""
+        self.owners = [(None, 0)] * len(self.tables)
 
     def set_table(self, row: int, sequence: Sequence, num_blocks: int) -> None:
         """Copy what is new of a sequence's block table; ``owners`` knows what is there already."""
@@ -186,6 +192,31 @@ class InputBuffers:
     def clear(self) -> None:
         """Forget what the device holds: all slots are the dummy block's. Nothing may be in flight that uses it."""
         self._device_buffer.zero_()
+
+    def fill_alike(self, num_seqs: int, kv_len: int, num_blocks: int) -> StepInputs:
+        """A decode step of sequences that are all ``kv_len`` tokens long, for measuring; nothing may be in flight.
+
+        They read the pool's blocks one after the other, whatever those hold, and write to the dummy block.
+
+        Args:
+            num_blocks: of the pool, the dummy block included.
+        """
+        shape, part = StepShape(num_seqs, num_seqs, num_seqs, True), self._device
+        self._device_buffer.zero_()
+        for host in self._hosts:
+            host.forget_tables()
+        per_sequence = -(-kv_len // self.block_size)
+        blocks = torch.arange(num_seqs * per_sequence, dtype=torch.int32, device=self.device) % (num_blocks - 1) + 1
+        part["tables"][:num_seqs, :per_sequence] = blocks.view(num_seqs, per_sequence)
+        part["positions"][:num_seqs] = kv_len - 1
+        part["lens"][:num_seqs] = kv_len
+        part["rows"][:num_seqs] = torch.arange(num_seqs, device=self.device)
+        part["starts"][: num_seqs + 1] = torch.arange(num_seqs + 1, device=self.device)
+        inputs = self.views(shape, Spans([], []))
+        tables = part["tables"][:num_seqs]  # views() cuts them to the plan's on CPU
+        query_lens, kv_lens = [1] * num_seqs, [kv_len] * num_seqs
+        attention = replace(inputs.attention, block_tables=tables, query_lens=query_lens, kv_lens=kv_lens)
+        return inputs._replace(attention=attention)
 
     def fill(self, plan: StepPlan, padded: StepShape | None = None) -> StepInputs:
         """The plan's tokens, block tables and sampling parameters. Reads the sequences: under the engine's lock.

@@ -13,7 +13,7 @@ from pdray.engine.ranks.orders import LaneRanks, StepOrder
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import BlockCopy, StepPlan
 from pdray.engine.step.flight import Draws, Undrawn
-from pdray.engine.step.graphs import StepGraphs, decode_sizes
+from pdray.engine.step.graphs import Compute, StepGraphs, decode_sizes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
@@ -55,6 +55,7 @@ class Lane:
         sampled: the last launched step's draws. masks: of those that wait for any.
         stream: that steps are launched on; None: the thread's current one.
         graphs: of decode steps and short prompts; None: every step is launched kernel by kernel.
+        is_shared: other ranks do their part of each step that is launched, which cannot be taken back.
         on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
 
@@ -82,19 +83,11 @@ class Lane:
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
         draws = limits.max_num_seqs, decoder.config.vocab_size, device
         self.histories, self.masks = histories or Histories(*draws), MaskBuffer(*draws)
-        self._announce = None if ranks is None else ranks.announce
-        memory = None if ranks is None else ranks.memory
+        self._announce, self.is_shared = None if ranks is None else ranks.announce, ranks is not None
+        memory, follows = None if ranks is None else ranks.memory, self.is_shared and self._announce is None
         self._decode_buffers, self._buffers = (
-            InputBuffers(
-                limits,
-                num_tokens,
-                device,
-                self.histories,
-                self.masks,
-                memory=memory,
-                follows=ranks is not None and ranks.announce is None,
-            )
-            for num_tokens in (limits.max_num_seqs, limits.max_num_batched_tokens)
+            InputBuffers(limits, num, device, self.histories, self.masks, memory=memory, follows=follows)
+            for num in (limits.max_num_seqs, limits.max_num_batched_tokens)
         )
         if device.type == "cuda":
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
@@ -120,13 +113,14 @@ class Lane:
         tokens = self.limits.max_num_batched_tokens
         return StepGraphs(self._graph_logits(), tokens, decode=decode, with_prompts=with_prompts)
 
-    def capture_one_by_one(self, place: Place) -> Iterator[StepShape]:
+    def capture_one_by_one(self, place: Place, compute: Compute | None = None) -> Iterator[StepShape]:
         """Capture another of the place's graphs before each value; while values are taken, no step is in flight.
 
         Where a graph with prompts is replayed nobody hears of groups of layers.
         """
         assert place.graphs is not None and place.stream is not None
-        captures = place.graphs.capture_one_by_one(self.compute, self._decode_buffers, self._buffers, place.stream)
+        buffers = self._decode_buffers, self._buffers
+        captures = place.graphs.capture_one_by_one(compute or self.compute, *buffers, place.stream)
         while True:
             self._decode_buffers.clear()
             self._buffers.clear()
@@ -198,42 +192,43 @@ class Lane:
         with self._on_stream():
             if self._announce is not None:
                 self._announce(StepOrder.of(inputs))
-            undrawn = self._run(inputs, on_group)
-            return undrawn if inputs.needs.num_masks else self.draw(undrawn)
+            return self._launch(inputs, on_group)
 
     @torch.inference_mode()
     def follow(self, order: StepOrder) -> None:
         """Do this rank's part of a step that rank 0 launches; nothing here waits for a device."""
         shape, scored = order.step_shape, order.scored
         with self._on_stream():
-            inputs = (self._decode_buffers if shape.is_decode else self._buffers).receive(
-                order.host, shape, order.spans
-            )
-            scores = None if scored is None else follow_scores(scored, self.pool.device)
-            copies = [BlockCopy(*copy) for copy in order.copies]
-            self._run(inputs._replace(copies=copies, scores=scores), None)
+            buffers = self._decode_buffers if shape.is_decode else self._buffers
+            inputs = buffers.receive(order.host, shape, order.spans)
+            if scored is not None:
+                inputs = inputs._replace(scores=follow_scores(scored, self.pool.device))
+            copy_blocks(self.pool.tensor, [BlockCopy(*copy) for copy in order.copies])
+            self._run(inputs, None)
 
-    def _run(self, inputs: StepInputs, on_group: OnGroup | None) -> Undrawn:
-        """All of a step but its late draws."""
+    def _launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws | Undrawn:
         copy_blocks(self.pool.tensor, list(inputs.copies))
         if inputs.needs.joins is not None:
             remember(self.histories.words, inputs.needs.joins)
         num_draws = len(inputs.num_logprobs)
-        scores = None
+        logits, scores = self._run(inputs, on_group)
+        if self.on_logits is not None and num_draws:
+            self.on_logits(logits[:num_draws].float())
+        undrawn = Undrawn(inputs, logits, scores)
+        return undrawn if inputs.needs.num_masks else self.draw(undrawn)
+
+    def _run(self, inputs: StepInputs, on_group: OnGroup | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the step's draws, and its scores."""
         if self.graphs is not None and inputs.shape in self.graphs and inputs.scores is None:
             logits = self.graphs.replay(inputs.shape)
             if on_group is not None:
                 for layers, stored in self.graphs.stored(inputs.shape):
                     on_group(layers, self._event_after(stored))
-        else:
-            on_layer = None if on_group is None else self._on_layer(inputs.shape, on_group)
-            if inputs.scores is None:
-                logits = self.compute(inputs, on_layer)
-            else:
-                logits, scores = self._compute_scored(inputs, inputs.scores, on_layer)
-        if self.on_logits is not None and num_draws:
-            self.on_logits(logits[:num_draws].float())
-        return Undrawn(inputs, logits, scores)
+            return logits, None
+        on_layer = None if on_group is None else self._on_layer(inputs.shape, on_group)
+        if inputs.scores is not None:
+            return self._compute_scored(inputs, inputs.scores, on_layer)
+        return self.compute(inputs, on_layer), None
 
     @torch.inference_mode()
     def draw(self, undrawn: Undrawn) -> Draws:

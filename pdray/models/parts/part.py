@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from pdray.kernels.collective.group import RankGroup
+from pdray.models.arena import Arena
 from pdray.models.model_config import ModelConfig
 from pdray.models.shards import Cut, Shard
 
@@ -17,11 +18,13 @@ class Placement:
     """Where a part's weights lie, and as what. On the device "meta" a part has shapes and no values.
 
     Attributes:
+        arena: that they lie in, on that device; None: each lies where torch puts it.
         group: the ranks that share the model, each with a shard of every part; None: this process has all of it.
     """
 
     dtype: torch.dtype
     device: torch.device
+    arena: Arena | None = None
     group: RankGroup | None = None
 
     def shard(self, config: ModelConfig) -> Shard:
@@ -29,7 +32,9 @@ class Placement:
         return Shard.of(config) if self.group is None else Shard.of(config, self.group.rank, self.group.size)
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """An uninitialised weight."""
+        """A weight without a value; in an arena, whatever lies there."""
+        if self.arena is not None:
+            return self.arena.take(shape, self.dtype)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 

@@ -16,6 +16,8 @@ from jsonschema.validators import validator_for
 from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.matcher import fill_all, num_words
 from pdray.engine.grammar.pieces import TokenPieces
+from pdray.engine.pipeline.halves import Halves
+from pdray.engine.pipeline.lane import Way
 from pdray.engine.request import EngineRequest
 from pdray.sampling_params import SamplingParams
 from pdray.structured_outputs import StructuredOutputsParams
@@ -48,6 +50,16 @@ def test_steps_planned_ahead_give_the_same_tokens(make: Callable[..., Any], sett
         assert plain.stats().num_preemptions > 0 and ahead.stats().num_preemptions > 0
     for engine in (plain, ahead):
         engine.assert_empty()
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_kv_blocks": 17, "max_num_seqs": 8}], ids=["roomy", "preempting"])
+def test_steps_in_micro_batches_give_the_same_tokens(make: Callable[..., Any], settings: dict[str, int]) -> None:
+    plain = make(async_scheduling=True, **settings).run(*requests())
+    other = make(async_scheduling=True, **settings)
+    other.lane.choose = lambda num_seqs, mean_len: Way(Halves(), 2)
+    assert answers(other.run(*requests())) == answers(plain)
+    assert other.stats().num_pipelined_steps > 20
+    other.assert_empty()
 
 
 def test_a_mask_costs_no_step(make: Callable[..., Any]) -> None:

@@ -1,0 +1,158 @@
+"""An engine of two lanes under Poisson load in simulated time: its controller decides, a model of costs says how long.
+
+`python -m pdray.testing.simulated_mux` prints requests in time, by rate, for fixed arrangements and the controller.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from typing import NamedTuple
+
+from pdray.engine.mux.controller import Controller
+from pdray.engine.mux.costs import Arrangement, SplitCosts
+from pdray.engine.mux.load import Load, Wait
+from pdray.engine.mux.pace import PacedBudget, Targets
+from pdray.engine.schedule.step_costs import StepWork
+from pdray.engine.schedule.token_budget import STEP_SIZES
+from pdray.testing.simulated_load import H100_8B, MAX_TOKENS, Costs, Simulated, compute
+
+HALF_CONTEXT = 16_000.0
+TTFT_MS = 1000.0
+ROWS = ((2048, 15, (6, 7, 8, 9)), (2048, 8, (2, 3, 4)), (8192, 15, (1, 1.4)), (8192, 8, (0.4, 0.7)))
+SPLITS = {32: (1.58, 24_000.0), 48: (1.41, 17_000.0)}  # slowdown of decodes, and tokens of prompts a second, measured
+
+
+class Served(NamedTuple):
+    """Milliseconds, of one request."""
+
+    ttft: float
+    tpot: float
+
+
+class Gpu:
+    """Computes requests as it is told, on a clock of its own."""
+
+    def __init__(
+        self, costs: Costs, rate: float, num_requests: int, input_len: int, output_len: int, seed: int
+    ) -> None:
+        rng = random.Random(seed)
+        self.costs, self.input_len, self.output_len = costs, input_len, output_len
+        self.now = 0.0
+        at = 0.0
+        self.coming: deque[Simulated] = deque()
+        for _ in range(num_requests):
+            at += rng.expovariate(rate) * 1000
+            self.coming.append(Simulated(at, input_len))
+        self.all = list(self.coming)
+        self.queue: deque[Simulated] = deque()
+        self.batch: list[Simulated] = []
+
+    def arrive(self) -> bool:
+        """Queue what has come. False once all is done."""
+        if not self.queue and not self.batch and self.coming:
+            self.now = max(self.now, self.coming[0].arrival)
+        while self.coming and self.coming[0].arrival <= self.now:
+            self.queue.append(self.coming.popleft())
+        return bool(self.queue or self.batch)
+
+    def load(self) -> Load | None:
+        if not self.queue or not self.batch:
+            return None
+        waits = [Wait(each.left, (self.now - each.arrival) / 1000, self.input_len) for each in self.queue]
+        return Load(len(self.batch), waits, self.input_len - self.queue[0].left)
+
+    def step(self, num_tokens: int) -> tuple[StepWork, float]:
+        """One of so many tokens on every SM; returns what it computed, and how long it took."""
+        work, done = compute(self.queue, num_tokens - len(self.batch), self.input_len)
+        work = work._replace(num_decodes=len(self.batch))
+        taken = self.costs.step(work, self._kv_tokens())
+        self._end(taken, done)
+        return work, taken
+
+    def step_beside(self, slowdown: float, rate: float) -> float:
+        """One that decodes on a partition, beside prompts on the other; returns how long it took."""
+        taken = slowdown * self.costs.step(StepWork(len(self.batch), 0), self._kv_tokens())
+        _, done = compute(self.queue, round(rate * taken / 1000), self.input_len)
+        self._end(taken, done)
+        return taken
+
+    def _kv_tokens(self) -> int:
+        return sum(self.input_len + len(each.times) for each in self.batch)
+
+    def _end(self, taken: float, done: list[Simulated]) -> None:
+        self.now += taken
+        for each in (*self.batch, *done):
+            each.times.append(self.now)
+        self.batch = [each for each in (*self.batch, *done) if len(each.times) < self.output_len]
+
+    def served(self) -> list[Served]:
+        """All requests but those that came while the batch was filling."""
+        counted = self.all[len(self.all) // 8 :]
+        return [Served(e.times[0] - e.arrival, (e.times[-1] - e.times[0]) / (len(e.times) - 1)) for e in counted]
+
+
+def serve(
+    how: Targets | Arrangement,
+    rate: float,
+    *,
+    num_requests: int = 200,
+    input_len: int = 2048,
+    output_len: int = 256,
+    splits: dict[int, tuple[float, float]] = SPLITS,
+    costs: Costs = H100_8B,
+    seed: int = 0,
+) -> list[Served]:
+    """Requests that arrive at ``rate`` a second.
+
+    Args:
+        how: a fixed arrangement, or what the controller is to hold.
+    """
+    gpu = Gpu(costs, rate, num_requests, input_len, output_len, seed)
+    budget = PacedBudget(MAX_TOKENS, STEP_SIZES, half_context=HALF_CONTEXT)
+    split_costs = SplitCosts(budget.costs, 132)
+    targets = how if isinstance(how, Targets) else Targets()
+    controller = Controller(split_costs, budget, targets, may_mix=True)
+    controller.splits = list(splits)
+    controller.fixed = how if isinstance(how, Arrangement) else None
+    while gpu.arrive():
+        load, num_streams = gpu.load(), len(gpu.batch)
+        chosen = controller.choose(gpu.now / 1000, load)
+        if load is not None and chosen is not None and chosen.decode_sms is not None:
+            slowdown, prompt_rate = splits[chosen.decode_sms]
+            prompt_rate = 1 / (1 / prompt_rate + costs.prefix * load.context / 1e6)
+            taken = gpu.step_beside(slowdown, prompt_rate) / 1000
+            split_costs.note_step(chosen.decode_sms, num_streams, taken, gpu.now / 1000)
+            split_costs.note_rate(chosen.decode_sms, load.context, prompt_rate, gpu.now / 1000)
+        else:
+            tokens = chosen.chunk if chosen is not None else None
+            if tokens is None:
+                queued, context = (load.num_queued, load.context) if load is not None else (0, 0)
+                tokens = budget.tokens(num_streams, queued, context) if gpu.queue else MAX_TOKENS
+            work, taken = gpu.step(max(tokens, num_streams))
+            taken /= 1000
+            budget.costs.note(work, taken)
+        controller.pacer.note_step(taken, has_decodes=num_streams > 0)
+    return gpu.served()
+
+
+def in_time(served: list[Served], tpot_ms: float, ttft_ms: float = TTFT_MS) -> float:
+    """Share of the requests."""
+    return sum(each.ttft <= ttft_ms and each.tpot <= tpot_ms for each in served) / len(served)
+
+
+def main() -> None:
+    print("| in | TPOT ms | requests/s | controller | " + " | ".join(map(str, STEP_SIZES[:-1])) + " | 32 SMs |")
+    print("|---|---|---|---|" + "---|" * len(STEP_SIZES))
+    fixed = [*(Arrangement(chunk=n) for n in STEP_SIZES[:-1]), Arrangement(decode_sms=32)]
+    for input_len, tpot_ms, rates in ROWS:
+        for rate in rates:
+            ways: list[Targets | Arrangement] = [Targets(tpot_ms / 1000, TTFT_MS / 1000), *fixed]
+            shares = [in_time(serve(way, rate, input_len=input_len), tpot_ms) for way in ways]
+            print(
+                f"| {input_len} | {tpot_ms} | {rate} | {' | '.join(f'{share:.0%}' for share in shares)} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

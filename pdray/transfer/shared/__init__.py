@@ -1,0 +1,1 @@
+"""The shared channel: a prefill worker that computes in the decode worker's pool, so that nothing moves."""

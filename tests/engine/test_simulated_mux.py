@@ -1,0 +1,30 @@
+"""The controller under Poisson load in simulated time, with the costs of an 8B model on an H100."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdray.engine.mux.costs import Arrangement
+from pdray.engine.mux.pace import Targets
+from pdray.testing.simulated_mux import TTFT_MS, in_time, serve
+
+
+@pytest.mark.parametrize(
+    ("input_len", "tpot_ms", "rate", "chunks"),
+    [(2048, 15, 7.5, (128, 256, 512)), (2048, 8, 3.5, (128, 256, 512)), (8192, 15, 1.1, (128, 384, 1024))],
+)
+def test_as_many_requests_are_in_time_as_in_the_best_mixed_steps(
+    input_len: int, tpot_ms: float, rate: float, chunks: tuple[int, ...]
+) -> None:
+    def share(how: Targets | Arrangement) -> float:
+        runs = [serve(how, rate, input_len=input_len, num_requests=150, seed=seed) for seed in range(2)]
+        return sum(in_time(run, tpot_ms) for run in runs) / len(runs)
+
+    mine = share(Targets(tpot_ms / 1000, TTFT_MS / 1000))
+    best = max(share(Arrangement(chunk=chunk)) for chunk in chunks)
+    assert best > 0.8 and mine >= best - 0.02, "one request in 50"
+
+
+def test_without_partitions_and_with_them_the_same_requests_are_served() -> None:
+    targets = Targets(0.015, TTFT_MS / 1000)
+    assert len(serve(targets, 4, num_requests=40, splits={})) == len(serve(targets, 4, num_requests=40)) == 35
