@@ -1,7 +1,7 @@
 """Real clients against a running server: `python examples/clients.py --base-url http://127.0.0.1:8000/v1`.
 
-Tries openai (chat, streaming helpers, parse(), tools, responses), litellm and langchain-openai; what is not installed
-is said.
+Tries openai (chat, streaming helpers, parse(), tools, responses), litellm, langchain-openai and anthropic; what is not
+installed is said.
 """
 
 from __future__ import annotations
@@ -106,11 +106,31 @@ class Clients:
         assert isinstance(answer, City)
         return repr(answer)
 
+    def anthropic_messages(self) -> str:
+        import anthropic
+
+        client = anthropic.Anthropic(base_url=self.base_url.removesuffix("/v1"), api_key=self.key)
+        tool: Any = {"name": "get_weather", "input_schema": PARAMETERS}
+        ask: dict[str, Any] = {"model": self.model, "max_tokens": 64, "tools": [tool], "extra_body": {"temperature": 0}}
+        ask |= {"tool_choice": {"type": "tool", "name": "get_weather"}}
+        with client.messages.stream(messages=ASK, **ask) as stream:
+            answer = stream.get_final_message()
+        [use] = answer.content
+        assert use.type == "tool_use" and use.input == client.messages.create(messages=ASK, **ask).content[0].input
+        result: Any = {"type": "tool_result", "tool_use_id": use.id, "content": "sunny, 21 C"}
+        history: list[Any] = [*ASK, {"role": "assistant", "content": answer.content}]
+        history += [{"role": "user", "content": [result]}]
+        counted = client.messages.count_tokens(model=self.model, messages=history, tools=[tool])
+        said = client.messages.create(model=self.model, messages=history, tools=[tool], max_tokens=32)
+        assert said.usage.input_tokens + (said.usage.cache_read_input_tokens or 0) == counted.input_tokens
+        return f"{use.name}({use.input}), then {said.content!r}"
+
 
 NEEDS = {
     "litellm_overflow": "litellm",
     "langchain_tools": "langchain_openai",
     "langchain_structured": "langchain_openai",
+    "anthropic_messages": "anthropic",
 }
 ALL = ("openai_chat", "openai_parse", "openai_tools", "openai_responses", *NEEDS)
 

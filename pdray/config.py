@@ -111,7 +111,7 @@ class Config(BaseModel):
     )
     decode_sms: Positive | None = Field(None, description="SMs for decodes then; default: found, of 16, 32, 48 and 64")
     target_ttft_ms: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="with sm_partition: while prompts need no longer, shorter steps come before more prompts"
+        None, description="with sm_partition: prompts beside streams go as slowly as this allows; default: full speed"
     )
     decode_pipeline: Literal["auto", "on", "off"] = Field(
         "off",

@@ -10,6 +10,7 @@ import msgspec
 
 from pdray.errors import InvalidRequestError
 from pdray.structured_outputs import StructuredOutputsParams
+from pdray.thinking import Thinking
 
 MAX_N = 64
 MAX_LOGPROBS = 20
@@ -20,7 +21,7 @@ MAX_BAD_WORD_CHARS = 1024
 MAX_SALT_CHARS = 1024
 MAX_INT32 = 2**31 - 1  # what the kernels count with
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
-RANDOM_SEED = -1  # as in vLLM
+RANDOM_SEED = NO_BUDGET = -1  # as in vLLM
 SMALLEST_FLOAT32 = 2.0**-126  # the smallest normal one: what is below may count as 0 on a GPU, and has no reciprocal
 
 
@@ -52,8 +53,9 @@ INTEGERS = {
     "min_tokens": Range(0, MAX_INT32, f"between 0 and {MAX_INT32}"),
     "logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
     "prompt_logprobs": Range(0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+    "thinking_token_budget": Range(-1, MAX_INT32, f"-1 (no limit), or between 0 and {MAX_INT32}"),
 }
-MAY_BE_NONE = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+MAY_BE_NONE = ("seed", "max_tokens", "logprobs", "prompt_logprobs", "thinking_token_budget")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +89,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         bad_words: texts whose tokens are not drawn one after the other; each as it is written after a space, and not.
         bad_words_token_ids: the same as token ids; the router tokenizes bad_words.
         cache_salt: cached prefixes are shared only among requests that have the same.
+        thinking_token_budget: after so many tokens of thoughts, those of the prompt's end included, they are ended.
+            None or -1 sets no limit.
+        structured_outputs_after_thinking: the output may begin with thoughts, and structured_outputs hold behind them.
+        thinking: the model's tags of thoughts; the router knows them.
 
     Raises:
         InvalidRequestError: from ``__post_init__``, naming field, value and range.
@@ -116,6 +122,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     bad_words: tuple[str, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     cache_salt: str | None = None
+    thinking_token_budget: int | None = None
+    structured_outputs_after_thinking: bool = False
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -136,6 +145,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             self._set(name, _to_int(getattr(self, name)), allowed)
         if self.seed == RANDOM_SEED:
             msgspec.structs.force_setattr(self, "seed", None)
+        if self.thinking_token_budget == NO_BUDGET:
+            msgspec.structs.force_setattr(self, "thinking_token_budget", None)
         self._check(
             "min_tokens",
             self.max_tokens is None or self.min_tokens <= self.max_tokens,

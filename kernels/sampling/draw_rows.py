@@ -11,6 +11,7 @@ neighbours within that.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from pdray.kernels.sampling.metadata import LogprobRows
 from pdray.kernels.sampling.rows import DrawTable, RowFlag
 from pdray.kernels.sampling.sample import compute_logprobs, sample
+
+if TYPE_CHECKING:
+    from pdray.kernels.sampling.late_scratch import LateScratch
 
 REPORT_HEAD = 3  # words of a report before its lists
 
@@ -37,17 +41,39 @@ def draw_tokens(logits: Tensor, table: DrawTable, out: Tensor) -> None:
     _draw(logits, table, out, RowFlag(0))
 
 
-def draw_late(logits: Tensor, table: DrawTable, out: Tensor, *, may_need_search: bool = True) -> None:
+def draw_late(
+    logits: Tensor,
+    table: DrawTable,
+    out: Tensor,
+    *,
+    may_filter: bool = True,
+    may_need_search: bool = True,
+    scratch: LateScratch | None = None,
+) -> None:
     """draw_tokens() for LATE rows, and for no other: with their filters, unless they are greedy.
 
     Args:
+        may_filter: whether any row that is not greedy uses top_k, top_p or min_p; without, it is two launches less.
         may_need_search: whether any row uses top_k or top_p; min_p alone is one launch less.
+        scratch: of make_scratch(), for at least as many rows; without one, this allocates it, and compiles or finds its
+            kernels anew.
     """
     if logits.is_cuda:
         from pdray.kernels.sampling.late_draw_triton import triton_draw_late
 
-        return triton_draw_late(logits, table, out, may_need_search=may_need_search)
+        return triton_draw_late(
+            logits, table, out, may_filter=may_filter, may_need_search=may_need_search, scratch=scratch
+        )
     _draw(logits, table, out, RowFlag.LATE)
+
+
+def make_scratch(num_rows: int, vocab_size: int, device: torch.device) -> LateScratch | None:
+    """For draw_late() of at most ``num_rows`` rows, on one stream at a time; None where it needs none."""
+    if device.type != "cuda":
+        return None
+    from pdray.kernels.sampling.late_scratch import LateScratch
+
+    return LateScratch.of(num_rows, vocab_size, device)
 
 
 def report(logits: Tensor, table: DrawTable, token_ids: Tensor, num_top: int) -> Tensor:

@@ -9,7 +9,7 @@ The same two kernels end the draws of late rows, once it is known which of their
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pdray.kernels.crossover import DRAW_LONG_SPAN, DRAW_MANY_PROGRAMS, DRAW_SHORT_SPAN
 from pdray.kernels.dependent_launch import begin, dependent_launch
+from pdray.kernels.launcher import Launcher
 from pdray.kernels.sampling.philox_triton import gumbel, largest_gumbel, philox_uniform
 from pdray.kernels.sampling.row_triton import (
     FLAGS,
@@ -40,6 +41,8 @@ IDS_PER_WARP = 256  # of a tile
 
 # Where a late row's draw stands; other rows count as drawn.
 DRAWN, BOUNDED, OPEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Which rows a launch draws: those that are not late, all late ones, or those of them that are bounded.
+EARLY_ROWS, LATE_ROWS, BOUNDED_ROWS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 class Bounds(NamedTuple):
@@ -62,10 +65,12 @@ def lowest_best(scores, token_ids):
 
 
 @triton.jit
-def is_wanted(records_ptr, states_ptr, row, BOUNDED_ROWS: tl.constexpr):
-    """Whether a launch draws this row: one of those that are not late, or one of those that are bounded."""
-    if BOUNDED_ROWS:  # noqa: SIM108
+def is_wanted(records_ptr, states_ptr, row, ROWS: tl.constexpr):
+    """Whether a launch draws this row."""
+    if ROWS == BOUNDED_ROWS:
         wanted = tl.load(states_ptr + row) == BOUNDED
+    elif ROWS == LATE_ROWS:
+        wanted = (load_int(records_ptr, row, FLAGS) & LATE) != 0
     else:
         wanted = (load_int(records_ptr, row, FLAGS) & LATE) == 0
     return wanted
@@ -86,12 +91,12 @@ def draw_kernel(
     span,  # token ids of a program, a multiple of TILE
     VOCAB_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    BOUNDED_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     begin(DEPENDENT)
     split, row = tl.program_id(0), tl.program_id(1)
-    if is_wanted(records_ptr, states_ptr, row, BOUNDED_ROWS):
+    if is_wanted(records_ptr, states_ptr, row, ROWS):
         start = split * span
         at = tl.arange(0, TILE)
         seed, position = load_long(records_ptr, row, SEED), load_long(records_ptr, row, POSITION)
@@ -103,7 +108,7 @@ def draw_kernel(
         is_random = temperature > 0
         temperature = clamp_temperature(temperature)
         inverse = tl.div_rn(1.0, temperature)
-        if BOUNDED_ROWS:
+        if ROWS == BOUNDED_ROWS:
             floor, last = tl.load(floors_ptr + row), tl.load(lasts_ptr + row)
         best = tl.full([TILE], float("-inf"), tl.float32)
         best_ids = start + at
@@ -114,7 +119,7 @@ def draw_kernel(
             scores = load_logits(
                 row_ptr, history_ptr, masks_ptr, token_ids, mask, flags, repetition, presence, frequency
             )
-            if BOUNDED_ROWS:
+            if ROWS == BOUNDED_ROWS:
                 scaled = tl.div_rn(scores, temperature)
                 mask = mask & ((scaled > floor) | ((scaled == floor) & (token_ids <= last)))
                 scores = tl.where(mask, scores, float("-inf"))
@@ -152,12 +157,12 @@ def merge_kernel(
     num_splits,
     VOCAB_SIZE: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
-    BOUNDED_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     begin(DEPENDENT)
     row = tl.program_id(0)
-    if is_wanted(records_ptr, states_ptr, row, BOUNDED_ROWS):
+    if is_wanted(records_ptr, states_ptr, row, ROWS):
         split = tl.arange(0, PADDED_SPLITS)
         mask = split < num_splits
         scores = tl.load(scores_ptr + row * num_splits + split, mask=mask, other=float("-inf"))
@@ -174,29 +179,84 @@ def choose_span(num_rows: int, vocab_size: int) -> int:
 
 def triton_draw_tokens(logits: Tensor, table: DrawTable, out: Tensor, span: int | None = None) -> None:
     """See draw_rows.draw_tokens; rows of logits contiguous. On the current stream."""
-    launch_draw(logits, table, out, span=span)
-
-
-def launch_draw(
-    logits: Tensor, table: DrawTable, out: Tensor, bounds: Bounds | None = None, span: int | None = None
-) -> None:
-    """Draw the rows that are not late; with bounds, those that are bounded."""
     num_rows, vocab_size = logits.shape
-    assert logits.stride(1) == 1 and out.is_contiguous() and vocab_size == table.vocab_size
     if num_rows == 0:
         return
-    span = span or choose_span(num_rows, vocab_size)
-    num_warps = 4 if span == DRAW_SHORT_SPAN else 1
-    num_splits = triton.cdiv(vocab_size, span)
-    options = {"BOUNDED_ROWS": bounds is not None, **dependent_launch(logits.device)}
-    floors, lasts, states = bounds or (None, None, None)
-    scores = torch.empty((num_rows, num_splits), dtype=torch.float32, device=logits.device)
-    token_ids = torch.empty((num_rows, num_splits), dtype=torch.int32, device=logits.device)
-    draw_kernel[(num_splits, num_rows)](
-        logits, *table, floors, lasts, states, scores, token_ids, logits.stride(0), span,
-        VOCAB_SIZE=vocab_size, TILE=num_warps * IDS_PER_WARP, num_warps=num_warps, enable_fp_fusion=False, **options,
-    )  # fmt: skip
-    merge_kernel[(num_rows,)](
-        scores, token_ids, *table, states, out, num_splits, VOCAB_SIZE=vocab_size,
-        PADDED_SPLITS=triton.next_power_of_2(triton.cdiv(vocab_size, DRAW_SHORT_SPAN)), num_warps=1, **options,
-    )  # fmt: skip
+    launch = DrawLaunch.of(logits, table, out, None, EARLY_ROWS.value, span)
+    scores = torch.empty((num_rows, launch.num_splits), dtype=torch.float32, device=logits.device)
+    token_ids = torch.empty((num_rows, launch.num_splits), dtype=torch.int32, device=logits.device)
+    draw_kernel[launch.grid](*launch.draw_args(scores, token_ids), **launch.options)
+    merge_kernel[(num_rows,)](*launch.merge_args(scores, token_ids), **launch.merge_options)
+
+
+class DrawLaunch(NamedTuple):
+    """How draw_kernel and merge_kernel are launched.
+
+    Attributes:
+        bounds: where ``rows`` is BOUNDED_ROWS.
+    """
+
+    logits: Tensor
+    table: DrawTable
+    out: Tensor
+    bounds: Bounds | None
+    rows: int
+    span: int
+    num_splits: int
+    num_warps: int
+    dependent: dict[str, bool]
+
+    @classmethod
+    def of(
+        cls, logits: Tensor, table: DrawTable, out: Tensor, bounds: Bounds | None, rows: int, span: int | None = None
+    ) -> DrawLaunch:
+        num_rows, vocab_size = logits.shape
+        assert logits.stride(1) == 1 and out.is_contiguous() and vocab_size == table.vocab_size
+        span = span or choose_span(num_rows, vocab_size)
+        num_warps = 4 if span == DRAW_SHORT_SPAN else 1
+        dependent = dependent_launch(logits.device)
+        return cls(logits, table, out, bounds, rows, span, triton.cdiv(vocab_size, span), num_warps, dependent)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.num_splits, len(self.logits), 1
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the compiled kernels depend on, for one vocabulary."""
+        return self.rows, self.logits.dtype, self.logits.stride(0), self.span
+
+    def draw_args(self, scores: Tensor, token_ids: Tensor) -> tuple[Any, ...]:
+        """scores, token_ids: one for each program of the grid, float32 and int32."""
+        return (
+            self.logits, *self.table, *(self.bounds or (None, None, None)), scores, token_ids, self.logits.stride(0),
+            self.span, self.logits.shape[1], self.num_warps * IDS_PER_WARP, self.rows, self.dependent["DEPENDENT"],
+        )  # fmt: skip
+
+    def merge_args(self, scores: Tensor, token_ids: Tensor) -> tuple[Any, ...]:
+        vocab_size = self.logits.shape[1]
+        padded_splits = triton.next_power_of_2(triton.cdiv(vocab_size, DRAW_SHORT_SPAN))
+        states = None if self.bounds is None else self.bounds.states
+        return (
+            scores, token_ids, *self.table, states, self.out, self.num_splits, vocab_size, padded_splits, self.rows,
+            self.dependent["DEPENDENT"],
+        )  # fmt: skip
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False, **self._pdl}
+
+    @property
+    def merge_options(self) -> dict[str, Any]:
+        return {"num_warps": 1, **self._pdl}
+
+    @property
+    def _pdl(self) -> dict[str, bool]:
+        return {name: value for name, value in self.dependent.items() if name != "DEPENDENT"}
+
+
+def launch_draw(launch: DrawLaunch, scores: Tensor, token_ids: Tensor, launcher: Launcher) -> None:
+    """Draw rows one by one with what was allocated; see DrawLaunch.draw_args."""
+    draw_args, merge_args = launch.draw_args(scores, token_ids), launch.merge_args(scores, token_ids)
+    launcher.launch(launch.key, draw_kernel, launch.grid, draw_args, **launch.options)
+    launcher.launch(launch.key, merge_kernel, (len(launch.logits), 1, 1), merge_args, **launch.merge_options)

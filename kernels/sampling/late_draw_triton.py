@@ -11,13 +11,12 @@ ones that nothing or min_p alone bounds, are drawn as other rows are, among the 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pdray.kernels.dependent_launch import begin, dependent_launch
-from pdray.kernels.sampling.draw_triton import BOUNDED, OPEN, Bounds, launch_draw
+from pdray.kernels.sampling.draw_triton import BOUNDED, BOUNDED_ROWS, LATE_ROWS, OPEN, DrawLaunch, launch_draw
 from pdray.kernels.sampling.groups_triton import (
     GROUP,
     LOG2_E,
@@ -30,6 +29,7 @@ from pdray.kernels.sampling.groups_triton import (
     min_p_floor,
     survey_kernel,
 )
+from pdray.kernels.sampling.late_scratch import MOST_GROUPS, LateScratch
 from pdray.kernels.sampling.row_triton import (
     SHIFTED,
     TEMPERATURE,
@@ -46,7 +46,7 @@ from pdray.kernels.sampling.threshold_triton import KEY_SHIFT, from_key, to_key
 
 TILE = 4096  # token ids of search_kernel at a time
 SURVEY_WARPS, SEARCH_WARPS = 8, 16
-FEW_GROUPS, MOST_GROUPS, CHOOSE_WARPS = 32, 128, 16
+FEW_GROUPS, CHOOSE_WARPS = 32, 16
 
 
 @triton.jit
@@ -190,36 +190,61 @@ def search_kernel(
 
 
 def triton_draw_late(
-    logits: Tensor, table: DrawTable, out: Tensor, *, may_need_search: bool = True, most_groups: int = MOST_GROUPS
+    logits: Tensor,
+    table: DrawTable,
+    out: Tensor,
+    *,
+    may_filter: bool = True,
+    may_need_search: bool = True,
+    most_groups: int = MOST_GROUPS,
+    scratch: LateScratch | None = None,
 ) -> None:
     """See draw_rows.draw_late; rows of logits contiguous. On the current stream.
 
     Args:
-        most_groups: a power of two; rows that need more are searched.
+        most_groups: a power of two; rows that need more are searched. Without ``scratch``.
     """
     num_rows, vocab_size = logits.shape
-    assert logits.stride(1) == 1 and out.is_contiguous() and vocab_size == table.vocab_size
     if num_rows == 0:
         return
-    device, num_groups = logits.device, triton.cdiv(vocab_size, GROUP)
-    options = {"enable_fp_fusion": False, **dependent_launch(device)}
-    group_max, group_mass = torch.empty((2, num_rows, num_groups), dtype=torch.float32, device=device)
-    chosen = torch.empty((num_rows, most_groups), dtype=torch.int32, device=device)
-    floors = torch.empty(num_rows, dtype=torch.float32, device=device)
-    lasts, states = torch.empty((2, num_rows), dtype=torch.int32, device=device)
-    bounds, shift = Bounds(floors, lasts, states), KEY_SHIFT[logits.dtype]
-    survey_kernel[(triton.cdiv(num_groups, SURVEYED), num_rows)](
-        logits, *table, group_max, group_mass, logits.stride(0), VOCAB_SIZE=vocab_size, NUM_GROUPS=num_groups,
-        NUM=SURVEYED, GROUP=GROUP, num_warps=SURVEY_WARPS, **options,
+    scratch = scratch or LateScratch.of(num_rows, vocab_size, logits.device, most_groups)
+    scores, token_ids, launcher = scratch.scores, scratch.token_ids, scratch.launcher
+    addresses = tuple(tensor.data_ptr() for tensor in (logits, out, *table))
+    key = num_rows, logits.dtype, logits.stride(0), may_filter, may_need_search, addresses
+    if launcher.repeat(key):
+        return
+    if may_filter:
+        _bound(logits, table, out, scratch, may_need_search)
+        launch_draw(DrawLaunch.of(logits, table, out, scratch.bounds, BOUNDED_ROWS.value), scores, token_ids, launcher)
+    else:
+        launch_draw(DrawLaunch.of(logits, table, out, None, LATE_ROWS.value), scores, token_ids, launcher)
+    launcher.remember(key)
+
+
+def _bound(logits: Tensor, table: DrawTable, out: Tensor, scratch: LateScratch, may_need_search: bool) -> None:
+    """Draw the rows that few tokens decide, and bound the others."""
+    assert logits.stride(1) == 1 and out.is_contiguous() and logits.shape[1] == table.vocab_size
+    (num_rows, vocab_size), most_groups, bounds = logits.shape, scratch.chosen.shape[1], scratch.bounds
+    num_groups, shift, stride = triton.cdiv(vocab_size, GROUP), KEY_SHIFT[logits.dtype], logits.stride(0)
+    padded_groups = max(32, triton.next_power_of_2(num_groups))
+    pdl = dict(dependent_launch(logits.device))
+    dependent, options = pdl.pop("DEPENDENT"), {"enable_fp_fusion": False, **pdl}
+    launch, key = scratch.launcher.launch, (logits.dtype, stride)
+    launch(
+        key, survey_kernel, (triton.cdiv(num_groups, SURVEYED), num_rows, 1),
+        (logits, *table, scratch.group_max, scratch.group_mass, stride, vocab_size, num_groups, SURVEYED, GROUP,
+         dependent),
+        num_warps=SURVEY_WARPS, **options,
     )  # fmt: skip
-    choose_kernel[(num_rows,)](
-        logits, *table, group_max, group_mass, chosen, *bounds, out, logits.stride(0), VOCAB_SIZE=vocab_size,
-        NUM_GROUPS=num_groups, PADDED_GROUPS=max(32, triton.next_power_of_2(num_groups)),
-        FEW=min(FEW_GROUPS, most_groups), MOST=most_groups, GROUP=GROUP, SHIFT=shift, num_warps=CHOOSE_WARPS, **options,
+    launch(
+        key, choose_kernel, (num_rows, 1, 1),
+        (logits, *table, scratch.group_max, scratch.group_mass, scratch.chosen, *bounds, out, stride, vocab_size,
+         num_groups, padded_groups, min(FEW_GROUPS, most_groups), most_groups, GROUP, shift, dependent),
+        num_warps=CHOOSE_WARPS, **options,
     )  # fmt: skip
     if may_need_search:
-        search_kernel[(num_rows,)](
-            logits, *table, *bounds, logits.stride(0), VOCAB_SIZE=vocab_size, TILE=TILE, SHIFT=shift,
+        launch(
+            key, search_kernel, (num_rows, 1, 1),
+            (logits, *table, *bounds, stride, vocab_size, TILE, shift, dependent),
             num_warps=SEARCH_WARPS, **options,
         )  # fmt: skip
-    launch_draw(logits, table, out, bounds)

@@ -29,7 +29,7 @@ from pdray.engine.step.flight import Flight, Launched, Settled, Undrawn
 from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup, group_callback
-from pdray.engine.step.mask_filling import MaskFiller
+from pdray.engine.step.mask_filling import MaskFiller, num_fill_threads
 from pdray.engine.step.times import StepSpread, StepTimes
 from pdray.errors import InvalidRequestError, StepFailedError, describe_error
 from pdray.models.load import LoadedModel
@@ -63,9 +63,7 @@ class Engine:
     ) -> None:
         device = pool.device
         self.config = config = config.for_device(device.type)
-        self.model = model
-        self.pool = pool
-        self.device = device
+        self.model, self.pool, self.device = model, pool, device
         self.block_size, self.num_blocks = pool.layout.block_size, pool.num_blocks
         self.max_model_len = usable_model_len(model.decoder.max_len, self.num_blocks, self.block_size)
         self.on_layer_group: Callable[[LayerGroupReady], None] | None = None
@@ -81,11 +79,10 @@ class Engine:
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
         self._is_beside = False  # steps of another lane take the device's time too
         self._lock = threading.Lock()
-        self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size))
-        self._mask_filler = MaskFiller(limits.vocab_size, device)
+        self._mask_filler = MaskFiller(limits.vocab_size, limits.eos_token_ids, num_fill_threads(device))
+        self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size), num_fill_threads(device))
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
-        self._num_steps = 0
-        self._step_times = StepTimes()
+        self._num_steps, self._step_times = 0, StepTimes()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request for prefill here.
@@ -242,7 +239,8 @@ class Engine:
                 inputs, on_group = lane.prepare(plan), self._group_callback(plan)
             launching = True
             self._before_launch(lane, inputs)
-            launched = lane.launch(inputs, on_group)
+            if isinstance(launched := lane.launch(inputs, on_group), Undrawn):
+                self._mask_filler.expect(plan, lane.masks.host)
             return launched if isinstance(launched, Undrawn) else Flight(plan, launched)
         except Exception as error:
             if (self.device.type != "cpu" or self.lane.is_shared) and (launching or isinstance(error, RuntimeError)):
@@ -260,7 +258,7 @@ class Engine:
         if not isinstance(launched, Undrawn):
             return Settled(launched, [])
         try:
-            failures = self._mask_filler.fill([draw for chunk in plan.chunks for draw in chunk.draws], lane.masks.host)
+            failures = self._mask_filler.fill()
             flight = Flight(plan, lane.draw(launched))
         except Exception as error:
             if self.device.type != "cpu" or self.lane.is_shared:
@@ -280,6 +278,7 @@ class Engine:
         (plan, draws), wait_began = flight, time.perf_counter()
         rows = draws.read()
         ended = time.perf_counter()
+        self._mask_filler.take(plan, rows)
         self.has_booked = True
         with self._lock:
             self._num_steps += 1
@@ -304,6 +303,9 @@ class Engine:
 
     def close(self) -> None:
         """Give up what the device holds beside memory. No step may follow, and none may be running. Idempotent."""
+        self._in_flight = None  # what a step hands to the host remembers its lane's stream
+        if self.pipeline is not None:
+            self.pipeline.close()
 
     def split_state(self) -> SplitState | None:
         return None  # prompts and decodes share the device in one step, always

@@ -39,7 +39,14 @@ from pdray.router.request import Request
 from pdray.router.requests import Metrics
 from pdray.router.routed import RoutedRequest
 from pdray.router.tokenization import encoder_of
-from pdray.router.validation import check_tokenizer, complete_params, tokenize, tokenize_all, tokenize_bad_words
+from pdray.router.validation import (
+    check_tokenizer,
+    complete_params,
+    note_thoughts,
+    tokenize,
+    tokenize_all,
+    tokenize_bad_words,
+)
 from pdray.sampling_params import SamplingParams
 from pdray.wire.cluster_view import ClusterView
 from pdray.wire.messages import AnyMessage
@@ -204,6 +211,7 @@ class Router:
         await check_grammar(params, self.tokenizer)
         params = tokenize_bad_words(params, self.tokenizer, self.vocab_size)
         ids = await tokenize(self.tokenizer, prompt, max_model_len, self.vocab_size)
+        params = note_thoughts(params, ids, self.tokenizer, self.config.reasoning_parser)
         return ids, complete_params(params, len(ids), max_model_len, default_max_tokens)
 
     async def submit(

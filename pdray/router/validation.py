@@ -15,6 +15,7 @@ from pdray.prompt_scores import check_size
 from pdray.router.prompt import CompleteText
 from pdray.router.tokenization import beside_loop, encoder_of, over_context
 from pdray.sampling_params import SamplingParams
+from pdray.thinking import REASONING_OFF, think_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ NEED_TOKENIZER = {
     "skip_special_tokens": "leave it out",
     "structured_outputs": "leave it out",
     "bad_words": "use bad_words_token_ids",
+    "thinking_token_budget": "leave it out",
 }
 
 
@@ -142,6 +144,39 @@ def tokenize_bad_words(
     if vocab_size is not None:
         check_token_ids(params, vocab_size)
     return params
+
+
+def note_thoughts(
+    params: SamplingParams,
+    prompt_token_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+    reasoning_parser: str,
+) -> SamplingParams:
+    """The parameters with what workers need to know of the model's thoughts, where they look at them.
+
+    Args:
+        reasoning_parser: see Config.
+
+    Raises:
+        InvalidRequestError: the model has none that could be counted, or structured_outputs leave no place for them.
+    """
+    budget = params.thinking_token_budget
+    if budget is None and not params.structured_outputs_after_thinking:
+        return params
+    name = "structured_outputs_after_thinking" if budget is None else "thinking_token_budget"
+    tags = None if reasoning_parser == REASONING_OFF else think_tags(tokenizer)
+    if tags is None:
+        raise InvalidRequestError(
+            f"{name} needs a model whose <think> and </think> are tokens of its vocabulary, and a reasoning_parser; "
+            "leave it out",
+            name,
+        )
+    if budget is not None and params.structured_outputs is not None and not params.structured_outputs_after_thinking:
+        raise InvalidRequestError(
+            f"thinking_token_budget is {budget}, but the structured output leaves no place for thoughts; leave one out",
+            name,
+        )
+    return msgspec.structs.replace(params, thinking=tags.after(prompt_token_ids))
 
 
 def complete_params(

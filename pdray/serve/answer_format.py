@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pdray.config import Config
 from pdray.errors import InvalidRequestError
@@ -11,9 +11,10 @@ from pdray.router.chat_template import ChatTemplate
 from pdray.serve.parsers.answer import AnswerFormat
 from pdray.serve.parsers.events import Parser
 from pdray.serve.parsers.forced import NamedCallParser, RequiredCallsParser
-from pdray.serve.parsers.reasoning import ThinkParser, ends_in_thoughts
-from pdray.serve.parsers.registry import TOOL_PARSERS, thinks, tool_parser_of
+from pdray.serve.parsers.reasoning import ThinkParser, ends_in_thoughts, has_closed_thoughts
+from pdray.serve.parsers.registry import TOOL_PARSERS, tool_parser_of
 from pdray.serve.tools import Tool, ToolChoice
+from pdray.thinking import has_thoughts, think_tags, thinks
 
 THINKING = ("enable_thinking", "thinking")  # what templates call the variable that switches it
 
@@ -21,40 +22,58 @@ THINKING = ("enable_thinking", "thinking")  # what templates call the variable t
 def answer_format(
     config: Config,
     template: ChatTemplate,
-    prompt: str,
     *,
     tools: Sequence[Tool],
     choice: ToolChoice,
     parallel: bool,
-    separate_reasoning: bool,
+    thinking: Thinks | None,
 ) -> AnswerFormat:
     """Args:
         tools: those that may be called.
+        thinking: where thoughts may stand; None: nowhere, or they are left in the text.
 
     Raises:
         InvalidRequestError: this server does not know how the model calls tools.
     """
     names = frozenset(tool.name for tool in tools)
-    if (named := choice.named) is not None:  # a grammar leaves no place for thoughts
-        return AnswerFormat(tools=lambda: NamedCallParser(named), named=True)
-    if choice.mode == "required":
-        return AnswerFormat(tools=lambda: RequiredCallsParser(names), single_call=not parallel)
-    reasoning = None
-    if separate_reasoning and has_thoughts(config, template):
-        thinking = ends_in_thoughts(prompt)
+    reasoning: Callable[[], Parser] | None = None
+    if thinking is not None:
+        is_open = thinking.is_open
 
         def reasoning() -> Parser:
-            return ThinkParser(thinking=thinking)
+            return ThinkParser(thinking=is_open)
 
+    if (named := choice.named) is not None:
+        return AnswerFormat(reasoning, lambda: NamedCallParser(named), named=True)
+    if choice.mode == "required":
+        return AnswerFormat(reasoning, lambda: RequiredCallsParser(names), single_call=not parallel)
     if not tools:
         return AnswerFormat(reasoning)
     make = TOOL_PARSERS[_tool_parser(config, template)]
     return AnswerFormat(reasoning, lambda: make(names), single_call=not parallel)
 
 
-def has_thoughts(config: Config, template: ChatTemplate) -> bool:
-    """Whether the model's thoughts are told apart from its answer."""
-    return thinks(template.source) if config.reasoning_parser == "auto" else config.reasoning_parser != "none"
+class Thinks(NamedTuple):
+    """A model that may think before it answers. is_open: the prompt has opened its thoughts."""
+
+    is_open: bool
+
+
+def where_it_thinks(
+    config: Config, template: ChatTemplate, prompt: str, *, separate: bool, is_formed: bool
+) -> Thinks | None:
+    """Where an answer's thoughts may stand; None if they are not told apart.
+
+    Args:
+        separate: the request wants them apart.
+        is_formed: a grammar holds for the answer. There is a place before it for thoughts where their tags are tokens,
+            by which the engine sees them, and the prompt has not closed them.
+    """
+    if not separate or not has_thoughts(config.reasoning_parser, template.source):
+        return None
+    if is_formed and (think_tags(template.tokenizer) is None or has_closed_thoughts(prompt)):
+        return None
+    return Thinks(ends_in_thoughts(prompt))
 
 
 def check_tools(config: Config, template: ChatTemplate) -> None:

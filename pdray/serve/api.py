@@ -19,20 +19,24 @@ from pdray.errors import NoWorkerError
 from pdray.exposition import CONTENT_TYPE
 from pdray.router.chat_template import ChatTemplate
 from pdray.router.router import Router
+from pdray.serve import messages_body
 from pdray.serve.auth import ApiKey
 from pdray.serve.body import read_body
 from pdray.serve.connection import ClientGone
 from pdray.serve.endpoints import Chat, Completion, render_chat
 from pdray.serve.errors import ApiError, install
+from pdray.serve.messages_api import Messages
+from pdray.serve.messages_body import CountTokensBody, MessagesBody
 from pdray.serve.paths import LenientPaths
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.responses_api import Responses
 from pdray.serve.responses_body import ResponsesBody, own_names, to_chat
-from pdray.serve.schema import ERRORS, GENERATED, describe_bodies, request_body
+from pdray.serve.schema import ERRORS, GENERATED, MESSAGES_ERRORS, describe_bodies, request_body
 from pdray.serve.tokens_api import (
     DetokenizeBody,
     TokenizeBody,
     TokenizeChatBody,
+    count_tokens,
     detokenize,
     parse_tokenize,
     tokenize,
@@ -161,14 +165,40 @@ def create_app(
         check_model(body.model)
         request_id = _request_id("resp", request, "_")
         log_prompt(request_id, body.input)
-        with own_names():
-            chat_body = to_chat(body)
+        names = own_names()
+        with names.told():
+            chat_body = to_chat(body, names)
             chat = await render_chat(chat_body, chat_template(), config)
             current = router()
             generation = Responses(
                 body, chat_body, chat, request_id, config.model_name, current.sampling_defaults, current.tokenizer
             )
             return await generation.respond(request, current)
+
+    @v1.post("/messages", responses=GENERATED | MESSAGES_ERRORS, openapi_extra=request_body(MessagesBody))
+    async def messages(request: Request) -> Response:
+        """An assistant's next message, as Anthropic's API asks for it."""
+        body = await read_body(request, MessagesBody.model_validate, config.max_request_bytes)
+        check_model(body.model)
+        request_id = _request_id("msg", request, "_")
+        log_prompt(request_id, body.messages)
+        names = messages_body.own_names()
+        with names.told():
+            chat_body = messages_body.to_chat(body, names)
+            chat = await render_chat(chat_body, chat_template(), config)
+            current = router()
+            generation = Messages(chat_body, chat, request_id, config.model_name, current.sampling_defaults, names)
+            return await generation.respond(request, current)
+
+    @v1.post("/messages/count_tokens", responses=MESSAGES_ERRORS, openapi_extra=request_body(CountTokensBody))
+    async def count_message_tokens(request: Request) -> dict[str, int]:
+        """Tokens of such a request's prompt."""
+        body = await read_body(request, CountTokensBody.model_validate, config.max_request_bytes)
+        check_model(body.model)
+        names = messages_body.own_names()
+        with names.told():
+            chat_body = messages_body.to_chat(body, names)
+            return {"input_tokens": await count_tokens(chat_body, chat_template(), router().tokenizer, config)}
 
     app.include_router(v1)
 

@@ -21,8 +21,12 @@ class ApiKey(HTTPBearer):
     async def __call__(self, request: HTTPConnection) -> HTTPAuthorizationCredentials:
         """Raises ApiError 401."""
         given = await super().__call__(request)
+        if given is None and (key := request.headers.get("x-api-key")) is not None:  # as Anthropic's clients send it
+            given = HTTPAuthorizationCredentials(scheme="x-api-key", credentials=key)
         if given is None:
-            raise _unauthorized("this server needs an API key; send it as the header 'Authorization: Bearer <key>'")
+            raise _unauthorized(
+                "this server needs an API key; send it as the header 'Authorization: Bearer <key>', or as x-api-key"
+            )
         sent = given.credentials.encode("latin-1")  # as ASGI servers decode headers
         if not any([hmac.compare_digest(sent, key) for key in self._keys]):  # all, so that time tells nothing
             raise _unauthorized("the API key is not this server's")

@@ -15,8 +15,8 @@ from pdray.router.chat_template import ChatOptions, ChatTemplate
 from pdray.router.completion import CompletionDelta
 from pdray.router.prompt import CompleteText
 from pdray.router.tokenization import beside_loop
-from pdray.sampling_params import SamplingParams
-from pdray.serve.answer_format import answer_format, check_tools, effort_variables
+from pdray.sampling_params import NO_BUDGET, SamplingParams
+from pdray.serve.answer_format import answer_format, check_tools, effort_variables, where_it_thinks
 from pdray.serve.chat_answer import ChatStream, whole_message
 from pdray.serve.echo import Echo
 from pdray.serve.generation import Generation
@@ -27,6 +27,7 @@ from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.responses import chat_logprobs, completion_logprobs, joined_logprobs, prompt_logprobs
 from pdray.serve.tools import choose
 from pdray.structured_outputs import StructuredOutputsParams
+from pdray.thinking import has_thoughts
 
 DEFAULT_COMPLETION_TOKENS = 16
 CHARS_PER_MESSAGE = 64  # to render a message takes as long as to tokenize so many
@@ -129,7 +130,7 @@ class Chat(Generation):
         params = body.sampling_params(
             max_tokens=max_tokens, logprobs=self._num_top if body.logprobs else None, defaults=defaults.values
         )
-        super().__init__(body, [chat.prompt], force(params, chat.schema), request_id, model, defaults.max_tokens)
+        super().__init__(body, [chat.prompt], form(params, chat), request_id, model, defaults.max_tokens)
         last = body.messages[-1]
         self._echo = last.text if body.echo and last.role == "assistant" else ""
         self._format = chat.format
@@ -190,11 +191,16 @@ class Chat(Generation):
 
 
 class RenderedChat(NamedTuple):
-    """A conversation's prompt, how its answers are written, and the JSON Schema that they must match, if any."""
+    """Attributes:
+    format: how its answers are written.
+    schema: that forces a call, if one is forced.
+    thinks_first: what the answer must match comes behind the model's thoughts.
+    """
 
     prompt: str
     format: AnswerFormat
     schema: dict[str, Any] | None
+    thinks_first: bool
 
 
 async def render_chat(body: ChatBody, template: ChatTemplate, config: Config) -> RenderedChat:
@@ -216,19 +222,30 @@ async def render_chat(body: ChatBody, template: ChatTemplate, config: Config) ->
     num_chars = sum(len(text) for message in body.messages for text in message.texts)
     work = num_chars + (len(body.messages) + len(body.tools)) * CHARS_PER_MESSAGE
     prompt = await beside_loop(work, lambda: template.render(body.messages, options))
-    is_formed = structured_outputs(body.response_format, body.structured_outputs) is not None
-    how = answer_format(
-        config,
-        template,
-        prompt,
-        tools=tools,
-        choice=choice,
-        parallel=body.parallel_tool_calls is not False,
-        # a grammar leaves no place for thoughts
-        separate_reasoning=body.separate_reasoning is not False and not is_formed,
+    parallel = body.parallel_tool_calls is not False
+    schema = forced_call(tools, choice, parallel=parallel)
+    is_formed = schema is not None or structured_outputs(body.response_format, body.structured_outputs) is not None
+    thinking = where_it_thinks(
+        config, template, prompt, separate=body.separate_reasoning is not False, is_formed=is_formed
     )
-    schema = forced_call(tools, choice, parallel=body.parallel_tool_calls is not False)
-    return RenderedChat(str(prompt) if body.add_special_tokens else prompt, how, schema)
+    if body.thinking_token_budget not in (None, NO_BUDGET) and not has_thoughts(
+        config.reasoning_parser, template.source
+    ):
+        raise InvalidRequestError(
+            f"thinking_token_budget is {body.thinking_token_budget}, but this model's thoughts are not told apart "
+            "(reasoning_parser); leave it out",
+            "thinking_token_budget",
+        )
+    how = answer_format(config, template, tools=tools, choice=choice, parallel=parallel, thinking=thinking)
+    rendered = str(prompt) if body.add_special_tokens else prompt
+    return RenderedChat(rendered, how, schema, is_formed and thinking is not None)
+
+
+def form(params: SamplingParams, chat: RenderedChat) -> SamplingParams:
+    """The same parameters with the form that the conversation's answer must have."""
+    if chat.thinks_first:
+        params = msgspec.structs.replace(params, structured_outputs_after_thinking=True)
+    return force(params, chat.schema)
 
 
 def force(params: SamplingParams, schema: dict[str, Any] | None) -> SamplingParams:

@@ -1,10 +1,10 @@
-"""Every error as OpenAI's API tells it: status, headers, {"error": {message, type, param, code}}."""
+"""Every error as OpenAI's API tells it: status, headers, {"error": {message, type, param, code}}; or Anthropic's."""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -53,6 +53,34 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, status_code=self.status, headers=self.headers)
+
+
+ANTHROPIC_PATH = "/v1/messages"  # and what is below
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def anthropic_body(error: ApiError, request_id: str | None = None) -> dict[str, Any]:
+    """The error as Anthropic's API tells it. The field at fault is named in its text."""
+    default = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = ANTHROPIC_TYPES.get(error.status, default)
+    told = {"type": kind, "message": error.body["error"]["message"]}
+    return {"type": "error", "error": told, "request_id": request_id}
+
+
+def error_response(error: BaseException, path: str) -> Response:
+    """The answer of an error, in the shape of the API that the path belongs to."""
+    told = to_api_error(error)
+    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+        return JSONResponse(anthropic_body(told), status_code=told.status, headers=told.headers)
+    return told.response()
 
 
 def to_api_error(error: BaseException) -> ApiError:
@@ -124,14 +152,14 @@ class InternalErrors:
         except Exception as error:
             if started:
                 raise
-            await to_api_error(error).response()(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
 
 
 def install(app: FastAPI) -> None:
     """Answer every exception of a handler, and unknown routes and methods, in this shape."""
 
-    async def answer(_: Request, error: Exception) -> Response:
-        return to_api_error(error).response()
+    async def answer(request: Request, error: Exception) -> Response:
+        return error_response(error, request.url.path)
 
     for kind in (ApiError, PdrayError, ValidationError, HTTPException):
         app.add_exception_handler(kind, answer)

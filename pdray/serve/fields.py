@@ -107,7 +107,6 @@ FIELDS: dict[str, Ignored | Refused] = {
     "spaces_between_special_tokens": ON,
     "stream_interval": Refused((1,)),
     "structural_tag": OFF,
-    "thinking_token_budget": Refused((-1,), "use max_tokens, or switch thinking off with reasoning_effort='none'"),
     "truncation_side": Refused(("left",)),
     "use_beam_search": OFF,
     "vllm_xargs": OFF,

@@ -78,7 +78,9 @@ def structured_outputs(
     if response_format is None or response_format.type == "text":
         return wanted
     if wanted is not None:
-        raise InvalidRequestError("response_format and structured_outputs are both given; leave one out")
+        raise InvalidRequestError(
+            "response_format and structured_outputs are both given; leave one out", "structured_outputs"
+        )
     try:
         if response_format.json_schema is None:
             return StructuredOutputsParams(json_object=True)

@@ -32,6 +32,9 @@ MAX_COMPLETIONS = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_TEMPLATE_BYTES = 16 * 1024
 
+# Fields of SamplingParams that no request has.
+MADE_HERE = ("bad_words_token_ids", "structured_outputs_after_thinking", "thinking")
+
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -116,6 +119,7 @@ class GenerationBody(BaseModel):
         prompt_logprobs: answer with the log-probabilities of the prompt's tokens, and of so many most likely ones.
         truncate_prompt_tokens: keep so many tokens at the prompt's end; -1: as many as fit beside max_tokens.
         return_token_ids: answer with the ids of prompt and completions, too.
+        thinking_token_budget: end the model's thoughts after so many tokens; -1 sets no limit.
     """
 
     model_config = ConfigDict(extra="forbid", json_schema_extra=describe_ignored)
@@ -150,6 +154,7 @@ class GenerationBody(BaseModel):
     echo: StrictBool | None = False
     return_token_ids: StrictBool | None = False
     truncate_prompt_tokens: Annotated[Int32, value_range(-1, MAX_INT32)] | None = None
+    thinking_token_budget: Annotated[Int32, value_range(-1, MAX_INT32)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -177,7 +182,7 @@ class GenerationBody(BaseModel):
         Raises:
             InvalidRequestError: a value is out of range.
         """
-        apart = ("max_tokens", "logprobs", "structured_outputs", "bad_words_token_ids")
+        apart = ("max_tokens", "logprobs", "structured_outputs", *MADE_HERE)
         names = [name for name in SamplingParams.__struct_fields__ if name not in apart]
         wanted = structured_outputs(self.response_format, self.structured_outputs)
         given = {name: value for name in names if (value := getattr(self, name)) is not None}

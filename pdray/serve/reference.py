@@ -9,9 +9,10 @@ from pydantic import BaseModel
 
 from pdray.config import Config
 from pdray.metric_table import TABLE
-from pdray.serve import responses_body
+from pdray.serve import messages_body, responses_body
 from pdray.serve.api import create_app
 from pdray.serve.fields import FIELDS, Ignored, Refused
+from pdray.serve.messages_body import CountTokensBody, MessagesBody
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.responses_body import ResponsesBody
 from pdray.serve.tokens_api import DetokenizeBody, TokenizeBody
@@ -21,6 +22,8 @@ BODIES: dict[str, tuple[type[BaseModel], Mapping[str, Ignored | Refused]]] = {
     "/v1/chat/completions": (ChatBody, {}),
     "/v1/completions": (CompletionBody, {}),
     "/v1/responses": (ResponsesBody, responses_body.FIELDS),
+    "/v1/messages": (MessagesBody, messages_body.FIELDS),
+    "/v1/messages/count_tokens": (CountTokensBody, messages_body.FIELDS),
     "/tokenize": (TokenizeBody, {}),
     "/detokenize": (DetokenizeBody, {}),
 }
@@ -42,9 +45,17 @@ CHAT_NOTES = """## Tools and thoughts
 - Thoughts between `<think>` tags are `reasoning_content`, and the same as `reasoning`. `reasoning_effort` goes to a
   template that knows it; where the template only switches thinking, `none` is off and every other value on; where it
   does neither, it is refused.
+- `thinking_token_budget` counts the tokens behind the tag that opens the thoughts; then the tag that ends them is
+  forced, whatever else the request bans. A model whose tags are not tokens of its vocabulary, or with
+  `reasoning_parser: none`, gets 400.
+- A form (`response_format`, `structured_outputs`, a forced call) holds for the answer behind the thoughts. With
+  `separate_reasoning: false`, where the prompt has closed the thoughts, and on `/v1/completions`, it holds at once.
 - `/tokenize` takes `messages` with every field of a chat request, instead of `prompt`.
 - `/v1/responses` keeps nothing: send the whole conversation as `input`, of items message, function_call,
   function_call_output and reasoning.
+- `/v1/messages` is Anthropic's, with its errors and events; a key may come as `x-api-key`. Blocks are text, thinking,
+  tool_use and tool_result, whose `is_error` puts "Error:" before it. Thoughts have an empty signature. A call that
+  max_tokens has cut is left out of a whole answer.
 """
 
 

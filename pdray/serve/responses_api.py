@@ -14,15 +14,15 @@ from pdray.outputs import CompletionOutput, RequestOutput
 from pdray.router.completion import CompletionDelta
 from pdray.router.routed import RoutedRequest
 from pdray.router.tokenization import encoder_of
-from pdray.serve.endpoints import RenderedChat, force
+from pdray.serve.endpoints import RenderedChat, form
 from pdray.serve.errors import to_api_error
 from pdray.serve.generation import Generation, merged
 from pdray.serve.parsers.answer import AnswerParser
-from pdray.serve.parsers.reasoning import END
 from pdray.serve.protocol import ChatBody
 from pdray.serve.responses import encode_json, one_line
 from pdray.serve.responses_body import ResponsesBody
 from pdray.serve.responses_output import ResponseOutput
+from pdray.thinking import END
 
 REASONS = {"length": "max_output_tokens"}
 
@@ -45,7 +45,7 @@ class Responses(Generation):
         params = chat_body.sampling_params(
             max_tokens=chat_body.max_completion_tokens, logprobs=None, defaults=defaults.values
         )
-        super().__init__(chat_body, [chat.prompt], force(params, chat.schema), request_id, model, defaults.max_tokens)
+        super().__init__(chat_body, [chat.prompt], form(params, chat), request_id, model, defaults.max_tokens)
         self._asked = body
         self._format = chat.format
         self._tokenizer = tokenizer

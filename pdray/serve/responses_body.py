@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, model_validator
 
-from pdray.errors import InvalidRequestError, PdrayError
+from pdray.errors import InvalidRequestError
 from pdray.router.conversation import is_empty, kind_of, shown
 from pdray.sampling_params import MAX_INT32, SMALLEST_FLOAT32
-from pdray.serve.errors import to_api_error
 from pdray.serve.fields import Ignored, Refused, known_fields
+from pdray.serve.own_names import OwnNames
 from pdray.serve.protocol import ChatBody, ReasoningEffort, describe_ignored
 from pdray.serve.values import Int32, Number, value_range
 
@@ -40,6 +38,7 @@ FIELDS: dict[str, Ignored | Refused] = {
     "response_format": Refused(instead="use text.format"),
     "store": Refused((False,), STATELESS),
     "stream_options": Refused(({}, {"include_obfuscation": False})),
+    "thinking_token_budget": Refused((-1,), "use /v1/chat/completions"),
     "top_logprobs": Refused((0,), "use /v1/chat/completions"),
     "truncation": Refused(("disabled",), "shorten the input"),
 }
@@ -108,15 +107,18 @@ class ResponsesBody(BaseModel):
         return self
 
 
-def to_chat(body: ResponsesBody) -> ChatBody:
+def to_chat(body: ResponsesBody, names: OwnNames) -> ChatBody:
     """The chat request that it stands for.
+
+    Args:
+        names: are told what its messages are made of.
 
     Raises:
         InvalidRequestError, ValidationError: an item or tool is not supported.
     """
     reasoning, text = body.reasoning or Reasoning(), body.text or TextOptions()
     fields = {
-        "messages": _messages(body),
+        "messages": _messages(body, names),
         "stream": body.stream,
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
@@ -132,32 +134,25 @@ def to_chat(body: ResponsesBody) -> ChatBody:
     return ChatBody.model_validate(fields)
 
 
-@contextlib.contextmanager
-def own_names() -> Iterator[None]:
-    """Errors of the chat request name the fields that it was made of."""
-    try:
-        yield
-    except (PdrayError, ValidationError) as error:
-        told = to_api_error(error)
-        param = told.body["error"]["param"]
-        told.body["error"]["param"] = NAMES.get(param or "", param)
-        message = told.body["error"]["message"] or ""
-        told.body["error"]["message"] = message.replace("response_format", "text.format")
-        raise told from error
+def own_names() -> OwnNames:
+    """For errors of the chat request; to_chat() notes where its messages come from."""
+    return OwnNames(NAMES, {"response_format": "text.format", "reasoning_effort": "reasoning.effort"})
 
 
-def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
+def _messages(body: ResponsesBody, names: OwnNames) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
+        names.note(0, "instructions", content="instructions")
     if isinstance(body.input, str):
+        names.note(len(messages), "input", content="input")
         return [*messages, {"role": "user", "content": body.input}]
     for index, item in enumerate(body.input):
-        _add(item, messages, f"input[{index}]")
+        _add(item, messages, f"input[{index}]", names)
     return messages
 
 
-def _add(item: dict[str, Any], messages: list[dict[str, Any]], place: str) -> None:
+def _add(item: dict[str, Any], messages: list[dict[str, Any]], place: str, names: OwnNames) -> None:
     """An item as a message, or as a part of the assistant's that is there."""
     kind = item.get("type", "message")
     match kind:
@@ -168,21 +163,28 @@ def _add(item: dict[str, Any], messages: list[dict[str, Any]], place: str) -> No
                 last = _assistant(messages)
                 if last.get("content") is None and not last.get("tool_calls"):
                     last["content"] = message["content"]
+                    names.note(len(messages) - 1, place, content=f"{place}.content")
                     return
+            names.note(len(messages), place)
             messages.append(message)
         case "function_call":
             _only(item, ("type", "call_id", "name", "arguments", "id", "status"), place)
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            _assistant(messages).setdefault("tool_calls", []).append(call)
+            calls = _assistant(messages).setdefault("tool_calls", [])
+            names.note(len(messages) - 1, place)
+            names.note_call(len(messages) - 1, len(calls), place, "call_id")
+            calls.append(call)
         case "function_call_output":
             _only(item, ("type", "call_id", "output", "id", "status"), place)
             output = _content(item.get("output"), f"{place}.output")
+            names.note(len(messages), place, content=f"{place}.output", tool_call_id=f"{place}.call_id")
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
         case "reasoning":
             _only(item, ("type", "id", "summary", "content", "encrypted_content", "status"), place)
             parts = [part for name in ("content", "summary") for part in _list(item.get(name), f"{place}.{name}")]
             thoughts = _content(parts, place, REASONING_TEXTS)
+            names.note(len(messages), place)
             messages.append({"role": "assistant", "content": None, "reasoning": "\n".join(t["text"] for t in thoughts)})
         case _:
             raise _refusal(f"{place}: items of type {shown(kind)} are not supported")
@@ -232,9 +234,9 @@ def _tool(value: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _choice(value: Any) -> Any:
     match value:
-        case {"type": "function", "name": name}:
+        case {"type": "function", "name": name} if len(value) == 2:
             return {"type": "function", "function": {"name": name}}
-        case {"type": "allowed_tools", "mode": mode, "tools": tools}:
+        case {"type": "allowed_tools", "mode": mode, "tools": tools} if len(value) == 3:
             return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
     return value
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from pdray.serve.messages_body import CountTokensBody, MessagesBody
 from pdray.serve.protocol import ChatBody, CompletionBody
 from pdray.serve.responses_body import ResponsesBody
 from pdray.serve.tokens_api import DetokenizeBody, TokenizeBody, TokenizeChatBody
@@ -16,6 +17,8 @@ BODIES: tuple[type[BaseModel], ...] = (
     CompletionBody,
     ChatBody,
     ResponsesBody,
+    MessagesBody,
+    CountTokensBody,
     TokenizeBody,
     TokenizeChatBody,
     DetokenizeBody,
@@ -34,9 +37,26 @@ class ErrorAnswer(BaseModel):
     error: Error
 
 
+class MessagesError(BaseModel):
+    type: str
+    message: str
+
+
+class MessagesErrorAnswer(BaseModel):
+    """As Anthropic's API tells of an error."""
+
+    type: Literal["error"]
+    error: MessagesError
+    request_id: str | None
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer, "description": "An error"}}
 GENERATED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, whole or, with stream=true, in events", "content": {"text/event-stream": {}}}
+}
+
+MESSAGES_ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": MessagesErrorAnswer, "description": "An error"}
 }
 
 

@@ -85,6 +85,20 @@ async def tokenize(
     return {"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": texts}
 
 
+async def count_tokens(
+    body: ChatBody, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase | None, config: Config
+) -> int:
+    """Of a conversation's prompt, however long.
+
+    Raises:
+        InvalidRequestError: there is no tokenizer, or the conversation cannot be rendered.
+    """
+    if tokenizer is None:
+        raise _no_tokenizer("messages")
+    prompt, encoder = (await render_chat(body, template, config)).prompt, encoder_of(tokenizer)
+    return len(await beside_loop(len(prompt), lambda: encoder.encode(prompt, add_special_tokens=False)))
+
+
 async def detokenize(body: DetokenizeBody, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Raises:
     InvalidRequestError: there is no tokenizer, or it has no such token.

@@ -13,6 +13,7 @@ from pdray.errors import InvalidRequestError
 from pdray.router.conversation import is_empty, kind_of, shown
 
 MAX_TOOLS = 128
+FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 NAME = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 Mode = Literal["none", "auto", "required"]
@@ -95,7 +96,7 @@ def parse_function(value: Any, place: str) -> Tool:
     """
     if not isinstance(value, dict):
         raise _refusal(f"{place} must be an object with a name, not {kind_of(value)}")
-    _no_others(value, ("name", "description", "parameters", "strict"), place)
+    _no_others(value, FUNCTION_FIELDS, place)
     name, description = value.get("name"), value.get("description")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise _refusal(f"{place}.name is {shown(name)}; it must be 1 to 128 letters, digits or any of _ - . :")
@@ -124,7 +125,10 @@ def parse_tool_choice(value: Any) -> ToolChoice | None:
             return ToolChoice(value)
         case {"type": "function", "function": {"name": str(name)}} if len(value) == 2 and len(value["function"]) == 1:
             return ToolChoice("required", frozenset({name}), name)
-        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(allowed)}}:
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(allowed)} as inner,
+        } if len(value) == 2 and len(inner) == 2:
             names = [_allowed_name(each) for each in allowed]
             return ToolChoice(mode, frozenset(names))
     raise InvalidRequestError(
@@ -136,7 +140,10 @@ def parse_tool_choice(value: Any) -> ToolChoice | None:
 
 def _allowed_name(value: Any) -> str:
     match value:
-        case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
+        case {"type": "function", "function": {"name": str(name)} as function} if len(value) == 2:
+            if function.keys() <= {*FUNCTION_FIELDS}:  # the tool may be repeated
+                return name
+        case {"type": "function", "name": str(name)} if value.keys() <= {"type", *FUNCTION_FIELDS}:
             return name
     raise InvalidRequestError("tool_choice.allowed_tools.tools must be functions with a name each", "tool_choice")
 

@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
+from pathlib import Path
 from typing import NamedTuple
 
+from pdray.bench.mux_served import COLORS
+from pdray.bench.plot import Series, line_plot
 from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
 from pdray.engine.mux.load import Load, Wait
@@ -19,6 +23,9 @@ from pdray.testing.simulated_load import H100_8B, MAX_TOKENS, Costs, Simulated, 
 
 HALF_CONTEXT = 16_000.0
 TTFT_MS = 1000.0
+# What fits the medians of `pdray bench mux` on an H100: mixed steps at 3.5 and 8 requests/s of 2,048, and 1.2 of 8,192.
+FITTED = Costs(weights=6.75, seqs=0.04, token=0.018, knee=171, prompts=1.12, kv=0.0297, prefix=0.0046)
+PICTURES = ((15.0, (4, 6, 8, 9, 10, 11, 12)), (8.0, (1, 2, 2.5, 3, 3.5, 4, 5)))
 ROWS = ((2048, 15, (6, 7, 8, 9)), (2048, 8, (2, 3, 4)), (8192, 15, (1, 1.4)), (8192, 8, (0.4, 0.7)))
 SPLITS = {32: (1.58, 24_000.0), 48: (1.41, 17_000.0)}  # slowdown of decodes, and tokens of prompts a second, measured
 
@@ -141,7 +148,24 @@ def in_time(served: list[Served], tpot_ms: float, ttft_ms: float = TTFT_MS) -> f
     return sum(each.ttft <= ttft_ms and each.tpot <= tpot_ms for each in served) / len(served)
 
 
+def plot(tpot_ms: float, rates: tuple[float, ...]) -> str:
+    """Goodput over rate of 2,048 tokens in, as an SVG, with the costs that fit what was measured of it."""
+    ways: dict[str, Targets | Arrangement] = {"controller": Targets(tpot_ms / 1000, TTFT_MS / 1000)}
+    ways |= {f"mixed, {n}": Arrangement(chunk=n) for n in (128, 256, 512, 2048)} | {"32 + 100 SMs": Arrangement(32)}
+    series = []
+    for color, (name, how) in zip(COLORS, ways.items(), strict=False):
+        shares = [in_time(serve(how, rate, costs=FITTED, splits=SPLITS), tpot_ms) for rate in rates]
+        series.append(Series(name, color, [(r, r * share) for r, share in zip(rates, shares, strict=True)]))
+    title = f"Simulated: 2,048 tokens in, 256 out, TTFT 1 s, TPOT {tpot_ms:g} ms"
+    return line_plot(title, "offered requests/s", "in time requests/s", series)
+
+
 def main() -> None:
+    """With two arguments, names of files: pictures for 15 ms and for 8 ms. Else the table."""
+    for path, row in zip(sys.argv[1:], PICTURES, strict=False):
+        Path(path).write_text(plot(*row))
+    if sys.argv[1:]:
+        return
     print("| in | TPOT ms | requests/s | controller | " + " | ".join(map(str, STEP_SIZES[:-1])) + " | 32 SMs |")
     print("|---|---|---|---|" + "---|" * len(STEP_SIZES))
     fixed = [*(Arrangement(chunk=n) for n in STEP_SIZES[:-1]), Arrangement(decode_sms=32)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import Any
@@ -66,6 +67,61 @@ def stream_text(client: openai.OpenAI, seed: int, started: threading.Event | Non
         if started is not None and pieces == 4:
             started.set()
     return text
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]{2,9}$"},
+        "age": {"type": "integer", "minimum": 1, "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+PEOPLE = {"type": "array", "items": PERSON, "minItems": 7, "maxItems": 7}
+CALLED = {"type": "object", "properties": {"people": PEOPLE}, "required": ["people"], "additionalProperties": False}
+FORMS: list[dict[str, Any]] = [
+    {"extra_body": {"structured_outputs": {"json": PEOPLE, "disable_any_whitespace": True}}},
+    {
+        "tools": [{"type": "function", "function": {"name": "invite", "parameters": CALLED}}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "extra_body": {},
+    },
+]
+
+
+def stream_form(client: openai.OpenAI, number: int, started: threading.Event | None = None) -> str:
+    """A seeded answer in a form that a grammar forces, streamed, with its token ids and its end."""
+    fields = FORMS[number] | {"extra_body": FORMS[number]["extra_body"] | {"return_token_ids": True}}
+    stream = client.chat.completions.create(
+        model="smol",
+        messages=[{"role": "user", "content": "Name seven people."}],
+        max_tokens=300,
+        temperature=0.8,
+        seed=number,
+        stream=True,
+        **fields,
+    )
+    text, ids, reason = "", list[int](), None
+    for pieces, chunk in enumerate(stream, 1):
+        [choice] = chunk.choices
+        text += choice.delta.content or "".join(call.function.arguments for call in choice.delta.tool_calls or ())
+        ids += choice.to_dict().get("token_ids") or []
+        reason = choice.finish_reason or reason
+        if started is not None and pieces == 4:
+            started.set()
+    people = json.loads(text)
+    assert len(people if isinstance(people, list) else people["people"]) == 7 and len(ids) > 60
+    return f"{text} {ids} {reason}"
+
+
+def stream_story(client: openai.OpenAI, number: int, started: threading.Event | None = None) -> str:
+    """Four stories, then the forms."""
+    return stream_text(client, number, started) if number < 4 else stream_form(client, number - 4, started)
+
+
+NUM_STORIES = 4 + len(FORMS)
 
 
 def is_controller(process: psutil.Process) -> bool:

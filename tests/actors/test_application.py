@@ -20,10 +20,12 @@ from ray import serve
 from smol_application import (
     APP,
     CONFIG,
+    NUM_STORIES,
     PARIS,
     QUEUE_BOUND,
     is_controller,
     nothing_in_use,
+    stream_story,
     stream_text,
     wait_for,
     workers,
@@ -211,7 +213,7 @@ async def test_disconnect_frees_both_workers(url: str) -> None:
 @pytest.fixture(scope="module")
 def stories(client: openai.OpenAI) -> list[str]:
     """What the streams say undisturbed."""
-    return [stream_text(client, seed) for seed in range(4)]
+    return [stream_story(client, number) for number in range(NUM_STORIES)]
 
 
 @pytest.mark.parametrize(
@@ -220,10 +222,11 @@ def stories(client: openai.OpenAI) -> list[str]:
 def test_streams_go_on_when_processes_die(
     url: str, client: openai.OpenAI, stories: list[str], victims: list[str]
 ) -> None:
-    """Four streams, then SIGKILL or SIGSTOP: every text is the undisturbed one, and the dead are replaced."""
+    """Streams, free and under grammars, then SIGKILL or SIGSTOP: every text is the undisturbed one, and the dead are
+    replaced."""
     started = [threading.Event() for _ in stories]
     with ThreadPoolExecutor(len(stories)) as pool:
-        answers = [pool.submit(stream_text, client, seed, event) for seed, event in enumerate(started)]
+        answers = [pool.submit(stream_story, client, number, event) for number, event in enumerate(started)]
         assert all(event.wait(PATIENCE_S) for event in started)
         before = {row["worker_id"]: row["pid"] for row in workers()}
         for victim in victims:
@@ -299,7 +302,7 @@ def test_streams_go_on_while_the_configuration_changes(url: str, client: openai.
     before = {row["pid"] for row in workers()}
     started = [threading.Event() for _ in stories]
     with ThreadPoolExecutor(len(stories)) as pool:
-        answers = [pool.submit(stream_text, client, seed, event) for seed, event in enumerate(started)]
+        answers = [pool.submit(stream_story, client, number, event) for number, event in enumerate(started)]
         assert all(event.wait(PATIENCE_S) for event in started)
         serve.run(build(CONFIG.model_copy(update={"max_queue_size": 4})), name=APP, route_prefix="/")
         assert httpx.get(f"{url}/health", timeout=10).status_code == 200

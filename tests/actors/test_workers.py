@@ -40,6 +40,26 @@ async def test_the_log_tells_once_what_a_worker_serves_with_what(pair: Pair, cap
         assert part in line
 
 
+async def test_a_worker_that_stops_closes_its_engine_once_no_step_can_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two lanes hold streams and graphs, which go in order, after what the last steps hand to the host."""
+    given = make_config(tmp_path, "auto").model_copy(update={"mode": "colocated", "sm_partition": "on"})
+    worker, closed = DecodeWorker(given, "decode-0", "i", SECRET), []
+    await worker.start()
+    close, loop = worker.engine.close, worker._engine_loop
+
+    def closing() -> None:
+        closed.append(loop._thread.is_alive())
+        close()
+
+    monkeypatch.setattr(worker.engine, "close", closing)
+    await worker.stop()
+    await worker.stop()
+    split = worker.engine.split_state()
+    assert closed == [False] and split is not None and split.ready == ()
+
+
 @pytest.mark.parametrize("n", [1, 3])
 async def test_disaggregated_leg_equals_a_local_one(pair: Pair, n: int) -> None:
     params = SamplingParams(n=n, temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)

@@ -10,7 +10,7 @@ import pytest
 
 from pdray.engine.request import EngineRequest, RequestUpdate
 from pdray.engine.schedule.sequence import ALONE_STEPS, Sequence
-from pdray.engine.step.flight import Draws
+from pdray.engine.step.draws import Draws
 from pdray.engine.step.inputs import InputBuffers
 from pdray.errors import RequestFailedError, StepFailedError
 from pdray.sampling_params import SamplingParams

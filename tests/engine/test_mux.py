@@ -244,6 +244,20 @@ def test_a_slot_of_a_history_is_written_after_the_other_lane_has_done_with_it(ll
     assert waits and set(waits) == {mux.lane}
 
 
+def test_closing_drops_what_steps_in_flight_hand_to_the_host(llama: Any) -> None:
+    """It remembers its lane's stream, and must go before that."""
+    mux = llama.mux(async_scheduling=True)
+    mux.hold = lambda: 99
+    mux.add(EngineRequest("decodes", list(range(5, 20)), RULES["greedy"]))
+    for _ in range(3):
+        mux.step()
+    mux.add(EngineRequest("prompt", list(range(5, 90)), RULES["greedy"]))
+    mux.step()
+    assert mux._pieces and mux._in_flight is not None
+    mux.close()
+    assert not mux._pieces and mux._in_flight is None
+
+
 @pytest.mark.parametrize(("setting", "kind"), [("off", Engine), ("auto", Engine), ("on", MuxEngine)])
 def test_a_cpu_has_no_partitions_and_one_line_says_so(
     llama: Any, setting: str, kind: type, caplog: pytest.LogCaptureFixture

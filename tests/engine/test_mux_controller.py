@@ -203,6 +203,15 @@ def test_two_lanes_whenever_both_wait_if_asked_for() -> None:
     assert all(arrangement.is_split for arrangement, _, _ in gpu.steps)
 
 
+def test_where_two_lanes_are_asked_for_a_ttft_chooses_between_them() -> None:
+    """48 SMs delay streams as little as any by what is known then, but leave prompts 17,000 tokens a second."""
+    few, many = (SimulatedGpu(Targets(0.015, 1.0), may_mix=False) for _ in range(2))
+    few.run(0.7, waiting(0.0))
+    many.run(0.7, waiting(*([0.0] * 7)))
+    assert all(arrangement.is_split for gpu in (few, many) for arrangement, _, _ in gpu.steps)
+    assert (few.settled(), many.settled()) == (Arrangement(decode_sms=48), Arrangement(decode_sms=32))
+
+
 def test_before_anything_was_measured_it_leaves_all_as_it_is() -> None:
     budget = PacedBudget(1000, STEP_SIZES)
     controller = Controller(SplitCosts(budget.costs, 132), budget, Targets(0.01, 1.0), may_mix=True)

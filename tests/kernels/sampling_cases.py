@@ -30,6 +30,7 @@ from pdray.kernels.sampling.draw_triton import triton_draw_tokens
 from pdray.kernels.sampling.history import BIASES, Join, pack_joins, remember
 from pdray.kernels.sampling.history_triton import triton_remember
 from pdray.kernels.sampling.late_draw_triton import triton_draw_late
+from pdray.kernels.sampling.late_scratch import LateScratch
 from pdray.kernels.sampling.report_triton import triton_report
 from pdray.kernels.sampling.rows import DrawTable, RowFlag
 
@@ -205,6 +206,30 @@ def check_changed_logits() -> None:
         assert int((expected_table.history != table.history).sum()) > num // 2
 
 
+def check_masks_alone() -> None:
+    """Late rows without filters are drawn as with the kernels for filters, and others are left as they are.
+
+    Also where only some logits or none are left by a mask, with penalties, and launched twice with the same scratch.
+    """
+    num, vocab_size = 24, 1030 if INTERPRETED else 5000
+    for dtype in DTYPES:
+        logits, table = make_logits(num, vocab_size, dtype), make_everything(num, vocab_size)
+        records, masks = table.view(), table.masks.numpy()
+        records["min_p"], records["top_k"], records["top_p"] = 0.0, 0, 1.0
+        is_masked = (records["flags"] & RowFlag.MASKED) != 0
+        records["flags"] = (records["flags"] & ~RowFlag.LATE) | RowFlag.LATE * is_masked
+        masks[5], masks[10, 1:] = 0, 0
+        scratch = LateScratch.of(num, vocab_size, torch.device(DEVICE))
+        expected_table, expected = DrawTable(*(x.clone() for x in table)), torch.full((num,), -7)
+        draw_late(logits, expected_table, expected)
+        assert (expected.numpy() == -7).tolist() == (~is_masked).tolist() and expected[5] == 0 and expected[10] < 32
+        for way in ({"may_filter": False}, {"may_filter": False}, {"may_need_search": False}, {}):
+            on_device, out = moved(table), torch.full((num,), -7, device=DEVICE)
+            triton_draw_late(logits.to(DEVICE), on_device, out, scratch=scratch, **way)
+            assert out.tolist() == expected.tolist(), f"{dtype}, {way}: {out.tolist()} for {expected.tolist()}"
+            assert torch.equal(on_device.history.cpu(), expected_table.history), f"{dtype}, {way}: histories"
+
+
 def check_report() -> None:
     """Tokens, ranks and the order of equals to the last bit, log-probabilities to rounding."""
     num, num_top = 24, 20
@@ -266,6 +291,7 @@ CHECKS = {
     "row alone": check_row_alone,
     "remember": check_remember,
     "changed logits": check_changed_logits,
+    "masks alone": check_masks_alone,
     "report": check_report,
 }
 if not INTERPRETED:

@@ -11,7 +11,8 @@ from torch import Tensor
 from pdray.kernels.sampling.draw import draw, gumbel
 from pdray.kernels.sampling.draw_triton import triton_draw_tokens
 from pdray.kernels.sampling.history import Join, no_history, pack_joins, remember
-from pdray.kernels.sampling.late_draw_triton import MOST_GROUPS, triton_draw_late
+from pdray.kernels.sampling.late_draw_triton import triton_draw_late
+from pdray.kernels.sampling.late_scratch import MOST_GROUPS
 from pdray.kernels.sampling.mask import num_mask_words
 from pdray.kernels.sampling.metadata import RandomRows
 from pdray.kernels.sampling.philox import philox_uniform

@@ -26,7 +26,7 @@ from pdray.router.grammars import check_grammar
 from pdray.router.request import Request
 from pdray.router.routed import RoutedRequest
 from pdray.router.router import DecodePool
-from pdray.router.validation import check_tokenizer, complete_params, tokenize_all
+from pdray.router.validation import check_tokenizer, complete_params, note_thoughts, tokenize_all, tokenize_bad_words
 from pdray.sampling_params import SamplingParams
 from pdray.serve.api import create_app
 from pdray.testing.patience import PATIENCE_S
@@ -69,6 +69,7 @@ class ScriptedRouter:
         self.pools: list[DecodePool] = []
         self.why_not_ready = "no prefill and decode worker are connected now"
         self.reply = REPLY
+        self.reasoning_parser = "auto"
         self.refusals: dict[int, Exception] = {}
         self.admission = asyncio.Event()
         self.admission.set()
@@ -100,6 +101,8 @@ class ScriptedRouter:
             raise refusal
         check_tokenizer(params, self.tokenizer)
         await check_grammar(params, self.tokenizer)
+        params = tokenize_bad_words(params, self.tokenizer, self.vocab_size)
+        params = note_thoughts(params, prompt, self.tokenizer, self.reasoning_parser)
         params = complete_params(params, len(prompt), self.max_model_len or 0, default_max_tokens)
         self.num_waiting += 1
         try:

@@ -68,6 +68,19 @@ async def test_ids_outside_the_vocabulary_are_refused(router: Any) -> None:
         tokenize_bad_words(SamplingParams(allowed_token_ids=(300,)), router.tokenizer, 200)
 
 
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "logit_bias"])
+async def test_the_answer_names_such_an_id(http: httpx.AsyncClient, router: Any, path: str, name: str) -> None:
+    router.vocab_size = 200
+    value = {"199": 1, "200": 1} if name == "logit_bias" else [199, 200]
+    answer = await http.post(path, json={**BODIES[path], name: value})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == name, answer.text
+    assert "token id 200" in error["message"] and "200 tokens" in error["message"]
+    fine = {"199": 1} if name == "logit_bias" else [199]
+    assert (await http.post(path, json={**BODIES[path], name: fine})).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("prompt", "wanted", "kept"),
     [

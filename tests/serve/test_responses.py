@@ -18,6 +18,8 @@ TEMPLATE = (
     "{% if enable_thinking %}[think]{% endif %}"
 )
 TOOL: dict[str, Any] = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
+USER = {"role": "user", "content": "x"}
+CALL = {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"}
 REPLY = '<think>Hm.</think>Well.\n<tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>'
 
 
@@ -143,12 +145,25 @@ async def test_a_conversation(client: openai.AsyncOpenAI, router: Any) -> None:
         ({"tools": [{"type": "web_search"}]}, "web_search", "tools"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "a b", "tools"),
         ({"tool_choice": {"type": "function", "name": "g"}, "tools": [TOOL]}, "'g'", "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "now", "x": 1}, "tools": [TOOL]}, "tool_choice", "tool_choice"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TOOL], "x": 1}, "tools": [TOOL]},
+            "tool_choice",
+            "tool_choice",
+        ),
         ({"include": ["file_search_call.results"]}, "include", "include"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference", "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image", "input"),
         ({"input": [{"type": "reasoning", "summary": 5}]}, "input[0].summary must be a list", "input"),
         ({"text": {"format": {"name": "x"}}}, "text.format.type", "text"),
-        ({"input": []}, "1 to", "input"),
+        ({"input": []}, "input has 0 messages; it must have 1 to", "input"),
+        ({"input": [{"role": "user", "content": 5}]}, "input[0].content must be", "input"),
+        ({"input": [{"role": "user"}], "instructions": "Hi."}, "input[0] (role 'user') has no content", "input"),
+        ({"input": [], "instructions": "Hi.", "tools": [TOOL] * 2}, "tools has several", "tools"),
+        ({"input": [{"role": 5, "content": "x"}]}, "input[0].role is 5", "input"),
+        ({"input": [USER, CALL, CALL | {"arguments": "["}]}, "input[2].arguments is no valid JSON", "input"),
+        ({"input": [USER, CALL, CALL | {"call_id": 5}]}, "input[2].call_id must be a string", "input"),
+        ({"input": [USER, CALL, {"type": "function_call_output", "output": 5}]}, "input[2].output must be", "input"),
         ({"input": 5}, "input", "input"),
         ({"max_output_tokens": 0}, "max_output_tokens is 0", "max_output_tokens"),
         ({"temprature": 1}, "did you mean 'temperature'", "temprature"),
@@ -160,3 +175,13 @@ async def test_refusals(http: httpx.AsyncClient, router: Any, fields: Any, named
     error = answer.json()["error"]
     assert answer.status_code == 400 and named in error["message"] and error["param"] == param, error
     assert not router.num_submitted
+
+
+async def test_what_the_template_drops_is_named_by_its_place(http: httpx.AsyncClient, router: Any) -> None:
+    router.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    items = [USER, {"role": "assistant", "content": "y"}, USER]
+    answer = await http.post("/v1/responses", json={"input": items})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and "drops input[1] (role 'assistant')" in error["message"], error
+    answer = await http.post("/v1/responses", json={"input": "x", "instructions": "y"})
+    assert "drops instructions (role 'system')" in answer.json()["error"]["message"]

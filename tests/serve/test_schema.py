@@ -29,7 +29,7 @@ PARTS_OF_A_REQUEST = ("method", "url", "params", "headers", "json")
 # What no schema of one field can say: fields that must agree, the served model, its context and vocabulary.
 OBEYED = {"model": "smol", "stream_options": None, "max_tokens": 9, "min_tokens": 2, "echo": False}
 OBEYED |= {"response_format": {"type": "json_object"}, "structured_outputs": None}  # one, which can be enforced
-OBEYED |= {"truncate_prompt_tokens": 5}
+OBEYED |= {"truncate_prompt_tokens": 5, "thinking_token_budget": None}  # a model of no thoughts
 OBEYED_COMPLETION = OBEYED | {"best_of": None, "suffix": None}
 OBEYED_CHAT = OBEYED | {"max_completion_tokens": 9, "continue_final_message": False, "top_logprobs": None}
 OBEYED_CHAT |= {"chat_template_kwargs": None, "reasoning_effort": None}  # the template's own names
@@ -37,6 +37,9 @@ OBEYED_CHAT |= {"tool_choice": None}
 
 OBEYED_RESPONSE = {"model": "smol", "input": "x", "max_output_tokens": 9, "chat_template_kwargs": None}
 OBEYED_RESPONSE |= {"tools": None, "tool_choice": None, "text": None, "reasoning": None}  # OpenAI's own, checked apart
+OBEYED_COUNT = {"model": "smol", "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": None}
+OBEYED_COUNT |= dict.fromkeys(("system", "thinking", "tools", "tool_choice", "output_config"))  # Anthropic's own
+OBEYED_MESSAGE = OBEYED_COUNT | {"max_tokens": 9, "stop_sequences": None}
 
 schema = schemathesis.openapi.from_dict(create_app(CONFIG, lambda: None).openapi())
 bounded = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -75,6 +78,8 @@ def test_what_the_schema_allows_is_answered(make_app: Callable[..., FastAPI], ca
         "/v1/completions": OBEYED_COMPLETION,
         "/v1/chat/completions": OBEYED_CHAT,
         "/v1/responses": OBEYED_RESPONSE,
+        "/v1/messages": OBEYED_MESSAGE,
+        "/v1/messages/count_tokens": OBEYED_COUNT,
         "/tokenize": OBEYED_CHAT if "messages" in case.body else {"model": "smol"},
         "/detokenize": {"model": "smol", "tokens": [120]},
     }

@@ -145,3 +145,18 @@ async def test_what_compiles_for_too_long_holds_nobody_up(slow_compiler: threadi
     slow_compiler.set()
     await asyncio.to_thread(grammars.compiler_of(None).compile(StructuredOutputsParams(regex="b")).result, 60)  # type: ignore[arg-type]
     await check("b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": {"json": ""}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"multipleOf": -1}}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"multipleOf": 0}}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+    ],
+)
+async def test_what_contradicts_itself_is_refused(http: httpx.AsyncClient, fields: Any, param: str) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}]} | fields
+    answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text

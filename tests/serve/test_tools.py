@@ -11,6 +11,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from pdray.config import REASONING_PARSERS, TOOL_CALL_PARSERS, Config
+from pdray.errors import InvalidRequestError
 from pdray.serve.api import create_app
 from pdray.serve.parsers import registry
 from pdray.serve.parsers.forced_call import forced_call
@@ -272,3 +273,21 @@ def test_choices() -> None:
     assert choose(tools, None) == (ToolChoice("auto"), tools) and choose([], None) == (ToolChoice("none"), [])
     assert choose(tools, parse_tool_choice(named))[1] == [tools[1]]
     assert choose(tools, parse_tool_choice("none"))[1] == []
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        {"mode": "auto", "tools": [TOOLS[1]], "x": 1},
+        {"mode": "auto", "tools": [TOOLS[1] | {"x": 1}]},
+        {"mode": "auto", "tools": [{"type": "function", "function": {"name": "now", "x": 1}}]},
+        {"mode": "auto", "tools": [{"type": "function", "name": "now", "x": 1}]},
+    ],
+)
+def test_nothing_of_a_choice_is_ignored(allowed: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="tool_choice"):
+        parse_tool_choice({"type": "allowed_tools", "allowed_tools": allowed})
+    fine = {"mode": "auto", "tools": TOOLS}  # which repeat what they are
+    assert parse_tool_choice({"type": "allowed_tools", "allowed_tools": fine}) is not None
+    with pytest.raises(InvalidRequestError, match="tool_choice"):
+        parse_tool_choice({"type": "allowed_tools", "allowed_tools": fine, "x": 1})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ ANNOTATIONS = frozenset(
         *("contentEncoding", "contentMediaType", "contentSchema", "discriminator"),
     }
 )
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 SCHEMAS = ("items", "additionalItems", "additionalProperties")
@@ -51,6 +53,28 @@ def check_keywords(schema: Any) -> None:
             is_known = keyword in ENFORCED or keyword in ANNOTATIONS
             if not is_known or (keyword in ("$id", "id") and path != "#"):  # within, it changes what a $ref means
                 _check_unknown(keyword, path)
+        _check_names(path, part)
+
+
+def _check_names(path: str, part: dict[str, Any]) -> None:
+    """Refuse what an object's other properties could get round: they may be named several times, and write control
+    characters in two ways."""
+    properties, required = part.get("properties"), part.get("required")
+    names = [*(properties if isinstance(properties, dict) else ()), *(required if isinstance(required, list) else ())]
+    if (name := next((n for n in names if isinstance(n, str) and CONTROL.search(n)), None)) is not None:
+        raise InvalidRequestError(
+            f"the JSON Schema's property {_shown(name)} (at {path}, in properties or required) is not supported: its "
+            "name has a control character",
+            FIELD,
+        )
+    least = part.get("minProperties")
+    num_required = len({name for name in names if isinstance(required, list) and name in required})
+    if isinstance(least, int | float) and least > num_required + 1:
+        raise InvalidRequestError(
+            f"the JSON Schema's minProperties {_shown(least)} (at {path}) is not supported beyond one more than the "
+            f"required properties ({num_required}): others might have one name; require them by name",
+            FIELD,
+        )
 
 
 def _check_unknown(keyword: str, path: str) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 
 from pdray.engine.grammar.keywords import check_keywords
+from pdray.engine.grammar.multiples import check_multiples
 from pdray.errors import InvalidRequestError
 from pdray.structured_outputs import FIELD
 
@@ -41,6 +42,7 @@ def _check_schema(grammar: str, at: int) -> int:
     except (ValueError, RecursionError):
         return at  # the compiler says what is wrong with it
     check_keywords(schema)
+    check_multiples(schema)
     return at
 
 

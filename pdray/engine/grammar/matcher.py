@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 import llguidance
 import numpy as np
 
+from pdray.engine.grammar.spelling import PLAIN, Spelling
+from pdray.engine.grammar.starts import Starts
+
 Words = np.ndarray[Any, np.dtype[np.int32]]  # one bit a token, 32 a word, the lowest first
+FILLED = -1
 
 
 class GrammarError(Exception):
@@ -21,16 +25,18 @@ def num_words(vocab_size: int) -> int:
 
 
 class Grammar(NamedTuple):
-    """What a compiler makes, for one request. Its matchers share what they have found out about it.
+    """What a compiler makes, for all requests with the same parameters.
 
     Attributes:
-        start: a matcher that has taken nothing, and never does.
+        starts: of the outputs that follow it.
         special: see TokenPieces.
+        spelling: of JSON; None for other texts.
     """
 
-    start: llguidance.LLMatcher
+    starts: Starts
     vocab_size: int
     special: frozenset[int]
+    spelling: Spelling | None = None
 
     def matcher(self, token_ids: Iterable[int] = ()) -> GrammarMatcher:
         """One that has taken these tokens.
@@ -38,7 +44,7 @@ class Grammar(NamedTuple):
         Raises:
             GrammarError: they do not begin any text of the grammar.
         """
-        matcher = GrammarMatcher(self.start.deep_copy(), self.vocab_size)
+        matcher = GrammarMatcher(self.starts, self.vocab_size, self.spelling)
         for token_id in token_ids:
             matcher.take(token_id)
         return matcher
@@ -56,30 +62,56 @@ class Grammar(NamedTuple):
 
 
 class GrammarMatcher:
-    """One output's place in its grammar. For one thread at a time."""
+    """One output's place in its grammar. For one thread at a time.
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
+    Attributes:
+        ended: the text is complete, and nothing can follow it.
+        error: first line of why it cannot go on; empty while it can.
+        spelling, spelling_state: see Spelling.
+    """
+
+    def __init__(self, starts: Starts, vocab_size: int, spelling: Spelling | None) -> None:
+        self._starts, self._num_words = starts, num_words(vocab_size + 1)
+        self._start = starts.choose()
+        if self._start is None:
+            self._matcher = starts.alone()
+        else:
+            self._matcher = self._start.matcher.deep_copy()
+            self._start.users.add(self)
+        self.spelling, self.spelling_state = spelling, PLAIN
+        self._done: list[int] = []  # so far: tokens taken, and FILLED
+        self._told: int | None = None  # by take_all(), and not yet by take()
+        self.ended = bool(self._matcher.is_stopped())
+        self.error = ""
+
+    @property
+    def shared_with(self) -> int:
+        """The same for matchers that take turns."""
+        return id(self if self._start is None else self._start)
 
     def take(self, token_id: int) -> None:
-        """The output has this token now.
+        """The output has this token now; take_all() may have said so before.
 
         Raises:
             GrammarError: the grammar does not allow it, or has become too expensive.
         """
-        if not self._matcher.consume_token(token_id):
+        if self._told is None:
+            take_all([self], [token_id], None)
+        assert self._told == token_id, "take_all() was told another token"
+        self._told = None
+        if self.error:
             raise GrammarError(self.error)
+        if self.spelling is not None:
+            state = self.spelling.after(self.spelling_state, token_id)
+            if state is None:
+                self.error = "a character of a JSON string is spelled in an unusual way"
+                raise GrammarError(self.error)
+            self.spelling_state = state
 
-    @property
-    def ended(self) -> bool:
-        """Whether the text is complete, and nothing can follow it."""
-        return bool(self._matcher.is_stopped())
-
-    @property
-    def error(self) -> str:
-        """First line of why it cannot go on; empty while it can."""
-        return str(self._matcher.get_error()).partition("\n")[0]
+    def narrow(self, words: Words) -> None:
+        """Take away what fill_all() has left in though it does not keep to the spelling."""
+        if self.spelling is not None:
+            words &= self.spelling.allowed[self.spelling_state][: len(words)]
 
     def fill(self, words: Words) -> None:
         """Set the bits of the tokens that may come next, and no others.
@@ -93,21 +125,118 @@ class GrammarMatcher:
         fill_all([self], words[None], None)
         if self.error:
             raise GrammarError(self.error)
+        self.narrow(words)
+
+    def _refused(self, token_id: int) -> bool:
+        """A token was not taken; whether it is after all."""
+        is_taken = self._leave() and self._matcher.consume_token(token_id)
+        if not is_taken:
+            self._note_error()
+        return is_taken
+
+    def _check_filled(self, words: Words, is_spent: bool) -> None:
+        if (is_spent or self._matcher.is_error()) and self._leave():
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._matcher.is_error():
+            self._note_error()
+
+    def _note_error(self) -> None:
+        self.error = str(self._matcher.get_error()).partition("\n")[0] or "the grammar cannot go on"
+
+    def _leave(self) -> bool:
+        """Go on alone if what is shared has become too expensive; returns whether that was so.
+
+        With a matcher that has filled every mask and taken every token, as if it had never been shared.
+        """
+        if self._start is None:
+            return False
+        self._starts.note_failure(self._start)
+        if not self._starts.is_expensive:
+            return False
+        self._start, self._matcher = None, self._starts.alone()
+        words = np.zeros(self._num_words, dtype=np.int32)
+        for done in self._done:
+            if done == FILLED:
+                self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            else:
+                self._matcher.consume_token(done)
+        return True
+
+
+def take_all(
+    matchers: Sequence[GrammarMatcher], token_ids: Sequence[int], executor: llguidance.LLExecutor | None
+) -> None:
+    """Tell each matcher the token that its take() will be told next, which then only raises its error.
+
+    Args:
+        executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
+    """
+    if executor is not None and len(matchers) > 1:
+        pairs = [(each._matcher, token_id) for each, token_id in zip(matchers, token_ids, strict=True)]
+        taken = executor.consume_token_par(pairs)
+    else:
+        taken = [each._matcher.consume_token(token_id) for each, token_id in zip(matchers, token_ids, strict=True)]
+    for each, token_id, is_taken in zip(matchers, token_ids, taken, strict=True):
+        each._told = token_id
+        if is_taken or each._refused(token_id):
+            each._done.append(token_id)
+            each.ended = each._matcher.is_stopped()
+
+
+class Fill(NamedTuple):
+    """GrammarMatcher.fill() of several, but for narrow(): run(), which may be called on another thread, then finish().
+
+    Attributes:
+        rows: of ``words``, one for each matcher.
+        executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
+    """
+
+    matchers: Sequence[GrammarMatcher]
+    words: Words
+    rows: Sequence[int]
+    executor: llguidance.LLExecutor | None
+    pairs: list[tuple[llguidance.LLMatcher, int]]
+
+    @classmethod
+    def of(
+        cls,
+        matchers: Sequence[GrammarMatcher],
+        words: Words,
+        executor: llguidance.LLExecutor | None,
+        rows: Sequence[int],
+    ) -> Fill:
+        assert words.flags.c_contiguous and words.dtype == np.int32
+        order = range(len(rows))
+        if executor is not None:  # those that take turns beside each other, where one thread comes to all of them
+            order = sorted(order, key=lambda i: matchers[i].shared_with)  # type: ignore[assignment]
+        return cls(matchers, words, rows, executor, [(matchers[i]._matcher, rows[i]) for i in order])
+
+    def run(self) -> None:
+        """Compute the masks."""
+        address, size = self.words.ctypes.data, self.words.shape[1] * 4
+        if self.executor is not None and len(self.pairs) > 1:
+            self.executor.unsafe_compute_mask_ptr(self.pairs, address, size, len(self.words))
+        else:
+            for matcher, row in self.pairs:
+                matcher.unsafe_compute_mask_ptr(address + row * size, size)
+
+    def finish(self) -> None:
+        """See to those that could not go on as they were. Whose ``error`` is set then, has no mask."""
+        starts = {start for start in {each._start for each in self.matchers} if start is not None}
+        spent = {start for start in starts if start.is_spent()}
+        if spent or any([matcher.is_error() for matcher, _ in self.pairs]):
+            for each, row in zip(self.matchers, self.rows, strict=True):
+                each._check_filled(self.words[row], each._start in spent)
+        for each in self.matchers:
+            each._done.append(FILLED)
 
 
 def fill_all(
     matchers: Sequence[GrammarMatcher], words: Words, executor: llguidance.LLExecutor | None, rows: Sequence[int] = (0,)
 ) -> None:
-    """GrammarMatcher.fill() of each, into the row of words given for it. Whose ``error`` is set then, has no mask.
-
-    Args:
-        executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
+    """GrammarMatcher.fill() of each, but for narrow(), into the row of words given for it. Whose ``error`` is set then,
+    has no mask.
     """
-    assert words.flags.c_contiguous and words.dtype == np.int32
-    address, size = words.ctypes.data, words.shape[1] * 4
-    inner = [each._matcher for each in matchers]
-    if executor is not None and len(inner) > 1:
-        executor.unsafe_compute_mask_ptr(list(zip(inner, rows, strict=True)), address, size, len(words))
-        return
-    for matcher, row in zip(inner, rows, strict=True):
-        matcher.unsafe_compute_mask_ptr(address + row * size, size)
+    fill = Fill.of(matchers, words, executor, rows)
+    fill.run()
+    fill.finish()

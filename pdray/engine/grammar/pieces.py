@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Tokens that match one of these are allowed all at once where anything that matches it is: within a string, by how many
+# characters it may still have. Others are looked at one by one. The library's own list goes from 10 to 30.
+SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(rf'[^"\\\x00-\x1F\x7F]{{1,{most}}}' for most in (1, 2, 4, 7, 10, 15, 20, 30)),
+    r'[^"\\\x00-\x1F\x7F]+',
+]
+MAX_ENCODED_CHARS = 256
+
+
 class TokenPieces(NamedTuple):
     """Attributes:
     pieces: of each id of the vocabulary within a text; empty for ids that stand for nothing.
@@ -42,7 +52,7 @@ class TokenPieces(NamedTuple):
     def trie(self) -> llguidance.LLTokenizer:
         """The trie that masks are computed with. Its last id, vocab_size, stands for the end of the text."""
         wrapped = _Wrapped(self)
-        wrapped.trie = llguidance.LLTokenizer(wrapped)  # type: ignore[arg-type]
+        wrapped.trie = llguidance.LLTokenizer(wrapped, slices=SLICES)  # type: ignore[arg-type]
         return wrapped.trie
 
 
@@ -71,16 +81,17 @@ class _Wrapped:
         self._tokens = tokens
         self.eos_token_id = len(tokens.pieces)
         self.tokens = [*tokens.pieces, b"<end>"]
-        self.special_token_ids = [*sorted(tokens.special), self.eos_token_id]
+        # An id that stands for nothing is in no trie. As a special token it would be, one more with the same bytes.
+        self.special_token_ids = [*sorted(i for i in tokens.special if tokens.pieces[i]), self.eos_token_id]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        raw = text.encode() if isinstance(text, str) else text
-        text = raw.decode(errors="replace")
+        text = text if isinstance(text, str) else text.decode(errors="replace")
+        text = text[:MAX_ENCODED_CHARS]  # each step asks for the tokens of all that is left, and takes the first one
         pieces, encode = self._tokens.pieces, self._tokens.encode
         if encode is not None:
             ids = encode(text)
             # a text may look like a special token; it is written in others
             is_text = all(i < len(pieces) and i not in self._tokens.special for i in ids)
-            if is_text and b"".join(pieces[i] for i in ids) == raw:
+            if is_text and b"".join(pieces[i] for i in ids) == text.encode():
                 return ids
-        return self.trie.greedy_tokenize(text)
+        return list(self.trie.greedy_tokenize(text))

@@ -61,7 +61,7 @@ class Controller:
         """
         budget = self._budget
         if budget is not None:
-            is_paced = load is not None and self.targets.ttft_s is not None and self.fixed is None and self._may_mix
+            is_paced = load is not None and self.targets.ttft_s is not None and self.fixed is None
             budget.pace = self.pacer.look(now, load, self.targets) if load is not None and is_paced else None
             budget.target_s = self.targets.tpot_s
         if load is None:
@@ -75,7 +75,7 @@ class Controller:
             self._change(now, options[0])
         if budget is None or options == [MIXED]:
             return self.current
-        if budget.holds_back(load.num_decodes, load.context):
+        if self._may_mix and budget.holds_back(load.num_decodes, load.context):
             return MIXED
         known = self._predict(options, budget, load, now)
         if self.current in known:

@@ -93,10 +93,8 @@ class MuxEngine(Engine):
         return more or super().prepare_more()
 
     def close(self) -> None:
-        self._in_flight = None  # what a step hands to the host remembers its lane's stream
         self._pieces.clear()
-        if self.pipeline is not None:
-            self.pipeline.close()
+        super().close()
         self._partitions.close()
         self._learn_ready()
 

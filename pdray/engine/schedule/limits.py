@@ -24,13 +24,16 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
         InvalidRequestError: names the field and the id.
     """
     for name, token_ids in (
+        ("stop_token_ids", params.stop_token_ids),
         ("logit_bias", params.logit_bias or ()),
         ("allowed_token_ids", params.allowed_token_ids or ()),
         ("bad_words", [token_id for word in params.bad_words_token_ids for token_id in word]),
     ):
         if (largest := max(token_ids, default=0)) >= vocab_size:
             raise InvalidRequestError(
-                f"{name} has token id {largest}, which is outside the vocabulary (0 to {vocab_size - 1})", name
+                f"{name} has token id {largest}, which is outside the vocabulary of {vocab_size} tokens (0 to "
+                f"{vocab_size - 1})",
+                name,
             )
     if params.bad_words and not params.bad_words_token_ids:
         raise InvalidRequestError("bad_words were not tokenized; give bad_words_token_ids", "bad_words")

@@ -108,6 +108,11 @@ class StepPlan:
         """Keys of the requests that it computes, each once."""
         return list(dict.fromkeys(chunk.sequence.request.key for chunk in self.chunks))
 
+    @property
+    def draws(self) -> list[Draw]:
+        """Of all chunks, in order."""
+        return [draw for chunk in self.chunks for draw in chunk.draws]
+
     def add(self, sequence: Sequence, num_tokens: int) -> None:
         """Compute the sequence's next ``num_tokens`` tokens; from now on it counts as in flight."""
         start = sequence.num_computed_tokens

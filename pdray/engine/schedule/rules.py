@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pdray.engine.grammar.matcher import Words
 from pdray.engine.schedule.masks import AllowedTokens, BadWords, GrammarRule
 from pdray.engine.schedule.rule import History, Rule, set_bits
+from pdray.engine.schedule.thoughts import ThinkingBudget
 
 __all__ = ["RULES", "History", "MinTokens", "Rule", "make_rules"]
 
@@ -39,4 +40,7 @@ class MinTokens(Rule):
 def make_rules(history: History) -> list[Rule]:
     """The rules that a request's parameters ask for; none for most."""
     rules = [rule for make in RULES if (rule := make(history)) is not None]
-    return [*rules, MinTokens(history)] if rules and history.params.min_tokens else rules
+    budget = ThinkingBudget.make(history)
+    if (rules or budget) and history.params.min_tokens:
+        rules.append(MinTokens(history))
+    return rules if budget is None else [*rules, budget]

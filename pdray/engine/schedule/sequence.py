@@ -136,10 +136,11 @@ class Sequence:
 
     def tell(self, token_id: int) -> bool:
         """Tell its rules of a token that was drawn; returns whether nothing may follow it."""
-        rules = self._rules or ()
-        for rule in rules:
+        if not self._rules:
+            return False
+        for rule in self._rules:
             rule.told(token_id)
-        return any(rule.ended for rule in rules)
+        return any([rule.ended for rule in self._rules])
 
     def extend_blocks(self, blocks: list[int]) -> None:
         """Append to the block table."""

@@ -18,13 +18,14 @@ class DrawNeeds(NamedTuple):
     Attributes:
         joins: sequences that the device is to remember from now on; None: none.
         num_masks: draws that wait for a mask, in the order of the draws.
-        has_late: some draws are made behind the step. may_need_search: see draw_late().
+        has_late: some draws are made behind the step. may_filter, may_need_search: see draw_late().
         has_reports: log-probabilities are asked for.
     """
 
     joins: Joins | None = None
     num_masks: int = 0
     has_late: bool = False
+    may_filter: bool = False
     may_need_search: bool = False
     has_reports: bool = False
 
@@ -53,11 +54,14 @@ def fill_records(
     if not every & (RowFlag.LATE | RowFlag.REPORTED):
         return DrawNeeds(histories.pack(joins))
     late = records[(flags & int(RowFlag.LATE)) != 0]
+    random = late[late["temperature"] > 0]
+    may_need_search = bool(((random["top_k"] > 0) | (random["top_p"] < 1)).any())
     return DrawNeeds(
         joins=histories.pack(joins),
         num_masks=num_masks,
         has_late=len(late) > 0,
-        may_need_search=bool(((late["top_k"] > 0) | (late["top_p"] < 1)).any()),
+        may_filter=may_need_search or bool((random["min_p"] > 0).any()),
+        may_need_search=may_need_search,
         has_reports=bool(every & RowFlag.REPORTED),
     )
 

@@ -12,7 +12,8 @@ from pdray.engine.kv.pool import KVPool
 from pdray.engine.ranks.orders import LaneRanks, StepOrder
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import BlockCopy, StepPlan
-from pdray.engine.step.flight import Draws, Undrawn
+from pdray.engine.step.draws import DrawReader, Draws
+from pdray.engine.step.flight import Undrawn
 from pdray.engine.step.graphs import Compute, StepGraphs, decode_sizes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
@@ -21,7 +22,7 @@ from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.scores import ScoreInputs, compute_scores, follow_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
-from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
+from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, make_scratch, report
 from pdray.kernels.sampling.history import remember
 from pdray.models.decoder import Decoder
 from pdray.sampling_params import MAX_LOGPROBS
@@ -89,8 +90,9 @@ class Lane:
             InputBuffers(limits, num, device, self.histories, self.masks, memory=memory, follows=follows)
             for num in (limits.max_num_seqs, limits.max_num_batched_tokens)
         )
+        self._reader, self._scratch = DrawReader(limits.max_num_seqs, device), make_scratch(*draws)
         if device.type == "cuda":
-            load_late_draws(self.histories.words, self.masks.words, decoder.dtype)
+            load_late_draws(self.histories.words, self.masks.words, decoder.dtype, self._scratch)
             copy_blocks(pool.tensor, [(0, 0)])  # the dummy block: loads the kernels before the first fork needs them
         self._logits: torch.Tensor | None = None  # that graphs write
         if capture:
@@ -305,19 +307,10 @@ class Lane:
         sampled, num_top = self.sampled[:num], None
         table = inputs.draws._replace(records=inputs.draws.records[:num])
         if needs.has_late:
-            draw_late(logits[:num], table, sampled, may_need_search=needs.may_need_search)
-        packed = sampled
+            filters = {"may_filter": needs.may_filter, "may_need_search": needs.may_need_search}
+            draw_late(logits[:num], table, sampled, scratch=self._scratch, **filters)
+        packed = None
         if needs.has_reports:
             num_top = MAX_LOGPROBS
             packed = report(logits[:num], table, sampled, num_top)
-        if packed.device.type == "cpu":
-            return Draws(packed.clone(), inputs.num_logprobs, num_top, None, scores)
-        host, scores_host = _to_host(packed), None if scores is None else _to_host(scores)
-        done = torch.cuda.Event()
-        done.record()
-        return Draws(host, inputs.num_logprobs, num_top, done, scores_host)
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A pinned copy, which is there when the current stream has come so far."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return self._reader.send(sampled, inputs.num_logprobs, packed, num_top, scores)

@@ -1,73 +1,163 @@
-"""Fills the masks of a step's draws on the host, once the tokens before them are known."""
+"""Fills the masks of a step's draws on the host, once the tokens before them are known.
+
+Grammars are told of those tokens first, by several threads at once; then their masks are filled on a thread of their
+own, while the engine's thread books the step. Between the two nothing but this may touch the grammars' matchers.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Rows
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
 import torch
 
-from pdray.engine.grammar.matcher import GrammarError, GrammarMatcher, Words, fill_all
+from pdray.engine.grammar.matcher import Fill, GrammarError, GrammarMatcher, Words, take_all
+from pdray.engine.grammar.spelling import PLAIN
+from pdray.engine.schedule.bookkeeping import GOES_ON, find_stop
 from pdray.engine.schedule.masks import NOTHING_LEFT, GrammarRule
-from pdray.engine.schedule.plan import Draw
+from pdray.engine.schedule.plan import Draw, SampledRow, StepPlan
 from pdray.engine.schedule.sequence import Sequence, SequenceStatus
 from pdray.kernels.sampling.mask import num_mask_words
 
-MAX_THREADS = 8
+MAX_THREADS = 12  # of those that have work for 64 outputs
+
+Job = Callable[[], None]
+
+
+class Filling(NamedTuple):
+    """Masks that are being filled.
+
+    Attributes:
+        draws: whose masks they are, by place. matchers: likewise, of those that follow a grammar.
+        failures: see MaskFiller.fill().
+    """
+
+    draws: list[Draw]
+    words: Words
+    matchers: dict[int, GrammarMatcher]
+    failures: dict[Hashable, str]
+    fill: Fill
 
 
 class MaskFiller:
     """For the engine's thread.
 
     Args:
-        device: of the masks. On CUDA, grammars are spread over threads: the host has cores to spare there.
+        eos_token_ids: a token that ends a completion is no part of its text.
+        num_threads: that walk grammars beside the caller; fewer than 2: the caller does it by itself.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, eos_token_ids: Rows[int], num_threads: int) -> None:
+        self._eos_token_ids = eos_token_ids
         self._last_word, self._last_bits = vocab_size // 32, np.int32((1 << vocab_size % 32) - 1)
         self._everything = np.full(num_mask_words(vocab_size), -1, dtype=np.int32)
         self._everything[self._last_word] = self._last_bits
-        self._executor: llguidance.LLExecutor | None = None
-        if device.type == "cuda":
-            num_threads = min(MAX_THREADS, (os.cpu_count() or 1) // 2)
-            self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
+        self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
+        self._expected: tuple[StepPlan, Words] | None = None
+        self._filling: Filling | None = None
+        self._thread = None if self._executor is None else _Thread()
 
-    def fill(self, draws: list[Draw], words: Words) -> dict[Hashable, str]:
-        """Masks of those of a plan's draws that have any, in order. Their sequences' rules have heard of all tokens.
+    def expect(self, plan: StepPlan, words: Words) -> None:
+        """A step was launched whose masks fill() is to fill next.
 
         Args:
             words: [at least their number, num_mask_words(vocab_size)].
+        """
+        self._expected = plan, words
+
+    def take(self, plan: StepPlan, rows: Rows[SampledRow]) -> None:
+        """Tell the grammars what a step has drawn, before it is booked; their rules will be told the same.
+
+        Then all that the grammars of the step behind it need is known, and if threads fill masks, they begin.
+        """
+        if self._executor is None:
+            return
+        matchers, token_ids, must_be_told = [], [], False
+        for (sequence, _, _), row in zip(plan.draws, rows, strict=True):
+            live, token_id = sequence.request, row.token_id
+            if live.grammar is None or sequence.status is SequenceStatus.FINISHED:
+                continue
+            if token_id in live.end_token_ids and find_stop(live.params, self._eos_token_ids, token_id) is not GOES_ON:
+                continue
+            if (matcher := _rule(sequence).taker) is None:
+                must_be_told = True
+                continue
+            matchers.append(matcher)
+            token_ids.append(token_id)
+        take_all(matchers, token_ids, self._executor)
+        if self._expected is not None and not must_be_told:
+            self._begin(*self._expected)
+
+    def _begin(self, plan: StepPlan, words: Words) -> None:
+        draws = [draw for draw in plan.draws if draw.sequence.request.has_rules]
+        matchers: dict[int, GrammarMatcher] = {}
+        failures: dict[Hashable, str] = {}
+        for i, (sequence, _, _) in enumerate(draws):
+            if sequence.request.grammar is None or sequence.status is SequenceStatus.FINISHED:
+                continue
+            if not (rule := _rule(sequence)).is_thinking:
+                try:
+                    matchers[i] = rule.matcher
+                except GrammarError as error:
+                    failures[sequence.request.key] = str(error)
+        fill = Fill.of(list(matchers.values()), words, self._executor, list(matchers))
+        self._expected, self._filling = None, Filling(draws, words, matchers, failures, fill)
+        if self._thread is not None and matchers:
+            self._thread.start(fill.run)
+
+    def fill(self) -> dict[Hashable, str]:
+        """Masks of those of the expected plan's draws that have any, in order. All tokens before them are booked.
 
         Returns:
             Requests that cannot go on, with the reason. What is drawn for them means nothing.
         """
-        masked = [draw for draw in draws if draw.sequence.request.has_rules]
-        rows = {i: draw for i, draw in enumerate(masked) if draw.sequence.status is not SequenceStatus.FINISHED}
-        failures: dict[Hashable, str] = {}
-        matchers = self._matchers({i: draw.sequence for i, draw in rows.items()}, failures)
-        words[[i for i in rows if i not in matchers]] = self._everything
-        fill_all(list(matchers.values()), words, self._executor, list(matchers))
-        for i, draw in rows.items():
+        if self._filling is None:
+            assert self._expected is not None, "no step waits for masks"
+            self._begin(*self._expected)
+        assert self._filling is not None
+        filling, self._filling = self._filling, None
+        draws, words, matchers, failures, fill = filling
+        if len(matchers) < len(draws):
+            words[[i for i in range(len(draws)) if i not in matchers]] = self._everything
+        if self._thread is None:
+            fill.run()
+        elif matchers:
+            self._thread.wait()
+        fill.finish()
+        settled = self._settled(filling)
+        for i, draw in enumerate(draws):
+            if i in settled or draw.sequence.status is SequenceStatus.FINISHED:
+                continue
             matcher = matchers.get(i)
             reason = (matcher.error if matcher is not None else "") or self._narrow(draw, words[i])
             if reason:
                 failures.setdefault(draw.sequence.request.key, reason)
         return failures
 
-    @staticmethod
-    def _matchers(sequences: dict[int, Sequence], failures: dict[Hashable, str]) -> dict[int, GrammarMatcher]:
-        """Those of sequences that follow a grammar, by their masks' places."""
-        matchers = {}
-        for i, sequence in sequences.items():
-            for rule in sequence.rules:
-                if isinstance(rule, GrammarRule):
-                    try:
-                        matchers[i] = rule.matcher
-                    except GrammarError as error:
-                        failures[sequence.request.key] = str(error)
-        return matchers
+    def _settled(self, filling: Filling) -> set[int]:
+        """Masks that no rule narrows: of outputs that follow a grammar and nothing else, and cannot end here."""
+        may_end = (filling.words[: len(filling.draws), self._last_word] & ~self._last_bits) != 0
+        settled, spelled, spelling = set(), [], None
+        for i, matcher in filling.matchers.items():
+            sequence = filling.draws[i].sequence
+            if matcher.error or may_end[i] or len(sequence.rules) > 1 or _rule(sequence).taker is None:
+                continue
+            if matcher.spelling is None:
+                settled.add(i)
+            elif matcher.spelling_state == PLAIN:
+                spelled.append(i)
+                spelling = matcher.spelling  # the vocabulary's
+        if spelling is not None:
+            breaks = spelling.breaks(filling.words, spelled)
+            settled.update(i for i, is_broken in zip(spelled, breaks.tolist(), strict=True) if not is_broken)
+        return settled
 
     def _narrow(self, draw: Draw, words: Words) -> str:
         """Let every rule have its word; returns why nothing is left, if so."""
@@ -75,3 +165,44 @@ class MaskFiller:
             rule.narrow(words, draw.position)
         last = self._last_word
         return "" if words[last] & self._last_bits or words[:last].any() else NOTHING_LEFT
+
+
+def _rule(sequence: Sequence) -> GrammarRule:
+    """The one that follows the request's grammar."""
+    rule = sequence.rules[0]
+    assert isinstance(rule, GrammarRule), "a grammar's rule is asked first"
+    return rule
+
+
+def num_fill_threads(device: torch.device) -> int:
+    """On CUDA the host has cores to spare; elsewhere they compute."""
+    return min(MAX_THREADS, (os.cpu_count() or 1) - 2) if device.type == "cuda" else 1
+
+
+class _Thread:
+    """Does one job at a time, beside the caller."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._results: SimpleQueue[BaseException | None] = SimpleQueue()
+        threading.Thread(target=_work, args=(self._jobs, self._results), name="pdray-masks", daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
+
+    def start(self, job: Job) -> None:
+        self._jobs.put(job)
+
+    def wait(self) -> None:
+        """Until the job that was started is done; raises what it has raised."""
+        if (error := self._results.get()) is not None:
+            raise error
+
+
+def _work(jobs: SimpleQueue[Job | None], results: SimpleQueue[BaseException | None]) -> None:
+    while (job := jobs.get()) is not None:
+        try:
+            job()
+        except BaseException as error:
+            results.put(error)
+        else:
+            results.put(None)
+        del job

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, report
@@ -9,14 +11,19 @@ from pdray.kernels.sampling.history import BIASES, Join, pack_joins, remember
 from pdray.kernels.sampling.rows import WORDS, DrawTable
 from pdray.sampling_params import MAX_LOGPROBS
 
+if TYPE_CHECKING:
+    from pdray.kernels.sampling.late_scratch import LateScratch
 
-def load_late_draws(history: torch.Tensor, masks: torch.Tensor, dtype: torch.dtype) -> None:
+
+def load_late_draws(
+    history: torch.Tensor, masks: torch.Tensor, dtype: torch.dtype, scratch: LateScratch | None = None
+) -> None:
     """Draw in every way, for one row and for as many as there can be; nothing remains of it.
 
     Compiling takes seconds, and to load a kernel CUDA waits for all work on the device to end.
 
     Args:
-        history, masks: see DrawTable. dtype: of logits.
+        history, masks: see DrawTable. dtype: of logits. scratch: see draw_late().
     """
     max_num_seqs, vocab_size = len(history), history.shape[1] - BIASES
     remember(history, pack_joins([Join(0, (), (), ())], pin_memory=history.is_cuda))
@@ -25,5 +32,6 @@ def load_late_draws(history: torch.Tensor, masks: torch.Tensor, dtype: torch.dty
         table = DrawTable(torch.zeros(num, WORDS, dtype=torch.int32, device=history.device), history, masks)
         out = torch.empty(num, dtype=torch.int64, device=history.device)
         draw_tokens(logits, table, out)
-        draw_late(logits, table, out)
+        for may_filter in (False, True):
+            draw_late(logits, table, out, may_filter=may_filter, scratch=scratch)
         report(logits, table, out, MAX_LOGPROBS)

@@ -11,11 +11,10 @@ from pdray.serve.parsers.json_value import SPACE, JsonValue
 
 
 class RequiredCallsParser:
-    """[{"name": …, "parameters": {…}}, …]. What is cut behind a call, before it is one itself, is no content."""
+    """[{"name": …, "parameters": {…}}, …]. What is cut before it is a call is no content."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._calls = CallList(names)
-        self._has_call = False
         self._content = Content()
 
     def feed(self, text: str) -> list[Event]:
@@ -23,7 +22,6 @@ class RequiredCallsParser:
         at = 0
         if not (self._calls.done or self._calls.broken):
             at = self._calls.feed(text, 0, events)
-            self._has_call = self._has_call or any(isinstance(event, CallStart) for event in events)
             if self._calls.broken:
                 self._content.text(self._calls.held, events)
             elif self._calls.done:
@@ -35,8 +33,6 @@ class RequiredCallsParser:
         events: list[Event] = []
         if not (self._calls.done or self._calls.broken):
             self._calls.finish(events)
-            if not self._has_call:
-                self._content.text(self._calls.held, events)
         self._content.finish(events)
         return joined(events)
 

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pdray.serve.parsers.content import overlap
 from pdray.serve.parsers.events import Event, Reasoning, Text, joined
-
-BEGIN, END = "<think>", "</think>"
+from pdray.thinking import BEGIN, END
 
 State = Literal["start", "thoughts", "gap", "answer"]
 
@@ -15,6 +14,11 @@ State = Literal["start", "thoughts", "gap", "answer"]
 def ends_in_thoughts(prompt: str) -> bool:
     """Whether what follows the prompt are thoughts: its last tag opens them."""
     return prompt.rfind(BEGIN) > prompt.rfind(END)
+
+
+def has_closed_thoughts(prompt: str) -> bool:
+    """Whether what follows the prompt is the answer itself: thoughts, maybe none, are right before it."""
+    return prompt.rstrip().endswith(END)
 
 
 class ThinkParser:

@@ -39,8 +39,3 @@ def tool_parser_of(template: str, *, reads_tools: bool) -> str | None:
     if "python_tag" in template or '{"name": function name, "parameters":' in template:
         return "llama3_json"
     return None
-
-
-def thinks(template: str) -> bool:
-    """Whether a model with this chat template writes its thoughts between think tags."""
-    return "</think>" in template or "<think>" in template

@@ -154,6 +154,8 @@ def test_forced_calls() -> None:
     assert parsed(RequiredCallsParser(NAMES), required[:38]) == [CallStart("get"), CallArguments('{"a": 1')]
     for end in (40, 42, 46, 60):
         assert parsed(RequiredCallsParser(NAMES), required[:end]) == call("get", '{"a": 1}')
+    for end in range(required.index('{"a"') + 1):
+        assert parsed(RequiredCallsParser(NAMES), required[:end]) == [], "what is no call yet is no content"
     assert parsed(NamedCallParser("get"), ' {"a": 1}\n') == call("get", '{"a": 1}')
     assert parsed(NamedCallParser("get"), '{"a": ') == [CallStart("get"), CallArguments('{"a": ')]
 
