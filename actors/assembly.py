@@ -10,6 +10,7 @@ from pdray.actors.lending import build_guest, build_lender, lends
 from pdray.actors.placement import listen_address
 from pdray.config import Config
 from pdray.control.guests import KIND, plan_guests
+from pdray.errors import RankDiedError
 from pdray.transfer.registry import allowed_kinds, load_kind
 from pdray.wire.cluster_view import Lent, WorkerInfo
 from pdray.wire.peers import Role
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from pdray.engine.engine import Engine
+    from pdray.ranks.leader import Leader
     from pdray.transfer.channel import Kind, Site
 
 logger = logging.getLogger(__name__)
@@ -27,12 +29,14 @@ class Assembly(NamedTuple):
     """Attributes:
     device: that the worker runs on. kinds: of channels, by name. engine: warmed up.
     lent: what guests can map of its memory.
+    leader: of the processes that share the model with this one; None: there are none.
     """
 
     device: torch.device
     kinds: dict[str, Kind]
     engine: Engine
     lent: Lent | None = None
+    leader: Leader | None = None
 
 
 def assemble(
@@ -40,6 +44,7 @@ def assemble(
     role: Role,
     worker_id: str,
     on_fatal: Callable[[BaseException], None],
+    on_rank_end: Callable[[RankDiedError], object],
     lender: WorkerInfo | None = None,
 ) -> Assembly:
     """Choose the device, take every channel kind's memory there, load the model and build the engine.
@@ -48,7 +53,7 @@ def assemble(
     minutes; not for the event loop's thread.
 
     Args:
-        on_fatal: see pdray.transfer.channel.Site.
+        on_fatal: see pdray.transfer.channel.Site. on_rank_end: see Leader; then this may never return.
         lender: the decode worker whose guest this one is to be. If that lends nothing, it has memory of its own.
 
     Raises:
@@ -68,6 +73,7 @@ def assemble(
         config = config.model_copy(update={"decode_pipeline": "off"})  # it decodes nothing
     site = _site(config, role, worker_id, device, on_fatal)
     lent: Lent | None = None
+    leader: Leader | None = None
     if lender is not None and lender.lends is not None:
         kinds = _make_kinds([KIND], site)
         engine = build_guest(config, device, lender)
@@ -80,10 +86,21 @@ def assemble(
         share = config.prefill_num_gpus if role is Role.PREFILL else config.decode_num_gpus
         spare_bytes = _spare_bytes(kinds) if role is Role.DECODE else 0
         place = PoolPlace(spare_bytes, room=GpuRoom(share))
-        engine = build_engine(config, load_model(config, device), device, place)
+        leader = _make_leader(config, device, on_rank_end)
+        group, ranks = (None, None) if leader is None else (leader.group, leader.ranks)
+        engine = build_engine(config, load_model(config, device, group=group), device, place, ranks)
     for kind in kinds.values():
         kind.attach(engine.pool)
-    return Assembly(device, kinds, engine, lent)
+    return Assembly(device, kinds, engine, lent, leader)
+
+
+def _make_leader(config: Config, device: torch.device, on_rank_end: Callable[[RankDiedError], object]) -> Leader | None:
+    if config.tensor_parallel_size == 1:
+        return None
+    from pdray.ranks.leader import Leader, check_model
+
+    check_model(config)
+    return Leader(config, device, on_rank_end)
 
 
 def _spare_bytes(kinds: dict[str, Kind]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pdray.errors import EngineHungError
 
@@ -19,6 +19,22 @@ logger = logging.getLogger(__name__)
 METRICS_INTERVAL_S = 1.0
 IDLE_CHECK_INTERVAL_S = 5.0
 HUNG_CHECK_INTERVAL_S = 1.0
+
+
+def describe_engine(engine: Engine) -> dict[str, Any]:
+    """The engine's state for `pdray status`."""
+    stats, steps, split = engine.stats(), engine.step_times(), engine.split_state()
+    return {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "queued_tokens": stats.queued_tokens,
+        "free_blocks": stats.free_blocks,
+        "num_blocks": stats.num_blocks,
+        "preemptions": stats.num_preemptions,
+        "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
+        "split": None if split is None else split._asdict(),
+        "decode_pipeline": None if (pipeline := engine.pipeline) is None else pipeline.state()._asdict(),
+    }
 
 
 async def report_metrics(engine: Engine, metrics: WorkerMetrics) -> None:

@@ -1,4 +1,5 @@
-"""Reserves the GPUs of one application: placement groups with one bundle for each physical GPU.
+"""Reserves the GPUs of one application: placement groups with one bundle for each physical GPU, or for each worker of
+several.
 
 Workers that share a GPU share a bundle: two bundles of half a GPU might lie on two. Ray does not let a caller choose a
 GPU; where the configuration names some, groups of one GPU are taken until they are those, and the others are given
@@ -64,7 +65,7 @@ class GpuGroups:
             if total < needed:
                 raise PlacementError(
                     f"the workers need {needed:g} GPUs and Ray's cluster has {total:g}; lower prefill_num_gpus, "
-                    "decode_num_gpus or the numbers of workers, or set device to cpu"
+                    "decode_num_gpus, tensor_parallel_size or the numbers of workers, or set device to cpu"
                 )
             named = [number for number, bundle in enumerate(self._bundles) if bundle.device_id is not None]
             if named:

@@ -78,17 +78,30 @@ async def _outcome(killed: ray.ObjectRef[None]) -> bool:
 
 
 def _kill_and_wait(pid: int, grace_s: float) -> None:
-    """Kill a process and block until it has ended. A pid that is not a Ray worker's has been used again: left alone."""
+    """Kill a process and block until it has ended, and those that it has started, as other ranks of its worker.
+
+    A pid that is not a Ray worker's has been used again: left alone.
+    """
     try:
         process = psutil.Process(pid)
         if not _is_rays(process):
             return
+        children = process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    _see_dead(process, grace_s)
+    for child in children:
+        _see_dead(child, 0.0)
+
+
+def _see_dead(process: psutil.Process, grace_s: float) -> None:
+    try:
         can_end = process.status() != psutil.STATUS_STOPPED  # a stopped one cannot end by itself
         deadline = time.monotonic() + (grace_s if can_end else 0.0)
         while not _is_gone(process) and time.monotonic() < deadline:
             time.sleep(DEATH_POLL_S)
         if not _is_gone(process):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
         while not _is_gone(process):
             time.sleep(DEATH_POLL_S)
     except (psutil.NoSuchProcess, ProcessLookupError):

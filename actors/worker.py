@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pdray.actors.assembly import Assembly, assemble, log_start
-from pdray.actors.engine_watch import check_when_idle, report_metrics, wait_until_hung
+from pdray.actors.engine_watch import check_when_idle, describe_engine, report_metrics, wait_until_hung
 from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
 from pdray.actors.prefix_news import PrefixNews
-from pdray.background import BackgroundTasks, LoopFailures
+from pdray.background import BackgroundTasks, LoopFailures, unless_ended
 from pdray.config import Config
 from pdray.control.effects import Send
 from pdray.engine.loop import EngineLoop
@@ -47,6 +47,7 @@ from pdray.wire.session import Session
 from pdray.wire.worker_news import StepFailed
 
 if TYPE_CHECKING:
+    from pdray.ranks.leader import Leader
     from pdray.transfer.channel import Kind
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ class Worker(ABC):
         self._prefix_news = PrefixNews(self._routers, self._tasks)
         self.kinds: dict[str, Kind] = {}  # of channels, by name
         self.lender: WorkerInfo | None = None  # whose guest it is to be
-        self._started = False
+        self._leader: Leader | None = None
+        self._started = self._ending = False
         self._starting = asyncio.Lock()
         self._start_error: BaseException | None = None
         self._stopped = asyncio.Event()
@@ -117,7 +119,8 @@ class Worker(ABC):
         if in_ray := ray.is_initialized():
             log_to_stderr()
         self._loop = asyncio.get_running_loop()
-        self.device, self.kinds, self.engine, lent = await asyncio.to_thread(self._assemble)
+        assembly = await unless_ended(asyncio.to_thread(self._assemble), self.join())
+        self.device, self.kinds, self.engine, lent, self._leader = assembly
         is_guest = self.engine.pool.borrowed
         self.engine.on_layer_group = None if is_guest else self._layer_group_from_engine
         self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
@@ -158,7 +161,8 @@ class Worker(ABC):
         log_start(str(self), self.config, self.info, self.engine.pool.layout.dtype)
 
     def _assemble(self) -> Assembly:
-        return assemble(self.config, self.role, self.worker_id, self._fail, self.lender)
+        ends = self._fail, lambda error: self._loop.call_soon_threadsafe(self._end_with_step, error)
+        return assemble(self.config, self.role, self.worker_id, *ends, self.lender)
 
     def _start_loops(self, step_timeout_s: float | None, *, in_ray: bool) -> None:
         if step_timeout_s is not None:
@@ -183,6 +187,8 @@ class Worker(ABC):
             await self._server.stop()
             await asyncio.to_thread(self._engine_loop.stop)
             await asyncio.to_thread(self.engine.close)  # nothing is launched any more
+            if self._leader is not None:
+                await asyncio.to_thread(self._leader.close)
 
     async def join(self) -> None:
         """Returns when the worker was stopped; raises what made its engine fail."""
@@ -236,24 +242,15 @@ class Worker(ABC):
 
     async def describe(self) -> dict[str, Any]:
         """State for `pdray status`."""
-        stats, steps, split = self.engine.stats(), self.engine.step_times(), self.engine.split_state()
         return {
             "worker_id": self.worker_id,
             "role": self.role,
             "device": self.info.device,
             "pid": self.info.pid,
             "address": f"{self.info.host}:{self.info.port}",
-            "running": stats.running,
-            "waiting": stats.waiting,
-            "queued_tokens": stats.queued_tokens,
-            "free_blocks": stats.free_blocks,
-            "num_blocks": stats.num_blocks,
-            "preemptions": stats.num_preemptions,
-            "step_ms": None if steps is None else {"step": steps.step._asdict(), "host": steps.host._asdict()},
-            "split": None if split is None else split._asdict(),
-            "decode_pipeline": None if (pipeline := self.engine.pipeline) is None else pipeline.state()._asdict(),
+            "rank_pids": [] if self._leader is None else self._leader.pids,
             "routers": self._router_ids(),
-        }
+        } | describe_engine(self.engine)
 
     # engine's thread
 
@@ -289,12 +286,16 @@ class Worker(ABC):
     # event loop's thread
 
     async def _end_if_hung(self, step_timeout_s: float) -> None:
-        error = await wait_until_hung(self._engine_loop, step_timeout_s)
-        self._end_with_step(error, self.engine.suspects())
+        self._end_with_step(await wait_until_hung(self._engine_loop, step_timeout_s))
 
-    def _end_with_step(self, error: BaseException, keys: Iterable[Hashable]) -> None:
-        """A step has broken the engine: routers hear which legs it computed, and then the worker ends."""
-        suspects = [LegKey(*key) for key in keys]  # type: ignore[misc]
+    def _end_with_step(self, error: BaseException, keys: Iterable[Hashable] | None = None) -> None:
+        """A step has broken the engine: routers hear, once, which legs it computed, and then the worker ends."""
+        if not self._started:
+            return self._fail(error)
+        if self._ending:
+            return
+        self._ending = True
+        suspects = [LegKey(*key) for key in (self.engine.suspects() if keys is None else keys)]  # type: ignore[misc]
         logger.error("%s: the engine failed in a step of %s", self.worker_id, suspects)
         self._tasks.spawn(self._tell_and_fail(error, StepFailed(describe_error(error), suspects)))
 

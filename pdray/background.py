@@ -13,15 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 5.0
 RAN_WELL_S = 60.0  # a loop that has run for so long has recovered: its next pause is short again
+
+T = TypeVar("T")
 
 MakeLoop = Callable[[], Coroutine[Any, Any, None]]
 
@@ -115,6 +117,18 @@ class BackgroundTasks:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_error(error)
+
+
+async def unless_ended(work: Awaitable[T], end: Awaitable[None]) -> T:
+    """What ``work`` returns or raises; or what ``end`` raises, if that comes first: then nobody waits for ``work``."""
+    working, ending = asyncio.ensure_future(work), asyncio.ensure_future(end)
+    try:
+        await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            await ending
+        return await working
+    finally:
+        ending.cancel()
 
 
 def start_thread(name: str, target: Callable[[], None], on_error: Callable[[BaseException], None]) -> threading.Thread:

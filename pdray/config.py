@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from pdray.errors import ConfigError
+from pdray.gpu_settings import check_device_ids, check_ranks
 from pdray.partition_settings import DEFAULT_MICRO_BATCHES, SM_GROUP, check_partition, check_pipeline
 from pdray.transfer.registry import KINDS
 
@@ -78,7 +79,9 @@ class Config(BaseModel):
     max_model_len: Positive | None = Field(None, description="tokens, prompt and output; default: the model's limit")
     block_size: Literal[16, 32] = 16
     num_kv_blocks: Positive | None = Field(None, description="overrides the measured pool size")
-    kv_cache_memory_bytes: Positive | None = Field(None, description="size of each worker's KV pool; default: measured")
+    kv_cache_memory_bytes: Positive | None = Field(
+        None, description="size of each worker's KV pool on each of its GPUs; default: measured"
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="share of a whole GPU that all its workers may use"
     )
@@ -124,6 +127,9 @@ class Config(BaseModel):
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
     num_prefill_workers: Positive = 1
     num_decode_workers: Positive = 1
+    tensor_parallel_size: Positive = Field(
+        1, description="processes that share each worker's model, on a GPU of one host each; needs mode colocated"
+    )
     prefill_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each prefill worker (CUDA)")
     decode_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each decode worker (CUDA)")
     prefill_device_id: NonNegative | list[NonNegative] | None = Field(
@@ -231,7 +237,9 @@ class Config(BaseModel):
         for name in ("prefill_num_gpus", "decode_num_gpus"):
             share = getattr(self, name)
             if share > 1:
-                raise ValueError(f"{name} is {share}; tensor parallelism is not there yet: it must be at most 1")
+                raise ValueError(
+                    f"{name} is {share}; it must be at most 1: for workers of several GPUs set tensor_parallel_size"
+                )
         for name, amount in self.worker_resources.items():
             if name in ("CPU", "GPU", "object_store_memory") or not amount > 0:
                 raise ValueError(
@@ -240,7 +248,8 @@ class Config(BaseModel):
                 )
         check_partition(self)
         check_pipeline(self)
-        self._check_device_ids()
+        check_device_ids(self)
+        check_ranks(self)
         from pdray.control.guests import shared_obstacle  # which needs this module
 
         if (obstacle := shared_obstacle(self)) is not None:
@@ -250,25 +259,6 @@ class Config(BaseModel):
         if not all(self.model_names):
             raise ValueError("served_model_name must not be empty")
         return self
-
-    def _check_device_ids(self) -> None:
-        used: dict[int, float] = {}
-        for role, count in (("prefill", self.num_prefill_workers), ("decode", self.num_decode_workers)):
-            ids, name = getattr(self, f"{role}_device_ids"), f"{role}_device_id"
-            if ids is None or (role == "prefill" and self.mode == "colocated"):
-                continue
-            if self.device == "cpu":
-                raise ValueError(f"{name} names a GPU, but device is cpu; remove one of them")
-            if len(ids) != count:
-                raise ValueError(f"{name} names {len(ids)} GPUs for {count} {role} workers; give one, or one for each")
-            for device_id in ids:
-                used[device_id] = used.get(device_id, 0.0) + getattr(self, f"{role}_num_gpus")
-        for device_id, share in used.items():
-            if share > 1 + 1e-6:
-                raise ValueError(
-                    f"GPU {device_id} is to hold {share:g} GPUs' worth of workers; lower prefill_num_gpus or "
-                    "decode_num_gpus, or name other GPUs in prefill_device_id or decode_device_id"
-                )
 
     @property
     def prefill_device_ids(self) -> list[int] | None:

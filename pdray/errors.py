@@ -92,6 +92,10 @@ class EngineHungError(PdrayError):
     """A step of a worker's engine took longer than step_timeout_s."""
 
 
+class RankDiedError(PdrayError):
+    """One of the processes that share a worker's model has ended, and so the worker cannot go on."""
+
+
 class TransferError(PdrayError):
     """A channel failed, was closed, or passed its deadline."""
 

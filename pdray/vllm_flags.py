@@ -41,7 +41,6 @@ def _never(instead: str) -> Same:
 ANY_SWITCH = Same(is_switch=True)
 NO_LORA = _never("adapters are not supported; merge them into the model's weights")
 NO_TLS = Same(("none",), "pdray speaks plain HTTP; end TLS in a proxy before it")
-NO_TENSOR_PARALLELISM = "a model must fit one device; for more throughput set --num-decode-workers"
 WORKERS = "set --num-prefill-workers and --num-decode-workers"
 
 REFUSED = "vllm_refused"
@@ -56,11 +55,11 @@ FLAGS: dict[str, Same | Renamed] = {
     "mem-fraction-static": Renamed("gpu-memory-utilization"),
     "context-length": Renamed("max-model-len"),
     # parallelism
-    "tensor-parallel-size": _one(NO_TENSOR_PARALLELISM),
-    "pipeline-parallel-size": _one("pipeline parallelism is not supported: a model must fit one device"),
+    "tp-size": Renamed("tensor-parallel-size"),
+    "pipeline-parallel-size": _one("pipeline parallelism is not supported; set --tensor-parallel-size"),
     "data-parallel-size": _one(f"for replicas of the model {WORKERS}"),
     "data-parallel-size-local": _one(f"for replicas of the model {WORKERS}"),
-    "decode-context-parallel-size": _one(NO_TENSOR_PARALLELISM),
+    "decode-context-parallel-size": _one("contexts are not divided; set --tensor-parallel-size"),
     "enable-expert-parallel": _never("mixtures of experts are not supported"),
     "distributed-executor-backend": Same(("ray", "mp", "uni"), "workers are Ray actors"),
     "api-server-count": _one("routers are replicas of the Serve deployment"),
@@ -134,7 +133,7 @@ FLAGS: dict[str, Same | Renamed] = {
     "seed": Same(("0", "none"), "requests name their seeds; that of dummy weights is --weights-seed"),
 }
 SHORT = {
-    "tensor-parallel-size": "-tp",
+    "tp-size": "-tp",
     "pipeline-parallel-size": "-pp",
     "data-parallel-size": "-dp",
     "quantization": "-q",
@@ -170,7 +169,8 @@ def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     for name, flag in FLAGS.items():
         names = [f"--{name}", *([SHORT[name]] if name in SHORT else [])]
         if isinstance(flag, Renamed):
-            alias(parser, names[0], f"--{flag.option}")
+            for each in names:
+                alias(parser, each, f"--{flag.option}")
             continue
         if flag.is_switch:
             names.append(f"--{NEGATION}{name}")

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from pdray.background import BackgroundTasks, LoopFailures, start_thread
+from pdray.background import BackgroundTasks, LoopFailures, start_thread, unless_ended
 
 
 class InjectedError(Exception):
@@ -47,3 +47,14 @@ async def test_what_a_thread_raises_reaches_its_owner() -> None:
     errors: list[BaseException] = []
     start_thread("t", lambda: 1 // 0, errors.append).join(10)
     assert [type(error) for error in errors] == [ZeroDivisionError]
+
+
+async def test_work_that_hangs_is_not_waited_for_when_its_owner_has_ended() -> None:
+    async def end() -> None:
+        raise InjectedError
+
+    with pytest.raises(InjectedError):
+        await unless_ended(asyncio.Event().wait(), end())
+    assert await unless_ended(asyncio.sleep(0, "done"), asyncio.Event().wait()) == "done"  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        await unless_ended(asyncio.to_thread(lambda: 1 // 0), asyncio.Event().wait())  # type: ignore[arg-type]

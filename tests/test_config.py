@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +106,18 @@ def test_a_pipeline_that_cannot_be_is_refused(given: dict[str, object], text: st
         return
     with pytest.raises(ValueError, match=text):
         Config(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mode": "disaggregated"}, "mode is disaggregated.* set mode to colocated or tensor_parallel_size to 1"),
+        ({"sm_partition": "auto"}, "sm_partition is auto.* set sm_partition to off"),
+        ({"decode_pipeline": "auto"}, "decode_pipeline is auto.* set decode_pipeline to off"),
+        ({"decode_device_id": 0}, "decode_device_id names one GPU.* remove it"),
+        ({"decode_num_gpus": 0.5}, "decode_num_gpus is 0.5.* remove decode_num_gpus"),
+    ],
+)
+def test_what_workers_of_several_ranks_do_not_do_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**{"mode": "colocated", "tensor_parallel_size": 2} | given)

@@ -49,6 +49,7 @@ def another_value(field: str) -> Any:
 NEEDED = {  # fields that are refused without others
     "sm_partition": {"mode": "colocated"},
     "decode_sms": {"mode": "colocated", "sm_partition": "on"},
+    "tensor_parallel_size": {"mode": "colocated"},
     "target_ttft_ms": {"mode": "colocated", "sm_partition": "auto"},
     **dict.fromkeys(("decode_attention_sm", "decode_ffn_sm", "decode_micro_batches"), {"decode_pipeline": "on"}),
 }
@@ -80,7 +81,7 @@ def test_no_option_leaves_every_default() -> None:
     [
         (["--max-num-seqs", "0"], "--max-num-seqs: .*greater than or equal to 1.*given: 0"),
         (["--weights-seed", "-1"], "--weights-seed: "),
-        (["--prefill-num-gpus", "2"], "tensor parallelism is not there yet"),
+        (["--prefill-num-gpus", "2"], "at most 1: for workers of several GPUs set tensor_parallel_size"),
     ],
 )
 def test_bad_value_names_the_option(words: list[str], message: str) -> None:

@@ -38,7 +38,8 @@ def parse(*words: str) -> Config:
         (["m", "--allowed-origins", "[]"], {"allowed_origins": []}),
         (["m", "--reasoning-parser", "qwen3"], {"reasoning_parser": "qwen3"}),
         (["m", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"], {"tool_call_parser": "hermes"}),
-        (["-tp", "1", "m", "--no-trust-remote-code"], {}),
+        (["-tp", "1", "m", "--no-trust-remote-code"], {"tensor_parallel_size": 1}),
+        (["--tp-size", "2", "m", "--mode", "colocated"], {"tensor_parallel_size": 2, "mode": "colocated"}),
         (["--tensor-parallel-size", "1", "m", "--uvicorn-log-level", "info", "--disable-log-requests"], {}),
         (["m", "--enable-chunked-prefill", "--quantization", "None", "--distributed-executor-backend", "ray"], {}),
     ],
@@ -50,7 +51,11 @@ def test_what_is_taken(words: list[str], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "words,named",
     [
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is not supported: .*--num-decode-workers"),
+        (
+            ["--tensor-parallel-size", "2"],
+            "tensor_parallel_size is 2, but mode is disaggregated.* set mode to colocated",
+        ),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported: .*--tensor-parallel-size"),
         (["--trust-remote-code"], "--trust-remote-code is not supported"),
         (["--no-enable-chunked-prefill"], "--no-enable-chunked-prefill .*--max-num-batched-tokens"),
         (["--quantization", "awq"], "--quantization awq .*GGUF"),

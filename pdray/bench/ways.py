@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pdray.bench.mixed import Play
 from pdray.bench.players import play_engine, play_router
@@ -16,6 +16,9 @@ from pdray.config import Config
 from pdray.engine.step.times import Spread, StepSpread
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pdray.engine.engine import Engine
 
 
 class Generation(NamedTuple):
@@ -56,20 +59,30 @@ def make_engine(config: Config) -> Iterator[Way]:
     import torch
 
     from pdray.bench.vocabulary import make_vocabulary
-    from pdray.engine.build import build_engine
     from pdray.engine.device import select_device
     from pdray.engine.grammar.compiler import GrammarCompiler
-    from pdray.engine.request import EngineRequest
     from pdray.engine.step.mask_filling import num_fill_threads
-    from pdray.models import load_model
+    from pdray.ranks.engine import open_engine
 
     device = select_device(config)
-    engine = build_engine(config, load_model(config, device), device)
-    if config.skip_tokenizer_init:
-        vocabulary = make_vocabulary(engine.model.config.vocab_size)
-        engine.grammars = GrammarCompiler(lambda: vocabulary, num_fill_threads(device))
-    thresholds = gc.get_threshold()
-    quiet_garbage_collection()
+    with open_engine(config, device) as engine:
+        if config.skip_tokenizer_init:
+            vocabulary = make_vocabulary(engine.model.config.vocab_size)
+            engine.grammars = GrammarCompiler(lambda: vocabulary, num_fill_threads(device))
+        thresholds = gc.get_threshold()
+        quiet_garbage_collection()
+        yield _way_of(engine)
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            del engine
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _way_of(engine: Engine) -> Way:
+    from pdray.engine.request import EngineRequest
 
     def generate(prompts: list[list[int]], params: list[SamplingParams]) -> Generation:
         answers: list[list[int]] = [[] for _ in prompts]
@@ -93,14 +106,7 @@ def make_engine(config: Config) -> Iterator[Way]:
     def play(requests: Requests, arrivals: list[float]) -> list[list[float]]:
         return play_engine(engine, requests, arrivals)
 
-    yield Way(generate, play)
-    gc.unfreeze()
-    gc.set_threshold(*thresholds)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        del engine, generate, play
-        gc.collect()
-        torch.cuda.empty_cache()
+    return Way(generate, play)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ UNITS = 10_000  # of a GPU, as Ray counts
 
 
 class GpuBundle(NamedTuple):
-    """A part of one physical GPU, or all of it, and who gets it.
+    """A part of one physical GPU, or all of it, and who gets it; or the GPUs of one host that one worker gets.
 
     Attributes:
-        shares: by worker, of a GPU, in whole units; together at most 1.
+        shares: by worker, of a GPU, in whole units; together at most 1, unless it is one worker's alone.
         device_id: which GPU it must be; None: any.
     """
 
@@ -28,6 +28,8 @@ class GpuBundle(NamedTuple):
 
 def plan_gpus(config: Config) -> list[GpuBundle]:
     """One bundle for each GPU: those of the devices that are named, then as few more as the other workers fill.
+
+    A worker of several ranks has a bundle of its own, with a GPU for each.
 
     Prefill workers come first, so that they share with decode workers only where there is room left: one of each with
     half a GPU share one; one with a whole GPU and two with halves need two.
@@ -45,11 +47,16 @@ def plan_gpus(config: Config) -> list[GpuBundle]:
 
 def _workers(config: Config) -> list[tuple[str, float, int | None]]:
     """Name, share and device id of each."""
+    num_ranks = config.tensor_parallel_size
     roles = [("decode", config.num_decode_workers, config.decode_num_gpus, config.decode_device_ids)]
     if config.mode == "disaggregated":
         roles.insert(0, ("prefill", config.num_prefill_workers, config.prefill_num_gpus, config.prefill_device_ids))
     return [
-        (f"{role}-{index}", math.floor(share * UNITS + 1e-6) / UNITS, None if device_ids is None else device_ids[index])
+        (
+            f"{role}-{index}",
+            num_ranks * math.floor(share * UNITS + 1e-6) / UNITS,
+            None if device_ids is None else device_ids[index],
+        )
         for role, count, share, device_ids in roles
         for index in range(count)
     ]

@@ -17,6 +17,7 @@ from pdray.engine.kv.integrity import check_in_pauses
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import usable_model_len
 from pdray.engine.pipeline.pipeline import open_lane
+from pdray.engine.ranks.orders import Ranks
 from pdray.engine.request import EngineRequest, EngineStats, LayerGroupReady, RequestUpdate, Reservation, SplitState
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.make import make_scheduler
@@ -24,8 +25,9 @@ from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.refusals import give_up, grammar_compiled, preparing, refuse
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_stats
+from pdray.engine.step.flight import Flight, Launched, Settled, Undrawn
 from pdray.engine.step.inputs import StepInputs
-from pdray.engine.step.lane import Flight, Lane, Launched, Settled, Undrawn
+from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup, group_callback
 from pdray.engine.step.mask_filling import MaskFiller, num_fill_threads
 from pdray.engine.step.times import StepSpread, StepTimes
@@ -45,6 +47,7 @@ class Engine:
         pool: this engine's alone to allocate from. Over a borrowed one, requests bring their blocks: see GivenBlocks.
         overlap: launch a step before the tokens of the one before it are read; default: config.async_scheduling, and
             where that says nothing, on CUDA.
+        ranks: those that share the model with this one.
 
     Attributes:
         max_model_len: tokens of prompt and output: the configured limit, or what the pool holds of one sequence.
@@ -55,7 +58,9 @@ class Engine:
         grammars: compiles structured outputs, on a thread of its own.
     """
 
-    def __init__(self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None) -> None:
+    def __init__(
+        self, config: Config, model: LoadedModel, pool: KVPool, *, overlap: bool | None = None, ranks: Ranks = None
+    ) -> None:
         device = pool.device
         self.config = config = config.for_device(device.type)
         self.model, self.pool, self.device = model, pool, device
@@ -69,7 +74,7 @@ class Engine:
         capture = device.type == "cuda" and not config.enforce_eager
         self._scheduler = make_scheduler(config, model.config, pool, self.max_model_len, padded=capture)
         limits = self._scheduler.limits
-        self.lane, self.pipeline = open_lane(config, model.decoder, pool, limits)
+        self.lane, self.pipeline = open_lane(config, model.decoder, pool, limits, ranks)
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
         self._is_beside = False  # steps of another lane take the device's time too
@@ -238,7 +243,7 @@ class Engine:
                 self._mask_filler.expect(plan, lane.masks.host)
             return launched if isinstance(launched, Undrawn) else Flight(plan, launched)
         except Exception as error:
-            if self.device.type != "cpu" and (launching or isinstance(error, RuntimeError)):
+            if (self.device.type != "cpu" or self.lane.is_shared) and (launching or isinstance(error, RuntimeError)):
                 raise
             return error
 
@@ -256,7 +261,7 @@ class Engine:
             failures = self._mask_filler.fill()
             flight = Flight(plan, lane.draw(launched))
         except Exception as error:
-            if self.device.type != "cpu":
+            if self.device.type != "cpu" or self.lane.is_shared:
                 raise
             return Settled(None, self._give_up(plan, error))
         with self._lock:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 
 from pdray.kernels.attention.paged import AttentionMetadata
+from pdray.kernels.collective.group import RankGroup
 from pdray.models.arena import Arena
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.attention import Attention
-from pdray.models.parts.embedding import Embedding, OutputHead
+from pdray.models.parts.embedding import make_embedding, make_head
 from pdray.models.parts.linear import Linear
 from pdray.models.parts.mlp import GatedMLP
 from pdray.models.parts.norm import RMSNorm
@@ -80,9 +81,10 @@ class Decoder(Part):
 
     Args:
         arena: that holds the weights, on ``device``; default: torch's own memory.
+        group: ranks that share the model, of which this process is one. All must make the same calls, in one order.
 
     Attributes:
-        max_len: positions that the rotary table covers.
+        max_len: positions that the rotary table covers. shard: what this rank has of the model.
     """
 
     def __init__(
@@ -92,22 +94,24 @@ class Decoder(Part):
         dtype: torch.dtype,
         device: torch.device,
         arena: Arena | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.max_len = max_len
         self.dtype = dtype
         self.device = device
-        placement = Placement(dtype, device, arena)
+        self.group = group
+        self.num_ranks = 1 if group is None else group.size
+        placement = Placement(dtype, device, arena, group)
+        self.shard = placement.shard(config)
         rotary = build_rotary_table(config, max_len, device)
-        vocabulary = config.vocab_size, config.hidden_size
-        self.embed_tokens = self.add("model.embed_tokens", Embedding(*vocabulary, placement))
+        self.embed_tokens = self.add("model.embed_tokens", make_embedding(config, placement))
         self.layers = [
             self.add(f"model.layers.{i}", DecoderLayer(config, rotary, placement)) for i in range(config.num_layers)
         ]
         self.norm = self.add("model.norm", RMSNorm(config.hidden_size, config.rms_norm_eps, placement))
-        tied = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = self.add("lm_head", OutputHead(*vocabulary, placement, tied=tied))
+        self.lm_head = self.add("lm_head", make_head(config, placement, self.embed_tokens))
 
     def forward(
         self,
@@ -124,7 +128,7 @@ class Decoder(Part):
         Args:
             input_ids: [T] int64; -1 - i stands for sampled[i].
             positions: [T] int64, below max_len.
-            kv: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
+            kv: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim], of this rank's heads.
             on_layer: called with i as soon as layer i's KV is stored and its attention done (on CUDA: enqueued).
             sampled: [R] int64; needed where an id is below 0.
             rows: [S] int64, tokens. The last layer computes nothing but KV for others.
@@ -149,5 +153,8 @@ class Decoder(Part):
         )
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA)."""
+        """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA).
+
+        Of several ranks the first one alone gets them: the others get no rows.
+        """
         return self.lm_head(hidden, out)

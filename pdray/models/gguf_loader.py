@@ -10,6 +10,7 @@ import torch
 from pdray.models.gguf_config import ROPE_FACTORS, per_model
 from pdray.models.gguf_file import GGUFFile
 from pdray.models.safetensors_loader import check_complete, copy_checked
+from pdray.models.shards import Cut
 
 PERMUTED_ARCHITECTURE = "llama"
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -28,8 +29,11 @@ LAYER_NAMES = {
 }
 
 
-def load_gguf(file: GGUFFile, parameters: dict[str, torch.Tensor]) -> None:
+def load_gguf(file: GGUFFile, parameters: dict[str, torch.Tensor], cuts: dict[str, Cut]) -> None:
     """Dequantise every tensor into the parameter of its Hugging Face name.
+
+    Args:
+        cuts: see Part.cuts(). Of a tensor that is cut, too, all is dequantised: for a moment, on the host.
 
     Raises:
         ModelLoadError: an unknown quantisation, or tensors are missing, unexpected or of another shape.
@@ -39,7 +43,7 @@ def load_gguf(file: GGUFFile, parameters: dict[str, torch.Tensor]) -> None:
     for gguf_name in file.tensors:
         name = hf_name(gguf_name)
         if name is not None and name in parameters:
-            copy_checked(name, _load_tensor(file, gguf_name), parameters[name], file.path)
+            copy_checked(name, _load_tensor(file, gguf_name), parameters[name], file.path, cuts.get(name))
             loaded.add(name)
         elif not _is_ignorable(gguf_name):
             unexpected.append(gguf_name)

@@ -11,6 +11,7 @@ import torch
 
 from pdray.config import Config
 from pdray.errors import ConfigError, ModelLoadError
+from pdray.kernels.collective.group import RankGroup
 from pdray.models.arena import Arena
 from pdray.models.decoder import Decoder, num_weight_bytes
 from pdray.models.dummy import fill_dummy
@@ -62,15 +63,18 @@ class WeightMemory(NamedTuple):
     is_filled: bool = False
 
 
-def load_model(config: Config, device: torch.device, memory: WeightMemory | None = None) -> LoadedModel:
+def load_model(
+    config: Config, device: torch.device, memory: WeightMemory | None = None, group: RankGroup | None = None
+) -> LoadedModel:
     """Build the decoder on ``device`` and fill it.
 
     Args:
         memory: default: torch's own.
+        group: ranks that share the model: this process loads its own shard and nothing else.
 
     Raises:
         ModelLoadError: the model is not found, unknown, or its tensors do not fit its configuration.
-        ConfigError: max_model_len is beyond the model's limit.
+        ConfigError: max_model_len is beyond the model's limit, or the model cannot be divided by so many ranks.
     """
     source = resolve_model(config, weights=True)
     gguf = _gguf(source)
@@ -82,7 +86,7 @@ def load_model(config: Config, device: torch.device, memory: WeightMemory | None
         model_config = dataclasses.replace(model_config, tie_word_embeddings=not untied)
     dtype = choose_dtype(config, model_config, device)
     arena = None if memory is None else Arena(memory.take(num_weight_bytes(model_config, dtype)))
-    decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device, arena)
+    decoder = Decoder(model_config, choose_max_len(config, model_config), dtype, device, arena, group)
     if memory is None or not memory.is_filled:
         _fill(decoder, source, gguf, config)
     digest = fingerprint(decoder)
@@ -117,13 +121,13 @@ def _gguf(source: ModelSource) -> GGUFFile | None:
 
 def _fill(decoder: Decoder, source: ModelSource, gguf: GGUFFile | None, config: Config) -> None:
     """Give every parameter its value. No view of them outlives this, so that packing frees what it replaces."""
-    parameters = decoder.parameters()
+    parameters, cuts = decoder.parameters(), decoder.cuts()
     if config.load_format == "dummy":
-        fill_dummy(parameters, config.seed, decoder.config.initializer_range)
+        fill_dummy(parameters, config.seed, decoder.config.initializer_range, cuts)
     elif gguf is not None:
-        load_gguf(gguf, parameters)
+        load_gguf(gguf, parameters, cuts)
     else:
-        load_safetensors(source.path, parameters)
+        load_safetensors(source.path, parameters, cuts)
 
 
 def _model_config(source: ModelSource, gguf: GGUFFile | None, config: Config) -> ModelConfig:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pdray.errors import ModelLoadError
+from pdray.models.shards import Cut
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -23,11 +24,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_NAMES_IN_ERROR = 5
 
 
-def load_safetensors(folder: Path, parameters: dict[str, torch.Tensor]) -> None:
+def load_safetensors(folder: Path, parameters: dict[str, torch.Tensor], cuts: dict[str, Cut]) -> None:
     """Copy every tensor of the folder's safetensors files into the parameter of its name, one at a time.
 
     The files are memory-mapped: beside the parameters, no more than one tensor is held. Names may lack the prefix
     ``model.`` (a model saved without its head), and a tied matrix may stand under either of its names.
+
+    Args:
+        cuts: see Part.cuts(). Of a tensor that is cut, no more is read.
 
     Raises:
         ModelLoadError: a file cannot be read, or tensors are missing, unexpected, there twice or of another shape.
@@ -48,7 +52,7 @@ def load_safetensors(folder: Path, parameters: dict[str, torch.Tensor]) -> None:
                     continue
                 if name in loaded:
                     raise ModelLoadError(f"{name} is in {loaded[name]} and as {stored} in {file}; remove one of them")
-                copy_checked(name, tensors.get_tensor(stored), parameters[name], file)
+                copy_checked(name, tensors.get_slice(stored), parameters[name], file, cuts.get(name))
                 loaded[name] = file
     check_complete(folder, parameters, set(loaded), unexpected)
 
@@ -121,13 +125,18 @@ def _names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def copy_checked(name: str, tensor: torch.Tensor, target: torch.Tensor, file: Path) -> None:
-    """Copy into the parameter, converting dtype and device."""
-    if tensor.shape != target.shape:
-        raise ModelLoadError(
-            f"{name} in {file} has shape {tuple(tensor.shape)}; "
-            f"the model's configuration makes it {tuple(target.shape)}"
-        )
+def copy_checked(name: str, stored: Any, target: torch.Tensor, file: Path, cut: Cut | None = None) -> None:
+    """Copy into the parameter, converting dtype and device.
+
+    Args:
+        stored: a tensor, or one of a safetensors file that is yet to be read (get_slice).
+        cut: what the parameter is of it.
+    """
+    shape = tuple(stored.shape if isinstance(stored, torch.Tensor) else stored.get_shape())
+    expected = tuple(target.shape) if cut is None else cut.whole_shape(target.shape)
+    if shape != expected:
+        raise ModelLoadError(f"{name} in {file} has shape {shape}; the model's configuration makes it {expected}")
+    tensor: torch.Tensor = stored[:] if cut is None else stored[cut.indices]
     if tensor.dtype not in DTYPES:
         raise ModelLoadError(
             f"{name} in {file} is {str(tensor.dtype).removeprefix('torch.')}, so the weights are quantised; "

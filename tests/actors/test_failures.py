@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from worker_pairs import TINY, Pair
+from worker_pairs import SECRET, TINY, Pair
 
+from pdray.actors.decode_worker import DecodeWorker
 from pdray.config import Config
 from pdray.engine.engine import Engine
 from pdray.engine.schedule.sequence import LiveRequest
-from pdray.errors import EngineHungError, StepFailedError
+from pdray.errors import EngineHungError, RankDiedError, StepFailedError
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.lease_messages import CloseLease, LeaseClosed, LeaseDenied, LeaseGranted, LeaseRequest
@@ -253,3 +256,27 @@ async def test_what_a_prefill_worker_finds_invalid_is_told_as_such(pair: Any) ->
     failed = await pair.router.first(PrefillFailed, key)
     assert (failed.verdict, failed.param) == ("invalid", "prompt") and "max_model_len" in failed.reason
     assert not any(isinstance(message, FirstTokens) for message in pair.router.messages)
+
+
+async def test_a_worker_ends_with_one_of_its_ranks(tmp_path: Path) -> None:
+    """As a whole, and at once, also while it has nothing to do."""
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(TINY))
+    config = Config(
+        model=str(model),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        device="cpu",
+        num_kv_blocks=80,
+        mode="colocated",
+        tensor_parallel_size=2,
+    )
+    worker = DecodeWorker(config, "decode-0", "d1", SECRET)
+    await worker.start()
+    (rank,) = (await worker.describe())["rank_pids"]
+    os.kill(rank, signal.SIGKILL)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(RankDiedError, match=r"rank 1 \(process \d+\) has ended: signal 9"):
+            await worker.join()
+    worker._stopped.clear()
+    await worker.stop()

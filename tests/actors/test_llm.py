@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -143,6 +146,29 @@ def test_two_lanes_equal_one(ray_cluster: None, tiny: dict[str, Any]) -> None:
     assert split["num_pieces"] > 0 and "cpu has no SMs" in split["unavailable"]
     assert "cpu has no SMs" in pipeline["unavailable"]
     assert said["on"] == said["off"]
+
+
+def test_two_ranks_equal_one_and_one_of_them_may_die(ray_cluster: None, tiny: dict[str, Any]) -> None:
+    """Their worker ends as a whole and is replaced as a whole; its streams go on."""
+    prompts = [[5 + (3 * i + j) % 80 for j in range(4 + 3 * i)] for i in range(6)]
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=150, ignore_eos=True) for i in range(6)]
+    settings = tiny | {"max_num_seqs": 8, "num_kv_blocks": 100, "restart_backoff_s": 0.1}
+    with LLM(**settings) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    with LLM(**settings, tensor_parallel_size=2) as llm, ThreadPoolExecutor(1) as beside:
+        outputs = beside.submit(llm.generate, prompts, params, use_tqdm=False)
+        (worker,) = llm.status()["workers"]
+        while not worker.get("running"):
+            assert not outputs.done()
+            (worker,) = llm.status()["workers"]
+        (rank,) = worker["rank_pids"]
+        os.kill(rank, signal.SIGKILL)
+        assert not outputs.done()
+        assert [output.outputs[0].token_ids for output in outputs.result(PATIENCE_S)] == expected
+        (replaced,) = llm.status()["workers"]
+        assert replaced["pid"] != worker["pid"] and replaced["rank_pids"] != [rank]
+        assert not psutil.pid_exists(worker["pid"])
+        wait_until_at_rest(llm)
 
 
 def test_prefix_cache_changes_nothing(disaggregated: LLM) -> None:

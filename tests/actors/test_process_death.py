@@ -38,6 +38,25 @@ def test_a_process_is_gone_when_its_last_thread_is() -> None:
     assert process.wait(10) == -9
 
 
+HAS_A_CHILD = """
+import ctypes, subprocess, sys, time
+ctypes.CDLL(None).prctl(15, b"ray::Test", 0, 0, 0)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_it_has_started_is_gone_with_it() -> None:
+    """The other ranks of a worker hold memory of their GPUs."""
+    with subprocess.Popen([sys.executable, "-c", HAS_A_CHILD], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        _kill_and_wait(process.pid, 0.01)
+        assert process.wait(10) == -9
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
 def test_somebody_elses_process_is_left_alone() -> None:
     process = start("somebody")
     _kill_and_wait(process.pid, 0.01)

@@ -16,8 +16,9 @@ from pdray.config import Config
 from pdray.engine.build import make_pool
 from pdray.engine.engine import Engine
 from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.step.draws import Draws
 from pdray.engine.step.inputs import StepInputs
-from pdray.engine.step.lane import Draws, Lane
+from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup
 from pdray.models.decoder import Decoder
 from pdray.models.load import LoadedModel

@@ -30,6 +30,14 @@ def test_who_shares() -> None:
     assert plan(num_decode_workers=3, decode_num_gpus=1 / 3)[1] == (["decode-0", "decode-1", "decode-2"], None)
 
 
+def test_a_worker_of_several_ranks_has_a_bundle_of_its_own() -> None:
+    config = Config(mode="colocated", num_decode_workers=2, tensor_parallel_size=4)
+    assert [(list(bundle.shares), bundle.num_gpus) for bundle in plan_gpus(config)] == [
+        (["decode-0"], 4.0),
+        (["decode-1"], 4.0),
+    ]
+
+
 def test_named_devices() -> None:
     assert plan(prefill_device_id=1, decode_device_id=0) == [(["prefill-0"], 1), (["decode-0"], 0)]
     shared: dict[str, Any] = {"num_decode_workers": 2, "decode_num_gpus": 0.5}

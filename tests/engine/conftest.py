@@ -79,8 +79,8 @@ class TinyModel(NamedTuple):
 class RecordingEngine(Engine):
     """An engine that keeps all tokens that it announced, and the logits that they were drawn from."""
 
-    def __init__(self, config: Config, model: LoadedModel, device: torch.device = CPU) -> None:
-        super().__init__(config, model, make_pool(config, model, device))
+    def __init__(self, config: Config, model: LoadedModel, device: torch.device = CPU, **others: Any) -> None:
+        super().__init__(config, model, make_pool(config, model, device), **others)
         self.tokens: dict[Hashable, dict[int, list[SampledToken]]] = defaultdict(lambda: defaultdict(list))
         self.logits: dict[tuple[Hashable, int, int], torch.Tensor] = {}  # key, index, position
         self.updates: dict[Hashable, list[RequestUpdate]] = defaultdict(list)

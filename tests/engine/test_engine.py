@@ -13,7 +13,7 @@ import torch
 from pdray.config import Config
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import EngineRequest, RequestUpdate
-from pdray.engine.step.lane import Draws
+from pdray.engine.step.draws import Draws
 from pdray.errors import InvalidRequestError, StepFailedError
 from pdray.outputs import SampledToken
 from pdray.sampling_params import SamplingParams

@@ -10,8 +10,8 @@ import pytest
 
 from pdray.engine.request import EngineRequest, RequestUpdate
 from pdray.engine.schedule.sequence import ALONE_STEPS, Sequence
+from pdray.engine.step.draws import Draws
 from pdray.engine.step.inputs import InputBuffers
-from pdray.engine.step.lane import Draws
 from pdray.errors import RequestFailedError, StepFailedError
 from pdray.sampling_params import SamplingParams
 

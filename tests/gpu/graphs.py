@@ -14,8 +14,9 @@ from rows import Row
 
 from pdray.engine.engine import Engine
 from pdray.engine.request import EngineRequest
+from pdray.engine.step.draws import Draws
 from pdray.engine.step.inputs import StepInputs
-from pdray.engine.step.lane import Draws, Lane
+from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup
 from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
 from pdray.outputs import SampledToken

@@ -18,6 +18,7 @@ from models import check_models
 from nccl_system import check_lent, check_nccl, check_two
 from partitions import check_partitions
 from pipeline import check_pipeline
+from ranks import check_ranks
 from rows import Row, print_header, print_rows
 from shared_gpu import check_shared
 from text import check_memory, check_text
@@ -57,6 +58,7 @@ def main() -> int:
             "failures",
             "partitions",
             "pipeline",
+            "ranks",
             "text",
             "memory",
             "shared",
@@ -76,6 +78,7 @@ def main() -> int:
         "failures": check_failures,
         "partitions": check_partitions,
         "pipeline": check_pipeline,
+        "ranks": check_ranks,
         "text": lambda: check_text(args.gguf),
         "memory": lambda: check_memory(args.gguf),
         "shared": lambda: check_shared(args.gguf),

@@ -80,6 +80,9 @@ def check_embed() -> None:
         known = ids.clamp(min=0)
         out = triton_embed(known.to(DEVICE), table.to(DEVICE), sampled[:0].to(DEVICE)).cpu()
         assert torch.equal(out, embed(known, table, sampled[:0]))
+        own = (5, 5 + len(table))  # of a rank that has some of the vocabulary
+        out = triton_embed(*(x.to(DEVICE) for x in (ids, table, sampled)), own).cpu()
+        assert torch.equal(out, embed(ids, table, sampled, own))
 
 
 CHECKS = {

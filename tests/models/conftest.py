@@ -32,7 +32,7 @@ class PagedSequence:
 
     def __init__(self, decoder: Decoder, num_blocks: int = 24) -> None:
         config = decoder.config
-        shape = (config.num_layers, num_blocks, 2, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, num_blocks, 2, BLOCK_SIZE, decoder.shard.kv_heads.size, config.head_dim)
         self.decoder = decoder
         self.kv = torch.full(shape, 7.0, dtype=decoder.dtype)  # stale values must not show
         self.block_table = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(0)) + 1

@@ -13,6 +13,7 @@ import torch
 from pdray.config import Config
 from pdray.errors import ModelLoadError
 from pdray.models import load_model, load_model_config
+from pdray.testing.rank_threads import run_ranks
 
 CPU = torch.device("cpu")
 F32 = gguf.GGMLQuantizationType.F32
@@ -113,6 +114,20 @@ def test_logits_equal_transformers(
     assert loaded.config == load_model_config(Config(model=str(file)))
     assert loaded.config.eos_token_ids == (2, 5)
     assert loaded.config.torch_dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2", "qwen3"])
+def test_each_rank_loads_its_part(name: str, tmp_path: Path, hf_model: Any) -> None:
+    architecture, overrides = MODELS[name]
+    config = Config(model=str(tmp_path / "model.gguf"))
+    write_gguf(hf_model(architecture, **SIZES, **overrides), tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q8_0)
+    whole = load_model(config, CPU).decoder.parameters()
+    for loaded in run_ranks(2, lambda group: load_model(config, CPU, group=group)):
+        cuts = loaded.decoder.cuts()
+        assert "model.layers.0.self_attn.q_proj.weight" in cuts
+        for name, parameter in loaded.decoder.parameters().items():
+            expected = whole[name][cuts[name].indices] if name in cuts else whole[name]
+            assert torch.equal(parameter, expected), name
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}

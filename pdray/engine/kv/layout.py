@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pdray.models.model_config import ModelConfig
+from pdray.models.shards import kv_heads_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,9 @@ class KVLayout:
     """A block holds the keys, then the values, of ``block_size`` tokens of one layer.
 
     Two pools of equal layouts can exchange blocks byte by byte.
+
+    Attributes:
+        num_kv_heads: of one rank.
     """
 
     num_layers: int
@@ -23,9 +27,10 @@ class KVLayout:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout:
-        """A model's layout."""
-        return cls(model.num_layers, block_size, model.num_kv_heads, model.head_dim, dtype)
+    def of(cls, model: ModelConfig, block_size: int, dtype: torch.dtype, num_ranks: int = 1) -> KVLayout:
+        """A model's layout, the same on each rank."""
+        num_kv_heads = kv_heads_of(model.num_kv_heads, 0, num_ranks).size
+        return cls(model.num_layers, block_size, num_kv_heads, model.head_dim, dtype)
 
     @property
     def block_shape(self) -> tuple[int, int, int, int]:

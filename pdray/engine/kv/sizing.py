@@ -56,6 +56,7 @@ def choose_num_blocks(
     max_model_len: int,
     *,
     room: GpuRoom = WHOLE_GPU,
+    num_ranks: int = 1,
     profile: Callable[[], None] | None = None,
 ) -> int:
     """Size of the pool in blocks, the dummy block included.
@@ -64,6 +65,9 @@ def choose_num_blocks(
     cpu_memory_utilization of available memory, on CUDA gpu_memory_utilization * room.share of the GPU less what the
     process uses at the peak of ``profile``, and what it leaves to guests. Never more than max_num_seqs sequences of
     max_model_len can fill.
+
+    Args:
+        num_ranks: processes that have such a pool each; on CPU they divide what a worker may take.
 
     Raises:
         ConfigError: num_kv_blocks is too small for any request.
@@ -78,7 +82,8 @@ def choose_num_blocks(
     if config.kv_cache_memory_bytes is not None:
         available, setting = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     elif device.type == "cpu":
-        available, setting = int(available_host_bytes() * config.cpu_memory_utilization), "cpu_memory_utilization"
+        share = config.cpu_memory_utilization / num_ranks
+        available, setting = int(available_host_bytes() * share), "cpu_memory_utilization"
     else:
         available, setting = _available_gpu_bytes(config, device, room, profile), "gpu_memory_utilization"
     num_blocks = available // size

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from pdray.config import Config
 from pdray.engine.budget import half_context, make_budget
-from pdray.engine.engine import Engine, Flight, Launched
+from pdray.engine.engine import Engine
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
@@ -28,6 +28,7 @@ from pdray.engine.request import EngineRequest, EngineStats, RequestUpdate, Spli
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.step_costs import StepCosts
+from pdray.engine.step.flight import Flight, Launched
 from pdray.engine.step.graphs import FEW_SEQUENCES
 from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Lane

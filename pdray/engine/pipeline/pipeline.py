@@ -18,6 +18,7 @@ from pdray.engine.pipeline.halves import Split, SplitHalves, split_halves, strea
 from pdray.engine.pipeline.lane import PipelinedLane, Way
 from pdray.engine.pipeline.table import Table, TableFile
 from pdray.engine.pipeline.tuner import grid_of, tune
+from pdray.engine.ranks.orders import LaneRanks
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.step.graphs import decode_sizes
 from pdray.kernels.green_context import UnavailableError, split_sms
@@ -152,11 +153,12 @@ class DecodePipeline:
 
 
 def open_lane(
-    config: Config, decoder: Decoder, pool: KVPool, limits: EngineLimits
+    config: Config, decoder: Decoder, pool: KVPool, limits: EngineLimits, ranks: LaneRanks | None = None
 ) -> tuple[PipelinedLane, DecodePipeline | None]:
-    """An engine's lane, with graphs on CUDA, and what open_pipeline() makes of it."""
+    """An engine's lane, with graphs on CUDA, and what open_pipeline() makes of it; see Lane for ``ranks``."""
     capture = pool.device.type == "cuda" and not config.enforce_eager
-    lane = PipelinedLane(decoder, pool, limits, largest_group=config.transfer_layer_group, capture=capture)
+    group = config.transfer_layer_group
+    lane = PipelinedLane(decoder, pool, limits, largest_group=group, capture=capture, ranks=ranks)
     return lane, open_pipeline(config, lane)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from pdray.engine.schedule.plan import StepPlan
 from pdray.engine.schedule.token_budget import STEP_SIZES
-from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
+from pdray.engine.step.inputs import InputBuffers, Spans, StepInputs, StepShape
 
 # Launched one by one, a step's kernels take 12 ms of the host's time, and ten times that while another thread of the
 # process is busy: more than a GPU needs for 4,096 tokens of a small model.
@@ -127,7 +127,7 @@ class StepGraphs:
         decodes = [StepShape(n, n, n, True) for n in self._decode_sizes]
         for shapes, inputs in ((self._prefill_shapes, buffers), (decodes, decode_buffers)):
             for shape in reversed(shapes):  # the largest first: smaller ones fit into its memory
-                self._capture(compute, inputs.views(shape, StepPlan()), stream, pool)
+                self._capture(compute, inputs.views(shape, Spans([], [])), stream, pool)
                 yield shape
 
     def _capture(self, compute: Compute, inputs: StepInputs, stream: torch.cuda.Stream, pool: Any) -> None:

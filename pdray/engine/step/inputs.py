@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pdray.engine.ranks.shared_memory import SharedMemory
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import BlockCopy, StepPlan
 from pdray.engine.schedule.sequence import Sequence
@@ -38,6 +39,24 @@ class StepShape(NamedTuple):
         return cls(plan.num_tokens, len(plan.chunks), plan.num_draws, plan.is_decode)
 
 
+class Spans(NamedTuple):
+    """A step's sequences, as the host knows them, without padding.
+
+    Attributes:
+        query_lens: tokens of each in this step. kv_lens: of each up to and including this step.
+        num_decodes: leading sequences of one token.
+    """
+
+    query_lens: list[int]
+    kv_lens: list[int]
+    num_decodes: int = 0
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Spans:
+        chunks = plan.chunks
+        return cls([chunk.num_tokens for chunk in chunks], [chunk.end for chunk in chunks], plan.num_decodes)
+
+
 class StepInputs(NamedTuple):
     """One forward pass over T tokens of B sequences, and S draws from its logits.
 
@@ -48,6 +67,7 @@ class StepInputs(NamedTuple):
         draws: how each is made. needs: what the draws need beyond that.
         num_logprobs: for each draw, how many most likely tokens are asked for; None: not even the drawn one.
         shape: of the tensors; what is beyond the plan's own is padding.
+        spans: of the sequences. host: which of the host buffers the tensors were filled from.
         scores: prompt tokens to score; put in by the lane.
     """
 
@@ -60,6 +80,8 @@ class StepInputs(NamedTuple):
     needs: DrawNeeds
     num_logprobs: list[int | None]
     shape: StepShape
+    spans: Spans
+    host: int = 0
     scores: ScoreInputs | None = None
 
 
@@ -133,10 +155,22 @@ class InputBuffers:
 
     On CUDA the host side is pinned, and there are two of it: one is filled while the copy from the other may still run.
     What was filled before the last fill() must have been used. On CPU both sides are the same memory.
+
+    Args:
+        memory: for the host side, shared with other ranks' buffers of the same size.
+        follows: another rank fills them; the device side is then this process's own on CPU, too.
     """
 
     def __init__(
-        self, limits: EngineLimits, num_tokens: int, device: torch.device, histories: Histories, masks: MaskBuffer
+        self,
+        limits: EngineLimits,
+        num_tokens: int,
+        device: torch.device,
+        histories: Histories,
+        masks: MaskBuffer,
+        *,
+        memory: SharedMemory | None = None,
+        follows: bool = False,
     ) -> None:
         self._histories, self._masks = histories, masks
         self.block_size = limits.block_size
@@ -144,9 +178,13 @@ class InputBuffers:
         self._sections = lay_out(num_tokens, limits.max_num_seqs, limits.num_blocks_for(limits.max_model_len))
         size = max(section.end for section in self._sections.values())
         on_gpu = device.type == "cuda"
-        buffers = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)]
+        buffers = [
+            torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) if memory is None else memory.take(size)
+            for _ in range(2 if on_gpu else 1)
+        ]
         self._hosts = [HostInputs(buffer, self._sections) for buffer in buffers]
-        device_buffer = torch.zeros(size, dtype=torch.uint8, device=device) if on_gpu else buffers[0]
+        self._next = 0  # of the host buffers
+        device_buffer = torch.zeros(size, dtype=torch.uint8, device=device) if on_gpu or follows else buffers[0]
         self._device_buffer = device_buffer
         self._device = {name: section.of(device_buffer) for name, section in self._sections.items()}
         self._arange = np.arange(max(limits.max_model_len, limits.max_num_seqs + 1), dtype=np.int64)
@@ -174,7 +212,7 @@ class InputBuffers:
         part["lens"][:num_seqs] = kv_len
         part["rows"][:num_seqs] = torch.arange(num_seqs, device=self.device)
         part["starts"][: num_seqs + 1] = torch.arange(num_seqs + 1, device=self.device)
-        inputs = self.views(shape, StepPlan())
+        inputs = self.views(shape, Spans([], []))
         tables = part["tables"][:num_seqs]  # views() cuts them to the plan's on CPU
         query_lens, kv_lens = [1] * num_seqs, [kv_len] * num_seqs
         attention = replace(inputs.attention, block_tables=tables, query_lens=query_lens, kv_lens=kv_lens)
@@ -186,8 +224,8 @@ class InputBuffers:
         Args:
             padded: at least the plan's own shape: what is beyond it holds no KV, and writes to the dummy block.
         """
-        host = self._hosts[0]
-        self._hosts.reverse()
+        index, self._next = self._next, (self._next + 1) % len(self._hosts)
+        host = self._hosts[index]
         shape = padded or StepShape.of(plan)
         if plan.is_decode:
             self._fill_decodes(host, plan)
@@ -197,11 +235,21 @@ class InputBuffers:
             _pad(host, plan, padded)
         draws = [draw for chunk in plan.chunks for draw in chunk.draws]
         needs = fill_records(host.records, draws, shape.num_draws, self._histories)
+        self._send(host, shape)
+        num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
+        inputs = self.views(shape, Spans.of(plan))
+        return inputs._replace(copies=plan.copies, needs=needs, num_logprobs=num_logprobs, host=index)
+
+    def receive(self, index: int, shape: StepShape, spans: Spans) -> StepInputs:
+        """What rank 0 has filled, in the host buffer ``index``; without draws."""
+        self._send(self._hosts[index], shape)
+        return self.views(shape, spans)
+
+    def _send(self, host: HostInputs, shape: StepShape) -> None:
+        """Copy what such a step uses to the device, on the current stream."""
         if self._device_buffer is not host.buffer:
             used = self._sections["tables"].start + shape.num_seqs * host.tables.shape[1] * host.tables.itemsize
             self._device_buffer[:used].copy_(host.buffer[:used], non_blocking=True)
-        num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
-        return self.views(shape, plan)._replace(copies=plan.copies, needs=needs, num_logprobs=num_logprobs)
 
     def _fill_decodes(self, host: HostInputs, plan: StepPlan) -> None:
         """One token for each sequence, most of it without a loop in Python."""
@@ -243,24 +291,23 @@ class InputBuffers:
         host.starts[0] = 0
         host.starts[1 : len(query_lens) + 1] = np.cumsum(query_lens)
 
-    def views(self, shape: StepShape, plan: StepPlan) -> StepInputs:
+    def views(self, shape: StepShape, spans: Spans) -> StepInputs:
         """The static tensors, cut to a shape, without what fill() adds."""
         part, on_gpu = self._device, self.device.type == "cuda"
         tables = part["tables"]
         if not on_gpu:
-            max_blocks = -(-max((chunk.end for chunk in plan.chunks), default=1) // self.block_size)
+            max_blocks = -(-max(spans.kv_lens, default=1) // self.block_size)
             tables = tables[:, :max_blocks]
         num_tokens, num_seqs, num_draws, is_decode = shape
-        query_lens, kv_lens = [chunk.num_tokens for chunk in plan.chunks], [chunk.end for chunk in plan.chunks]
         attention = AttentionMetadata(
             slot_mapping=part["slots"][:num_tokens],
             block_tables=tables[:num_seqs],
             cu_seqlens_q=part["starts"][: num_seqs + 1],
             seq_lens=part["lens"][:num_seqs],
-            query_lens=query_lens,
-            kv_lens=kv_lens,
-            num_decodes=num_seqs if is_decode else plan.num_decodes,
-            fresh_from=find_fresh(query_lens, kv_lens, plan.num_decodes),
+            query_lens=spans.query_lens,
+            kv_lens=spans.kv_lens,
+            num_decodes=num_seqs if is_decode else spans.num_decodes,
+            fresh_from=find_fresh(*spans),
         )
         return StepInputs(
             copies=[],
@@ -272,6 +319,7 @@ class InputBuffers:
             needs=DrawNeeds(),
             num_logprobs=[],
             shape=shape,
+            spans=spans,
         )
 
 

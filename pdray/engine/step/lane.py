@@ -9,49 +9,23 @@ from typing import NamedTuple
 import torch
 
 from pdray.engine.kv.pool import KVPool
-from pdray.engine.request import RequestUpdate
+from pdray.engine.ranks.orders import LaneRanks, StepOrder
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.schedule.plan import BlockCopy, StepPlan
 from pdray.engine.step.draws import DrawReader, Draws
+from pdray.engine.step.flight import Undrawn
 from pdray.engine.step.graphs import Compute, StepGraphs, decode_sizes
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.inputs import InputBuffers, StepInputs, StepShape
 from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
-from pdray.engine.step.scores import ScoreInputs, compute_scores, make_scores, score_piece
+from pdray.engine.step.scores import ScoreInputs, compute_scores, follow_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, make_scratch, report
 from pdray.kernels.sampling.history import remember
 from pdray.models.decoder import Decoder
 from pdray.sampling_params import MAX_LOGPROBS
-
-
-class Undrawn(NamedTuple):
-    """A launched step whose late draws wait for masks."""
-
-    inputs: StepInputs
-    logits: torch.Tensor
-    scores: torch.Tensor | None
-
-
-class Flight(NamedTuple):
-    """A step that was launched."""
-
-    plan: StepPlan
-    draws: Draws
-
-
-class Settled(NamedTuple):
-    """Attributes:
-    flight: a step that is in flight, if any. news: of requests that ended with its launch.
-    """
-
-    flight: Flight | None
-    news: list[RequestUpdate]
-
-
-Launched = Flight | Undrawn | Exception  # the last is a plan's fault alone, and has left everything else as it was
 
 
 class Place(NamedTuple):
@@ -75,11 +49,14 @@ class Lane:
         histories: default: its own.
         largest_group: layers that are told of together at most; see layer_groups().
         capture: make CUDA graphs, and load what launched steps need.
+        ranks: of a worker of several, each with a lane of its own: this one tells the others what it launches, or is
+            told. All are made at the same time. Tokens are drawn by rank 0.
 
     Attributes:
         sampled: the last launched step's draws. masks: of those that wait for any.
         stream: that steps are launched on; None: the thread's current one.
         graphs: of decode steps and short prompts; None: every step is launched kernel by kernel.
+        is_shared: other ranks do their part of each step that is launched, which cannot be taken back.
         on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
 
@@ -92,6 +69,7 @@ class Lane:
         histories: Histories | None = None,
         largest_group: int = 16,
         capture: bool = False,
+        ranks: LaneRanks | None = None,
     ) -> None:
         self.decoder = decoder
         self.pool = pool
@@ -106,8 +84,12 @@ class Lane:
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
         draws = limits.max_num_seqs, decoder.config.vocab_size, device
         self.histories, self.masks = histories or Histories(*draws), MaskBuffer(*draws)
-        self._decode_buffers = InputBuffers(limits, limits.max_num_seqs, device, self.histories, self.masks)
-        self._buffers = InputBuffers(limits, limits.max_num_batched_tokens, device, self.histories, self.masks)
+        self._announce, self.is_shared = None if ranks is None else ranks.announce, ranks is not None
+        memory, follows = None if ranks is None else ranks.memory, self.is_shared and self._announce is None
+        self._decode_buffers, self._buffers = (
+            InputBuffers(limits, num, device, self.histories, self.masks, memory=memory, follows=follows)
+            for num in (limits.max_num_seqs, limits.max_num_batched_tokens)
+        )
         self._reader, self._scratch = DrawReader(limits.max_num_seqs, device), make_scratch(*draws)
         if device.type == "cuda":
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype, self._scratch)
@@ -210,7 +192,21 @@ class Lane:
             launch.
         """
         with self._on_stream():
+            if self._announce is not None:
+                self._announce(StepOrder.of(inputs))
             return self._launch(inputs, on_group)
+
+    @torch.inference_mode()
+    def follow(self, order: StepOrder) -> None:
+        """Do this rank's part of a step that rank 0 launches; nothing here waits for a device."""
+        shape, scored = order.step_shape, order.scored
+        with self._on_stream():
+            buffers = self._decode_buffers if shape.is_decode else self._buffers
+            inputs = buffers.receive(order.host, shape, order.spans)
+            if scored is not None:
+                inputs = inputs._replace(scores=follow_scores(scored, self.pool.device))
+            copy_blocks(self.pool.tensor, [BlockCopy(*copy) for copy in order.copies])
+            self._run(inputs, None)
 
     def _launch(self, inputs: StepInputs, on_group: OnGroup | None) -> Draws | Undrawn:
         copy_blocks(self.pool.tensor, list(inputs.copies))
@@ -276,6 +272,7 @@ class Lane:
         logits_out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of the step's draws, which go to ``sampled`` but for late ones. Can be captured."""
+        self._share_sampled()
         tokens = inputs.input_ids, inputs.positions
         rows = None if inputs.shape.is_decode else inputs.logit_rows
         hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
@@ -285,12 +282,18 @@ class Lane:
         self, inputs: StepInputs, scores: ScoreInputs, on_layer: Callable[[int], None] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """compute(), and the scores; of a step that is no decode step."""
+        self._share_sampled()
         num = len(inputs.logit_rows)
         rows = torch.cat((inputs.logit_rows, scores.rows))
         tokens = inputs.input_ids, inputs.positions
         hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
         logits = self._draw(hidden[:num], inputs, None)
         return logits, compute_scores(self.decoder, hidden[num:], scores, inputs.draws, self._score_piece)
+
+    def _share_sampled(self) -> None:
+        """Let every rank know what rank 0 has drawn in the step before: late draws, too, are made by now."""
+        if self.decoder.group is not None:
+            self.decoder.group.broadcast(self.sampled)
 
     def _draw(self, hidden: torch.Tensor, inputs: StepInputs, logits_out: torch.Tensor | None) -> torch.Tensor:
         logits = self.decoder.compute_logits(hidden, logits_out)

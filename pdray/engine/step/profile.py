@@ -26,7 +26,7 @@ def profile_model(config: Config, decoder: Decoder) -> None:
     if config.max_num_batched_tokens % length:
         query_lens.append(config.max_num_batched_tokens % length)
     num_blocks = -(-length // block_size)
-    layout = KVLayout.of(decoder.config, block_size, decoder.dtype)
+    layout = KVLayout.of(decoder.config, block_size, decoder.dtype, decoder.num_ranks)
     pool = KVPool.allocate(layout, num_blocks, device)
     positions = torch.cat([torch.arange(n, device=device) for n in query_lens])
     starts = torch.tensor([0, *query_lens], device=device).cumsum(0).to(torch.int32)

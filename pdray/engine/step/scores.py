@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ class ScoreInputs(NamedTuple):
     Attributes:
         rows: [R] int64, the step's tokens whose logits say what each follows from. token_ids: [R] int64.
         records: [R, WORDS] int32; see DrawTable.
-        num: without padding.
+        num: without padding. host_rows: as rows, on the host.
     """
 
     rows: torch.Tensor
     token_ids: torch.Tensor
     records: torch.Tensor
     num: int
+    host_rows: np.ndarray[Any, np.dtype[np.int64]]
 
 
 def score_piece(sizes: list[int]) -> int:
@@ -59,7 +60,13 @@ def make_scores(plan: StepPlan, piece: int, device: torch.device) -> ScoreInputs
             records["num_logprobs"][at:end] = chunk.sequence.request.params.prompt_logprobs
         token, at = token + chunk.num_tokens, end
     there = longs.to(device, non_blocking=True)
-    return ScoreInputs(there[0], there[1], words.to(device, non_blocking=True), num)
+    return ScoreInputs(there[0], there[1], words.to(device, non_blocking=True), num, rows)
+
+
+def follow_scores(rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> ScoreInputs:
+    """Of a rank that computes its part of the logits, and reports nothing."""
+    there = torch.from_numpy(rows.copy()).to(device)
+    return ScoreInputs(there, there[:0], there[:0].int(), 0, rows)
 
 
 def compute_scores(
@@ -71,13 +78,13 @@ def compute_scores(
         hidden: [R, hidden_size], of ``inputs.rows``. table: of the same lane; its records are not read.
 
     Returns:
-        [num, ...] int32 on the device.
+        [num, ...] int32 on the device; nothing where this rank has no logits.
     """
     packed = []
     for at in range(0, len(hidden), piece):
         part = slice(at, at + piece)
         logits = decoder.compute_logits(hidden[part])
-        packed.append(
-            report(logits, table._replace(records=inputs.records[part]), inputs.token_ids[part], MAX_LOGPROBS)
-        )
-    return torch.cat(packed)[: inputs.num]
+        if len(logits):
+            records = table._replace(records=inputs.records[part])
+            packed.append(report(logits, records, inputs.token_ids[part], MAX_LOGPROBS))
+    return torch.cat(packed)[: inputs.num] if packed else hidden.new_empty(0, dtype=torch.int32)

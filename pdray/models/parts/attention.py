@@ -7,10 +7,11 @@ import torch
 from pdray.kernels.attention.paged import AttentionMetadata, paged_attention
 from pdray.kernels.attention.rotary_store import rotate_and_store
 from pdray.models.model_config import ModelConfig
-from pdray.models.parts.linear import Linear
+from pdray.models.parts.linear import Linear, summed_linear
 from pdray.models.parts.norm import RMSNorm
 from pdray.models.parts.part import Part, Placement
 from pdray.models.rope import RotaryTable
+from pdray.models.shards import Span
 
 
 class Attention(Part):
@@ -23,15 +24,16 @@ class Attention(Part):
 
     def __init__(self, config: ModelConfig, rotary: RotaryTable, placement: Placement) -> None:
         super().__init__()
-        head_dim, eps = config.head_dim, config.rms_norm_eps
-        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        self._num_heads = config.num_heads
+        head_dim, eps, hidden = config.head_dim, config.rms_norm_eps, Span.all_of(config.hidden_size)
+        shard = placement.shard(config)
+        queries, keys = shard.heads.times(head_dim), shard.kv_heads.times(head_dim)
+        self._num_heads = shard.heads.size
         self._scale = head_dim**-0.5
         self._eps = eps
         self._rotary = rotary
-        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv = self.add("", Linear(sizes, config.hidden_size, placement, bias=config.qkv_bias))
-        self.o = self.add("", Linear({"o_proj": config.hidden_size}, q_size, placement, bias=config.o_bias))
+        sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        self.qkv = self.add("", Linear(sizes, hidden, placement, bias=config.qkv_bias))
+        self.o = self.add("", summed_linear({"o_proj": hidden}, queries, placement, bias=config.o_bias))
         self.q_norm = self.add("q_norm", RMSNorm(head_dim, eps, placement)) if config.qk_norm else None
         self.k_norm = self.add("k_norm", RMSNorm(head_dim, eps, placement)) if config.qk_norm else None
 
@@ -48,10 +50,10 @@ class Attention(Part):
         Args:
             hidden: [T, hidden_size]; ``norm`` is applied to it first.
             positions: [T] int64.
-            kv_layer: [num_blocks, 2, block_size, num_kv_heads, head_dim].
+            kv_layer: [num_blocks, 2, block_size, num_kv_heads, head_dim], of this rank's heads.
 
         Returns:
-            [T, num_heads * head_dim].
+            [T, num_heads * head_dim], of this rank's heads.
         """
         q_norm, k_norm = (None if each is None else each.weight for each in (self.q_norm, self.k_norm))
         q, k, v = rotate_and_store(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from pdray.models.model_config import ModelConfig
-from pdray.models.parts.linear import Linear
+from pdray.models.parts.linear import Linear, summed_linear
 from pdray.models.parts.norm import RMSNorm
 from pdray.models.parts.part import Part, Placement
+from pdray.models.shards import Span
 
 
 class GatedMLP(Part):
@@ -17,9 +18,9 @@ class GatedMLP(Part):
 
     def __init__(self, config: ModelConfig, placement: Placement) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, inner, bias = Span.all_of(config.hidden_size), placement.shard(config).inner, config.mlp_bias
         self.gate_up = self.add("", Linear({"gate_proj": inner, "up_proj": inner}, hidden, placement, bias=bias))
-        self.down = self.add("", Linear({"down_proj": hidden}, inner, placement, bias=bias))
+        self.down = self.add("", summed_linear({"down_proj": hidden}, inner, placement, bias=bias))
 
     def __call__(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """hidden + mlp(norm(hidden)), [M, hidden_size]. The memory of ``hidden`` may be used for the result."""

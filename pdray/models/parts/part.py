@@ -7,7 +7,10 @@ from typing import TypeVar
 
 import torch
 
+from pdray.kernels.collective.group import RankGroup
 from pdray.models.arena import Arena
+from pdray.models.model_config import ModelConfig
+from pdray.models.shards import Cut, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +19,17 @@ class Placement:
 
     Attributes:
         arena: that they lie in, on that device; None: each lies where torch puts it.
+        group: the ranks that share the model, each with a shard of every part; None: this process has all of it.
     """
 
     dtype: torch.dtype
     device: torch.device
     arena: Arena | None = None
+    group: RankGroup | None = None
+
+    def shard(self, config: ModelConfig) -> Shard:
+        """What this rank holds. Raises ConfigError; see Shard."""
+        return Shard.of(config) if self.group is None else Shard.of(config, self.group.rank, self.group.size)
 
     def empty(self, *shape: int) -> torch.Tensor:
         """A weight without a value; in an arena, whatever lies there."""
@@ -32,8 +41,8 @@ class Placement:
 class Part:
     """Holds weights of its own, and other parts.
 
-    A subclass registers the parts that it is made of with ``add``, and overrides ``own_weights`` and ``pack_own`` if it
-    has weights itself.
+    A subclass registers the parts that it is made of with ``add``, and overrides ``own_weights``, ``own_cuts`` and
+    ``pack_own`` if it has weights itself.
     """
 
     def __init__(self) -> None:
@@ -52,6 +61,10 @@ class Part:
         """Weights that are not a subpart's, by the end of their names."""
         return {}
 
+    def own_cuts(self) -> dict[str, Cut]:
+        """Which parts of a checkpoint's tensors own weights are, by the same names; of those that are no whole ones."""
+        return {}
+
     def pack_own(self) -> None:
         """Bring own weights into the layout that the device's kernels like best."""
 
@@ -63,6 +76,13 @@ class Part:
         named = {prefix + name: weight for name, weight in self.own_weights().items()}
         for name, part in self._parts:
             named |= part.parameters(prefix + name)
+        return named
+
+    def cuts(self, prefix: str = "") -> dict[str, Cut]:
+        """What parameters() are of a checkpoint's tensors, where they are not the whole of them."""
+        named = {prefix + name: cut for name, cut in self.own_cuts().items()}
+        for name, part in self._parts:
+            named |= part.cuts(prefix + name)
         return named
 
     def pack_weights(self) -> None:

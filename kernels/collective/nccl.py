@@ -1,0 +1,66 @@
+"""Collective operations of processes with a GPU each, by NCCL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdray.kernels.collective.group import RankGroup
+
+TYPES = {torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # of nccl.h; cupy does not name all
+SUM = 0
+
+
+def make_unique_id() -> Any:
+    """Names a new group: for one rank to make, and all to have. bytes, or of cupy before 14 numbers."""
+    from cupy.cuda import nccl
+
+    return nccl.get_unique_id()
+
+
+class NcclGroup(RankGroup):
+    """See RankGroup. The constructor blocks until all ranks are there, forever if one never comes."""
+
+    def __init__(self, rank: int, size: int, unique_id: Any, device: torch.device) -> None:
+        from cupy.cuda import nccl
+
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
+        self.rank, self.size = rank, size
+        self._grouped = nccl.groupStart, nccl.groupEnd
+        self._inner: Any = nccl.NcclCommunicator(size, unique_id, rank)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """See RankGroup."""
+        assert x.is_contiguous()
+        if x.numel():
+            pointer = x.data_ptr()
+            self._inner.allReduce(pointer, pointer, x.numel(), TYPES[x.dtype], SUM, _stream())
+        return x
+
+    def broadcast(self, x: Tensor) -> None:
+        """See RankGroup."""
+        assert x.is_contiguous()
+        pointer = x.data_ptr()
+        self._inner.broadcast(pointer, pointer, x.numel(), TYPES[x.dtype], 0, _stream())
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        """See RankGroup."""
+        assert x.is_contiguous()
+        count, kind, stream = x.numel(), TYPES[x.dtype], _stream()
+        if self.rank:
+            self._inner.send(x.data_ptr(), count, kind, 0, stream)
+            return None
+        others = [torch.empty_like(x) for _ in range(1, self.size)]
+        start, end = self._grouped
+        start()
+        for rank, part in enumerate(others, 1):
+            self._inner.recv(part.data_ptr(), count, kind, rank, stream)
+        end()
+        return [x, *others]
+
+
+def _stream() -> int:
+    """The current one, as NCCL knows it."""
+    return int(torch.cuda.current_stream().cuda_stream)

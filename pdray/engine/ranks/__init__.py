@@ -1,0 +1,1 @@
+"""What lets the lanes of several ranks run the same steps."""

@@ -1,0 +1,124 @@
+"""Rank 0's side of a worker of several ranks: it starts the others, and tells them of every step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from pdray.config import Config
+from pdray.engine.ranks.orders import LaneRanks, StepOrder
+from pdray.engine.ranks.orders import encode as encode_order
+from pdray.engine.ranks.shared_memory import SharedMemory
+from pdray.errors import RankDiedError
+from pdray.ranks.member import Member, check_visible, member_environment
+from pdray.ranks.setup import Setup, encode, join, settings_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from pdray.kernels.collective.group import RankGroup
+
+
+class Leader:
+    """Starts the other ranks and joins them. They load the model and make pools and lanes when this process does.
+
+    A rank that ends takes the whole worker with it: what the others compute without it means nothing, and on CUDA they
+    wait for it for ever.
+
+    Args:
+        device: of this process; other ranks have GPUs of their own.
+        on_end: called with the reason when a rank has ended, once, on a thread of its own; perhaps while this thread
+            waits for that rank, and will for ever.
+
+    Attributes:
+        group: for load_model(). ranks: for build_engine().
+    """
+
+    def __init__(self, config: Config, device: torch.device, on_end: Callable[[RankDiedError], object]) -> None:
+        size, on_gpu = config.tensor_parallel_size, device.type == "cuda"
+        gpus = visible_gpus() if on_gpu else []
+        if on_gpu:
+            check_visible(gpus, size)
+        self._on_end = on_end
+        self._ended = threading.Lock()  # taken by the first rank that ends
+        self._inputs: int | None = os.memfd_create("pdray-inputs")
+        self._members = [
+            Member(rank, member_environment(gpus[rank:] + gpus[:rank]), self._inputs, self._member_ended)
+            for rank in range(1, size)
+        ]
+        try:
+            self.group = self._join(config, device)
+        except BaseException:
+            self.close()
+            raise
+        self.ranks = LaneRanks(SharedMemory(self._inputs, pinned=on_gpu), self._announce)
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of the other ranks."""
+        return [member.pid for member in self._members]
+
+    def close(self) -> None:
+        """End the other ranks, and see them gone. Idempotent; no step may be in flight."""
+        for member in self._members:
+            member.close()
+        if self._inputs is not None:
+            os.close(self._inputs)
+            self._inputs = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _join(self, config: Config, device: torch.device) -> RankGroup:
+        unique_id = None
+        if device.type == "cuda":
+            from pdray.kernels.collective.nccl import make_unique_id
+
+            unique_id = make_unique_id()
+        with tempfile.TemporaryDirectory(prefix="pdray-") as folder:
+            setup = Setup(settings_of(config), 0, config.tensor_parallel_size, unique_id, f"{folder}/ranks")
+            for member in self._members:
+                member.send(encode(msgspec.structs.replace(setup, rank=member.rank)))
+            return join(setup, device)
+
+    def _announce(self, order: StepOrder) -> None:
+        message = encode_order(order)
+        for member in self._members:
+            member.send(message)
+
+    def _member_ended(self, error: RankDiedError) -> None:
+        if self._ended.acquire(blocking=False):
+            self._on_end(error)
+
+
+def check_model(config: Config) -> None:
+    """Before any process is started.
+
+    Raises:
+        ConfigError: the model cannot be divided by so many ranks.
+    """
+    from pdray.models import load_model_config
+    from pdray.models.shards import check_divisible
+
+    check_divisible(load_model_config(config), config.tensor_parallel_size)
+
+
+def visible_gpus() -> list[str]:
+    """Those that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu for gpu in named.split(",") if gpu]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]

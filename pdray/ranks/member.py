@@ -1,0 +1,117 @@
+"""One other rank of a worker, as rank 0 sees it: a process, and a pipe to it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from pdray.background import start_thread
+from pdray.errors import PdrayError, RankDiedError
+
+EXIT_TIMEOUT_S = 10.0  # for a process that has closed its pipe, or was told to end
+
+
+class Member:
+    """Starts the process. Any thread may call what is here.
+
+    The process is no Ray actor: it needs no place of its own (the worker's has its GPU), no name, and no table that
+    knows it, because the kernel ends it with the worker's process, however that ends.
+
+    Args:
+        environment: of the process. inputs: descriptor of the memory that steps' inputs lie in.
+        on_end: called on a thread of its own, once, with why the process has ended, unless close() came first.
+    """
+
+    def __init__(
+        self, rank: int, environment: dict[str, str], inputs: int, on_end: Callable[[RankDiedError], None]
+    ) -> None:
+        self.rank = rank
+        self._on_end = on_end
+        self._connection, theirs = multiprocessing.Pipe()
+        self._closing = threading.Event()
+        self._started: Future[int] = Future()
+
+        def watch() -> None:
+            inherited = theirs.fileno(), inputs
+            module = [sys.executable, "-m", "pdray.ranks.process"]
+            command = [*module, *map(str, (os.getpid(), *inherited))]
+            try:
+                with theirs:
+                    process = subprocess.Popen(command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL)
+            except BaseException as error:
+                return self._started.set_exception(error)
+            self._started.set_result(process.pid)
+            self._watch(process)
+
+        # The kernel ends the process with the thread that started it, which therefore lasts as long.
+        self._thread = start_thread(f"rank-{rank}", watch, self._failed)
+
+    @property
+    def pid(self) -> int:
+        """Raises OSError: it could not be started."""
+        return self._started.result()
+
+    def send(self, message: bytes) -> None:
+        """Raises:
+        RankDiedError: it has ended.
+        """
+        try:
+            self._connection.send_bytes(message)
+        except OSError as error:
+            raise RankDiedError(f"rank {self.rank} (process {self.pid}) has ended: {error}") from error
+
+    def close(self) -> None:
+        """End it, and see it gone. Idempotent."""
+        if not self._closing.is_set():
+            self._closing.set()
+            if self._thread.is_alive():
+                with contextlib.suppress(RankDiedError):  # the thread sees to the rest
+                    self.send(b"")
+        self._thread.join()
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Return when it has ended."""
+        reason = ""
+        try:
+            while not self._closing.is_set():
+                reason = self._connection.recv_bytes().decode()
+        except (EOFError, OSError):
+            pass  # it has closed its end
+        try:
+            status = process.wait(EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        if not self._closing.is_set():
+            what = reason or (f"signal {-status}" if status < 0 else f"status {status}")
+            self._on_end(RankDiedError(f"rank {self.rank} (process {process.pid}) has ended: {what}"))
+
+    def _failed(self, error: BaseException) -> None:
+        self._on_end(RankDiedError(f"rank {self.rank} is not watched any more: {error!r}"))
+
+
+def member_environment(gpus: list[str]) -> dict[str, str]:
+    """This process's environment, in which another finds the same modules.
+
+    Args:
+        gpus: that it is to see, as CUDA_VISIBLE_DEVICES names them, its own first; none: as here.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+
+
+def check_visible(gpus: list[str], size: int) -> None:
+    """Raises:
+    PdrayError: this process sees too few GPUs for so many ranks.
+    """
+    if len(gpus) < size:
+        raise PdrayError(
+            f"tensor_parallel_size is {size}, but this process sees {len(gpus)} GPUs ({', '.join(gpus) or 'none'}); "
+            "lower it, or see CUDA_VISIBLE_DEVICES"
+        )

@@ -1,0 +1,56 @@
+"""What a rank's process is told when it starts, and how the ranks of a worker find each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pdray.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from pdray.kernels.collective.group import RankGroup
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """Attributes:
+    settings: fields of the Config that were given, as JSON; no API key is among them.
+    unique_id: of the NCCL communicator, as cupy has it; None: the ranks run on CPU.
+    store_file: by which they find each other then: a path where nothing is yet.
+    """
+
+    settings: str
+    rank: int
+    size: int
+    unique_id: bytes | tuple[int, ...] | None
+    store_file: str
+
+    @property
+    def config(self) -> Config:
+        return Config.model_validate_json(self.settings)
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Setup).decode
+
+
+def settings_of(config: Config) -> str:
+    """What Setup.config is made from: the same fields count as given."""
+    return config.model_dump_json(exclude_unset=True)
+
+
+def join(setup: Setup, device: torch.device) -> RankGroup:
+    """This process as a rank of its group. Blocks until all are there; rank 0, until none needs the file any more."""
+    if setup.unique_id is not None:
+        from pdray.kernels.collective.nccl import NcclGroup
+
+        return NcclGroup(setup.rank, setup.size, setup.unique_id, device)
+    import torch
+
+    from pdray.kernels.collective.gloo import GlooGroup
+
+    group = GlooGroup(setup.rank, setup.size, setup.store_file)
+    group.gather(torch.zeros(1))
+    return group
