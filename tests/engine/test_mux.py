@@ -18,6 +18,9 @@ from pdray.engine.mux.engine import MuxEngine
 from pdray.engine.mux.partitions import PIECE_SIZES, Partitions, piece_shapes
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.plan import LaneName
+from pdray.engine.step.draws import DrawReader
+from pdray.engine.step.inputs import InputBuffers
+from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.graphs import StepGraphs
 from pdray.engine.step.inputs import StepShape
 from pdray.engine.step.lane import Lane, Place
@@ -256,6 +259,8 @@ def test_closing_drops_what_steps_in_flight_hand_to_the_host(llama: Any) -> None
     assert mux._pieces and mux._in_flight is not None
     mux.close()
     assert not mux._pieces and mux._in_flight is None
+    left = [each for lane in (mux.lane, mux.prompt_lane) for each in vars(lane).values()]
+    assert not [each for each in left if isinstance(each, InputBuffers | MaskBuffer | DrawReader)]
 
 
 @pytest.mark.parametrize(("setting", "kind"), [("off", Engine), ("auto", Engine), ("on", MuxEngine)])

@@ -163,11 +163,12 @@ class Lane:
             mine.wait_stream(its)
 
     def close(self) -> None:
-        """Wait for what was launched, and give up graphs and inputs. Idempotent; nothing can be launched any more."""
+        """Wait for what was launched, and give up graphs and all pinned memory, which remembers the streams that it was
+        copied on. Idempotent; nothing can be launched any more."""
         if self.pool.device.type == "cuda":
             torch.cuda.synchronize(self.pool.device)
         self.stream = self.graphs = None
-        for name in ("_decode_buffers", "_buffers", "masks"):
+        for name in ("_decode_buffers", "_buffers", "masks", "_reader"):
             self.__dict__.pop(name, None)
 
     def _on_stream(self) -> AbstractContextManager[object]:
