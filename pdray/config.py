@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from pdray.errors import ConfigError
 from pdray.gpu_settings import check_device_ids, check_ranks
-from pdray.partition_settings import DEFAULT_MICRO_BATCHES, SM_GROUP, check_partition, check_pipeline
+from pdray.partition_settings import DEFAULT_MICRO_BATCHES, SM_GROUP, Switch, check_partition, check_pipeline
 from pdray.transfer.registry import KINDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -104,7 +104,7 @@ class Config(BaseModel):
     async_scheduling: bool | None = Field(
         None, description="plan a step while the one before it runs; default: on CUDA"
     )
-    sm_partition: Literal["auto", "on", "off"] = Field(
+    sm_partition: Switch = Field(
         "off",
         description="colocated on a GPU: prompts and decodes beside each other, each on some of its SMs; on: whenever"
         " both wait; auto: when that computes more prompts within target_tpot_ms than one step of both",
@@ -113,7 +113,7 @@ class Config(BaseModel):
     target_ttft_ms: Annotated[float, Field(gt=0)] | None = Field(
         None, description="with sm_partition: prompts beside streams go as slowly as this allows; default: full speed"
     )
-    decode_pipeline: Literal["auto", "on", "off"] = Field(
+    decode_pipeline: Switch = Field(
         "off",
         description="on a GPU: steps in micro-batches, one's attention beside another's feed-forward; auto: if faster",
     )

@@ -1,14 +1,24 @@
-"""Checks of settings that share a GPU's SMs out: which of them go together."""
+"""Settings that share a GPU's SMs out: what they may be, and which of them go together."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BeforeValidator
 
 if TYPE_CHECKING:
     from pdray.config import Config
 
 SM_GROUP = 8  # CUDA hands SMs out in multiples of this
 DEFAULT_MICRO_BATCHES = 2
+
+
+def _word(value: object) -> object:
+    """YAML reads the words on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 def check_partition(config: Config) -> None:

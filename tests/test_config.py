@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pdray.config import Config
 from pdray.errors import ConfigError
@@ -121,3 +122,13 @@ def test_a_pipeline_that_cannot_be_is_refused(given: dict[str, object], text: st
 def test_what_workers_of_several_ranks_do_not_do_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**{"mode": "colocated", "tensor_parallel_size": 2} | given)
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_switches_are_what_a_yaml_file_says(word: str) -> None:
+    """YAML takes on and off for booleans."""
+    for setting in ("sm_partition", "decode_pipeline"):
+        given = yaml.safe_load(f"{{mode: colocated, {setting}: {word}}}")
+        assert getattr(Config(**given), setting) == word
+    with pytest.raises(ValueError, match="'auto', 'on' or 'off'"):
+        Config(mode="colocated", sm_partition=1)

@@ -19,11 +19,10 @@ from pdray.engine.mux.partitions import PIECE_SIZES, Partitions, piece_shapes
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.plan import LaneName
 from pdray.engine.step.draws import DrawReader
-from pdray.engine.step.inputs import InputBuffers
-from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.graphs import StepGraphs
-from pdray.engine.step.inputs import StepShape
+from pdray.engine.step.inputs import InputBuffers, StepShape
 from pdray.engine.step.lane import Lane, Place
+from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.kernels.green_context import Partition, SmSplit
 from pdray.sampling_params import SamplingParams
 from pdray.testing.every_draw import EVERY_DRAW, requests_of
