@@ -231,6 +231,8 @@ MAKERS = {"create_task", "ensure_future", "Thread", "Timer", "start_soon", "run_
 OTHERS = {
     ("pdray/background.py", "spawn"): "the policy",
     ("pdray/background.py", "start_thread"): "the policy",
+    ("pdray/background.py", "unless_ended"): "awaited where they are made",
+    ("pdray/engine/step/mask_filling.py", "__init__"): "whoever waits for a job is told what it has raised",
     ("pdray/engine/loop.py", "__init__"): "the engine stands alone; its on_error ends the worker",
     ("pdray/transfer/object_store/kind.py", "on_array"): "awaited where it is made",
     ("pdray/llm.py", "_start"): "awaited where it is made",

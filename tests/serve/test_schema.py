@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+import schemathesis.generation.body_overrides  # at once: CPython 3.11 cannot always parse its sources in a deep draw
 from fastapi import FastAPI
 from hypothesis import HealthCheck, settings
 from pydantic import BaseModel, SecretStr
