@@ -27,9 +27,9 @@ demo: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/pdray serve $(ARGS)
 
-# Three processes, since those that start clusters often wait; a file stays whole, for its fixtures. In the order of the folders: those that start clusters begin.
+# Two processes; a file stays whole, for its fixtures. In the order of the folders: those that start clusters begin.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Real processes and the default model through kills, stops, storms and overload; about half an hour.
 chaos: $(STAMP)
