@@ -27,8 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="as for `pdray serve`")
     add_config_arguments(parser)
+    parser.set_defaults(config_decode_pipeline="on")
     given = config_from_args(parser.parse_args())
-    config = Config(**{"decode_pipeline": "on", **SMALL, **given.model_dump(exclude_unset=True)})
+    config = Config(**{**SMALL, **given.model_dump(exclude_unset=True)})
     model, tokenizer = load_model(config, select_device(config)), load_tokenizer(config)
     prompts = [list(range(5, 9 + i)) for i in range(3)]
     if tokenizer is not None:

@@ -158,7 +158,14 @@ def _pipeline_line(worker_id: str, pipeline: dict[str, Any]) -> str:
 
 
 def _ranges(sizes: list[int]) -> str:
-    return f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else ", ".join(map(str, sizes))
+    """Batch sizes in order, neighbours on the ladder of graphs together; see decode_sizes()."""
+    runs: list[list[int]] = []
+    for size in sizes:
+        if runs and size - runs[-1][-1] <= (8 if size <= 256 else 32):
+            runs[-1].append(size)
+        else:
+            runs.append([size])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _lease_lines(workers: list[dict[str, Any]]) -> list[str]:

@@ -38,7 +38,8 @@ def check_partition(config: Config) -> None:
 
 
 def check_pipeline(config: Config) -> None:
-    """Settings of decode_pipeline. It goes with every mode, and with sm_partition: see docs/configuration.md.
+    """Settings of decode_pipeline. It goes with every mode and with sm_partition; check_ranks() refuses it with more
+    ranks than one.
 
     Raises:
         ValueError: names what to change.
@@ -53,6 +54,11 @@ def check_pipeline(config: Config) -> None:
         raise ValueError(
             f"decode_pipeline is {config.decode_pipeline}, but enforce_eager leaves out CUDA graphs, without which "
             "launching a step takes longer than the step; remove one of them"
+        )
+    if config.max_num_seqs == 1:
+        raise ValueError(
+            f"decode_pipeline is {config.decode_pipeline}, but max_num_seqs is 1, and one sequence makes no two "
+            "micro-batches; raise max_num_seqs or set decode_pipeline to off"
         )
     attention, ffn = config.decode_attention_sm, config.decode_ffn_sm
     if attention and ffn and attention % SM_GROUP and ffn % SM_GROUP:

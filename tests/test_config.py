@@ -98,6 +98,7 @@ def test_a_split_that_cannot_be_is_refused(given: dict[str, object], text: str) 
         ({"decode_pipeline": "on", "decode_ffn_sm": 4}, "decode_ffn_sm"),
         ({"decode_pipeline": "on", "decode_micro_batches": 1}, "decode_micro_batches"),
         ({"decode_pipeline": "sometimes"}, "decode_pipeline"),
+        ({"decode_pipeline": "auto", "max_num_seqs": 1}, "decode_pipeline is auto, but max_num_seqs is 1"),
         ({"decode_pipeline": "auto", "mode": "colocated", "sm_partition": "on", "decode_sms": 32}, None),
     ],
 )

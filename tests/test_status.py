@@ -72,13 +72,13 @@ def test_status_says_how_prompts_and_decodes_share_a_gpu(
 @pytest.mark.parametrize(
     ("state", "line"),
     [
-        (("on", {"100 + 32 SMs": [2, 4, 64]}, 0, 0, False, 7, None), "100 + 32 SMs, with 2 to 64 sequences; 7"),
+        (("on", {"100 + 32 SMs": [2, 4, 8]}, 0, 0, False, 7, None), "100 + 32 SMs, with 2 to 8 sequences; 7"),
         (("auto", {}, 0, 0, True, 0, None), "plain steps until it is measured; 0"),
         (("auto", {}, 21, 0, False, 0, None), "plain steps, faster in 0 of 21 cases measured; 0"),
         (
-            ("auto", {"two streams": [64], "64 + 68 SMs": [128, 256]}, 21, 3, False, 9, None),
-            "two streams, with 64 sequences; 64 + 68 SMs, with 128 to 256 sequences, faster in 3 of 21 cases measured;"
-            " 9",
+            ("auto", {"two streams": [64], "64 + 68 SMs": [8, 128, 136, 256, 288]}, 21, 3, False, 9, None),
+            "two streams, with 64 sequences; 64 + 68 SMs, with 8, 128 to 136, 256 to 288 sequences, faster in 3 of 21 "
+            "cases measured; 9",
         ),
         (("on", {}, 0, 0, False, 0, "old driver"), "plain steps (old driver); 0"),
     ],

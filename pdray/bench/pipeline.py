@@ -50,10 +50,13 @@ def main(args: argparse.Namespace) -> int:
     for name in ("batch_sizes", "contexts", "micro_batches"):
         if min(getattr(args, name)) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
+    if args.repetitions < 1:
+        raise ConfigError("--repetitions must be above 0")
     most = max(args.batch_sizes)
     config = config.model_copy(
         update={
             "enforce_eager": True,  # graphs are made here
+            "decode_pipeline": "off",
             "max_num_seqs": most,
             "max_num_batched_tokens": max(config.max_num_batched_tokens, most),
         }

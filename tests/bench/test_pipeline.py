@@ -37,5 +37,6 @@ def test_a_row_for_each_batch_and_context_that_fits(
 
 
 def test_sizes_that_cannot_be_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*words, "--contexts", "0"]) != 0
-    assert "--contexts must be above 0" in capsys.readouterr().err
+    for option in ("--contexts", "--repetitions"):
+        assert cli.main([*words, option, "0"]) != 0
+        assert f"{option} must be above 0" in capsys.readouterr().err

@@ -165,3 +165,11 @@ def test_a_step_whose_layers_are_told_of_is_no_decode_step(prefill_only: bool) -
     plan = StepPlan()
     plan.add(sequence, 1)  # type: ignore[arg-type]
     assert plan.is_decode is not prefill_only and plan.num_decodes == 1
+
+
+@pytest.mark.parametrize("kind", ["engine", "mux"])
+def test_an_engine_closes_its_pipeline(llama: Any, kind: str) -> None:
+    engine, closed = getattr(llama, kind)(), []
+    engine.pipeline = SimpleNamespace(close=lambda: closed.append(kind))
+    engine.close()
+    assert closed == [kind]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -149,6 +151,7 @@ def test_the_grid_is_what_the_pool_holds() -> None:
     assert [cell.num_seqs for cell in grid] == sorted((cell.num_seqs for cell in grid), reverse=True)
     assert {cell.num_seqs for cell in grid} == {2, 4, 8, 16, 32, 48}
     assert Cell(16, 8192) in grid and Cell(32, 8192) not in grid and Cell(2, 32768) not in grid
+    assert {cell.context for cell in grid_of(replace(LIMITS, max_model_len=400))} == {400}, "a short model's, too"
 
 
 @pytest.mark.usefixtures("gpu")
@@ -230,6 +233,9 @@ def test_on_pipelines_every_step_from_the_start(given: dict[str, int], asked: li
         ("on", {"decode_attention_sm": 64, "decode_ffn_sm": 64}, (), "are 128 SMs, and the device has 132"),
         ("on", {"decode_attention_sm": 13}, (), "failed for 119"),
         ("on", {"decode_ffn_sm": 40}, (40,), "cuGreenCtxCreate failed for 40"),
+        ("on", {"decode_ffn_sm": 132}, (), "132 of the device's 132 SMs for one half leave none"),
+        ("auto", {"decode_ffn_sm": 132}, (), "set decode_ffn_sm to fewer"),
+        ("on", {"decode_attention_sm": 140}, (), "set decode_attention_sm to fewer"),
         ("auto", {}, (32,), "cuGreenCtxCreate failed for 32"),
     ],
 )
@@ -258,6 +264,50 @@ def test_no_memory_for_graphs_leaves_plain_steps(mode: str, caplog: pytest.LogCa
 
 
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_graphs_are_gone_when_their_memory_is_given_back(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was captured before memory ran out, and of ways that were measured and lost."""
+    lane, made, alive = FakeLane(), list[weakref.ref[Any]](), list[int]()
+    timed(monkeypatch, lambda name, cell: 0.010, lane)
+
+    def make_way(halves: Halves, number: int, sizes: list[int]) -> Way:
+        way = FakeLane.make_way(lane, halves, number, sizes)
+        made.append(weakref.ref(cast(Any, way.graphs)))
+        return way
+
+    def capture_way(way: Way) -> Iterator[StepShape]:
+        for shape in FakeLane.capture_way(lane, way):
+            yield shape
+            if mode == "on":
+                raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(lane, "make_way", make_way)
+    monkeypatch.setattr(lane, "capture_way", capture_way)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(ref() is not None for ref in made)))
+    pipeline = open_pipeline(Config(decode_pipeline=cast(Any, mode)), cast(PipelinedLane, lane), Splits())
+    assert pipeline is not None
+    finish(pipeline)
+    assert made and alive == [0]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_measures_plain_steps_of_the_whole_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the lane's last step ran beside prompts, on a partition with graphs of its own."""
+    lane, measured = FakeLane(), set[Any]()
+    whole = lane.graphs
+    pipeline = open_auto(lane, Splits())
+    lane.graphs = FakeGraphs()
+
+    def fake(launches: dict[str, Any], device: torch.device) -> dict[str, Timing]:
+        measured.add(launches[PLAIN].func.__self__)
+        return {name: Timing(0.010, 1e-5) for name in launches}
+
+    monkeypatch.setattr(tuner, "time_in_turn", fake)
+    finish(pipeline)
+    assert measured == {whole}
+
+
+@pytest.mark.usefixtures("gpu")
 def test_another_error_of_capturing_is_not_hidden() -> None:
     lane = FakeLane()
     lane.error = RuntimeError("operation not permitted when stream is capturing")
@@ -283,14 +333,6 @@ def test_a_cpu_says_so_and_decodes_plainly(llama: Any, caplog: pytest.LogCapture
             engine.step()
         assert engine.stats().num_pipelined_steps == 0 and engine.prepare_more() is False
     assert build_engine(Config(**cast(Any, common)), llama.loaded, torch.device("cpu")).pipeline is None
-
-
-@pytest.mark.parametrize("kind", ["engine", "mux"])
-def test_an_engine_closes_its_pipeline(llama: Any, kind: str) -> None:
-    engine, closed = getattr(llama, kind)(), []
-    engine.pipeline = SimpleNamespace(close=lambda: closed.append(kind))
-    engine.close()
-    assert closed == [kind]
 
 
 def test_halves_of_a_device() -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_example_runs_to_the_line_of_the_fall_back(llama: Any) -> None:
     script = [sys.executable, "examples/decode_pipeline.py", str(llama.folder), "--skip-tokenizer-init"]
     small = ["--device", "cpu", "--max-model-len", "128", "--kv-cache-memory-bytes", "1000000"]
+    small += ["--decode-attention-sm", "64"]  # which wants a decode_pipeline that is not off
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": PATIENCE_S, "env": environment}
     done = subprocess.run([*script, *small], cwd=ROOT, **options)

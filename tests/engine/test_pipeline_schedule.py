@@ -56,12 +56,15 @@ class PretendedHalves(Halves):
     def join(self, turns: Any) -> None:
         self.attention.joined_at = max(turn.at for turn in turns)  # type: ignore[attr-defined]
 
+    def rejoin(self) -> None:
+        self.attention.log.append((-1, "rejoined"))  # type: ignore[attr-defined]
+
 
 class Layer:
     """Notes what each of its halves reads, and returns new tensors."""
 
-    def __init__(self, attention: Half, ffn: Half) -> None:
-        self.attention, self.ffn = attention, ffn
+    def __init__(self, attention: Half, ffn: Half, *, fails: bool = False) -> None:
+        self.attention, self.ffn, self.fails = attention, ffn, fails
 
     def attend(self, hidden: torch.Tensor, positions: torch.Tensor, kv: torch.Tensor, meta: Any) -> torch.Tensor:
         assert len(hidden) == len(positions) == len(meta.slot_mapping) == meta.num_decodes
@@ -70,16 +73,20 @@ class Layer:
 
     def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self.ffn.reading.append(weakref.ref(hidden))
+        if self.fails:
+            raise torch.OutOfMemoryError("out of memory")
         return hidden * 2
 
 
-def run(num_layers: int, size: int, number: int) -> tuple[PretendedHalves, list[tuple[int, str]], torch.Tensor]:
-    log: list[tuple[int, str]] = []
+def run(
+    num_layers: int, size: int, number: int, *, fails: bool = False, log: list[tuple[int, str]] | None = None
+) -> tuple[PretendedHalves, list[tuple[int, str]], torch.Tensor]:
+    log = [] if log is None else log
     attention, ffn = Half("attention", log), Half("ffn", log)
     halves = PretendedHalves(cast(Any, attention), cast(Any, ffn))
     decoder = SimpleNamespace(
         embed_tokens=lambda ids, sampled: ids[:, None].float(),
-        layers=[Layer(attention, ffn) for _ in range(num_layers)],
+        layers=[Layer(attention, ffn, fails=fails and i == 1) for i in range(num_layers)],
         norm=lambda hidden: hidden,
     )
     rows = torch.arange(size)
@@ -119,3 +126,11 @@ def test_every_row_goes_through_every_layer_in_order(size: int) -> None:
     for _ in range(3):
         expected = (expected + torch.arange(1, size + 1)[:, None]) * 2
     assert torch.equal(result, expected)
+
+
+def test_a_turn_that_fails_is_joined_too() -> None:
+    """Or the capture could not end, and would say that in place of why."""
+    log: list[tuple[int, str]] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        run(3, 8, 2, fails=True, log=log)
+    assert log[-1] == (-1, "rejoined") and log.count(log[-1]) == 1

@@ -50,6 +50,14 @@ def test_sizes_that_get_graphs() -> None:
     assert table().num_won == 4 and Table().won_sizes([2, 8]) == {} and Table().winner(8, 512) is None
 
 
+def test_a_table_of_other_cells_or_ways_is_another() -> None:
+    cells = list(table().cells)
+    assert table().is_of(reversed(cells), ["a", "b", "c"])
+    assert (
+        not table().is_of(cells, ["a"]) and not table().is_of(cells[1:], ["a", "b"]) and not Table().is_of(cells, "a")
+    )
+
+
 def test_a_table_is_kept_for_its_key_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

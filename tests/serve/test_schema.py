@@ -31,6 +31,7 @@ PARTS_OF_A_REQUEST = ("method", "url", "params", "headers", "json")
 OBEYED = {"model": "smol", "stream_options": None, "max_tokens": 9, "min_tokens": 2, "echo": False}
 OBEYED |= {"response_format": {"type": "json_object"}, "structured_outputs": None}  # one, which can be enforced
 OBEYED |= {"truncate_prompt_tokens": 5, "thinking_token_budget": None}  # a model of no thoughts
+OBEYED |= {"prompt_logprobs": None}  # not with stream
 OBEYED_COMPLETION = OBEYED | {"best_of": None, "suffix": None}
 OBEYED_CHAT = OBEYED | {"max_completion_tokens": 9, "continue_final_message": False, "top_logprobs": None}
 OBEYED_CHAT |= {"chat_template_kwargs": None, "reasoning_effort": None}  # the template's own names

@@ -57,6 +57,18 @@ class Halves(NamedTuple):
             if done is not None:
                 torch.cuda.current_stream().wait_event(done)
 
+    def rejoin(self) -> None:
+        """Join after a turn that failed, whatever was launched of it: a capture cannot end while work is forked."""
+        if self.attention.stream is None:
+            return
+        is_captured = torch.cuda.is_current_stream_capturing()
+        for half in self:
+            assert half.stream is not None
+            with torch.cuda.stream(half.stream):
+                is_forked = torch.cuda.is_current_stream_capturing() == is_captured
+            if is_forked:
+                torch.cuda.current_stream().wait_stream(half.stream)
+
     @property
     def name(self) -> str:
         """As tables and logs call them."""

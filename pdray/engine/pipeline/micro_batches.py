@@ -81,13 +81,17 @@ def pipelined_forward(
         MicroBatch(inputs.positions[rows], cut_attention(inputs.attention, rows), whole[rows], whole, forked)
         for rows in cut_rows(len(whole), number)
     ]
-    for i, layer in enumerate(decoder.layers):
-        for batch in batches:
-            with halves.attention.turn(batch.ready) as done:
-                attended = layer.attend(batch.hidden, batch.positions, kv[i], batch.attention)
-            batch.pass_on(attended, done)
-            with halves.ffn.turn(batch.ready) as done:
-                fed = layer.feed_forward(batch.hidden)
-            batch.pass_on(fed, done)
+    try:
+        for i, layer in enumerate(decoder.layers):
+            for batch in batches:
+                with halves.attention.turn(batch.ready) as done:
+                    attended = layer.attend(batch.hidden, batch.positions, kv[i], batch.attention)
+                batch.pass_on(attended, done)
+                with halves.ffn.turn(batch.ready) as done:
+                    fed = layer.feed_forward(batch.hidden)
+                batch.pass_on(fed, done)
+    except BaseException:
+        halves.rejoin()
+        raise
     halves.join(batch.ready for batch in batches)
     return decoder.norm(torch.cat([batch.hidden for batch in batches]))

@@ -20,7 +20,7 @@ from pdray.engine.pipeline.table import Table, TableFile
 from pdray.engine.pipeline.tuner import grid_of, tune
 from pdray.engine.ranks.orders import LaneRanks
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.step.graphs import decode_sizes
+from pdray.engine.step.graphs import StepGraphs, decode_sizes
 from pdray.kernels.green_context import UnavailableError, split_sms
 from pdray.kernels.processors import device_processors
 from pdray.models.decoder import Decoder
@@ -77,7 +77,8 @@ class DecodePipeline:
             while self.prepare_more():
                 pass
         elif opened:
-            self._work = self._tune()
+            assert lane.graphs is not None, "without graphs steps take as long as the host needs to launch them"
+            self._work = self._tune(lane.graphs)  # now: a lane that is moved to a partition has others
 
     def choose(self, num_seqs: int, mean_len: float) -> Way | None:
         """See PipelinedLane.choose."""
@@ -87,6 +88,7 @@ class DecodePipeline:
 
     def prepare_more(self) -> bool:
         """Measure or capture one thing more, while no step is in flight; returns whether more is left."""
+        reason = ""
         try:
             next(self._work)
         except StopIteration:
@@ -94,7 +96,9 @@ class DecodePipeline:
         except RuntimeError as error:
             if "out of memory" not in str(error):  # which CUDA's own errors are called too, not only the allocator's
                 raise
-            self._give_up(f"out of memory for its graphs; lower gpu_memory_utilization ({error})")
+            reason = f"out of memory for its graphs; lower gpu_memory_utilization ({error})"
+        if reason:  # the error is gone by now, and with it what held the graphs
+            self._give_up(reason)
         return self._is_preparing
 
     def _give_up(self, reason: str) -> None:
@@ -115,7 +119,7 @@ class DecodePipeline:
         self._ways = ways
         self._lane.choose = self.choose if ways else None
 
-    def _tune(self) -> Iterator[None]:
+    def _tune(self, plain: StepGraphs) -> Iterator[None]:
         """Measure, unless an earlier start has; then make the winners' graphs."""
         lane, grid = self._lane, grid_of(self._lane.limits)
         sizes = sorted({cell.num_seqs for cell in grid})
@@ -123,11 +127,15 @@ class DecodePipeline:
         names = [way.name for way in ways]
         file = TableFile(table_key(lane) | {"grid": grid, "ways": names})
         table = file.load()
+        if table is not None and not table.is_of(grid, names):
+            logger.warning("the decode pipeline is measured again: what was found before is not of these steps")
+            table = None
         if table is None:
             table = Table()
-            yield from tune(lane, ways, grid, table)
+            yield from tune(lane, plain, ways, grid, table)
             file.save(table)
         del ways
+        torch.cuda.empty_cache()  # the losers' graphs are gone, and their memory may be another process's
         self._table = table
         won = table.won_sizes(self._sizes)
         logger.info("the decode pipeline is faster than plain steps in %d of %d cells", table.num_won, len(table.cells))
@@ -184,7 +192,8 @@ def _open(config: Config, device: torch.device, split: Split) -> list[SplitHalve
     wanted = _attention_sms(config, total)
     with ExitStack() as made:
         opened = []
-        for attention_sms in [wanted] if wanted else sorted({size % total for size in LADDER if abs(size) < total}):
+        ladder = sorted({size % total for size in LADDER if abs(size) < total})
+        for attention_sms in ladder if wanted is None else [wanted]:
             opened.append(split_halves(device, attention_sms, split))
             made.callback(opened[-1].split.close)
         if config.decode_pipeline == "auto":
@@ -201,9 +210,15 @@ def _attention_sms(config: Config, total: int) -> int | None:
             f"decode_attention_sm ({attention}) and decode_ffn_sm ({ffn}) are {attention + ffn} SMs, and the device "
             f"has {total}; give one of them, or two that add up"
         )
-    if attention or config.decode_pipeline == "auto":
-        return attention or (total - ffn if ffn else None)
-    return total - (ffn or DEFAULT_FFN_SMS)
+    if attention is None and ffn is None and config.decode_pipeline == "auto":
+        return None
+    wanted = attention or total - (ffn or DEFAULT_FFN_SMS)
+    if not 0 < wanted < total:
+        raise UnavailableError(
+            f"{attention or ffn or DEFAULT_FFN_SMS} of the device's {total} SMs for one half leave none for the other; "
+            f"set {'decode_attention_sm' if attention else 'decode_ffn_sm'} to fewer"
+        )
+    return wanted
 
 
 def table_key(lane: PipelinedLane) -> dict[str, Any]:

@@ -48,6 +48,10 @@ class Table:
 
     cells: dict[Cell, Found] = field(default_factory=dict)
 
+    def is_of(self, grid: Iterable[Cell], names: Iterable[str]) -> bool:
+        """Whether it holds these cells and no others, and knows no other ways."""
+        return set(self.cells) == set(grid) and {found.best for found in self.cells.values()} <= set(names)
+
     def winner(self, num_seqs: int, mean_len: float) -> str | None:
         """Name of the way for a step of so many sequences, by the nearest context that was measured; None: plain.
 

@@ -11,10 +11,11 @@ from pdray.engine.pipeline.lane import PipelinedLane, Way
 from pdray.engine.pipeline.measure import Timing, time_in_turn
 from pdray.engine.pipeline.table import Cell, Found, Table
 from pdray.engine.schedule.limits import EngineLimits
+from pdray.engine.step.graphs import StepGraphs
 from pdray.engine.step.inputs import StepShape
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)  # of batches, and max_num_seqs
-CONTEXTS = (512, 2048, 8192, 32768)  # tokens; other means go by the nearest
+CONTEXTS = (512, 2048, 8192, 16384, 32768)  # tokens, or max_model_len if that is less; other means go by the nearest
 MIN_GAIN = 0.02  # of a plain step's time, below which nothing is worth a change
 PLAIN = "plain"
 
@@ -22,18 +23,22 @@ PLAIN = "plain"
 def grid_of(limits: EngineLimits) -> list[Cell]:
     """Cells that the pool can hold, the largest batch first."""
     sizes = {size for size in SIZES if size < limits.max_num_seqs} | {limits.max_num_seqs}
+    contexts = [context for context in CONTEXTS if context <= limits.max_model_len] or [limits.max_model_len]
     return [
         Cell(size, context)
         for size in sorted(sizes, reverse=True)
-        for context in CONTEXTS
-        if context <= limits.max_model_len and size * limits.num_blocks_for(context) <= limits.num_blocks
+        for context in contexts
+        if size * limits.num_blocks_for(context) <= limits.num_blocks
     ]
 
 
-def tune(lane: PipelinedLane, ways: Sequence[Way], grid: Sequence[Cell], table: Table) -> Iterator[None]:
+def tune(
+    lane: PipelinedLane, plain: StepGraphs, ways: Sequence[Way], grid: Sequence[Cell], table: Table
+) -> Iterator[None]:
     """Fill the table; one graph is captured, or one cell measured, before each value. No step may be in flight.
 
     Args:
+        plain: the lane's own graphs on every SM, wherever its last step ran.
         ways: their graphs have the grid's sizes, and none is captured yet.
     """
     captures = [lane.capture_way(way) for way in ways]
@@ -44,15 +49,14 @@ def tune(lane: PipelinedLane, ways: Sequence[Way], grid: Sequence[Cell], table: 
             yield
         for cell in cells:
             lane.rehearse(*cell)
-            table.cells[cell] = judge(time_in_turn(launches(lane, ways, size), lane.pool.device))
+            table.cells[cell] = judge(time_in_turn(launches(plain, ways, size), lane.pool.device))
             yield
 
 
-def launches(lane: PipelinedLane, ways: Sequence[Way], size: int) -> dict[str, Any]:
+def launches(plain: StepGraphs, ways: Sequence[Way], size: int) -> dict[str, Any]:
     """What launches a step of ``size`` sequences, by the name of its way."""
     shape = StepShape(size, size, size, True)
-    assert lane.graphs is not None, "without graphs steps take as long as the host needs to launch them"
-    graphs = {PLAIN: lane.graphs} | {way.name: way.graphs for way in ways if way.graphs is not None}
+    graphs = {PLAIN: plain} | {way.name: way.graphs for way in ways if way.graphs is not None}
     return {name: partial(each.replay, shape) for name, each in graphs.items()}
 
 

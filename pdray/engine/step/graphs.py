@@ -139,8 +139,13 @@ class StepGraphs:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 compute(inputs, self._record_stored(shape), logits_out=self.logits[: shape.num_draws])
-            finally:
-                graph.capture_end()
+            except BaseException as error:
+                try:
+                    graph.capture_end()
+                except RuntimeError as second:  # it must not hide the first: memory that has run out can be borne
+                    error.add_note(f"then the capture could not end: {second}")
+                raise
+            graph.capture_end()
         self._graphs[shape] = graph
 
     def _record_stored(self, shape: StepShape) -> Callable[[int], None]:
