@@ -225,7 +225,8 @@ def test_a_failing_piece_costs_its_requests_alone(llama: Any, overlap: bool) -> 
     mux.assert_empty()
 
 
-def test_what_a_failed_engine_computed_is_named_for_both_lanes(llama: Any) -> None:
+def busy_in_both_lanes(llama: Any) -> Any:
+    """With a step of "decodes" and a piece of "prompt" in flight."""
     mux = llama.mux(async_scheduling=True)
     mux.hold = lambda: 99
     mux.add(EngineRequest("decodes", list(range(5, 20)), RULES["greedy"]))
@@ -233,6 +234,11 @@ def test_what_a_failed_engine_computed_is_named_for_both_lanes(llama: Any) -> No
         mux.step()
     mux.add(EngineRequest("prompt", list(range(5, 90)), RULES["greedy"]))
     mux.step()
+    return mux
+
+
+def test_what_a_failed_engine_computed_is_named_for_both_lanes(llama: Any) -> None:
+    mux = busy_in_both_lanes(llama)
     assert set(mux.suspects()) == {"decodes", "prompt"}
 
 
@@ -248,13 +254,7 @@ def test_a_slot_of_a_history_is_written_after_the_other_lane_has_done_with_it(ll
 
 def test_closing_drops_what_steps_in_flight_hand_to_the_host(llama: Any) -> None:
     """It remembers its lane's stream, and must go before that."""
-    mux = llama.mux(async_scheduling=True)
-    mux.hold = lambda: 99
-    mux.add(EngineRequest("decodes", list(range(5, 20)), RULES["greedy"]))
-    for _ in range(3):
-        mux.step()
-    mux.add(EngineRequest("prompt", list(range(5, 90)), RULES["greedy"]))
-    mux.step()
+    mux = busy_in_both_lanes(llama)
     assert mux._pieces and mux._in_flight is not None
     mux.close()
     assert not mux._pieces and mux._in_flight is None
