@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pdray.actors.assembly import Assembly, assemble, log_start
-from pdray.actors.engine_watch import check_when_idle, describe_engine, report_metrics, wait_until_hung
+from pdray.actors.engine_watch import check_when_idle, describe_engine, fingerprint, report_metrics, wait_until_hung
 from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
 from pdray.actors.prefix_news import PrefixNews
@@ -145,7 +145,7 @@ class Worker(ABC):
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id() if in_ray else "",
             device=str(self.device),
-            fingerprint=f"{self.engine.model.fingerprint}-{self.engine.pool.layout}",
+            fingerprint=fingerprint(self.engine),
             num_blocks=self.engine.num_blocks,
             block_size=self.engine.block_size,
             max_model_len=self.engine.max_model_len,
@@ -155,6 +155,7 @@ class Worker(ABC):
             vocab_size=self.engine.model.config.vocab_size,
             lends=lent,
             lender=self.lender.incarnation if is_guest and self.lender is not None else "",
+            num_ranks=self.engine.model.decoder.num_ranks,
         )
         self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
@@ -172,7 +173,7 @@ class Worker(ABC):
                 self.worker_id, self.role, application=self.app_name, model=self.config.model_name
             )
             self._failures.on_failure = LoopMetrics(self.worker_id, self.app_name).on_failure
-            self._tasks.keep_running("report metrics", partial(report_metrics, self.engine, metrics))
+            self._tasks.keep_running("report metrics", partial(report_metrics, self.engine, metrics, self._leader))
             check = partial(check_when_idle, self.engine, self.check_integrity, metrics, self.worker_id)
             self._tasks.keep_running("check when idle", check)
             self._tasks.keep_running("end if orphaned", self._orphan_watch.run)
@@ -248,9 +249,8 @@ class Worker(ABC):
             "device": self.info.device,
             "pid": self.info.pid,
             "address": f"{self.info.host}:{self.info.port}",
-            "rank_pids": [] if self._leader is None else self._leader.pids,
             "routers": self._router_ids(),
-        } | describe_engine(self.engine)
+        } | describe_engine(self.engine, self._leader)
 
     # engine's thread
 

@@ -16,13 +16,19 @@ from pdray.engine.ranks.orders import LaneRanks, StepOrder
 from pdray.engine.ranks.orders import encode as encode_order
 from pdray.engine.ranks.shared_memory import SharedMemory
 from pdray.errors import RankDiedError
+from pdray.ranks.facts import RankFacts, RankState
 from pdray.ranks.member import Member, check_visible, member_environment
 from pdray.ranks.setup import Setup, encode, join, settings_of
 
 if TYPE_CHECKING:
     import torch
 
+    from pdray.engine.kv.pool import KVPool
     from pdray.kernels.collective.group import RankGroup
+    from pdray.models.model_config import ModelConfig
+    from pdray.ranks.pools import RankPools
+
+KV_TIMEOUT_S = 60.0  # for a piece of blocks, where nothing is said of steps
 
 
 class Leader:
@@ -57,12 +63,27 @@ class Leader:
         except BaseException:
             self.close()
             raise
-        self.ranks = LaneRanks(SharedMemory(self._inputs, pinned=on_gpu), self._announce)
+        memory = SharedMemory(self._inputs, pinned=on_gpu)
+        self._facts = RankFacts(memory, size)
+        self.ranks = LaneRanks(memory, self._announce)
+        self._timeout_s = config.step_timeout_s or KV_TIMEOUT_S
 
     @property
     def pids(self) -> list[int]:
         """Processes of the other ranks."""
         return [member.pid for member in self._members]
+
+    def states(self) -> list[RankState]:
+        """Of the other ranks."""
+        return [self._facts.of(member.rank, member.pid) for member in self._members]
+
+    def open_pools(self, pool: KVPool, model: ModelConfig) -> RankPools:
+        """All ranks' blocks, once this process has its lane; the others expect it in mode disaggregated. Once."""
+        from pdray.ranks.kv_orders import Staging
+        from pdray.ranks.pools import RankPools
+
+        staging = Staging(self.ranks.memory, pool.layout, len(self._members) + 1)
+        return RankPools(pool, model.num_kv_heads, self._members, staging, timeout_s=self._timeout_s)
 
     def close(self) -> None:
         """End the other ranks, and see them gone. Idempotent; no step may be in flight."""
@@ -102,8 +123,11 @@ class Leader:
             self._on_end(error)
 
 
-def check_model(config: Config) -> None:
+def check_model(config: Config, setting: str = "tensor_parallel_size") -> None:
     """Before any process is started.
+
+    Args:
+        setting: that the number of ranks comes from.
 
     Raises:
         ConfigError: the model cannot be divided by so many ranks.
@@ -111,7 +135,7 @@ def check_model(config: Config) -> None:
     from pdray.models import load_model_config
     from pdray.models.shards import check_divisible
 
-    check_divisible(load_model_config(config), config.tensor_parallel_size)
+    check_divisible(load_model_config(config), config.tensor_parallel_size, setting)
 
 
 def visible_gpus() -> list[str]:
