@@ -33,7 +33,7 @@ from pdray.config import Config
 from pdray.control.effects import Send
 from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
-from pdray.errors import StepFailedError, describe_error
+from pdray.errors import RankDiedError, StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.logs import log_to_stderr
 from pdray.metrics import LoopMetrics, WorkerMetrics
@@ -207,7 +207,6 @@ class Worker(ABC):
         return Heartbeat(self._epochs(), self._router_ids(), self._failures.describe())
 
     def _routers(self) -> list[Session]:
-        """Open sessions to routers."""
         return [session for session in self.sessions.values() if session.peer.role is Role.ROUTER]
 
     def _router_ids(self) -> list[str]:
@@ -280,8 +279,9 @@ class Worker(ABC):
         self._loop.call_soon_threadsafe(self._on_layer_group, ready)
 
     def _engine_failed(self, error: BaseException) -> None:
-        keys = error.keys if isinstance(error, StepFailedError) else ()
-        self._loop.call_soon_threadsafe(self._end_with_step, error, keys)
+        cause = error if self._leader is None else self._leader.cause_of(error)
+        keys = cause.keys if isinstance(cause, StepFailedError) else ()
+        self._loop.call_soon_threadsafe(self._end_with_step, cause, keys)
 
     # event loop's thread
 
@@ -289,11 +289,11 @@ class Worker(ABC):
         self._end_with_step(await wait_until_hung(self._engine_loop, step_timeout_s))
 
     def _end_with_step(self, error: BaseException, keys: Iterable[Hashable] | None = None) -> None:
-        """A step has broken the engine: routers hear, once, which legs it computed, and then the worker ends."""
-        if not self._started:
-            return self._fail(error)
+        """A step has broken the engine: routers hear which legs it computed. A killed rank is a process's death."""
         if self._ending:
             return
+        if not self._started or (isinstance(error, RankDiedError) and error.was_killed):
+            return self._fail(error)
         self._ending = True
         suspects = [LegKey(*key) for key in (self.engine.suspects() if keys is None else keys)]  # type: ignore[misc]
         logger.error("%s: the engine failed in a step of %s", self.worker_id, suspects)

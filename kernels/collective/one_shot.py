@@ -59,8 +59,7 @@ def open_one_shot(group: RankGroup, device: torch.device) -> OneShot | str:
 
 
 class _Memory:
-    """Zeros of this process's GPU that others can map. It lasts as long as the process: what others have mapped, and may
-    still write to, is never given back.
+    """Zeros of this process's GPU that others can map. They last as long as the process: others may still write there.
 
     Attributes:
         row: [10] int64 on the host: its handle, and which GPU it is on.

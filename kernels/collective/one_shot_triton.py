@@ -1,12 +1,12 @@
 """The sum of a small tensor over ranks whose memory each can write, in one kernel and one trip over the link.
 
-Every rank writes its part into an inbox of every other rank, in packets of eight bytes: four of data, four that say which
-turn they belong to. A packet arrives whole, so that whoever finds the turn it waits for has the data: no fence, and no
-barrier between the ranks. The protocol is that of NCCL's LL (low latency) mode; here it is one kernel without any other
-work, and the ranks' parts are added in the same order on each.
+Every rank writes its part into an inbox of every other rank, in packets of eight bytes: four of data, four that say
+which turn they belong to. A packet arrives whole, so that whoever finds the turn it waits for has the data: no fence,
+and no barrier between the ranks. The protocol is that of NCCL's LL (low latency) mode; here it is one kernel without
+any other work, and the ranks' parts are added in the same order on each.
 
-Two inboxes take turns. A rank writes into one again only after the turn between, for which it needed what every other rank
-sent in that turn: after they had read the turn before.
+Two inboxes take turns. A rank writes into one again only after the turn between, for which it needed what every other
+rank sent in that turn: after they had read the turn before.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -28,21 +28,14 @@ def inbox_packets(size: int, max_programs: int) -> int:
 
 
 @triton.jit
-def _low(word, DTYPE: tl.constexpr):
-    """The first of the numbers in a word."""
-    if DTYPE == tl.float32:
-        return word.to(tl.float32, bitcast=True)
-    return (word & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _high(word, DTYPE: tl.constexpr):
-    """The second one, of two."""
-    return ((word >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+def _number(half, DTYPE: tl.constexpr):
+    """Half a word as a number of two bytes."""
+    return (half & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _half(number, DTYPE: tl.constexpr):
+    """Inverse of _number()."""
     return number.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
 
@@ -57,6 +50,7 @@ def sum_kernel(
     PROGRAMS: tl.constexpr,
     WORDS: tl.constexpr,
     DTYPE: tl.constexpr,
+    HALVES: tl.constexpr,  # two numbers in a word
 ):
     program = tl.program_id(0)
     turn = tl.load(turns_ptr + program) + 1
@@ -69,9 +63,9 @@ def sum_kernel(
     sent = (turn.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
     for rank in tl.static_range(SIZE):
         if rank != RANK:
-            theirs = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.int64))
+            theirs = tl.multiple_of(tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.int64)), 16)
             tl.store(theirs + RANK * ALL + place, sent, cache_modifier=".wt")
-    mine = tl.load(inboxes_ptr + RANK).to(tl.pointer_type(tl.int64))
+    mine = tl.multiple_of(tl.load(inboxes_ptr + RANK).to(tl.pointer_type(tl.int64)), 16)
     low = tl.zeros([WORDS], tl.float32)
     high = tl.zeros([WORDS], tl.float32)
     for rank in tl.static_range(SIZE):
@@ -82,14 +76,15 @@ def sum_kernel(
             while tl.sum(((packet >> 32) != turn).to(tl.int32), 0) > 0:
                 packet = tl.load(mine + rank * ALL + place, volatile=True)
             part = packet.to(tl.int32)
-        low += _low(part, DTYPE)
-        if DTYPE != tl.float32:
-            high += _high(part, DTYPE)
-    if DTYPE == tl.float32:
-        total = low.to(tl.int32, bitcast=True)
+        if HALVES:
+            low += _number(part, DTYPE)
+            high += _number(part >> 16, DTYPE)
+        else:
+            low += part.to(tl.float32, bitcast=True)
+    if HALVES:
+        tl.store(words_ptr + word, _half(low, DTYPE) | (_half(high, DTYPE) << 16), mask=mask)
     else:
-        total = _half(low, DTYPE) | (_half(high, DTYPE) << 16)
-    tl.store(words_ptr + word, total, mask=mask)
+        tl.store(words_ptr + word, low.to(tl.int32, bitcast=True), mask=mask)
     tl.store(turns_ptr + program, turn)
 
 
@@ -104,5 +99,6 @@ def triton_one_shot_sum(x: Tensor, inboxes: Tensor, turns: Tensor, rank: int) ->
     words = x.view(-1).view(torch.int32)
     sum_kernel[(triton.cdiv(words.numel(), WORDS),)](
         words, inboxes, turns, words.numel(),
-        RANK=rank, SIZE=len(inboxes), PROGRAMS=len(turns), WORDS=WORDS, DTYPE=TYPES[x.dtype], num_warps=NUM_WARPS,
+        RANK=rank, SIZE=len(inboxes), PROGRAMS=len(turns), WORDS=WORDS,
+        DTYPE=TYPES[x.dtype], HALVES=x.element_size() == 2, num_warps=NUM_WARPS,
     )  # fmt: skip

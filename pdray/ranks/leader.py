@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pdray.models.model_config import ModelConfig
     from pdray.ranks.pools import RankPools
 
+DEATH_S = 1.0  # until a process that was killed is seen to be
 KV_TIMEOUT_S = 60.0  # for a piece of blocks, where nothing is said of steps
 
 
@@ -53,6 +54,8 @@ class Leader:
             check_visible(gpus, size)
         self._on_end = on_end
         self._ended = threading.Lock()  # taken by the first rank that ends
+        self._killed: list[RankDiedError] = []
+        self._was_killed = threading.Event()  # one of them, and is in the list
         self._inputs: int | None = os.memfd_create("pdray-inputs")
         self._members = [
             Member(rank, member_environment(gpus[rank:] + gpus[:rank]), self._inputs, self._member_ended)
@@ -118,9 +121,19 @@ class Leader:
         for member in self._members:
             member.send(message)
 
+    def cause_of(self, error: BaseException) -> BaseException:
+        """The error that a rank was killed, if that is why this process's step, or another rank, has failed. May wait
+        for a moment: connections between ranks are seen to end before a process is."""
+        return self._killed[0] if self._was_killed.wait(DEATH_S) else error
+
     def _member_ended(self, error: RankDiedError) -> None:
+        if error.was_killed:
+            self._killed.append(error)
+            self._was_killed.set()
+        cause = self.cause_of(error)
         if self._ended.acquire(blocking=False):
-            self._on_end(error)
+            assert isinstance(cause, RankDiedError)
+            self._on_end(cause)
 
 
 def check_model(config: Config, setting: str = "tensor_parallel_size") -> None:

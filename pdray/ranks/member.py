@@ -101,8 +101,10 @@ class Member:
             process.kill()
             status = process.wait()
         if not self._closing.is_set():
-            what = reason or (f"signal {-status}" if status < 0 else f"status {status}")
-            self._on_end(RankDiedError(f"rank {self.rank} (process {process.pid}) has ended: {what}"))
+            was_killed = status < 0 and not reason
+            what = reason or (f"signal {-status}" if was_killed else f"status {status}")
+            text = f"rank {self.rank} (process {process.pid}) has ended: {what}"
+            self._on_end(RankDiedError(text, was_killed=was_killed))
 
     def _failed(self, error: BaseException) -> None:
         self._on_end(RankDiedError(f"rank {self.rank} is not watched any more: {error!r}"))

@@ -157,6 +157,7 @@ def test_a_rank_that_dies_ends_the_step_and_is_told_of(pair: Ranks) -> None:
     with pytest.raises(StepFailedError) as failure:
         run(pair.engine, [])
     assert list(failure.value.keys) == ["greedy"]
+    assert pair.leader.cause_of(failure.value) is pair.ends[0] and pair.ends[0].was_killed
     assert len(pair.ends) == 1
 
 
@@ -166,7 +167,7 @@ def test_what_keeps_a_rank_from_starting_is_told(tmp_path: Path) -> None:
     ends: list[RankDiedError] = []
     with Leader(config, CPU, ends.append) as leader:
         leader._members[0]._thread.join(PATIENCE_S)
-        assert re.search("rank 1 .* has ended: ModelLoadError: .*gone.json", str(ends[0]))
+        assert re.search("rank 1 .* has ended: ModelLoadError: .*gone.json", str(ends[0])) and not ends[0].was_killed
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
