@@ -10,12 +10,11 @@ from torch import Tensor
 
 from pdray.kernels.collective.group import RankGroup
 
-MAX_PROGRAMS = 16  # 64 KiB
 HANDLE = "8q"  # of CUDA IPC: 64 bytes
 
 
 class OneShot:
-    """Sums of up to ``max_bytes`` bytes, in place, on the current stream; can be captured.
+    """Sums of small tensors, in place, on the current stream; can be captured.
 
     All ranks call in the same order, as for RankGroup. A rank that never comes is waited for on the device, for ever.
     """
@@ -25,27 +24,31 @@ class OneShot:
 
         self._rank, self._inboxes, self._turns = rank, inboxes, turns
         self._launch, self._types = triton_one_shot_sum, TYPES
-        self.max_bytes = len(turns) * WORDS * 4
+        self._max_bytes = len(turns) * WORDS * 4
 
     def takes(self, x: Tensor) -> bool:
         """Whether it is one of those."""
         num_bytes = x.numel() * x.element_size()
-        return 0 < num_bytes <= self.max_bytes and num_bytes % 4 == 0 and x.dtype in self._types
+        return 0 < num_bytes <= self._max_bytes and num_bytes % 4 == 0 and x.dtype in self._types
 
     def sum(self, x: Tensor) -> None:
         """``x`` is contiguous, and one that takes() takes."""
         self._launch(x, self._inboxes, self._turns, self._rank)
 
 
-def open_one_shot(group: RankGroup, device: torch.device) -> OneShot | str:
+def open_one_shot(group: RankGroup, max_bytes: int, device: torch.device) -> OneShot | str:
     """Exchange memory with the other ranks; the same outcome on each. Launches on the current stream, and waits for it.
+
+    Args:
+        max_bytes: of the largest sum, about.
 
     Returns:
         Why it cannot be, if some ranks cannot write each other's memory.
     """
-    from pdray.kernels.collective.one_shot_triton import inbox_packets
+    from pdray.kernels.collective.one_shot_triton import WORDS, inbox_packets
 
-    mine = _Memory(inbox_packets(group.size, MAX_PROGRAMS) * 8, device)
+    max_programs = -(-max_bytes // (4 * WORDS))
+    mine = _Memory(inbox_packets(group.size, max_programs) * 8, device)
     rows = _gather_all(group, mine.row.to(device))
     if len({tuple(row[8:].tolist()) for row in rows}) < group.size:
         addresses: list[int] | str = "several ranks are on one GPU"
@@ -55,7 +58,7 @@ def open_one_shot(group: RankGroup, device: torch.device) -> OneShot | str:
     if int(group.sum(failed).item()):
         return addresses if isinstance(addresses, str) else "another rank cannot write this one's memory"
     inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
-    return OneShot(group.rank, inboxes, torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device))
+    return OneShot(group.rank, inboxes, torch.zeros(max_programs, dtype=torch.int32, device=device))
 
 
 class _Memory:
