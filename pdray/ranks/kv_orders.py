@@ -81,12 +81,12 @@ class KVFollower:
         self._thread = start_thread("kv-orders", self._follow, self._failed)
 
     def _follow(self) -> None:
-        while True:
-            try:
+        try:
+            while True:
                 order = decode(self._connection.recv_bytes())
-            except EOFError:
-                return  # rank 0 is gone, or takes its leave
-            self._connection.send_bytes(self._carry_out(order).encode())
+                self._connection.send_bytes(self._carry_out(order).encode())
+        except (EOFError, OSError):
+            pass  # rank 0 is gone, or takes its leave
 
     def _carry_out(self, order: KVOrder) -> str:
         layers = range(order.first_layer, order.last_layer)

@@ -48,10 +48,9 @@ def ranks_obstacle(channel: str) -> str | None:
 
 
 def _obstacle(kind: str, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
-    if prefill.num_ranks > 1 or decode.num_ranks > 1:
-        obstacle = ranks_obstacle(kind)
-        if obstacle is not None:
-            return f"{obstacle} ({prefill.worker_id} has {prefill.num_ranks}, {decode.worker_id} {decode.num_ranks})"
+    for info in (prefill, decode):
+        if info.num_ranks > 1 and kind not in OF_RANKS:
+            return f"{info.worker_id} has {info.num_ranks} ranks, and {kind} joins workers of one"
     return load_kind(kind).obstacle(prefill, decode)
 
 

@@ -122,7 +122,8 @@ async def test_workers_of_different_numbers_of_ranks(tmp_path: Path) -> None:
     pair = Pair(config_of(tmp_path, 1, 2))
     await pair.start()
     assert (await pair.prefill.describe())["channels"] == {"decode-0": "object_store"}
-    assert "joins workers of one rank each" in (await pair.prefill.describe())["passed_over"]["decode-0"]["nccl"]
+    reason = "decode-0 has 2 ranks, and nccl joins workers of one"
+    assert (await pair.prefill.describe())["passed_over"]["decode-0"]["nccl"] == reason
     assert await said_by(pair, 1) == expected
 
     await lose(pair, "p1")
