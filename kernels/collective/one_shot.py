@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from typing import Any
 
@@ -50,7 +51,7 @@ def open_one_shot(group: RankGroup, max_bytes: int, device: torch.device) -> One
     max_programs = -(-max_bytes // (4 * WORDS))
     mine = _Memory(inbox_packets(group.size, max_programs) * 8, device)
     rows = _gather_all(group, mine.row.to(device))
-    if len({tuple(row[8:].tolist()) for row in rows}) < group.size:
+    if len({int(row[8]) for row in rows}) < group.size:
         addresses: list[int] | str = "several ranks are on one GPU"
     else:
         addresses = mine.map_all([struct.pack(HANDLE, *row[:8].tolist()) for row in rows], group.rank)
@@ -65,7 +66,7 @@ class _Memory:
     """Zeros of this process's GPU that others can map. They last as long as the process: others may still write there.
 
     Attributes:
-        row: [10] int64 on the host: its handle, and which GPU it is on.
+        row: [9] int64 on the host: its handle, and which GPU it is on.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -77,9 +78,9 @@ class _Memory:
         self.address: int = runtime.malloc(num_bytes)
         runtime.memset(self.address, 0, num_bytes)
         runtime.deviceSynchronize()
-        gpu = bytes(torch.cuda.get_device_properties(index).uuid.bytes)
+        gpu = hashlib.sha256(str(torch.cuda.get_device_properties(index).uuid).encode()).digest()[:8]
         handle = bytes(runtime.ipcGetMemHandle(self.address))
-        self.row = torch.tensor([*struct.unpack(HANDLE, handle), *struct.unpack("2q", gpu)], dtype=torch.int64)
+        self.row = torch.tensor([*struct.unpack(HANDLE, handle), *struct.unpack("q", gpu)], dtype=torch.int64)
 
     def map_all(self, handles: list[bytes], rank: int) -> list[int] | str:
         """Where each rank's memory lies in this process; this one's own is ``rank``'s. Else, what the driver says."""
