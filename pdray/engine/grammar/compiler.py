@@ -21,6 +21,7 @@ import msgspec
 from pdray.engine.grammar.formats import write_out_formats
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
 from pdray.engine.grammar.lark import check_lark
+from pdray.engine.grammar.lengths import Lengths, StringLimits, limited_schema
 from pdray.engine.grammar.matcher import Grammar, GrammarError, num_words
 from pdray.engine.grammar.multiples import check_multiples
 from pdray.engine.grammar.pieces import TokenPieces
@@ -75,6 +76,7 @@ class GrammarCompiler:
     def __init__(self, load: Callable[[], TokenPieces], most_starts: int = 1) -> None:
         self._load, self._most_starts = load, most_starts
         self._vocabulary: _Vocabulary | None = None
+        self._lengths: Lengths | None = None
         self._lane = ThreadPoolExecutor(1, "pdray-grammar")
         self._lock = threading.Lock()
         self._known: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
@@ -136,7 +138,8 @@ class GrammarCompiler:
                 raise refusal(params, first.get_error())
         starts = Starts(first, compile_one, 0 if is_expensive else self._most_starts)
         is_json = params.kind in ("json", "json_object")
-        grammar = Grammar(starts, len(tokens.pieces), tokens.special, spelling if is_json else None)
+        limits = self._limits_of(params)
+        grammar = Grammar(starts, len(tokens.pieces), tokens.special, spelling if is_json else None, limits)
         try:
             if not grammar.has_text():
                 raise refusal(params, "it allows no text but the empty one")
@@ -144,6 +147,15 @@ class GrammarCompiler:
             dead_end = str(error) == DEAD_END
             raise refusal(params, "no text was found that it allows" if dead_end else str(error)) from None
         return grammar
+
+    def _limits_of(self, params: StructuredOutputsParams) -> StringLimits | None:
+        schema = limited_schema(params)
+        if schema is None or self._vocabulary is None:
+            return None
+        if self._lengths is None:
+            tokens = self._vocabulary.tokens
+            self._lengths = Lengths(tokens.pieces, tokens.special, num_words(len(tokens.pieces) + 1))
+        return StringLimits.of(self._lengths, schema)
 
     def _start(self, params: StructuredOutputsParams, text: str, is_shared: bool) -> llguidance.LLMatcher:
         assert self._vocabulary is not None

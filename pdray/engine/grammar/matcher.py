@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import llguidance
 import numpy as np
 
+from pdray.engine.grammar.lengths import StringLimits
 from pdray.engine.grammar.spelling import PLAIN, Spelling
 from pdray.engine.grammar.starts import Starts
 
@@ -31,12 +32,14 @@ class Grammar(NamedTuple):
         starts: of the outputs that follow it.
         special: see TokenPieces.
         spelling: of JSON; None for other texts.
+        limits: of its strings, where masks within these follow from earlier ones.
     """
 
     starts: Starts
     vocab_size: int
     special: frozenset[int]
     spelling: Spelling | None = None
+    limits: StringLimits | None = None
 
     def matcher(self, token_ids: Iterable[int] = ()) -> GrammarMatcher:
         """One that has taken these tokens.
@@ -44,7 +47,7 @@ class Grammar(NamedTuple):
         Raises:
             GrammarError: they do not begin any text of the grammar.
         """
-        matcher = GrammarMatcher(self.starts, self.vocab_size, self.spelling)
+        matcher = GrammarMatcher(self.starts, self.vocab_size, self.spelling, self.limits)
         for token_id in token_ids:
             matcher.take(token_id)
         return matcher
@@ -70,7 +73,9 @@ class GrammarMatcher:
         spelling, spelling_state: see Spelling.
     """
 
-    def __init__(self, starts: Starts, vocab_size: int, spelling: Spelling | None) -> None:
+    def __init__(
+        self, starts: Starts, vocab_size: int, spelling: Spelling | None, limits: StringLimits | None = None
+    ) -> None:
         self._starts, self._num_words = starts, num_words(vocab_size + 1)
         self._start = starts.choose()
         if self._start is None:
@@ -79,6 +84,9 @@ class GrammarMatcher:
             self._matcher = self._start.matcher.deep_copy()
             self._start.users.add(self)
         self.spelling, self.spelling_state = spelling, PLAIN
+        self.limits = limits
+        self._base: Words | None = None  # an earlier mask of the string that the text is in
+        self._num_left = 0  # characters of it, if there is a base
         self._done: list[int] = []  # so far: tokens taken, and FILLED
         self._told: int | None = None  # by take_all(), and not yet by take()
         self.ended = bool(self._matcher.is_stopped())
@@ -107,6 +115,21 @@ class GrammarMatcher:
                 self.error = "a character of a JSON string is spelled in an unusual way"
                 raise GrammarError(self.error)
             self.spelling_state = state
+
+    def begin(self, words: Words, num_left: int) -> None:
+        """Derive the masks of the rest of this string from this one, which leaves so many characters to it."""
+        self._base, self._num_left = words.copy(), num_left
+
+    def _follow(self, token_id: int) -> None:
+        """Go on in the string, or leave it."""
+        num = 0 if self.limits is None else self.limits.lengths.num_characters[token_id]
+        self._num_left -= num
+        if not num or self._num_left < 1:  # where one text alone is left masks follow the tokenizer, too
+            self._base = None
+
+    def _derive(self, words: Words) -> None:
+        assert self._base is not None and self.limits is not None, "no mask of this string is known"
+        np.bitwise_and(self._base, self.limits.lengths.within[self._num_left], out=words)
 
     def narrow(self, words: Words) -> None:
         """Take away what fill_all() has left in though it does not keep to the spelling."""
@@ -180,22 +203,27 @@ def take_all(
         each._told = token_id
         if is_taken or each._refused(token_id):
             each._done.append(token_id)
+            if each._base is not None:
+                each._follow(token_id)
             each.ended = each._matcher.is_stopped()
 
 
 class Fill(NamedTuple):
-    """GrammarMatcher.fill() of several, but for narrow(): run(), which may be called on another thread, then finish().
+    """GrammarMatcher.fill() of several, but for narrow(): run(), which may be called on another thread, derive() beside
+    it, then finish().
 
     Attributes:
         rows: of ``words``, one for each matcher.
         executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
+        walked, derived: places in ``matchers``, by how their masks are computed.
     """
 
     matchers: Sequence[GrammarMatcher]
     words: Words
     rows: Sequence[int]
     executor: llguidance.LLExecutor | None
-    pairs: list[tuple[llguidance.LLMatcher, int]]
+    walked: list[int]
+    derived: list[int]
 
     @classmethod
     def of(
@@ -206,28 +234,51 @@ class Fill(NamedTuple):
         rows: Sequence[int],
     ) -> Fill:
         assert words.flags.c_contiguous and words.dtype == np.int32
-        order = range(len(rows))
+        walked, derived = [], []
+        for i, matcher in enumerate(matchers):
+            (walked if matcher._base is None else derived).append(i)
         if executor is not None:  # those that take turns beside each other, where one thread comes to all of them
-            order = sorted(order, key=lambda i: matchers[i].shared_with)  # type: ignore[assignment]
-        return cls(matchers, words, rows, executor, [(matchers[i]._matcher, rows[i]) for i in order])
+            walked.sort(key=lambda i: matchers[i].shared_with)
+        return cls(matchers, words, rows, executor, walked, derived)
 
     def run(self) -> None:
-        """Compute the masks."""
+        """Walk the vocabulary for the masks that need it."""
         address, size = self.words.ctypes.data, self.words.shape[1] * 4
-        if self.executor is not None and len(self.pairs) > 1:
-            self.executor.unsafe_compute_mask_ptr(self.pairs, address, size, len(self.words))
+        pairs = [(self.matchers[i]._matcher, self.rows[i]) for i in self.walked]
+        if self.executor is not None and len(pairs) > 1:
+            self.executor.unsafe_compute_mask_ptr(pairs, address, size, len(self.words))
         else:
-            for matcher, row in self.pairs:
+            for matcher, row in pairs:
                 matcher.unsafe_compute_mask_ptr(address + row * size, size)
+        self._begin_strings()
+
+    def _begin_strings(self) -> None:
+        """Where a string's end is near, let the masks of its rest be derived. (Of errors, masks have no strings.)"""
+        limited: dict[int, list[int]] = {}
+        for i in self.walked:
+            if self.matchers[i].limits is not None:
+                limited.setdefault(id(self.matchers[i].limits), []).append(i)
+        for places in limited.values():
+            limits, rows = self.matchers[places[0]].limits, [self.rows[i] for i in places]
+            assert limits is not None
+            for i, num_left in zip(places, limits.left(self.words, rows), strict=True):
+                if num_left:
+                    self.matchers[i].begin(self.words[self.rows[i]], num_left)
+
+    def derive(self) -> None:
+        """Compute the others."""
+        for i in self.derived:
+            self.matchers[i]._derive(self.words[self.rows[i]])
 
     def finish(self) -> None:
         """See to those that could not go on as they were. Whose ``error`` is set then, has no mask."""
         starts = {start for start in {each._start for each in self.matchers} if start is not None}
         spent = {start for start in starts if start.is_spent()}
-        if spent or any([matcher.is_error() for matcher, _ in self.pairs]):
-            for each, row in zip(self.matchers, self.rows, strict=True):
+        walked = [(self.matchers[i], self.rows[i]) for i in self.walked]
+        if spent or any([each._matcher.is_error() for each, _ in walked]):
+            for each, row in walked:
                 each._check_filled(self.words[row], each._start in spent)
-        for each in self.matchers:
+        for each, _ in walked:
             each._done.append(FILLED)
 
 
@@ -239,4 +290,5 @@ def fill_all(
     """
     fill = Fill.of(matchers, words, executor, rows)
     fill.run()
+    fill.derive()
     fill.finish()

@@ -128,7 +128,8 @@ class MaskFiller:
             words[[i for i in range(len(draws)) if i not in matchers]] = self._everything
         if self._thread is None:
             fill.run()
-        elif matchers:
+        fill.derive()
+        if self._thread is not None and matchers:
             self._thread.wait()
         fill.finish()
         settled = self._settled(filling)
