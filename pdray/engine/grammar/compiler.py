@@ -19,12 +19,13 @@ import llguidance
 import msgspec
 
 from pdray.engine.grammar.formats import write_out_formats
+from pdray.engine.grammar.free_strings import find_runs
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
 from pdray.engine.grammar.lark import check_lark
-from pdray.engine.grammar.lengths import Lengths, StringLimits, limited_schema
 from pdray.engine.grammar.matcher import Grammar, GrammarError, num_words
 from pdray.engine.grammar.multiples import check_multiples
 from pdray.engine.grammar.pieces import TokenPieces
+from pdray.engine.grammar.runs import Runs
 from pdray.engine.grammar.spelling import Spelling
 from pdray.engine.grammar.starts import Start, Starts
 from pdray.errors import InvalidRequestError
@@ -63,6 +64,7 @@ class _Vocabulary(NamedTuple):
     tokens: TokenPieces
     trie: llguidance.LLTokenizer
     spelling: Spelling
+    runs: Runs
 
 
 class GrammarCompiler:
@@ -76,7 +78,6 @@ class GrammarCompiler:
     def __init__(self, load: Callable[[], TokenPieces], most_starts: int = 1) -> None:
         self._load, self._most_starts = load, most_starts
         self._vocabulary: _Vocabulary | None = None
-        self._lengths: Lengths | None = None
         self._lane = ThreadPoolExecutor(1, "pdray-grammar")
         self._lock = threading.Lock()
         self._known: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
@@ -116,10 +117,11 @@ class GrammarCompiler:
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         if self._vocabulary is None:
             tokens = self._load()
+            size = num_words(len(tokens.pieces) + 1)
             self._vocabulary = _Vocabulary(
-                tokens, tokens.trie(), Spelling(tokens.pieces, num_words(len(tokens.pieces) + 1))
+                tokens, tokens.trie(), Spelling(tokens.pieces, size), Runs(tokens.pieces, tokens.special, size)
             )
-        tokens, _, spelling = self._vocabulary
+        tokens, _, spelling, runs = self._vocabulary
         try:
             text = to_grammar(params)
         except InvalidRequestError:
@@ -138,8 +140,9 @@ class GrammarCompiler:
                 raise refusal(params, first.get_error())
         starts = Starts(first, compile_one, 0 if is_expensive else self._most_starts)
         is_json = params.kind in ("json", "json_object")
-        limits = self._limits_of(params)
-        grammar = Grammar(starts, len(tokens.pieces), tokens.special, spelling if is_json else None, limits)
+        grammar = Grammar(
+            starts, len(tokens.pieces), tokens.special, spelling if is_json else None, find_runs(runs, params)
+        )
         try:
             if not grammar.has_text():
                 raise refusal(params, "it allows no text but the empty one")
@@ -147,15 +150,6 @@ class GrammarCompiler:
             dead_end = str(error) == DEAD_END
             raise refusal(params, "no text was found that it allows" if dead_end else str(error)) from None
         return grammar
-
-    def _limits_of(self, params: StructuredOutputsParams) -> StringLimits | None:
-        schema = limited_schema(params)
-        if schema is None or self._vocabulary is None:
-            return None
-        if self._lengths is None:
-            tokens = self._vocabulary.tokens
-            self._lengths = Lengths(tokens.pieces, tokens.special, num_words(len(tokens.pieces) + 1))
-        return StringLimits.of(self._lengths, schema)
 
     def _start(self, params: StructuredOutputsParams, text: str, is_shared: bool) -> llguidance.LLMatcher:
         assert self._vocabulary is not None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import llguidance
 import numpy as np
 
-from pdray.engine.grammar.lengths import StringLimits
+from pdray.engine.grammar.runs import UNLIMITED, Found, Run, RunFinder
 from pdray.engine.grammar.spelling import PLAIN, Spelling
 from pdray.engine.grammar.starts import Starts
 
@@ -32,14 +32,14 @@ class Grammar(NamedTuple):
         starts: of the outputs that follow it.
         special: see TokenPieces.
         spelling: of JSON; None for other texts.
-        limits: of its strings, where masks within these follow from earlier ones.
+        finder: of JSON's strings and whitespace, in which masks follow from earlier ones; None: they never do.
     """
 
     starts: Starts
     vocab_size: int
     special: frozenset[int]
     spelling: Spelling | None = None
-    limits: StringLimits | None = None
+    finder: RunFinder | None = None
 
     def matcher(self, token_ids: Iterable[int] = ()) -> GrammarMatcher:
         """One that has taken these tokens.
@@ -47,7 +47,7 @@ class Grammar(NamedTuple):
         Raises:
             GrammarError: they do not begin any text of the grammar.
         """
-        matcher = GrammarMatcher(self.starts, self.vocab_size, self.spelling, self.limits)
+        matcher = GrammarMatcher(self.starts, self.vocab_size, self.spelling, self.finder)
         for token_id in token_ids:
             matcher.take(token_id)
         return matcher
@@ -74,7 +74,7 @@ class GrammarMatcher:
     """
 
     def __init__(
-        self, starts: Starts, vocab_size: int, spelling: Spelling | None, limits: StringLimits | None = None
+        self, starts: Starts, vocab_size: int, spelling: Spelling | None, finder: RunFinder | None = None
     ) -> None:
         self._starts, self._num_words = starts, num_words(vocab_size + 1)
         self._start = starts.choose()
@@ -84,9 +84,12 @@ class GrammarMatcher:
             self._matcher = self._start.matcher.deep_copy()
             self._start.users.add(self)
         self.spelling, self.spelling_state = spelling, PLAIN
-        self.limits = limits
-        self._base: Words | None = None  # an earlier mask of the string that the text is in
-        self._num_left = 0  # characters of it, if there is a base
+        self.finder = finder
+        self.last: int | None = None  # token taken
+        self._run: Run | None = None  # that the text is in, where a mask of it is known: self._base
+        self._base: Words | None = None
+        self._num_left = 0  # characters of the run
+        self._untold: list[int] = []  # tokens of the run, of which self._matcher has not heard yet
         self._done: list[int] = []  # so far: tokens taken, and FILLED
         self._told: int | None = None  # by take_all(), and not yet by take()
         self.ended = bool(self._matcher.is_stopped())
@@ -104,7 +107,7 @@ class GrammarMatcher:
             GrammarError: the grammar does not allow it, or has become too expensive.
         """
         if self._told is None:
-            take_all([self], [token_id], None)
+            take_all([self], [token_id])
         assert self._told == token_id, "take_all() was told another token"
         self._told = None
         if self.error:
@@ -116,20 +119,38 @@ class GrammarMatcher:
                 raise GrammarError(self.error)
             self.spelling_state = state
 
-    def begin(self, words: Words, num_left: int) -> None:
-        """Derive the masks of the rest of this string from this one, which leaves so many characters to it."""
-        self._base, self._num_left = words.copy(), num_left
+    def begin_run(self, found: Found, words: Words) -> None:
+        """Narrow this mask, and derive those of the rest of the run from it."""
+        self.narrow(words)
+        self._run, self._num_left, self._base = found.run, found.num_left, words.copy()
 
-    def _follow(self, token_id: int) -> None:
-        """Go on in the string, or leave it."""
-        num = 0 if self.limits is None else self.limits.lengths.num_characters[token_id]
-        self._num_left -= num
-        if not num or self._num_left < 1:  # where one text alone is left masks follow the tokenizer, too
-            self._base = None
+    @property
+    def is_within(self) -> bool:
+        """Whether the next mask is derived from an earlier one, narrow() included."""
+        return self._run is not None
 
-    def _derive(self, words: Words) -> None:
-        assert self._base is not None and self.limits is not None, "no mask of this string is known"
-        np.bitwise_and(self._base, self.limits.lengths.within[self._num_left], out=words)
+    def _goes_on(self, token_id: int) -> bool:
+        """Whether the run goes on behind this token. Its last character may be followed by one text alone, of which
+        masks allow the tokens that encode() gives: not to be derived."""
+        num = 0 if self._run is None else self._run.num_characters[token_id]
+        if not 0 < num < self._num_left:
+            self._run = self._base = None
+            return False
+        if self._num_left != UNLIMITED:
+            self._num_left -= num
+        return True
+
+    def derive(self, words: Words) -> None:
+        """Set the next mask, if the text is_within()."""
+        assert self._run is not None and self._base is not None, "no mask of this run is known"
+        if self._num_left == UNLIMITED:
+            words[:] = self._base
+        else:
+            np.bitwise_and(self._base, self._run.within[self._num_left], out=words)
+
+    def _consume(self, token_id: int) -> bool:
+        untold, self._untold = self._untold, []
+        return self._matcher.consume_tokens([*untold, token_id]) if untold else self._matcher.consume_token(token_id)
 
     def narrow(self, words: Words) -> None:
         """Take away what fill_all() has left in though it does not keep to the spelling."""
@@ -186,25 +207,18 @@ class GrammarMatcher:
         return True
 
 
-def take_all(
-    matchers: Sequence[GrammarMatcher], token_ids: Sequence[int], executor: llguidance.LLExecutor | None
-) -> None:
+def take_all(matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]) -> None:
     """Tell each matcher the token that its take() will be told next, which then only raises its error.
 
-    Args:
-        executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
+    On the caller's thread: a token takes 2 us, and other threads would have to be woken first.
     """
-    if executor is not None and len(matchers) > 1:
-        pairs = [(each._matcher, token_id) for each, token_id in zip(matchers, token_ids, strict=True)]
-        taken = executor.consume_token_par(pairs)
-    else:
-        taken = [each._matcher.consume_token(token_id) for each, token_id in zip(matchers, token_ids, strict=True)]
-    for each, token_id, is_taken in zip(matchers, token_ids, taken, strict=True):
-        each._told = token_id
-        if is_taken or each._refused(token_id):
+    for each, token_id in zip(matchers, token_ids, strict=True):
+        each._told = each.last = token_id
+        if each._run is not None and each._goes_on(token_id):
+            each._untold.append(token_id)
             each._done.append(token_id)
-            if each._base is not None:
-                each._follow(token_id)
+        elif each._consume(token_id) or each._refused(token_id):
+            each._done.append(token_id)
             each.ended = each._matcher.is_stopped()
 
 
@@ -216,6 +230,7 @@ class Fill(NamedTuple):
         rows: of ``words``, one for each matcher.
         executor: threads to spread them over; None: the caller's own. Others run Python meanwhile.
         walked, derived: places in ``matchers``, by how their masks are computed.
+        pairs: matchers and rows of those walked.
     """
 
     matchers: Sequence[GrammarMatcher]
@@ -224,6 +239,7 @@ class Fill(NamedTuple):
     executor: llguidance.LLExecutor | None
     walked: list[int]
     derived: list[int]
+    pairs: list[tuple[llguidance.LLMatcher, int]]
 
     @classmethod
     def of(
@@ -234,52 +250,47 @@ class Fill(NamedTuple):
         rows: Sequence[int],
     ) -> Fill:
         assert words.flags.c_contiguous and words.dtype == np.int32
-        walked, derived = [], []
+        walked: list[int] = []
+        derived: list[int] = []
         for i, matcher in enumerate(matchers):
-            (walked if matcher._base is None else derived).append(i)
+            (walked if matcher._run is None else derived).append(i)
         if executor is not None:  # those that take turns beside each other, where one thread comes to all of them
             walked.sort(key=lambda i: matchers[i].shared_with)
-        return cls(matchers, words, rows, executor, walked, derived)
+        pairs = [(matchers[i]._matcher, rows[i]) for i in walked]
+        return cls(matchers, words, rows, executor, walked, derived, pairs)
 
     def run(self) -> None:
         """Walk the vocabulary for the masks that need it."""
         address, size = self.words.ctypes.data, self.words.shape[1] * 4
-        pairs = [(self.matchers[i]._matcher, self.rows[i]) for i in self.walked]
-        if self.executor is not None and len(pairs) > 1:
-            self.executor.unsafe_compute_mask_ptr(pairs, address, size, len(self.words))
+        if self.executor is not None and len(self.pairs) > 1:
+            self.executor.unsafe_compute_mask_ptr(self.pairs, address, size, len(self.words))
         else:
-            for matcher, row in pairs:
+            for matcher, row in self.pairs:
                 matcher.unsafe_compute_mask_ptr(address + row * size, size)
-        self._begin_strings()
-
-    def _begin_strings(self) -> None:
-        """Where a string's end is near, let the masks of its rest be derived. (Of errors, masks have no strings.)"""
-        limited: dict[int, list[int]] = {}
-        for i in self.walked:
-            if self.matchers[i].limits is not None:
-                limited.setdefault(id(self.matchers[i].limits), []).append(i)
-        for places in limited.values():
-            limits, rows = self.matchers[places[0]].limits, [self.rows[i] for i in places]
-            assert limits is not None
-            for i, num_left in zip(places, limits.left(self.words, rows), strict=True):
-                if num_left:
-                    self.matchers[i].begin(self.words[self.rows[i]], num_left)
 
     def derive(self) -> None:
         """Compute the others."""
         for i in self.derived:
-            self.matchers[i]._derive(self.words[self.rows[i]])
+            self.matchers[i].derive(self.words[self.rows[i]])
 
     def finish(self) -> None:
         """See to those that could not go on as they were. Whose ``error`` is set then, has no mask."""
-        starts = {start for start in {each._start for each in self.matchers} if start is not None}
-        spent = {start for start in starts if start.is_spent()}
         walked = [(self.matchers[i], self.rows[i]) for i in self.walked]
-        if spent or any([each._matcher.is_error() for each, _ in walked]):
+        starts = {start for start in {each._start for each, _ in walked} if start is not None}
+        spent = {start for start in starts if start.is_spent()}
+        if spent or any([matcher.is_error() for matcher, _ in self.pairs]):
             for each, row in walked:
                 each._check_filled(self.words[row], each._start in spent)
-        for each, _ in walked:
+        by_finder: dict[int, tuple[RunFinder, list[tuple[GrammarMatcher, int]]]] = {}
+        for each, row in walked:
             each._done.append(FILLED)
+            if each.finder is not None and not each.error:
+                by_finder.setdefault(id(each.finder), (each.finder, []))[1].append((each, row))
+        for finder, several in by_finder.values():
+            found = finder.find(self.words, [row for _, row in several], [each.last for each, _ in several])
+            for (each, row), one in zip(several, found, strict=True):
+                if one is not None:
+                    each.begin_run(one, self.words[row])
 
 
 def fill_all(

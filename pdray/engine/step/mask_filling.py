@@ -26,7 +26,7 @@ from pdray.engine.schedule.plan import Draw, SampledRow, StepPlan
 from pdray.engine.schedule.sequence import Sequence, SequenceStatus
 from pdray.kernels.sampling.mask import num_mask_words
 
-MAX_THREADS = 12  # of those that have work for 64 outputs
+MAX_THREADS = 4  # more only wake each other: on a host of 16 cores 12 walk for 64 outputs no faster than one
 
 Job = Callable[[], None]
 
@@ -91,7 +91,7 @@ class MaskFiller:
                 continue
             matchers.append(matcher)
             token_ids.append(token_id)
-        take_all(matchers, token_ids, self._executor)
+        take_all(matchers, token_ids)
         if self._expected is not None and not must_be_told:
             self._begin(*self._expected)
 
@@ -144,13 +144,13 @@ class MaskFiller:
 
     def _settled(self, filling: Filling) -> set[int]:
         """Masks that no rule narrows: of outputs that follow a grammar and nothing else, and cannot end here."""
-        may_end = (filling.words[: len(filling.draws), self._last_word] & ~self._last_bits) != 0
+        may_end = (filling.words[: len(filling.draws), self._last_word] & ~self._last_bits).tolist()
         settled, spelled, spelling = set(), [], None
         for i, matcher in filling.matchers.items():
             sequence = filling.draws[i].sequence
             if matcher.error or may_end[i] or len(sequence.rules) > 1 or _rule(sequence).taker is None:
                 continue
-            if matcher.spelling is None:
+            if matcher.spelling is None or matcher.is_within:
                 settled.add(i)
             elif matcher.spelling_state == PLAIN:
                 spelled.append(i)
