@@ -85,7 +85,8 @@ class GrammarMatcher:
             self._start.users.add(self)
         self.spelling, self.spelling_state = spelling, PLAIN
         self.finder = finder
-        self.last: int | None = None  # token taken
+        self._last: int | None = None  # token taken
+        self._may_break = False  # before it
         self._run: Run | None = None  # that the text is in, where a mask of it is known: self._base
         self._base: Words | None = None
         self._num_left = 0  # characters of the run
@@ -110,6 +111,8 @@ class GrammarMatcher:
             take_all([self], [token_id])
         assert self._told == token_id, "take_all() was told another token"
         self._told = None
+        if self._run is not None:
+            return
         if self.error:
             raise GrammarError(self.error)
         if self.spelling is not None:
@@ -123,6 +126,14 @@ class GrammarMatcher:
         """Narrow this mask, and derive those of the rest of the run from it."""
         self.narrow(words)
         self._run, self._num_left, self._base = found.run, found.num_left, words.copy()
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether the text is known to end in whitespace, between two tokens of JSON."""
+        if self.finder is None or self._last is None:
+            return False
+        runs = self.finder.runs
+        return self._last in runs.ends_in_break or (self._may_break and runs.whitespace.num_characters[self._last] > 0)
 
     @property
     def is_within(self) -> bool:
@@ -139,6 +150,11 @@ class GrammarMatcher:
         if self._num_left != UNLIMITED:
             self._num_left -= num
         return True
+
+    @property
+    def same_mask(self) -> Words | None:
+        """The next mask, narrow() included, where it is one that was derived before: the same array as then."""
+        return self._base if self._num_left == UNLIMITED else None
 
     def derive(self, words: Words) -> None:
         """Set the next mask, if the text is_within()."""
@@ -213,7 +229,7 @@ def take_all(matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]) -> No
     On the caller's thread: a token takes 2 us, and other threads would have to be woken first.
     """
     for each, token_id in zip(matchers, token_ids, strict=True):
-        each._told = each.last = token_id
+        each._told = each._last = token_id
         if each._run is not None and each._goes_on(token_id):
             each._untold.append(token_id)
             each._done.append(token_id)
@@ -287,8 +303,10 @@ class Fill(NamedTuple):
             if each.finder is not None and not each.error:
                 by_finder.setdefault(id(each.finder), (each.finder, []))[1].append((each, row))
         for finder, several in by_finder.values():
-            found = finder.find(self.words, [row for _, row in several], [each.last for each, _ in several])
-            for (each, row), one in zip(several, found, strict=True):
+            rows = [row for _, row in several]
+            found = finder.find(self.words, rows, [each.is_blank for each, _ in several])
+            for (each, row), one, may_break in zip(several, found, finder.may_break(self.words, rows), strict=True):
+                each._may_break = may_break
                 if one is not None:
                     each.begin_run(one, self.words[row])
 

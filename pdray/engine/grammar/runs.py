@@ -70,7 +70,8 @@ class Runs:
     Attributes:
         end: the token that ends a string, and does nothing else; None if there is none.
         witnesses: tokens of one character that is not in ASCII, by this character.
-        ends_in_break: tokens behind which a text is in whitespace.
+        a_break: a token of one byte of BREAKS, if there is any.
+        ends_in_break: tokens behind which a text is in whitespace: no string, name or literal has their last byte.
     """
 
     def __init__(self, pieces: Sequence[bytes], special: frozenset[int], num_words: int) -> None:
@@ -83,9 +84,10 @@ class Runs:
         self.string = Run.of(plain, [_num_begun(piece) for piece in pieces], is_usable, num_words)
         leading = [len(piece) - len(piece.lstrip(WHITESPACE)) for piece in pieces]
         blank = [num if num == len(pieces[i]) and i not in special else 0 for i, num in enumerate(leading)]
-        breaks = {i for i, piece in enumerate(pieces) if piece[-1:] in (b"\t", b"\r", b"\n") and i not in special}
+        breaks = {i for i, piece in enumerate(pieces) if piece and piece[-1] in BREAKS and i not in special}
         self.whitespace = Run.of(blank, leading, is_usable, num_words)
         self.ends_in_break = breaks
+        self.a_break = next((i for i in sorted(breaks) if len(pieces[i]) == 1 and is_usable(i)), None)
         self.end = next((i for i, piece in enumerate(pieces) if piece == b'"' and is_usable(i)), None)
         self.witnesses = {
             pieces[i].decode(): i
@@ -133,12 +135,13 @@ class RunFinder:
         if witness is not None and runs.end is not None:
             self._string = _Bits.of([witness, runs.end, *string.examples])
         self._whitespace = _Bits.of(whitespace.examples) if has_whitespace and whitespace.examples else None
+        self._break = None if runs.a_break is None else _Bits.of([runs.a_break])
 
-    def find(self, words: Words, rows: Sequence[int], last: Sequence[int | None]) -> list[Found | None]:
+    def find(self, words: Words, rows: Sequence[int], are_blank: Sequence[bool]) -> list[Found | None]:
         """By row of these masks [R, W], the run that it is in, if that is known, and could also end here.
 
         Args:
-            last: the token before each; None: the text begins.
+            are_blank: whether the text before it ends in whitespace, between two tokens of JSON.
         """
         found: list[Found | None] = [None] * len(rows)
         if self._string is not None:
@@ -151,13 +154,17 @@ class RunFinder:
                     found[i] = Found(run, num)
                 elif not self._is_limited:
                     found[i] = Found(run, UNLIMITED)
-        blank = [i for i, token_id in enumerate(last) if token_id in self.runs.ends_in_break and found[i] is None]
+        blank = [i for i, is_blank in enumerate(are_blank) if is_blank]
         if self._whitespace is not None and blank:
             left = self._whitespace.are_in(words, [rows[i] for i in blank]).sum(axis=1)
             for i, num in zip(blank, left.tolist(), strict=True):
                 if 0 < num < len(self.runs.whitespace.examples):
                     found[i] = Found(self.runs.whitespace, num)
         return found
+
+    def may_break(self, words: Words, rows: Sequence[int]) -> list[bool]:
+        """By row, whether it is the mask of a text that is between two tokens of JSON, or could be."""
+        return [False] * len(rows) if self._break is None else self._break.are_in(words, rows)[:, 0].tolist()
 
 
 def _num_plain(piece: bytes) -> int:
