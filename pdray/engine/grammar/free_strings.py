@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from pdray.engine.grammar.keywords import ANNOTATIONS, Schema, resolve, subschemas
+from pdray.engine.grammar.keywords import ANNOTATIONS, SCHEMA_LISTS, SCHEMAS_BY_NAME, Schema, resolve, subschemas
 from pdray.engine.grammar.runs import RunFinder, Runs
 from pdray.structured_outputs import StructuredOutputsParams
 
@@ -54,6 +54,8 @@ def has_closed_objects(schema: Schema) -> bool:
     if not isinstance(schema, dict):
         return False
     for _, part in subschemas(schema):
+        if any(each is True for each in _inner(part)):
+            return False
         if not part.keys().isdisjoint(("anyOf", "oneOf", "$ref", "const", "enum")):
             continue
         types = _types(part)
@@ -62,6 +64,13 @@ def has_closed_objects(schema: Schema) -> bool:
         if "array" in types and not isinstance(part.get("items"), dict):
             return False
     return True
+
+
+def _inner(part: dict[str, Any]) -> list[Any]:
+    """The schemas right under this one, but for those of items and of other properties."""
+    named = [each for keyword in SCHEMAS_BY_NAME for each in part.get(keyword, {}).values()]
+    listed = [part[keyword] for keyword in SCHEMA_LISTS if isinstance(part.get(keyword), list)]
+    return [*named, *(each for several in listed for each in several)]
 
 
 def _types(schema: Any) -> set[str]:

@@ -53,18 +53,18 @@ class MaskBuffer:
         num = len(changes)
         if not num:
             return
-        rows = [row for row, _ in changes]
-        for row, known_by in changes:
-            self.kept[row] = known_by
         on_gpu, host = self._sent is not self._hosts[0], self._hosts[0][:num]
-        if rows[-1] == num - 1:  # they are in order, so these are the first ones, all of them
+        if changes[-1][0] == num - 1:  # they are in order, so these are the first ones, all of them
             self.words[:num].copy_(host, non_blocking=True)
         else:
-            self._host_rows[0].numpy()[:num] = rows
+            rows, sent = self._rows[:num], self._sent[:num]
+            self._host_rows[0].numpy()[:num] = [row for row, _ in changes]
             if on_gpu:
-                self._sent[:num].copy_(host, non_blocking=True)
-                self._rows[:num].copy_(self._host_rows[0][:num], non_blocking=True)
-            self.words.index_copy_(0, self._rows[:num], self._sent[:num])
+                rows.copy_(self._host_rows[0][:num], non_blocking=True)
+                sent.copy_(host, non_blocking=True)
+            self.words.index_copy_(0, rows, sent)
+        for row, known_by in changes:
+            self.kept[row] = known_by
         if on_gpu:
             self._hosts.reverse()
             self._host_rows.reverse()
