@@ -240,7 +240,7 @@ class Engine:
             launching = True
             self._before_launch(lane, inputs)
             if isinstance(launched := lane.launch(inputs, on_group), Undrawn):
-                self._mask_filler.expect(plan, lane.masks.host)
+                self._mask_filler.expect(plan, lane.masks)
             return launched if isinstance(launched, Undrawn) else Flight(plan, launched)
         except Exception as error:
             if (self.device.type != "cpu" or self.lane.is_shared) and (launching or isinstance(error, RuntimeError)):

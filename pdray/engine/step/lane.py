@@ -237,7 +237,7 @@ class Lane:
     def draw(self, undrawn: Undrawn) -> Draws:
         """Launch the late draws of the step launched last, by what ``masks`` hold; nothing here waits."""
         with self._on_stream():
-            self.masks.send(undrawn.inputs.needs.num_masks)
+            self.masks.send()
             return self._end(*undrawn)
 
     def _on_layer(self, shape: StepShape, on_group: OnGroup) -> Callable[[int], None]:
