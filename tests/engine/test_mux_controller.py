@@ -189,7 +189,7 @@ def test_late_prompts_do_not_slow_streams_beyond_their_target() -> None:
     """Their first tokens are late whatever happens; the streams need not be."""
     gpu = SimulatedGpu(Targets(0.0125, 1.0), splits=())
     gpu.run(4.0, waiting(*([2.0] * 8)))
-    assert sum(rate > 0 for _, _, rate in gpu.last()) >= 95, "a plain step now and then, so that its duration stays known"
+    assert sum(rate > 0 for _, _, rate in gpu.last()) >= 95, "some measure plain steps"
     assert gpu.mean_ms() <= 12.5
 
 
