@@ -4,7 +4,8 @@ Nearly all of ray.init()'s five seconds are waits, one after the other, for proc
 
 - the API server, which without a dashboard only reports that Ray is used, and is not started here;
 - the node's two agents: a node registers once both have written their ports into files. Here the ports are chosen
-  before, and the node waits for an agent only where it needs one (a runtime environment, metrics);
+  before, and the node waits for an agent only where it needs one (a runtime environment). What counters count in the
+  second or two before that is not exported;
 - the node: the driver looks once a second whether it has registered;
 - one idle process for each CPU, here a few: the Coordinator and workers take them, others start when they are needed.
 
@@ -28,30 +29,26 @@ import ray
 import ray._private.node
 import ray._private.parameter
 import ray._private.services
-from ray._private.ray_constants import PROCESS_TYPE_RAYLET
-from ray._raylet import (
-    DASHBOARD_AGENT_LISTEN_PORT_NAME,
-    METRICS_AGENT_PORT_NAME,
-    METRICS_EXPORT_PORT_NAME,
-    RUNTIME_ENV_AGENT_PORT_NAME,
-    GcsClient,
-    persist_port,
-)
+import ray._raylet
+from ray._private.ray_constants import DASHBOARD_ADDRESS, KV_NAMESPACE_DASHBOARD, PROCESS_TYPE_RAYLET
 
 logger = logging.getLogger(__name__)
 
-AGENT_PORTS = {  # parameters of a node, and names of the files that a raylet reads
-    "metrics_agent_port": METRICS_AGENT_PORT_NAME,
-    "runtime_env_agent_port": RUNTIME_ENV_AGENT_PORT_NAME,
-    "dashboard_agent_listen_port": DASHBOARD_AGENT_LISTEN_PORT_NAME,
-    "metrics_export_port": METRICS_EXPORT_PORT_NAME,
+AGENT_PORTS = {  # parameters of a node, and Ray's constants for the files in which a raylet reads them
+    "metrics_agent_port": "METRICS_AGENT_PORT_NAME",
+    "runtime_env_agent_port": "RUNTIME_ENV_AGENT_PORT_NAME",
+    "dashboard_agent_listen_port": "DASHBOARD_AGENT_LISTEN_PORT_NAME",
+    "metrics_export_port": "METRICS_EXPORT_PORT_NAME",
 }
 PRESTART_FLAG, NODE_FLAG, SESSION_FLAG = "--num_prestart_python_workers=", "--node_id=", "--session_dir="
 NUM_PRESTARTED = 3  # a Coordinator and the workers of most drivers; fewer where they would start on the same CPUs
+NO_ADDRESS = "127.0.0.1:0"  # nobody listens there
 FIRST_PORT = 20_000  # below, `ray start` has ports of its own
 PORT_RANGE_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 POLL_S = 0.02
 REGISTER_TIMEOUT_S = 10.0  # then Ray waits in its own way, and tells what is wrong
+
+_raylet: Any = ray._raylet
 
 
 @contextlib.contextmanager
@@ -76,6 +73,8 @@ def quick_start() -> Iterator[None]:
 
 
 def _make_params(make: Callable[..., Any], ports: dict[str, int], **given: Any) -> Any:
+    """Ray's parameters of a node. Ports that the caller names stay; ``ports`` has those that it gets."""
+    ports |= {name: given[name] for name in ports if given.get(name)}
     return make(**given | ports | {"no_monitor": True, "include_log_monitor": False})
 
 
@@ -89,7 +88,7 @@ def _start_process(
             for flag in (SESSION_FLAG, NODE_FLAG)
         )
         for name, port in ports.items():
-            persist_port(session, node_id, AGENT_PORTS[name], port)
+            _raylet.persist_port(session, node_id, getattr(_raylet, AGENT_PORTS[name]), port)
         command = [_fewer(part) for part in command]
     return start(command, process_type, *rest, **others)
 
@@ -112,12 +111,14 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def _start_no_api_server(node: Any, **_: Any) -> None:
-    node._webui_url = ""  # as Ray's own where there is no dashboard
+    """Leave what Ray's own leaves where there is no dashboard: an agent that finds no address complains each second."""
+    node._webui_url = ""
+    node.get_gcs_client().internal_kv_put(DASHBOARD_ADDRESS.encode(), NO_ADDRESS.encode(), True, KV_NAMESPACE_DASHBOARD)
 
 
 def _get_node(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
     """Ray's get_node(), once the node has registered."""
-    client, deadline = GcsClient(address=gcs_address), time.monotonic() + REGISTER_TIMEOUT_S
+    client, deadline = _raylet.GcsClient(address=gcs_address), time.monotonic() + REGISTER_TIMEOUT_S
     while time.monotonic() < deadline and all(id.hex() != node_id for id in client.get_all_node_info()):
         time.sleep(POLL_S)
     return get_node(gcs_address, node_id)
@@ -126,10 +127,14 @@ def _get_node(get_node: Callable[[str, str], Any], gcs_address: str, node_id: st
 def _unknown_parts() -> str | None:
     """What this Ray has not, of all that is used here."""
     known = inspect.signature(ray._private.parameter.RayParams).parameters
-    names = [f"RayParams.{name}" for name in (*AGENT_PORTS, "no_monitor", "include_log_monitor") if name not in known]
-    names += [] if hasattr(ray._private.node.Node, "start_api_server") else ["Node.start_api_server"]
-    names += [n for n in ("get_node", "start_ray_process") if not hasattr(ray._private.services, n)]
-    return ", ".join(names) or None
+    missing = [f"RayParams.{name}" for name in (*AGENT_PORTS, "no_monitor", "include_log_monitor") if name not in known]
+    for owner, names in (
+        (ray._private.node.Node, ("start_api_server",)),
+        (ray._private.services, ("get_node", "start_ray_process")),
+        (_raylet, ("GcsClient", "persist_port", *AGENT_PORTS.values())),
+    ):
+        missing += [f"{owner.__name__}.{name}" for name in names if not hasattr(owner, name)]
+    return ", ".join(missing) or None
 
 
 def free_ports(number: int) -> list[int] | None:

@@ -283,8 +283,8 @@ class Lane:
         self._share_sampled()
         tokens = inputs.input_ids, inputs.positions
         rows = None if inputs.shape.is_decode else inputs.logit_rows
-        to = self.pool.tensor, inputs.attention, on_layer, self.sampled, rows
-        hidden = self.decoder.forward(*tokens, *to, is_rehearsal=is_rehearsal)
+        kv, meta = self.pool.tensor, inputs.attention
+        hidden = self.decoder.forward(*tokens, kv, meta, on_layer, self.sampled, rows, is_rehearsal=is_rehearsal)
         return self._draw(hidden, inputs, logits_out)
 
     def _rehearse(
