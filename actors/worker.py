@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pdray.actors.assembly import Assembly, assemble, log_start
+from pdray.actors.engine_thread import start_engine
 from pdray.actors.engine_watch import check_when_idle, describe_engine, fingerprint, report_metrics, wait_until_hung
 from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
@@ -31,7 +32,6 @@ from pdray.actors.prefix_news import PrefixNews
 from pdray.background import BackgroundTasks, LoopFailures, unless_ended
 from pdray.config import Config
 from pdray.control.effects import Send
-from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
 from pdray.errors import RankDiedError, StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
@@ -123,8 +123,7 @@ class Worker(ABC):
         self.device, self.kinds, self.engine, lent, self._leader = assembly
         is_guest = self.engine.pool.borrowed
         self.engine.on_layer_group = None if is_guest else self._layer_group_from_engine
-        self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
-        self._engine_loop.start()
+        self._engine_loop = start_engine(self.engine, self._loop, self._updates_from_engine, self._engine_failed)
         address = listen_address(self.config)
         self._server = SessionServer(
             PeerName(self.worker_id, self.incarnation, self.role),
