@@ -62,8 +62,7 @@ def describe_engine(engine: Engine, leader: Leader | None) -> dict[str, Any]:
 async def report_metrics(engine: Engine, metrics: WorkerMetrics, leader: Leader | None) -> None:
     """Export the engine's figures, and its ranks', for ever."""
     while True:
-        metrics.update(engine.stats())
-        metrics.update_ranks(rank_states(engine, leader))
+        metrics.update(engine.stats(), rank_states(engine, leader))
         await asyncio.sleep(METRICS_INTERVAL_S)
 
 

@@ -24,5 +24,5 @@ ROTARY_PAIRS, ROTARY_MANY_PAIRS, ROTARY_MANY_TOKENS = 256, 512, 1024
 # no barrier to skip tiles; the latter from so many programs on.
 DRAW_SHORT_SPAN, DRAW_LONG_SPAN, DRAW_MANY_PROGRAMS = 1024, 4096, 4096
 
-# Sums over ranks up to this size by one kernel over CUDA IPC, which is one trip over the link; larger ones by NCCL.
+# Sums for which a rank sends so much at most are made by one kernel, in one trip over the link; others by NCCL.
 ONE_SHOT_MAX_BYTES = 0  # NCCL makes them all: it is not measured yet

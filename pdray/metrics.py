@@ -207,8 +207,12 @@ class WorkerMetrics:
         self._transfer_bytes = _counter("pdray_transfer_bytes", "KV bytes pushed", tags)
         self._transfer_seconds = _counter("pdray_transfer_seconds", "Time that puts took", tags)
 
-    def update(self, stats: EngineStats) -> None:
-        """Publish the engine's state; counters grow by what was added since the last call."""
+    def update(self, stats: EngineStats, ranks: Iterable[RankState] = ()) -> None:
+        """Publish the state of the engine and of its ranks; counters grow by what was added since the last call."""
+        for rank in ranks:
+            rank_tag = {"rank": str(rank.rank)}
+            self._rank_steps.set(rank.num_steps, rank_tag)
+            self._rank_memory.set(rank.memory_bytes, rank_tag)
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(1.0 - stats.free_blocks / stats.num_blocks)
@@ -218,13 +222,6 @@ class WorkerMetrics:
             if total > self._counted[field]:
                 counter.inc(total - self._counted[field])
                 self._counted[field] = total
-
-    def update_ranks(self, states: Iterable[RankState]) -> None:
-        """Publish what each rank says of itself."""
-        for state in states:
-            tags = {"rank": str(state.rank)}
-            self._rank_steps.set(state.num_steps, tags)
-            self._rank_memory.set(state.memory_bytes, tags)
 
     def on_integrity_check(self, num_problems: int) -> None:
         """The block accounting was checked at rest."""

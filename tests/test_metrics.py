@@ -130,8 +130,8 @@ def test_worker_counters_grow_by_the_difference(metrics_url: str) -> None:
     metrics.update(stats(free_blocks=75, running=2, waiting=1, prefix_cache_queries=64, prefix_cache_hits=32))
     metrics.update(stats(free_blocks=25, running=4, prefix_cache_queries=96, prefix_cache_hits=32, num_preemptions=1))
     metrics.update(stats(free_blocks=25, running=4, decode_sms=48, num_split_changes=3, num_prompt_pieces=70))
-    metrics.update(stats(free_blocks=25, running=4, decode_sms=48, num_pipelined_steps=7))
-    metrics.update_ranks([RankState(0, 41, 6, 2000), RankState(1, 42, 7, 3000)])
+    ranks = [RankState(0, 41, 6, 2000), RankState(1, 42, 7, 3000)]
+    metrics.update(stats(free_blocks=25, running=4, decode_sms=48, num_pipelined_steps=7), ranks)
     metrics.on_transfer(1024, 0.004)
     metrics.on_transfer(1024, 0.002)
     tags = f"application=app,model=tiny,{ROLE}"

@@ -29,7 +29,8 @@ class NcclGroup(RankGroup):
     """See RankGroup. The constructor blocks until all ranks are there, forever if one never comes.
 
     Args:
-        one_shot_bytes: sums of so much at most are made by one kernel, where the ranks can write each other's memory.
+        one_shot_bytes: what a rank sends for a sum that is made by one kernel, at most, where the ranks can write each
+            other's memory.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class NcclGroup(RankGroup):
         self._inner: Any = nccl.NcclCommunicator(size, unique_id, rank)
         self._one_shot: OneShot | None = None
         if one_shot_bytes and size > 1:
-            opened = open_one_shot(self, one_shot_bytes, device)
+            opened = open_one_shot(self, one_shot_bytes // (size - 1), device)
             if isinstance(opened, str):
                 logger.warning("rank %d: all sums are NCCL's: %s", rank, opened)
             else:

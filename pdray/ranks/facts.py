@@ -1,7 +1,8 @@
-"""What each rank says of itself in shared memory: how far it is, and how much it holds."""
+"""What each rank says of itself in shared memory: that it lives, how far it is, and how much it holds."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 MEMORY_STEPS = 256  # between two looks at the memory
+PULSE_S = 0.25
 
 
 class RankState(NamedTuple):
@@ -35,12 +37,23 @@ class RankFacts:
     def __init__(self, memory: SharedMemory, num_ranks: int) -> None:
         import torch
 
-        self._rows = memory.take(num_ranks * 16).view(torch.int64).view(num_ranks, 2).numpy()
+        self._rows = memory.take(num_ranks * 24).view(torch.int64).view(num_ranks, 3).numpy()
 
     def of(self, rank: int, pid: int) -> RankState:
         """What that rank has said; zeros before it is ready."""
-        num_steps, memory_bytes = self._rows[rank].tolist()
+        num_steps, memory_bytes, _ = self._rows[rank].tolist()
         return RankState(rank, pid, num_steps, memory_bytes)
+
+    def silent_s(self, rank: int) -> float:
+        """Seconds since that rank was last seen to live; 0 before it is ready."""
+        pulse_ns = int(self._rows[rank, 2])
+        return (time.monotonic_ns() - pulse_ns) / 1e9 if pulse_ns else 0.0
+
+    def beat(self, rank: int) -> None:
+        """Say that this rank lives, for ever."""
+        while True:
+            self._rows[rank, 2] = time.monotonic_ns()  # the same clock in all processes of a machine
+            time.sleep(PULSE_S)
 
     def writer(self, rank: int, device: torch.device) -> Callable[[], None]:
         """Says what this rank holds; what it returns is to be called after each step."""

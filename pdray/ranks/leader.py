@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import msgspec
 
+from pdray.background import start_thread
 from pdray.config import Config
 from pdray.engine.ranks.orders import LaneRanks, StepOrder
 from pdray.engine.ranks.orders import encode as encode_order
 from pdray.engine.ranks.shared_memory import SharedMemory
 from pdray.errors import RankDiedError
-from pdray.ranks.facts import RankFacts, RankState
+from pdray.ranks.facts import PULSE_S, RankFacts, RankState
 from pdray.ranks.member import Member, check_visible, member_environment
 from pdray.ranks.setup import Setup, encode, join, settings_of
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pdray.models.model_config import ModelConfig
     from pdray.ranks.pools import RankPools
 
+HUNG_TIMEOUTS = 2.0  # a rank silent for so many worker_timeout_s is ended; its processor may be busy
 DEATH_S = 1.0  # until a process that was killed is seen to be
 KV_TIMEOUT_S = 60.0  # for a piece of blocks, where nothing is said of steps
 
@@ -56,6 +59,7 @@ class Leader:
         self._ended = threading.Lock()  # taken by the first rank that ends
         self._killed: list[RankDiedError] = []
         self._was_killed = threading.Event()  # one of them, and is in the list
+        self._closing = threading.Event()
         self._inputs: int | None = os.memfd_create("pdray-inputs")
         self._members = [
             Member(rank, member_environment(gpus[rank:] + gpus[:rank]), self._inputs, self._member_ended)
@@ -70,6 +74,8 @@ class Leader:
         self._facts = RankFacts(memory, size)
         self.ranks = LaneRanks(memory, self._announce)
         self._timeout_s = config.step_timeout_s or KV_TIMEOUT_S
+        self._hung_s = config.worker_timeout_s * HUNG_TIMEOUTS
+        start_thread("rank-pulses", self._watch_pulses, self._unwatched)
 
     @property
     def pids(self) -> list[int]:
@@ -90,6 +96,7 @@ class Leader:
 
     def close(self) -> None:
         """End the other ranks, and see them gone. Idempotent; no step may be in flight."""
+        self._closing.set()
         for member in self._members:
             member.close()
         if self._inputs is not None:
@@ -125,6 +132,20 @@ class Leader:
         """The error that a rank was killed, if that is why this process's step, or another rank, has failed. May wait
         for a moment: connections between ranks are seen to end before a process is."""
         return self._killed[0] if self._was_killed.wait(DEATH_S) else error
+
+    def _watch_pulses(self) -> None:
+        """End a rank that is stopped, or hangs. Time in which this process itself stood still does not count."""
+        awake = time.monotonic()
+        while not self._closing.wait(PULSE_S):
+            before, awake = awake, time.monotonic()
+            if awake - before > 2 * PULSE_S:
+                continue
+            for member in self._members:
+                if (silent_s := self._facts.silent_s(member.rank)) > self._hung_s:
+                    member.kill(f"it was silent for {silent_s:.1f} s (worker_timeout_s)")
+
+    def _unwatched(self, error: BaseException) -> None:
+        self._member_ended(RankDiedError(f"ranks are not watched any more: {error!r}"))
 
     def _member_ended(self, error: RankDiedError) -> None:
         if error.was_killed:

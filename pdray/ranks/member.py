@@ -39,6 +39,7 @@ class Member:
         self._connection, theirs = multiprocessing.Pipe()
         self.kv_orders, their_orders = multiprocessing.Pipe()
         self._process: subprocess.Popen[bytes] | None = None
+        self._why_killed = ""
         self._closing = threading.Event()
         self._started: Future[int] = Future()
 
@@ -72,8 +73,9 @@ class Member:
         except OSError as error:
             raise RankDiedError(f"rank {self.rank} (process {self.pid}) has ended: {error}") from error
 
-    def kill(self) -> None:
-        """End it, because it does not answer. What follows is as when it ends by itself."""
+    def kill(self, why: str) -> None:
+        """End it, because it hangs. What follows is as when it is killed by somebody else."""
+        self._why_killed = self._why_killed or why
         if self._process is not None:
             self._process.kill()
 
@@ -102,7 +104,7 @@ class Member:
             status = process.wait()
         if not self._closing.is_set():
             was_killed = status < 0 and not reason
-            what = reason or (f"signal {-status}" if was_killed else f"status {status}")
+            what = reason or self._why_killed or (f"signal {-status}" if was_killed else f"status {status}")
             text = f"rank {self.rank} (process {process.pid}) has ended: {what}"
             self._on_end(RankDiedError(text, was_killed=was_killed))
 

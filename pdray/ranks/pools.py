@@ -105,8 +105,8 @@ class RankPools:
 
     def _answer(self, member: Member) -> str:
         if not member.kv_orders.poll(self._timeout_s):
-            member.kill()
-            raise RankDiedError(f"rank {member.rank} has not answered for {self._timeout_s:g} s")
+            member.kill(why := f"it has not copied its blocks for {self._timeout_s:g} s")
+            raise RankDiedError(f"rank {member.rank} is ended: {why}")
         return member.kv_orders.recv_bytes().decode()
 
 

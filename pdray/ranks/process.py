@@ -12,11 +12,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch
 
+from pdray.background import start_thread
 from pdray.engine.build import make_pool
 from pdray.engine.device import select_device
 from pdray.engine.kv.sizing import usable_model_len
@@ -93,6 +95,7 @@ def make_rank(setup: Setup, inputs: int, kv_orders: Connection) -> Rank:
     if config.mode == "disaggregated":
         KVFollower(setup.rank, pool, Staging(memory, pool.layout, setup.size), kv_orders)
     quiet_garbage_collection()
+    start_thread("pulse", partial(facts.beat, setup.rank), print)
     return Rank(lane, facts.writer(setup.rank, device))
 
 

@@ -35,7 +35,7 @@ class Follower:
         self.killed = threading.Event()
         self.follower = KVFollower(rank, pool, staging, theirs)
 
-    def kill(self) -> None:
+    def kill(self, why: str) -> None:
         self.killed.set()
 
 
@@ -136,10 +136,10 @@ def test_after_a_missing_answer_nothing_is_taken_for_one(world_of: Callable[[int
         return torch.zeros(NUM_LAYERS, 1, 2, 16, 2, HEAD_DIM)
 
     blocks.read = late
-    with pytest.raises(RankDiedError, match=r"rank 1 .*has not answered for 0.2 s"):
+    with pytest.raises(RankDiedError, match=r"rank 1 .*it has not copied its blocks for 0.2 s"):
         world.pools.read(range(NUM_LAYERS), [1])
     assert world.members[0].killed.is_set()
-    with pytest.raises(RankDiedError, match="has not answered"):
+    with pytest.raises(RankDiedError, match="has not copied"):
         world.pools.read(range(NUM_LAYERS), [2])
     assert len(read) <= 1
 
