@@ -69,6 +69,7 @@ class MaskFiller:
         self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
         self._expected: tuple[StepPlan, MaskBuffer] | None = None
         self._filling: Filling | None = None
+        self._takers: dict[Sequence, GrammarMatcher] = {}  # by sequence of the step to be told of, its rule's taker
         self._thread = None if self._executor is None else _Thread()
 
     def expect(self, plan: StepPlan, masks: MaskBuffer) -> None:
@@ -83,17 +84,20 @@ class MaskFiller:
         if self._executor is None:
             return
         matchers, token_ids, must_be_told = list[GrammarMatcher](), list[int](), False
-        known: dict[Sequence, GrammarMatcher] = {}
+        known, self._takers = self._takers, {}
+        finished = SequenceStatus.FINISHED
         for (sequence, _, _), (token_id, _) in zip(plan.draws, rows, strict=True):
             live = sequence.request
-            if live.grammar is None or sequence.status is SequenceStatus.FINISHED:
+            if live.grammar is None or sequence.status is finished:
                 continue
             if token_id in live.end_token_ids and find_stop(live.params, self._eos_token_ids, token_id) is not GOES_ON:
                 continue
-            if (matcher := _rule(sequence).taker) is None:
-                must_be_told = True
-                continue
-            known[sequence] = matcher
+            matcher = known.get(sequence)
+            if matcher is None or matcher.error:
+                if (matcher := _rule(sequence).taker) is None:
+                    must_be_told = True
+                    continue
+                known[sequence] = matcher
             matchers.append(matcher)
             token_ids.append(token_id)
         take_all(matchers, token_ids)
@@ -102,6 +106,7 @@ class MaskFiller:
 
     def _begin(self, plan: StepPlan, masks: MaskBuffer, known: Mapping[Sequence, GrammarMatcher]) -> None:
         draws, rows, row = list[Draw](), list[int](), -1
+        kept, takers, finished = masks.kept, self._takers, SequenceStatus.FINISHED
         matchers: dict[int, GrammarMatcher] = {}
         failures: dict[Hashable, str] = {}
         for draw in plan.draws:
@@ -110,14 +115,18 @@ class MaskFiller:
             if not live.has_rules:
                 continue
             row += 1
-            if live.grammar is not None and sequence.status is not SequenceStatus.FINISHED:
-                try:
-                    matcher = known.get(sequence) or _rule(sequence).follower
-                except GrammarError as error:
-                    failures[live.key], matcher = str(error), None
+            if live.grammar is not None and sequence.status is not finished:
+                matcher = known.get(sequence)
+                if matcher is not None:
+                    takers[sequence] = matcher
+                else:
+                    try:
+                        matcher = _rule(sequence).follower
+                    except GrammarError as error:
+                        failures[live.key] = str(error)
                 if matcher is not None:
                     same = matcher.same_mask
-                    if same is not None and same is masks.kept[row] and len(sequence.rules) == 1:
+                    if same is not None and same is kept[row]:
                         continue
                     matchers[len(draws)] = matcher
             draws.append(draw)
