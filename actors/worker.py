@@ -1,8 +1,7 @@
 """The base of prefill and decode workers: an engine on its thread, and sessions on the event loop.
 
-A worker is a plain class: the Coordinator makes it a Ray actor, tests make it an object. Threads:
-the event loop's (everything public here), and the engine's (steps only). Updates cross from the
-engine's thread to the loop by call_soon_threadsafe, in order.
+A worker is a plain class: the Coordinator makes it a Ray actor, tests make it an object. Threads: the event loop's
+(everything public here), and the engine's (steps only). Updates cross to the loop by call_soon_threadsafe, in order.
 
 The Coordinator imports this module only to name the class: what needs torch is imported where a worker uses it.
 """
@@ -29,6 +28,7 @@ from pdray.actors.engine_watch import check_when_idle, describe_engine, fingerpr
 from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
 from pdray.actors.prefix_news import PrefixNews
+from pdray.actors.untraced import without_tracing
 from pdray.background import BackgroundTasks, LoopFailures, unless_ended
 from pdray.config import Config
 from pdray.control.effects import Send
@@ -75,6 +75,7 @@ class Worker(ABC):
     def __init__(
         self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
     ) -> None:
+        without_tracing(type(self))
         self.config = config
         self.app_name = app_name
         self.worker_id = worker_id
