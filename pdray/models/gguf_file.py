@@ -5,13 +5,14 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, GGUFValueType, dequantize
 from gguf.gguf_reader import ReaderTensor
 
 from pdray.errors import ModelLoadError
@@ -20,7 +21,10 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 
 
 class ArrayReader(GGUFReader):
-    """A GGUFReader over a plain array: np.memmap's subclass hooks make parsing a vocabulary 3.5 times slower."""
+    """A GGUFReader that takes a vocabulary's arrays whole, where the other looks at each element: 0.1 s for 1.5.
+
+    Over a plain array: np.memmap's subclass hooks make parsing 3.5 times slower.
+    """
 
     @property  # type: ignore[override]
     def data(self) -> npt.NDArray[Any]:
@@ -29,6 +33,44 @@ class ArrayReader(GGUFReader):
     @data.setter
     def data(self, memory_map: npt.NDArray[Any]) -> None:
         self._data = memory_map.view(np.ndarray)
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
+        """Bytes, parts, which of them are the value, and types. Raises ValueError if the file ends before."""
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        raw_kind, raw_count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        kind, count, first = GGUFValueType(raw_kind[0]), int(raw_count[0]), orig_offs + 12
+        if kind is GGUFValueType.STRING:
+            parts, end = self._strings(first, count)
+        elif kind in self.gguf_scalar_to_np:
+            dtype = np.dtype(self.gguf_scalar_to_np[kind])
+            end = first + count * dtype.itemsize
+            if end > len(self.data):
+                raise ValueError(f"an array of {count} numbers at byte {first}, within which the file ends")
+            parts = [self._get(first, dtype, count)]
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        return (
+            end - orig_offs,
+            [raw_kind, raw_count, *parts],
+            list(range(2, 2 + len(parts))),
+            [GGUFValueType.ARRAY, kind],
+        )
+
+    def _strings(self, first: int, count: int) -> tuple[list[npt.NDArray[np.uint8]], int]:
+        """The bytes of so many strings, each behind its length in eight bytes, and where they end."""
+        is_swapped = self.byte_order == "S"
+        order: Literal["little", "big"] = "big" if is_swapped == (sys.byteorder == "little") else "little"
+        memory, strings, place = self.data.data, list[npt.NDArray[np.uint8]](), first
+        for _ in range(count):
+            start = place + 8
+            place = start + int.from_bytes(memory[start - 8 : start], order)
+            if start > len(memory) or place > len(memory):
+                raise ValueError(f"an array of {count} strings at byte {first}, within which the file ends")
+            strings.append(self.data[start:place])
+        return strings, place
 
 
 class GGUFFile:

@@ -169,9 +169,9 @@ def test_cpus_that_are_in_use_are_waited_for_with_a_reason(tmp_path: Path) -> No
     other = Worker.options(num_cpus=2).remote()
     ray.get(other.__ray_ready__.remote())
     reason = r"the workers wait for 0\.5 CPUs of which 0 of 2 are free; stop what uses them, or lower worker_num_cpus"
-    with pytest.raises(StartTimeoutError, match=reason), LLM(**tiny(tmp_path, worker_num_cpus=0.5, start_timeout_s=6)):
+    with pytest.raises(StartTimeoutError, match=reason), LLM(**tiny(tmp_path, worker_num_cpus=0.5, start_timeout_s=4)):
         pass
-    freed = threading.Timer(3.0, ray.kill, [other])
+    freed = threading.Timer(1.0, ray.kill, [other])
     freed.start()
     with LLM(**tiny(tmp_path, worker_num_cpus=0.5)) as llm:  # "busy now" is no error
         params = SamplingParams(max_tokens=2, ignore_eos=True)

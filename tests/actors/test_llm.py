@@ -272,8 +272,9 @@ def test_chat_and_token_prompts(disaggregated: LLM) -> None:
     assert by_text.outputs[0].token_ids == by_ids.outputs[0].token_ids
 
 
-def test_generate_starts_and_stops_its_own_actors(ray_cluster: None) -> None:
-    output = pdray.generate("Hello", SamplingParams(temperature=0, max_tokens=2), use_tqdm=False, **COMMON)[0]
+def test_generate_starts_and_stops_its_own_actors(ray_cluster: None, tiny: dict[str, Any]) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    output = pdray.generate([[1, 2, 3]], params, use_tqdm=False, **tiny)[0]
     assert len(output.outputs[0].token_ids) == 2
 
 

@@ -41,7 +41,7 @@ for _name in ("protocol_processes", "protocol_workers", "protocol_cluster", "pro
     _spec.loader.exec_module(_module)
 protocol_world = sys.modules["protocol_world"]
 
-NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "1500"))
+NUM_WALKS = int(os.environ.get("PDRAY_MODEL_WALKS", "1000"))
 WALK_STEPS = 300
 TOPOLOGIES = [
     {"num_prefill": 2, "num_decode": 2},

@@ -25,7 +25,7 @@ from pdray.structured_outputs import StructuredOutputsParams
 from pdray.testing.patience import PATIENCE_S
 
 pytestmark = pytest.mark.model
-NUM_TOKENS = 32
+NUM_TOKENS = 20
 QUESTIONS = [
     "What is the capital of France?",
     "Write a short poem about the sea.",

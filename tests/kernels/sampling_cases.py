@@ -81,6 +81,8 @@ def check_draw_late() -> None:
     top_p = torch.tensor([1.0, 0.9, 0.5, 1e-6, 0.999, 0.3, 0.95, 0.7, 0.1]).repeat(num)[:num]
     shapes = [(37, num), (4500, 4)] if INTERPRETED else [(9000, num)]  # each takes a second to compile
     for dtype, used, (vocab_size, rows) in itertools.product(DTYPES, range(1, 8), shapes):
+        if INTERPRETED and vocab_size > 37 and used in (3, 5, 6):  # pairs of filters, in the small vocabulary alone
+            continue
         filters = [f.roll(used)[:rows] if used >> i & 1 else None for i, f in enumerate((min_p, top_k, top_p))]
         logits = make_logits(rows, vocab_size, dtype)
         random, temperature = random_rows(rows, *filters)
@@ -149,7 +151,7 @@ def check_hostile_numbers() -> None:
             torch.tensor([-(2**63), 2**63 - 1, 3, 0, 2**40, 50]),
             torch.tensor([0.0, 0.9, -1.0, NAN, 1e-45, INF, 1e-30]),
         )
-        for used in range(8):
+        for used in (0, 1, 2, 4, 7) if INTERPRETED else range(8):
             filters = [f.repeat(num)[:num] if used >> i & 1 else None for i, f in enumerate(limits)]
             table, expected = (
                 make_table(vocab_size, temperature, random.seeds, random.positions, *filters),
