@@ -207,14 +207,12 @@ class NcclReceiver(Receiver):
     def _grant_next(self) -> None:
         """Grant the puts of the sender whose turn it is, or more of the one that has its turn while no other waits."""
         self._grant_to_next()
-        self._thread.others_wait = any(
-            s.waiting and s.link not in (None, self._granted) for s in self._senders.values()
-        )
+        self._thread.others_wait = self._others_wait()
 
     def _grant_to_next(self) -> None:
         for _ in range(len(self._turns)):
             sender = self._senders[self._turns[0]]
-            if self._granted is not None and (sender.link is not self._granted or self._others_wait(sender)):
+            if self._granted is not None and (sender.link is not self._granted or self._others_wait()):
                 return
             self._turns.rotate(-1)
             transfers = self._take_waiting(sender)
@@ -225,8 +223,9 @@ class NcclReceiver(Receiver):
                 sender.send(GrantTransfers([transfer.seq for transfer in transfers]))
                 return
 
-    def _others_wait(self, sender: _Sender) -> bool:
-        return any(other.waiting for other in self._senders.values() if other is not sender and other.link is not None)
+    def _others_wait(self) -> bool:
+        """Whether a sender that has not been granted anything has something to send."""
+        return any(other.waiting for other in self._senders.values() if other.link not in (None, self._granted))
 
     def _take_waiting(self, sender: _Sender) -> list[Transfer]:
         """The sender's next puts that may be written, of about GRANT_BYTES; refuses the others."""
