@@ -257,6 +257,7 @@ def test_a_router_replica_that_hangs_is_ended_by_its_coordinator(
 ) -> None:
     """Serve would wait for its streams, for the grace; nobody else is replaced."""
     before = {row["pid"] for row in workers()}
+    wait_for(lambda: describe(APP)["routers"])  # of a Coordinator that has just started, until its router watches it
     (router,) = describe(APP)["routers"]
     os.kill(router["pid"], signal.SIGSTOP)
     told: list[str] = []
