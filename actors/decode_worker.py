@@ -7,7 +7,7 @@ same class with leases that name no prefill worker: the engine prefills them its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Hashable
+from collections.abc import Coroutine, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +170,7 @@ class DecodeWorker(Worker):
         leg = LegKey(*key)  # type: ignore[misc]
         if not self.leases.may_write(leg, worker_id, epoch):
             return False
-        self._send(self.leases.put_received(self._now(), leg))
+        self._send_later(self.leases.put_received(self._now(), leg))
         self._announce_credit()
         return True
 
@@ -208,8 +208,10 @@ class DecodeWorker(Worker):
                 for receiver in self._receivers.values():  # ahead of the reply
                     receiver.let_in(message.key, peer, message.epoch, self.leases.writable(message.key))
                 self._send(effects)
+                if self.leases.may_write(message.key, peer, message.epoch):
+                    self.engine.expect(message.key)
             case PutDone():
-                self._send(self.leases.put_done(now, peer, message))
+                self._send_later(self.leases.put_done(now, peer, message))
                 self._announce_credit()
             case PutAborted():
                 self._put_aborted(peer, message.key)
@@ -218,6 +220,11 @@ class DecodeWorker(Worker):
                 self._receivers[message.kind].on_message(peer, message.epoch, message.payload, send)
             case _:
                 raise TypeError(f"{self.worker_id} takes no {type(message).__name__} (from {peer})")
+
+    def _send_later(self, sends: Sequence[Send]) -> None:
+        """Send what a lease's start has brought about once the engine is woken, which somebody waits for."""
+        if sends:
+            self._loop.call_soon(self._send, sends)
 
     def on_closed(self, session: Session, reason: str) -> None:
         is_current = self.sessions.get(session.peer.id) is session

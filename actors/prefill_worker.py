@@ -254,10 +254,15 @@ class PrefillWorker(Worker):
                     self._stopping.add(key)
                     self._loop.call_soon(self._settle_stopped)
                 case Release(key):
-                    self._held.pop(key, None)
-                    for channel in self._channels.values():
-                        channel.end_leg(key)
-                    self.engine.release(key)
+                    # In the loop's next turn: what was sent in this one leaves at its end, and is waited for.
+                    self._loop.call_soon(self._release, key)
+
+    def _release(self, key: LegKey) -> None:
+        """Forget a leg that the ledger has forgotten."""
+        self._held.pop(key, None)
+        for channel in self._channels.values():
+            channel.end_leg(key)
+        self.engine.release(key)
 
     def _settle_stopped(self) -> None:
         """Tell of legs whose last step is over. A step that fails while it is launched says nothing: look again."""

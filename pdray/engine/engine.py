@@ -25,10 +25,11 @@ from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.refusals import give_up, grammar_compiled, preparing, refuse
 from pdray.engine.schedule.sequence import LiveRequest
 from pdray.engine.schedule.stats import engine_room, engine_stats
+from pdray.engine.step.first_step import FirstSteps
 from pdray.engine.step.flight import Flight, Launched, Settled, Undrawn
 from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Lane
-from pdray.engine.step.layer_groups import OnGroup, group_callback
+from pdray.engine.step.layer_groups import group_callback
 from pdray.engine.step.mask_filling import MaskFiller, num_fill_threads
 from pdray.engine.step.times import StepSpread, StepTimes
 from pdray.errors import InvalidRequestError, StepFailedError, describe_error
@@ -79,6 +80,7 @@ class Engine:
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
         self._is_beside = False  # steps of another lane take the device's time too
         self._lock = threading.Lock()
+        self._first_steps = FirstSteps(self._scheduler, self.lane, self._lock)
         self._mask_filler = MaskFiller(limits.vocab_size, limits.eos_token_ids, num_fill_threads(device))
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size), num_fill_threads(device))
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
@@ -99,14 +101,10 @@ class Engine:
         self._notify()
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
-        """Hold blocks for prompt, earlier outputs and head-room, and places, for every index; or nothing.
+        """Hold blocks for prompt, earlier outputs and head-room, and places, for every index; or nothing. Raises as add().
 
         Returns:
             None if that is not possible now: too few blocks or places, or a preempted sequence waits.
-
-        Raises:
-            InvalidRequestError: it will never be possible, or the key is in use.
-            RequestFailedError: examining it failed; the engine has not taken it, and goes on.
         """
         live = self._prepare(request, reserved=True)
         with self._lock:
@@ -144,11 +142,7 @@ class Engine:
             return any(key in plan.keys for plan in self._scheduler.plans_in_flight)
 
     def start_prefill(self, key: Hashable) -> None:
-        """Compute a reserved request here.
-
-        Raises:
-            KeyError: no such reservation.
-        """
+        """Compute a reserved request here; KeyError if there is no such reservation."""
         with self._lock:
             self._scheduler.start_prefill(key, time.perf_counter())
             self._is_stuck = False
@@ -165,6 +159,11 @@ class Engine:
         with self._lock:
             self._scheduler.start_decode(key, tokens, time.perf_counter())
             self._is_stuck = False
+        self._notify()
+
+    def expect(self, key: Hashable) -> None:
+        """The KV of a reservation is under way: its first step is prepared if there is nothing else to do."""
+        self._first_steps.expect(key)
         self._notify()
 
     def release(self, key: Hashable) -> None:
@@ -194,7 +193,9 @@ class Engine:
                 an update that says so, and the engine goes on.
         """
         try:
-            return self._step()
+            updates = self._step()
+            self._first_steps.launched()
+            return updates
         except StepFailedError:
             raise
         except BaseException as error:
@@ -236,7 +237,8 @@ class Engine:
         launching = False
         try:
             with self._lock:
-                inputs, on_group = lane.prepare(plan), self._group_callback(plan)
+                notify, inputs = self.on_layer_group, lane.prepare(plan)
+                on_group = None if notify is None else group_callback(plan, self.block_size, notify)
             launching = True
             self._before_launch(lane, inputs)
             if isinstance(launched := lane.launch(inputs, on_group), Undrawn):
@@ -293,13 +295,12 @@ class Engine:
                     self._step_times.pause()
         return updates
 
-    def _group_callback(self, plan: StepPlan) -> OnGroup | None:
-        """The lane's callback after each group of layers; None if no request needs it."""
-        return None if self.on_layer_group is None else group_callback(plan, self.block_size, self.on_layer_group)
-
     def prepare_more(self) -> bool:
         """Do some of what waits until there is no work; returns whether more is left. Engine's thread only."""
-        return self.pipeline is not None and self.pipeline.prepare_more()
+        if self.pipeline is not None and self.pipeline.prepare_more():
+            return True
+        self._first_steps.prepare()
+        return False
 
     def close(self) -> None:
         """Give up what the device holds beside memory. No step may follow, and none may be running. Idempotent."""

@@ -53,8 +53,9 @@ class EngineLoop:
             self._thread.join()
 
     def wake(self) -> None:
-        """There may be work. The engine calls it by itself; from any thread."""
+        """There may be work, or something to prepare. The engine calls it by itself; from any thread."""
         with self._condition:
+            self._may_prepare = True
             self._condition.notify()
 
     def seconds_since_progress(self) -> float:
@@ -84,4 +85,6 @@ class EngineLoop:
                 self._progress_at = None if self._stopping or is_idle else time.monotonic()
                 if not is_idle:
                     return not self._stopping
-            self._may_prepare = self.engine.prepare_more()
+                self._may_prepare = False
+            if self.engine.prepare_more():
+                self._may_prepare = True

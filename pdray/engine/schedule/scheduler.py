@@ -44,11 +44,10 @@ class Scheduler:
         running: the batch, in batch_order.
         plans_in_flight: steps planned and not booked, oldest first; at most two of each lane.
         leaving: finished sequences whose blocks a step in flight still writes to.
-        num_places: sequences counted against max_num_seqs.
-        turns: keeps requests apart that are to be computed alone.
+        num_places: sequences counted against max_num_seqs. turns: keeps requests apart that are to be computed alone.
         is_short: decodes need more blocks than there are, and wait until no step is in flight.
-        updates: news that no step has produced.
-        compiling: requests whose grammar is not there yet.
+        updates: news that no step has produced. compiling: requests whose grammar is not there yet.
+        received: sequences that go on from KV that has arrived, and is not offered to the prefix cache yet.
     """
 
     def __init__(
@@ -71,6 +70,7 @@ class Scheduler:
         self.turns, self.is_short = Turns(), False
         self.updates: list[RequestUpdate] = []
         self.compiling: list[LiveRequest] = []
+        self.received: list[Sequence] = []
         self.counters = Counters()
         self._arrivals = count()
 
@@ -132,16 +132,17 @@ class Scheduler:
     def start_decode(self, key: Hashable, tokens: list[SampledToken], now: float) -> None:
         """The reserved blocks hold the prompt's KV; go on from these first tokens, one for each index."""
         live = self._reserved(key)
-        by_index = {token.index: token for token in tokens}
-        if by_index.keys() != {s.index for s in live.sequences} or len(by_index) != len(tokens):
-            wanted, given = [s.index for s in live.sequences], [t.index for t in tokens]
-            raise ValueError(f"request {key!r} starts with tokens of indices {given}, not {wanted}")
+        by_index, wanted = {token.index: token for token in tokens}, [s.index for s in live.sequences]
+        if by_index.keys() != set(wanted) or len(by_index) != len(tokens):
+            raise ValueError(f"request {key!r} starts with tokens of indices {[t.index for t in tokens]}, not {wanted}")
         if live.refusal is not None:
             return self.updates.append(refuse(self, key, live.refusal))
         live.started_at = now
         live.scores = None  # told by whoever has computed the prompt
         live.lead.num_computed_tokens = len(live.lead.token_ids)
-        self.allocator.cache_computed(live.lead, live.lead.num_computed_tokens)
+        self.received.append(live.lead)
+        if len(tokens) > 1 or tokens[0].finish_reason is not None:  # else that can wait: see FirstSteps.launched()
+            self.allocator.cache_computed(live.lead, live.lead.num_computed_tokens)
         self.allocator.fork(live)
         for sequence in live.sequences:
             token = by_index[sequence.index]

@@ -240,6 +240,10 @@ class InputBuffers:
         inputs = self.views(shape, Spans.of(plan))
         return inputs._replace(copies=plan.copies, needs=needs, num_logprobs=num_logprobs, host=index)
 
+    def take_back(self) -> None:
+        """What the last fill() returned is not used: what is filled next may take its place on the host, too."""
+        self._next = (self._next - 1) % len(self._hosts)
+
     def receive(self, index: int, shape: StepShape, spans: Spans) -> StepInputs:
         """What rank 0 has filled, in the host buffer ``index``; without draws."""
         self._send(self._hosts[index], shape)
