@@ -101,7 +101,7 @@ class Engine:
         self._notify()
 
     def reserve(self, request: EngineRequest) -> Reservation | None:
-        """Hold blocks for prompt, earlier outputs and head-room, and places, for every index; or nothing. Raises as add().
+        """Hold blocks for prompt, earlier outputs and head-room, and places, for every index. Raises as add() does.
 
         Returns:
             None if that is not possible now: too few blocks or places, or a preempted sequence waits.

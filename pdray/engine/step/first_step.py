@@ -98,7 +98,7 @@ class FirstSteps:
                     self._lane.prepare_ahead(plan)
 
     def launched(self) -> None:
-        """Offer to the prefix cache what has come from elsewhere, which takes time that no first step is to wait for."""
+        """Offer to the prefix cache what has come from elsewhere: it takes time that no first step is to wait for."""
         scheduler = self._scheduler
         with self._lock:
             received, scheduler.received = scheduler.received, []

@@ -1,0 +1,162 @@
+"""The first step behind KV that comes from elsewhere: prepared while that is under way, used only where it fits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pdray.engine.loop import EngineLoop
+from pdray.engine.request import EngineRequest
+from pdray.engine.schedule.plan import StepPlan
+from pdray.engine.step.inputs import StepInputs
+from pdray.outputs import SampledToken
+from pdray.sampling_params import SamplingParams
+from pdray.testing.patience import PATIENCE_S
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+REPORTED = SamplingParams(temperature=1.1, top_p=0.9, seed=7, max_tokens=6, ignore_eos=True, logprobs=2)
+FIRST = [SampledToken(0, 0, 77)]
+
+
+def make(key: str, length: int = 21, params: SamplingParams = GREEDY, indices: tuple[int, ...] = (0,)) -> EngineRequest:
+    return EngineRequest(key, [4 + (7 * len(key) + 3 * n) % 190 for n in range(length)], params, indices)
+
+
+def decode_engine(llama: Any, **settings: Any) -> Any:
+    """Whatever its blocks hold stands for KV that has come."""
+    engine = llama.engine(**settings)
+    engine.pool.tensor.normal_(generator=torch.Generator().manual_seed(3))
+    return engine
+
+
+def count_fills(engine: Any) -> list[StepPlan]:
+    """Plans whose inputs are filled from now on, prepared ones included."""
+    plans: list[StepPlan] = []
+    fill = engine.lane._decode_buffers.fill
+
+    def counted(plan: StepPlan, padded: Any = None) -> StepInputs:
+        plans.append(plan)
+        filled: StepInputs = fill(plan, padded)
+        return filled
+
+    engine.lane._decode_buffers.fill = counted
+    return plans
+
+
+def finish(engine: Any) -> dict[Any, Any]:
+    while engine.has_work():
+        engine.step()
+    engine.assert_empty()
+    return {key: dict(indices) for key, indices in engine.tokens.items()}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("params", [GREEDY, REPORTED])
+def test_a_prepared_step_draws_what_it_would_draw_anyway(llama: Any, params: SamplingParams, overlap: bool) -> None:
+    answers = []
+    for is_expected in (False, True):
+        engine = decode_engine(llama, async_scheduling=overlap)
+        for key in ("a", "bb"):  # the second finds what the first has left
+            engine.reserve(make(key, params=params))
+            if is_expected:
+                engine.expect(key)
+                assert engine.prepare_more() is False
+            fills = count_fills(engine)
+            engine.start_decode(key, FIRST)
+            engine.step()
+            assert (not fills) is is_expected, "its inputs were there"
+            answers.append(finish(engine))
+    assert len(answers[0]["a"][0]) == 5
+    assert answers[:2] == answers[2:]
+
+
+def another_starts_first(engine: Any) -> None:
+    engine.start_decode("bb", FIRST)
+    engine.step()
+
+
+def a_prompt_comes_first(engine: Any) -> None:
+    engine.add(make("ccc"))
+    engine.step()
+
+
+def it_is_released(engine: Any) -> None:
+    engine.release("a")
+    engine.reserve(make("a", 30))
+
+
+def its_blocks_change(engine: Any) -> None:
+    engine._scheduler.requests["a"].lead.num_computed_tokens = 32  # as if all of it had been cached
+    engine.lend("a")
+
+
+@pytest.mark.parametrize("between", [another_starts_first, a_prompt_comes_first, it_is_released, its_blocks_change])
+def test_what_happens_in_between_makes_a_prepared_step_void(llama: Any, between: Callable[[Any], None]) -> None:
+    answers = []
+    for is_expected in (False, True):
+        engine = decode_engine(llama)
+        engine.reserve(make("a", 32))
+        engine.reserve(make("bb"))
+        if is_expected:
+            engine.expect("a")
+            engine.expect("bb")
+            engine.prepare_more()
+            assert engine.lane.ahead.sequence.request.key == "a", "the first of two that are expected"
+        between(engine)
+        engine.start_decode("a", FIRST)
+        engine.step()
+        if between is not another_starts_first:
+            engine.start_decode("bb", FIRST)
+        answers.append(finish(engine))
+        assert engine.lane.ahead is None
+    assert len(answers[0]["a"][0]) == len(answers[0]["bb"][0]) == 5
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        make("a", indices=(0, 1), params=SamplingParams(n=2, temperature=0.0, max_tokens=6)),
+        make("a", params=SamplingParams(temperature=0.0, max_tokens=6, repetition_penalty=1.3)),
+        make("a", params=SamplingParams(temperature=0.0, max_tokens=6, min_tokens=3)),
+        EngineRequest("a", [5, 6, 7], GREEDY, alone=True),
+    ],
+    ids=["completions", "penalty", "min_tokens", "alone"],
+)
+def test_what_depends_on_earlier_tokens_is_not_prepared(llama: Any, request_: EngineRequest) -> None:
+    engine = decode_engine(llama)
+    engine.reserve(request_)
+    engine.expect("a")
+    engine.prepare_more()
+    assert engine.lane.ahead is None
+
+
+def test_an_engine_that_sleeps_prepares_what_it_is_told_to_expect(llama: Any) -> None:
+    engine = decode_engine(llama)
+    loop = EngineLoop(engine, lambda updates: None)
+    loop.start()
+    try:
+        engine.reserve(make("a"))
+        engine.expect("a")
+        deadline = time.monotonic() + PATIENCE_S
+        while engine.lane.ahead is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        loop.stop()
+
+
+def test_what_has_come_is_cached_once_its_first_step_is_launched(llama: Any) -> None:
+    engine = decode_engine(llama)
+    engine.reserve(make("a", 40))
+    engine.start_decode("a", FIRST)
+    assert engine._scheduler.pool.num_cached == 0
+    engine.step()
+    assert engine._scheduler.pool.num_cached == 2
+    engine.release("a")
+    finish(engine)
+    assert engine.reserve(make("a", 40)).num_cached_tokens == 32
