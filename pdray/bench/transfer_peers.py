@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import struct
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
@@ -31,6 +32,7 @@ from pdray.wire.session import Session
 
 HOST = "127.0.0.1"
 ACKNOWLEDGED = "acknowledged"  # stands where a kind of channel does
+TIME = struct.Struct("d")  # of time.monotonic(), which is one clock for all processes of a machine
 
 
 class PoolSpec(NamedTuple):
@@ -61,7 +63,8 @@ class PoolSpec(NamedTuple):
 class Rate(NamedTuple):
     """Attributes:
     num_bytes, seconds: of all puts together.
-    latency_s, worst_s: median and maximum of one put, until its sender knows that it is usable.
+    latency_s, worst_s: median and maximum of one put, until the receiver counts it; where nobody says when that was,
+        until its sender knows.
     """
 
     num_puts: int
@@ -85,7 +88,8 @@ async def send_puts(
     """Put these blocks of one leg again and again, ``window`` times at once; at least once.
 
     Args:
-        usable: waits until the receiver has said that it counts one more put; returns the time. One put at a time.
+        usable: waits until the receiver has said that it counts one more put; returns the time at which it did. One put
+            at a time.
 
     Raises:
         TransferError: a put failed, or was refused.
@@ -224,7 +228,7 @@ class ReceivingPeer(_Peer):
     def put_received(self, key: Hashable, worker_id: str, epoch: int) -> bool:
         self.num_received += 1
         if worker_id in self._sessions:
-            self._sessions[worker_id].send(ChannelMessage(ACKNOWLEDGED, epoch, b""))
+            self._sessions[worker_id].send(ChannelMessage(ACKNOWLEDGED, epoch, TIME.pack(time.monotonic())))
         return True
 
     def on_open(self, session: Session) -> None:
@@ -332,7 +336,8 @@ class SendingPeer(_Peer):
     def on_message(self, session: Session, message: AnyMessage) -> None:
         assert isinstance(message, ChannelMessage)
         if message.kind == ACKNOWLEDGED:
-            self._usable_at.put_nowait(time.monotonic())
+            (usable_at,) = TIME.unpack(message.payload)
+            self._usable_at.put_nowait(usable_at)
         elif self._channel is not None:
             self._channel.on_message(message.epoch, message.payload)
 
