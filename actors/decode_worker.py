@@ -156,7 +156,7 @@ class DecodeWorker(Worker):
         return await self._receivers[kind].on_array(worker_id, epoch, payload, array)
 
     def resolve(self, key: Hashable, worker_id: str, epoch: int, layers: range, positions: range) -> list[int] | None:
-        """See pdray.transfer.channel.Sink, as the next one."""
+        """See pdray.transfer.channel.Sink, as the next two."""
         leg = LegKey(*key)  # type: ignore[misc]
         blocks = self.leases.resolve(leg, worker_id, epoch, positions)
         if blocks is not None and self.engine.pool.holds_layers(layers):
@@ -173,6 +173,10 @@ class DecodeWorker(Worker):
         self._send_later(self.leases.put_received(self._now(), leg))
         self._announce_credit()
         return True
+
+    def is_connected(self, worker_id: str) -> bool:
+        session = self.sessions.get(worker_id)
+        return session is not None and session.connected
 
     def _put_aborted(self, peer: str, key: LegKey) -> None:
         """The writer has stopped; a piece that it had brought may still be on its way into the pool."""

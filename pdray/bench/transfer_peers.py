@@ -231,6 +231,10 @@ class ReceivingPeer(_Peer):
             self._sessions[worker_id].send(ChannelMessage(ACKNOWLEDGED, epoch, TIME.pack(time.monotonic())))
         return True
 
+    def is_connected(self, worker_id: str) -> bool:
+        session = self._sessions.get(worker_id)
+        return session is not None and session.connected
+
     def on_open(self, session: Session) -> None:
         self._sessions[session.peer.id] = session
 

@@ -195,6 +195,11 @@ class Sink(Protocol):
         """One put of the leg is wholly in the pool; False if it may not be any more, and does not count."""
         ...
 
+    def is_connected(self, worker_id: str) -> bool:
+        """Whether the session with that worker has a connection now. That of a process that was killed is lost at once,
+        long before the session ends. From any thread."""
+        ...
+
 
 class Kind(ABC):
     """One way for blocks to travel, at one worker.

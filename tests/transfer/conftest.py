@@ -59,6 +59,7 @@ class Leases:
         self.received: list[Hashable] = []
         self.questions: list[Hashable] = []
         self.closes_after: int | None = None  # questions until every lease ends
+        self.disconnected: set[str] = set()  # workers
 
     def resolve(self, key: Hashable, worker_id: str, epoch: int, layers: range, positions: range) -> list[int] | None:
         self.questions.append(key)
@@ -71,6 +72,9 @@ class Leases:
         if key in self.open:
             self.received.append(key)
         return key in self.open
+
+    def is_connected(self, worker_id: str) -> bool:
+        return worker_id not in self.disconnected
 
 
 class Sender:

@@ -71,6 +71,22 @@ async def test_while_others_wait_a_hanging_transfer_is_given_up_sooner(
     assert not world.receiver._thread.others_wait
 
 
+async def test_a_sender_whose_connection_is_lost_is_given_up_soonest(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else waits, and other deadlines are far away: a process that was killed loses its connection at once."""
+    monkeypatch.setattr("pdray.transfer.nccl.receive_thread.LOST_TIMEOUT_S", 0.1)
+    lost = await world.sender("lost", timeout_s=20.0)
+    lost.wire.faults = lambda number: False
+    lost.lease(0)
+    hanging = lost.put(0, ALL_LAYERS, [1], [1])
+    await until(lambda: world.receiver._granted is not None)
+    world.leases.disconnected.add("lost")
+    with pytest.raises(TransferError, match="gave up.*did not get on for 0.1 s .its connection was lost"):
+        await result(hanging)
+    await until(lambda: world.receiver.senders() == [])
+
+
 async def test_the_senders_own_deadline(world: Any) -> None:
     """The receiver has granted and does not receive; its deadline is longer."""
     sender = await world.sender("a", timeout_s=0.3)

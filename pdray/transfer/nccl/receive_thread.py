@@ -23,17 +23,19 @@ from pdray.transfer.ring import Region
 from pdray.transfer.streams import DRAIN_TIMEOUT_S, Event, Stream
 from pdray.wire.message import LegKey
 
+LOST_TIMEOUT_S = 0.3  # a worker that lives restores its connection within milliseconds
 CROWDED_TIMEOUT_S = 1.0  # an event loop that is busy with other things answers a grant within a fifth of that
 
 
 @dataclass(eq=False, slots=True)
 class Link:
-    """One sender's communicator. error: why it was given up."""
+    """One sender's communicator. error: why it was given up. is_connected: see Sink; from any thread."""
 
     name: str
     epoch: int
     communicator: GuardedCommunicator
     stream: Stream
+    is_connected: Callable[[], bool]
     error: str | None = None
     failed_at: float = 0.0
 
@@ -74,6 +76,13 @@ class Unpacking(NamedTuple):
     done: Event
     ids: Region | None = None
     transfer: Transfer | None = None
+
+
+class Patience(NamedTuple):
+    """How long a link's receives may stand still, and why so long."""
+
+    seconds: float
+    why: str
 
 
 class ReceiveEvents(Protocol):
@@ -233,13 +242,18 @@ class ReceiveThread:
         if link is not None and link.error is not None and now > link.failed_at + DRAIN_TIMEOUT_S:
             raise TransferError(f"{link.name}: its stream has not drained {DRAIN_TIMEOUT_S:g} s after the abort")
         self._active = link if link is not None and link.error is None else None
-        self._watchdog.set(None if self._active is None else self._progress_at + self._patience_s)
+        patience = None if self._active is None else self._patience(self._active)
+        self._watchdog.set(None if patience is None else self._progress_at + patience.seconds)
 
     # failures
 
-    @property
-    def _patience_s(self) -> float:
-        return min(self._timeout_s, CROWDED_TIMEOUT_S) if self.others_wait else self._timeout_s
+    def _patience(self, link: Link) -> Patience:
+        patience = Patience(self._timeout_s, "worker_timeout_s")
+        if self.others_wait:
+            patience = min(patience, Patience(CROWDED_TIMEOUT_S, "others waited"))
+        if not link.is_connected():
+            patience = min(patience, Patience(LOST_TIMEOUT_S, "its connection was lost"))
+        return patience
 
     def _fail(self, link: Link, reason: str) -> None:
         if self.give_up(link, reason):
@@ -247,10 +261,9 @@ class ReceiveThread:
 
     def _expired(self) -> None:
         """The watchdog's thread."""
-        link, patience_s = self._active, self._patience_s
-        if link is not None and time.monotonic() >= self._progress_at + patience_s:
-            why = "worker_timeout_s" if patience_s == self._timeout_s else "others waited"
-            self._fail(link, f"a transfer did not get on for {patience_s:g} s ({why})")
+        link = self._active
+        if link is not None and time.monotonic() >= self._progress_at + (patience := self._patience(link)).seconds:
+            self._fail(link, f"a transfer did not get on for {patience.seconds:g} s ({patience.why})")
 
     def _thread_failed(self, error: BaseException) -> None:
         self._call_soon(lambda: self._events.failed(error))

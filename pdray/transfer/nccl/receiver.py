@@ -176,7 +176,8 @@ class NcclReceiver(Receiver):
         if not self._is_current(sender):
             await asyncio.to_thread(communicator.close)
             return
-        sender.link = Link(worker_id, epoch, communicator, self._transport.new_stream())
+        is_connected = partial(self._sink.is_connected, worker_id)
+        sender.link = Link(worker_id, epoch, communicator, self._transport.new_stream(), is_connected)
         self._grant_next()
 
     def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
