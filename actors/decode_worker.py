@@ -279,6 +279,7 @@ class DecodeWorker(Worker):
             prefill=update.prefill,
             transfer_wait=transfer_wait,
             first_decode_step=update.first_decode_step,
+            first_launch=update.first_launch,
             prompt_scores=update.prompt_scores,
         )
 

@@ -101,6 +101,7 @@ class RequestTimings:
     ttft: float | None = None  # arrival until the first token is at the router
     transfer_wait: float | None = None  # first token sampled until the decode batch is joined
     first_decode_step: float | None = None  # joined until the second token is sampled
+    first_launch: float | None = None  # of first_decode_step: until the host had launched it
     first_gap: float | None = None  # first token at the router until the second one
     e2e: float | None = None  # arrival until the last token
 

@@ -3,7 +3,8 @@
 One request at a time on an idle system, for each prompt length: first colocated, then disaggregated over each channel.
 The first gap (first token to the second) less a normal step is the price; TTFT must not change. The columns from there
 on say where the first gap went: `transfer wait` from the first token's sampling until the decode batch is joined, and
-the first decode step. Medians; the warm-up requests do not count. Every answer must be the colocated one's.
+the first decode step, of which the host needs `launch` before the device can begin. Medians; the warm-up requests do
+not count. Every answer must be the colocated one's.
 
 With --beside also the steps of other answers, while prompts of that length are handed over; see beside.py.
 """
@@ -62,6 +63,7 @@ class Row(NamedTuple):
     step: float
     cost: float
     transfer_wait: float | None
+    first_launch: float | None
     first_decode_step: float | None
     unexplained: float | None
     same_answers: str
@@ -74,6 +76,7 @@ class Answer(NamedTuple):
     first_gap: float
     step: float
     transfer_wait: float | None
+    first_launch: float | None
     first_decode_step: float | None
     token_ids: list[int]
 
@@ -89,8 +92,9 @@ class Answer(NamedTuple):
         times, token_ids = output.timings, output.outputs[0].token_ids
         assert times.ttft is not None and times.first_gap is not None and times.e2e is not None
         step = (times.e2e - times.ttft - times.first_gap) / (len(token_ids) - 2)
-        wait, first_step = (None if s is None else 1e3 * s for s in (times.transfer_wait, times.first_decode_step))
-        return cls(1e3 * times.ttft, 1e3 * times.first_gap, 1e3 * step, wait, first_step, token_ids)
+        parts = times.transfer_wait, times.first_launch, times.first_decode_step
+        wait, launch, first_step = (None if seconds is None else 1e3 * seconds for seconds in parts)
+        return cls(1e3 * times.ttft, 1e3 * times.first_gap, 1e3 * step, wait, launch, first_step, token_ids)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +160,7 @@ def measure(name: str, ask: Ask, input_len: int, args: argparse.Namespace, expec
         step=statistics.median(answer.step for answer in answers),
         cost=statistics.median(answer.first_gap - answer.step for answer in answers),
         transfer_wait=_median([answer.transfer_wait for answer in answers]),
+        first_launch=_median([answer.first_launch for answer in answers]),
         first_decode_step=_median([answer.first_decode_step for answer in answers]),
         unexplained=_median([answer.unexplained for answer in answers]),
         same_answers=f"{same}/{len(answers)}",
@@ -194,12 +199,12 @@ def name_of(workers: list[dict[str, Any]]) -> str:
 
 HEADER = (
     "| prompt | way | TTFT ms | first gap | step | **gap less step** | transfer wait | first decode step "
-    "| unexplained | same |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| of it launch | unexplained | same |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def format_row(row: Row) -> str:
     figures = [f"{value:.2f}" for value in (row.ttft, row.first_gap, row.step)] + [f"**{row.cost:.2f}**"]
-    parts = (row.transfer_wait, row.first_decode_step, row.unexplained)
+    parts = (row.transfer_wait, row.first_decode_step, row.first_launch, row.unexplained)
     figures += ["-" if part is None else f"{part:.2f}" for part in parts]
     return f"| {row.input_len} | {row.way} | {' | '.join(figures)} | {row.same_answers} |"

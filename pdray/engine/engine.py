@@ -278,7 +278,7 @@ class Engine:
     def _book(self, flight: Flight) -> list[RequestUpdate]:
         """Wait for a step that was launched, and book it."""
         (plan, draws), wait_began = flight, time.perf_counter()
-        rows = draws.read()
+        rows, plan.launched_at = draws.read(), draws.launched_at
         ended = time.perf_counter()
         self._mask_filler.take(plan, rows)
         self.has_booked = True

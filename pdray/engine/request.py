@@ -77,7 +77,7 @@ class RequestUpdate:
         prefill_queue: from add()/start_prefill() until first scheduled, s.
         prefill: from first scheduled until the first token was sampled, s.
         join_wait: from start_decode() until the first step that contains it began, s.
-        first_decode_step: that step's duration, s.
+        first_decode_step: that step's duration, s. first_launch: of it, until the step was launched.
         failure: why the step that was to compute it failed; the engine knows the request no more.
         suspects: keys of all requests of the step that failed.
         param: the request's own field that made it fail.
@@ -92,6 +92,7 @@ class RequestUpdate:
     prefill: float | None = None
     join_wait: float | None = None
     first_decode_step: float | None = None
+    first_launch: float | None = None
     failure: str | None = None
     suspects: tuple[Hashable, ...] = ()
     param: str | None = None

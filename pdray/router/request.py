@@ -27,7 +27,7 @@ from pdray.wire.prefill_messages import FirstTokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TIMINGS_OF_STEPS = ("prefill_queue", "prefill", "transfer_wait", "first_decode_step")
+TIMINGS_OF_STEPS = ("prefill_queue", "prefill", "transfer_wait", "first_decode_step", "first_launch")
 
 
 class Request:

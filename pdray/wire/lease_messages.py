@@ -119,6 +119,7 @@ class LegTokens(LegMessage, frozen=True):
         prefill_queue, prefill: of a local prefill, with position 0.
         transfer_wait: of a disaggregated leg, prefill sampled its token until joined the batch,
             as far as the decode worker saw it; with first_decode_step, on the first decoded token.
+        first_launch: of first_decode_step, until the step was launched.
         prompt_scores: of a local prefill, where params ask for prompt_logprobs.
     """
 
@@ -128,6 +129,7 @@ class LegTokens(LegMessage, frozen=True):
     prefill: float | None = None
     transfer_wait: float | None = None
     first_decode_step: float | None = None
+    first_launch: float | None = None
     prompt_scores: PromptScores | None = None
 
 

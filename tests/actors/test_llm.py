@@ -200,6 +200,7 @@ def test_timings_are_complete_and_add_up(disaggregated: LLM) -> None:
         "ttft",
         "transfer_wait",
         "first_decode_step",
+        "first_launch",
         "first_gap",
         "e2e",
     ):

@@ -32,7 +32,7 @@ def output(prompt: list[int], output_len: int, *, apart: bool, wait: float) -> R
     gap = step + (wait + 0.001 if apart else 0.0)
     timings = RequestTimings(ttft=ttft, first_gap=gap, e2e=ttft + gap + step * (output_len - 2))
     if apart:
-        timings.transfer_wait, timings.first_decode_step = wait, step
+        timings.transfer_wait, timings.first_decode_step, timings.first_launch = wait, step, 0.0005
     return RequestOutput(
         "r", None, prompt, [CompletionOutput(0, token_ids=[sum(prompt)] * output_len)], True, 0, timings
     )
@@ -77,9 +77,10 @@ def test_a_row_for_each_way_and_length(configs: list[Config], tmp_path: Path, ca
         "warm-ups do not count"
     )
     assert (apart.transfer_wait, apart.first_decode_step, apart.unexplained) == pytest.approx((3, 4, 1))
+    assert apart.first_launch == pytest.approx(0.5), "part of the first decode step"
     assert apart.same_answers == "3/3"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].endswith(" | - | - | - | 3/3 |") and lines[3].startswith("| 3 | cuda_ipc | 30.00 | 8.00 |")
+    assert lines[2].endswith(" | - | - | - | - | 3/3 |") and lines[3].startswith("| 3 | cuda_ipc | 30.00 | 8.00 |")
 
 
 def test_steps_beside_prompts_that_are_handed_over(configs: list[Config], tmp_path: Path, capsys: Any) -> None:

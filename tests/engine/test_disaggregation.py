@@ -93,6 +93,6 @@ def test_timings_of_both_halves(llama: Any, disaggregated: Any) -> None:
     (prefilled,), decoded = pair.prefill.updates["r"], pair.decode.updates["r"]
     assert prefilled.finished and prefilled.prefill > 0 and prefilled.prefill_queue >= 0
     assert (prefilled.num_cached_tokens, prefilled.join_wait, prefilled.first_decode_step) == (0, None, None)
-    assert decoded[0].join_wait >= 0 and decoded[0].first_decode_step > 0
+    assert decoded[0].join_wait >= 0 and decoded[0].first_decode_step > decoded[0].first_launch > 0
     assert all(u.join_wait is None and u.first_decode_step is None for u in decoded[1:])
     assert all(u.prefill is None and u.prefill_queue is None and u.num_cached_tokens is None for u in decoded)

@@ -86,7 +86,7 @@ class Bookkeeper:
                     update = updates[live.key] = RequestUpdate(live.key)
                     live.num_alone_steps = max(0, live.num_alone_steps - 1)
                 self._book(chunk, tokens, update)
-                self._note_timings(live, update, now)
+                self._note_timings(live, update, plan.launched_at, now)
         return list(updates.values())
 
     def _book(self, chunk: Chunk, rows: list[SampledRow], update: RequestUpdate) -> None:
@@ -127,7 +127,7 @@ class Bookkeeper:
         )
 
     @staticmethod
-    def _note_timings(live: LiveRequest, update: RequestUpdate, now: float) -> None:
+    def _note_timings(live: LiveRequest, update: RequestUpdate, launched_at: float, now: float) -> None:
         """Durations, once each: those of a prefill with the first token, those of a start_decode() with the next."""
         if live.queued_at is not None and live.scheduled_at is not None:
             update.num_cached_tokens = live.num_cached_tokens
@@ -136,5 +136,6 @@ class Bookkeeper:
             live.queued_at = live.scheduled_at = None
         if live.started_at is not None and live.joined_at is not None:
             update.join_wait = live.joined_at - live.started_at
+            update.first_launch = launched_at - live.joined_at
             update.first_decode_step = now - live.joined_at
             live.started_at = live.joined_at = None

@@ -88,7 +88,7 @@ class StepPlan:
         is_decode: each chunk is one token and draws one, and nobody is told of its layers.
         num_decodes: leading chunks of one token.
         alone: the request that it computes and no other, where that was asked for.
-        planned_at: on the engine's clock.
+        planned_at, launched_at: on the engine's clock.
         lane: that computes it.
     """
 
@@ -101,6 +101,7 @@ class StepPlan:
     num_decodes: int = 0
     alone: LiveRequest | None = None
     planned_at: float = 0.0
+    launched_at: float = 0.0
     lane: LaneName = LaneName.MAIN
 
     @property

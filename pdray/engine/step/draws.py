@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ class Draws(NamedTuple):
         num_logprobs: see StepInputs.
         num_top: most likely tokens in each report; None if no row asked for any.
         scores: as packed, of prompt tokens: reports of MAX_LOGPROBS most likely tokens. None if none are asked for.
+        launched_at: when the host had launched all of the step; on CPU, computed it.
     """
 
     packed: torch.Tensor
@@ -27,6 +29,7 @@ class Draws(NamedTuple):
     num_top: int | None
     done: torch.cuda.Event | None = None
     scores: torch.Tensor | None = None
+    launched_at: float = 0.0
 
     def is_done(self) -> bool:
         """Whether read() would not wait."""
@@ -65,13 +68,13 @@ class DrawReader:
         """
         packed = sampled if reports is None else reports
         if packed.device.type == "cpu":
-            return Draws(packed.clone(), num_logprobs, num_top, None, scores)
+            return Draws(packed.clone(), num_logprobs, num_top, None, scores, time.perf_counter())
         host, done = self._buffers.pop(0)
         self._buffers.append((host, done))
         host = host[: len(sampled)].copy_(sampled, non_blocking=True) if reports is None else _to_host(reports)
         scores = None if scores is None else _to_host(scores)
         done.record()
-        return Draws(host, num_logprobs, num_top, done, scores)
+        return Draws(host, num_logprobs, num_top, done, scores, time.perf_counter())
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
