@@ -171,6 +171,8 @@ class DecodeWorker(Worker):
         if not self.leases.may_write(leg, worker_id, epoch):
             return False
         self._send_later(self.leases.put_received(self._now(), leg))
+        if self.leases.may_write(leg, worker_id, epoch):
+            self.engine.expect(leg)
         self._announce_credit()
         return True
 

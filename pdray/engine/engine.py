@@ -56,7 +56,7 @@ class Engine:
             group of layers (see layer_groups()); over a request's life, each block of each layer once.
         has_booked: whether the last step() has booked a step; only then may what others can take have grown.
         on_work: called, without the lock, after anything that may have given step() something to do.
-        grammars: compiles structured outputs, on a thread of its own.
+        grammars: compiles structured outputs, on a thread of its own. first_steps: see FirstSteps.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Engine:
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
         self._is_beside = False  # steps of another lane take the device's time too
         self._lock = threading.Lock()
-        self._first_steps = FirstSteps(self._scheduler, self.lane, self._lock)
+        self.first_steps = FirstSteps(self._scheduler, self.lane, self._lock)
         self._mask_filler = MaskFiller(limits.vocab_size, limits.eos_token_ids, num_fill_threads(device))
         self.grammars = GrammarCompiler(partial(load_pieces, config, limits.vocab_size), num_fill_threads(device))
         self._is_stuck = False  # nothing could be scheduled, and nothing has changed since
@@ -163,7 +163,7 @@ class Engine:
 
     def expect(self, key: Hashable) -> None:
         """The KV of a reservation is under way: its first step is prepared if there is nothing else to do."""
-        self._first_steps.expect(key)
+        self.first_steps.expect(key)
         self._notify()
 
     def release(self, key: Hashable) -> None:
@@ -194,7 +194,7 @@ class Engine:
         """
         try:
             updates = self._step()
-            self._first_steps.launched()
+            self.first_steps.launched()
             return updates
         except StepFailedError:
             raise
@@ -299,7 +299,7 @@ class Engine:
         """Do some of what waits until there is no work; returns whether more is left. Engine's thread only."""
         if self.pipeline is not None and self.pipeline.prepare_more():
             return True
-        self._first_steps.prepare()
+        self.first_steps.prepare()
         return False
 
     def close(self) -> None:

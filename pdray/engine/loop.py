@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from pdray.engine.engine import Engine
 
 
+NEAR_POLL_S = 2e-4  # while a step is near that nothing runs before: short enough for a CPU to stay awake
+
+
 class EngineLoop:
     """Runs engine.step() on its own thread.
 
@@ -76,15 +79,20 @@ class EngineLoop:
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work, once nothing is left to prepare; False once the loop is to stop."""
+        is_near = False
         while True:
             with self._condition:
-                while not self._stopping and not self.engine.has_work() and not self._may_prepare:
+                # While a first step is near, only wake() ends the wait: what comes together is to start together.
+                while not (self._stopping or self._may_prepare or (not is_near and self.engine.has_work())):
                     self._progress_at = None
-                    self._condition.wait()
-                is_idle = not self._stopping and not self.engine.has_work()
+                    if not self._condition.wait(NEAR_POLL_S if is_near else None):
+                        break
+                may_look = self._may_prepare or not is_near
+                is_idle = not (self._stopping or (may_look and self.engine.has_work()))
                 self._progress_at = None if self._stopping or is_idle else time.monotonic()
                 if not is_idle:
                     return not self._stopping
-                self._may_prepare = False
-            if self.engine.prepare_more():
+                may_prepare, self._may_prepare = self._may_prepare, False
+            if may_prepare and self.engine.prepare_more():
                 self._may_prepare = True
+            is_near = self.engine.first_steps.keep_warm()

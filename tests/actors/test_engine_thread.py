@@ -67,6 +67,7 @@ async def test_an_engine_is_woken_before_anything_else_is_done_about_a_start() -
         return [Send("router", CreditUpdate(NO_CREDIT))]
 
     worker.leases = cast(Any, SimpleNamespace(put_done=start, put_received=start, may_write=lambda *_: True))
+    worker.engine = cast(Any, SimpleNamespace(expect=lambda key: None))
     worker.sessions["router"] = cast(Any, session)
     worker.on_message(cast(Any, session), PutDone("r", 0, 1, [], 0.0))
     assert seen == []

@@ -112,7 +112,7 @@ def test_what_happens_in_between_makes_a_prepared_step_void(llama: Any, between:
         if between is not another_starts_first:
             engine.start_decode("bb", FIRST)
         answers.append(finish(engine))
-        assert engine.lane.ahead is None
+        assert engine.lane.ahead.sequence is None
     assert len(answers[0]["a"][0]) == len(answers[0]["bb"][0]) == 5
     assert answers[0] == answers[1]
 
@@ -132,22 +132,57 @@ def test_what_depends_on_earlier_tokens_is_not_prepared(llama: Any, request_: En
     engine.reserve(request_)
     engine.expect("a")
     engine.prepare_more()
-    assert engine.lane.ahead is None
+    assert engine.lane.ahead.sequence is None
 
 
-def test_an_engine_that_sleeps_prepares_what_it_is_told_to_expect(llama: Any) -> None:
-    engine = decode_engine(llama)
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_an_engine_that_sleeps_prepares_what_it_expects_and_starts_together_what_comes_together(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdray.engine.step.first_step.NEAR_S", PATIENCE_S)
+    engine, steps = decode_engine(llama), list[list[Any]]()
+    engine.lane.on_logits = lambda logits: steps.append(engine._scheduler.plans_in_flight[-1].keys)
+    given: list[int] = []
+    give_token = engine.lane.give_token
+    engine.lane.give_token = lambda token_id: (given.append(token_id), give_token(token_id))
     loop = EngineLoop(engine, lambda updates: None)
     loop.start()
     try:
-        engine.reserve(make("a"))
+        for key in ("a", "bb"):
+            engine.reserve(make(key))
         engine.expect("a")
-        deadline = time.monotonic() + PATIENCE_S
-        while engine.lane.ahead is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: engine.lane.ahead.sequence is not None)
+        wait_until(lambda: len(given) > 1)  # it does not sleep while the step is near
+        engine.on_work = None
+        for key in ("a", "bb"):
+            engine.start_decode(key, FIRST)
+            time.sleep(0.01)  # many looks of an engine that would not wait to be woken
+        assert not steps
+        loop.wake()
+        wait_until(lambda: not engine.has_work())
     finally:
         loop.stop()
+    assert sorted(steps[0]) == ["a", "bb"]
+
+
+def test_a_step_that_does_not_come_is_not_waited_for_for_ever(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdray.engine.step.first_step.NEAR_S", 0.0)
+    engine = decode_engine(llama)
+    engine.reserve(make("a"))
+    engine.expect("a")
+    engine.prepare_more()
+    assert engine.lane.ahead.sequence is not None and engine.first_steps.keep_warm() is False
+    monkeypatch.setattr("pdray.engine.step.first_step.NEAR_S", PATIENCE_S)
+    engine.expect("a")  # more of it has come
+    assert engine.first_steps.keep_warm() is True
+    engine.release("a")
+    assert engine.first_steps.keep_warm() is False
 
 
 def test_what_has_come_is_cached_once_its_first_step_is_launched(llama: Any) -> None:

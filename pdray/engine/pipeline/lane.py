@@ -86,5 +86,5 @@ class PipelinedLane(Lane):
 
     def rehearse(self, num_seqs: int, kv_len: int) -> None:
         """Fill the inputs for measuring, until the next step; see InputBuffers.fill_alike()."""
-        self.ahead = None
+        self.ahead.drop()
         self.rehearsed = self._decode_buffers.fill_alike(num_seqs, kv_len, self.pool.num_blocks)

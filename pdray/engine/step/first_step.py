@@ -3,11 +3,15 @@
 Nothing runs before it, behind which the host could do its part: all of it would be seen between the first token and the
 second. So its inputs are prepared while the KV is under way, but for the first token, which the step takes from where a
 step before it would have left it (``Lane.sampled``). What happens otherwise in between makes them void.
+
+And code that has not run for as long as a prompt takes needs two to four times its time. So while a sequence is near,
+the engine's thread sleeps for moments only, and goes through what will be left to do.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +27,10 @@ if TYPE_CHECKING:
     from pdray.engine.step.lane import Lane, Place
 
 
-class Ahead(NamedTuple):
+NEAR_S = 0.25  # since the last news of a sequence's KV
+
+
+class _Prepared(NamedTuple):
     """Inputs of a step that is not planned yet.
 
     Attributes:
@@ -36,10 +43,6 @@ class Ahead(NamedTuple):
     place: Place
     inputs: StepInputs
 
-    @property
-    def sequence(self) -> Sequence:
-        return self.chunk.sequence
-
     def fits(self, plan: StepPlan, place: Place) -> bool:
         """Whether these are the plan's inputs, but for its token."""
         chunk = self.chunk._replace(late_row=None)
@@ -47,15 +50,48 @@ class Ahead(NamedTuple):
             plan.chunks == [chunk]
             and plan.is_decode
             and not plan.copies
-            and self.sequence.block_row is self.block_row
+            and chunk.sequence.block_row is self.block_row
             and place == self.place
         )
+
+
+class Ahead:
+    """The inputs that a lane has prepared before their plan, if any. Guarded by the engine's lock."""
+
+    def __init__(self) -> None:
+        self._prepared: _Prepared | None = None
+
+    @property
+    def sequence(self) -> Sequence | None:
+        """Whose step is prepared, as long as that may still come; None: nobody's."""
+        sequence = None if self._prepared is None else self._prepared.chunk.sequence
+        return sequence if sequence is not None and sequence.status is SequenceStatus.RESERVED else None
+
+    def prepare(self, lane: Lane, plan: StepPlan) -> None:
+        """Make lane.prepare() of this plan, if it is called with no other before, a matter of its token."""
+        (chunk,), inputs = plan.chunks, lane.prepare(plan)
+        self._prepared = _Prepared(chunk, chunk.sequence.block_row, lane.place, inputs)
+
+    def take(self, lane: Lane, plan: StepPlan) -> StepInputs | None:
+        """The plan's inputs if they were prepared; nothing is prepared from now on."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            return None
+        if not prepared.fits(plan, lane.place):
+            lane.take_back()
+            return None
+        lane.give_token(prepared.chunk.sequence.token_ids[prepared.chunk.start])
+        return prepared.inputs
+
+    def drop(self) -> None:
+        """The lane's buffers hold something else now."""
+        self._prepared = None
 
 
 def first_step(sequence: Sequence, block_size: int) -> StepPlan | None:
     """The plan of the step behind the first token of a sequence that holds blocks for its prompt.
 
-    It is for Lane.prepare_ahead() alone: nothing is marked as planned. None where more than the token is not known yet:
+    It is for Ahead.prepare() alone: nothing is marked as planned. None where more than the token is not known yet:
     several completions, rules, or draws that look at earlier tokens.
     """
     live, start = sequence.request, len(sequence.token_ids)
@@ -76,26 +112,47 @@ class FirstSteps:
         self._lane = lane
         self._lock = lock
         self._expected: Hashable = None
+        self._near_until = 0.0
+
+    @property
+    def _is_idle(self) -> bool:
+        scheduler = self._scheduler
+        return not (scheduler.running or scheduler.waiting or scheduler.plans_in_flight)
 
     def expect(self, key: Hashable) -> None:
-        """This reservation's KV is under way; of several the first one counts."""
+        """This reservation's KV is under way, or some more of it has come; of several the first one counts."""
         with self._lock:
-            ahead = self._lane.ahead
-            if self._expected is None and (ahead is None or ahead.sequence.status is not SequenceStatus.RESERVED):
+            self._near_until = time.perf_counter() + NEAR_S
+            if self._expected is None and self._lane.ahead.sequence is None:
                 self._expected = key
 
     def prepare(self) -> None:
         """Prepare the expected step if nothing is to be computed before it. The engine's thread, between two steps."""
         with self._lock:
             key, self._expected = self._expected, None
-            scheduler = self._scheduler
-            live = scheduler.requests.get(key)
-            if live is None or scheduler.running or scheduler.waiting or scheduler.plans_in_flight:
-                return
-            if live.lead.status is SequenceStatus.RESERVED:
-                plan = first_step(live.lead, scheduler.limits.block_size)
+            live = self._scheduler.requests.get(key)
+            if live is not None and self._is_idle and live.lead.status is SequenceStatus.RESERVED:
+                plan = first_step(live.lead, self._scheduler.limits.block_size)
                 if plan is not None:
-                    self._lane.prepare_ahead(plan)
+                    self._lane.ahead.prepare(self._lane, plan)
+
+    def keep_warm(self) -> bool:
+        """Do nothing, by way of what comes before the launch of an expected step. The engine's thread.
+
+        Returns:
+            Whether one is near: then call again after a moment.
+        """
+        with self._lock:
+            now = time.perf_counter()
+            if now > self._near_until:
+                return False
+            if not self._is_idle:
+                return True  # it has come: the engine will be woken
+            if self._lane.ahead.sequence is None:
+                return False
+            self._scheduler.schedule(now)
+        self._lane.give_token(0)
+        return True
 
     def launched(self) -> None:
         """Offer to the prefix cache what has come from elsewhere: it takes time that no first step is to wait for."""

@@ -57,7 +57,7 @@ class Lane:
         sampled: the last launched step's draws. masks: of those that wait for any.
         stream: that steps are launched on; None: the thread's current one.
         graphs: of decode steps and short prompts; None: every step is launched kernel by kernel.
-        ahead: inputs that were prepared before their plan. Guarded by the engine's lock.
+        ahead: inputs that were prepared before their plan.
         is_shared: other ranks do their part of each step that is launched, which cannot be taken back.
         on_logits: sees every step's logits [S, vocab_size] before sampling; for tests and tools.
     """
@@ -79,7 +79,7 @@ class Lane:
         self.limits = limits
         self.sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device)
         self.graphs: StepGraphs | None = None
-        self.ahead: Ahead | None = None
+        self.ahead = Ahead()
         self.stream: torch.cuda.Stream | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
@@ -95,7 +95,7 @@ class Lane:
         )
         self._reader, self._scratch = DrawReader(limits.max_num_seqs, device), make_scratch(*draws)
         if device.type == "cuda":
-            self.sampled.fill_(1)  # loads the kernel: see prepare()
+            self.sampled.fill_(1)  # loads the kernel: see give_token()
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype, self._scratch)
             copy_blocks(pool.tensor, [(0, 0)])  # the dummy block: loads the kernels before the first fork needs them
         self._logits: torch.Tensor | None = None  # that graphs write
@@ -129,7 +129,7 @@ class Lane:
         rehearse = self._rehearse if compute is None else compute
         captures = place.graphs.capture_one_by_one(compute or self.compute, *buffers, place.stream, rehearse)
         while True:
-            self.ahead = None
+            self.ahead.drop()
             self._decode_buffers.clear()
             self._buffers.clear()
             place.stream.wait_stream(torch.cuda.current_stream(self.pool.device))
@@ -143,13 +143,8 @@ class Lane:
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """The plan's inputs, padded for a graph where one can run it. Reads the sequences: under the engine's lock."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is not None:
-            if ahead.fits(plan, self.place):
-                with self._on_stream():
-                    self.sampled[:1].fill_(ahead.sequence.token_ids[ahead.chunk.start])
-                return ahead.inputs
-            self._decode_buffers.take_back()
+        if (known := self.ahead.take(self, plan)) is not None:
+            return known
         padded = None if self.graphs is None else self.graphs.shape_for(plan)
         if padded is not None and plan.num_scores:  # no graph runs it: it has the sequences of other launched steps
             padded = padded._replace(num_seqs=len(plan.chunks))
@@ -157,10 +152,14 @@ class Lane:
             inputs = (self._decode_buffers if plan.is_decode else self._buffers).fill(plan, padded)
             return inputs._replace(scores=make_scores(plan, self._score_piece, self.pool.device))
 
-    def prepare_ahead(self, plan: StepPlan) -> None:
-        """Make prepare() of this plan, if it is called with no other before, but a matter of its token; see Ahead."""
-        inputs = self.prepare(plan)
-        self.ahead = Ahead(plan.chunks[0], plan.chunks[0].sequence.block_row, self.place, inputs)
+    def take_back(self) -> None:
+        """Nothing is launched with what the last prepare() of a decode step has returned."""
+        self._decode_buffers.take_back()
+
+    def give_token(self, token_id: int) -> None:
+        """Let the next step take it for the first one that the step before has drawn. No step may be in flight."""
+        with self._on_stream():
+            self.sampled[:1].fill_(token_id)
 
     @property
     def place(self) -> Place:
