@@ -69,7 +69,7 @@ class PacedLane(Lane):
             for layers in self.groups(inputs.shape):
                 on_group(layers, None)
         time.sleep(max(0.0, ends_at - time.perf_counter()))
-        return Draws(torch.from_numpy(token_ids), inputs.num_logprobs, None)
+        return Draws(torch.from_numpy(token_ids), inputs.num_logprobs, None, launched_at=time.perf_counter())
 
 
 def next_token(token_id: np.ndarray, position: np.ndarray) -> np.ndarray:

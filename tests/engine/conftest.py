@@ -160,7 +160,7 @@ class Held:
     def __init__(self, draws: Any, looks: int) -> None:
         self.draws = draws
         self.looks = looks
-        self.scores = draws.scores
+        self.scores, self.launched_at = draws.scores, draws.launched_at
 
     def is_done(self) -> bool:
         self.looks -= 1
