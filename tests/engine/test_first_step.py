@@ -135,6 +135,28 @@ def test_what_depends_on_earlier_tokens_is_not_prepared(llama: Any, request_: En
     assert engine.lane.ahead.sequence is None
 
 
+def test_what_cannot_be_prepared_fails_with_its_step_and_alone(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = decode_engine(llama)
+    engine.reserve(make("a"))
+    engine.reserve(make("bb"))
+    fill = engine.lane._decode_buffers.fill
+
+    def failing(plan: StepPlan, padded: Any = None) -> StepInputs:
+        if "a" in plan.keys:
+            raise ValueError("its inputs")
+        filled: StepInputs = fill(plan, padded)
+        return filled
+
+    engine.lane._decode_buffers.fill = failing
+    engine.expect("a")
+    assert engine.prepare_more() is False
+    engine.start_decode("a", FIRST)
+    (update,) = engine.step()
+    assert update.failure is not None and "its inputs" in update.failure
+    engine.start_decode("bb", FIRST)
+    assert len(finish(engine)["bb"][0]) == 5
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():

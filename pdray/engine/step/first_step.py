@@ -10,6 +10,7 @@ the engine's thread sleeps for moments only, and goes through what will be left 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Hashable
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from pdray.engine.step.inputs import StepInputs
     from pdray.engine.step.lane import Lane, Place
 
+
+logger = logging.getLogger(__name__)
 
 NEAR_S = 0.25  # since the last news of a sequence's KV
 
@@ -119,22 +122,30 @@ class FirstSteps:
         scheduler = self._scheduler
         return not (scheduler.running or scheduler.waiting or scheduler.plans_in_flight)
 
+    def _reserved(self, key: Hashable) -> Sequence | None:
+        """The leading sequence of a request that holds blocks and has not begun."""
+        live = self._scheduler.requests.get(key)
+        return None if live is None or live.lead.status is not SequenceStatus.RESERVED else live.lead
+
     def expect(self, key: Hashable) -> None:
         """This reservation's KV is under way, or some more of it has come; of several the first one counts."""
         with self._lock:
             self._near_until = time.perf_counter() + NEAR_S
-            if self._expected is None and self._lane.ahead.sequence is None:
+            if self._lane.ahead.sequence is None and self._reserved(self._expected) is None:
                 self._expected = key
 
     def prepare(self) -> None:
         """Prepare the expected step if nothing is to be computed before it. The engine's thread, between two steps."""
         with self._lock:
             key, self._expected = self._expected, None
-            live = self._scheduler.requests.get(key)
-            if live is not None and self._is_idle and live.lead.status is SequenceStatus.RESERVED:
-                plan = first_step(live.lead, self._scheduler.limits.block_size)
-                if plan is not None:
-                    self._lane.ahead.prepare(self._lane, plan)
+            sequence = self._reserved(key)
+            plan = first_step(sequence, self._scheduler.limits.block_size) if sequence and self._is_idle else None
+            if plan is None:
+                return
+            try:
+                self._lane.ahead.prepare(self._lane, plan)
+            except Exception:  # the step itself will fail for it, and end what it concerns
+                logger.exception("the first step of %s could not be prepared", key)
 
     def keep_warm(self) -> bool:
         """Do nothing, by way of what comes before the launch of an expected step. The engine's thread.
@@ -157,6 +168,8 @@ class FirstSteps:
     def launched(self) -> None:
         """Offer to the prefix cache what has come from elsewhere: it takes time that no first step is to wait for."""
         scheduler = self._scheduler
+        if not scheduler.received:
+            return
         with self._lock:
             received, scheduler.received = scheduler.received, []
             for sequence in received:
