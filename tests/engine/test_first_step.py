@@ -169,6 +169,7 @@ def test_an_engine_that_sleeps_prepares_what_it_expects_and_starts_together_what
 ) -> None:
     monkeypatch.setattr("pdray.engine.step.first_step.NEAR_S", PATIENCE_S)
     engine, steps = decode_engine(llama), list[list[Any]]()
+    engine.first_steps.stays_awake = True
     engine.lane.on_logits = lambda logits: steps.append(engine._scheduler.plans_in_flight[-1].keys)
     given: list[int] = []
     give_token = engine.lane.give_token
@@ -196,6 +197,7 @@ def test_an_engine_that_sleeps_prepares_what_it_expects_and_starts_together_what
 def test_a_step_that_does_not_come_is_not_waited_for_for_ever(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdray.engine.step.first_step.NEAR_S", 0.0)
     engine = decode_engine(llama)
+    engine.first_steps.stays_awake = True
     engine.reserve(make("a"))
     engine.expect("a")
     engine.prepare_more()

@@ -108,7 +108,11 @@ def first_step(sequence: Sequence, block_size: int) -> StepPlan | None:
 
 
 class FirstSteps:
-    """Knows which sequence is expected. lock: the engine's, which guards scheduler and lane."""
+    """Knows which sequence is expected. lock: the engine's, which guards scheduler and lane.
+
+    Attributes:
+        stays_awake: while a step is near. Not where the CPU computes: others can use it meanwhile.
+    """
 
     def __init__(self, scheduler: Scheduler, lane: Lane, lock: threading.Lock) -> None:
         self._scheduler = scheduler
@@ -116,6 +120,7 @@ class FirstSteps:
         self._lock = lock
         self._expected: Hashable = None
         self._near_until = 0.0
+        self.stays_awake = lane.pool.device.type == "cuda"
 
     @property
     def _is_idle(self) -> bool:
@@ -155,7 +160,7 @@ class FirstSteps:
         """
         with self._lock:
             now = time.perf_counter()
-            if now > self._near_until:
+            if not self.stays_awake or now > self._near_until:
                 return False
             if not self._is_idle:
                 return True  # it has come: the engine will be woken
