@@ -63,8 +63,7 @@ class PoolSpec(NamedTuple):
 class Rate(NamedTuple):
     """Attributes:
     num_bytes, seconds: of all puts together.
-    latency_s, worst_s: median and maximum of one put, until the receiver counts it; where nobody says when that was,
-        until its sender knows.
+    latency_s, worst_s: median and maximum of one put, until the receiver counts it, or else its sender knows of it.
     """
 
     num_puts: int
@@ -88,8 +87,7 @@ async def send_puts(
     """Put these blocks of one leg again and again, ``window`` times at once; at least once.
 
     Args:
-        usable: waits until the receiver has said that it counts one more put; returns the time at which it did. One put
-            at a time.
+        usable: waits for the receiver's word on one more put; returns when it counted that. One put at a time.
 
     Raises:
         TransferError: a put failed, or was refused.
@@ -340,8 +338,7 @@ class SendingPeer(_Peer):
     def on_message(self, session: Session, message: AnyMessage) -> None:
         assert isinstance(message, ChannelMessage)
         if message.kind == ACKNOWLEDGED:
-            (usable_at,) = TIME.unpack(message.payload)
-            self._usable_at.put_nowait(usable_at)
+            self._usable_at.put_nowait(*TIME.unpack(message.payload))
         elif self._channel is not None:
             self._channel.on_message(message.epoch, message.payload)
 
