@@ -32,10 +32,15 @@ def has_free_strings(schema: Schema) -> bool:
     """Whether no text of this schema can be read in two ways, and no string that may have any character outside of
     ASCII is limited by anything but its length, but for names of properties. The schema's keywords have been checked.
     """
+    return has_one_way(schema) and all(
+        "pattern" not in part and part.get("format", "date") in ASCII_FORMATS for _, part in subschemas(schema)
+    )
+
+
+def has_one_way(schema: Schema) -> bool:
+    """Whether no text of this schema can be read in two ways. Its keywords have been checked."""
     for _, part in subschemas(schema):
-        if not part.keys().isdisjoint(("pattern", "patternProperties", "allOf")):
-            return False
-        if part.get("format", "date") not in ASCII_FORMATS:
+        if not part.keys().isdisjoint(("patternProperties", "allOf")):
             return False
         combining = part.keys() & {"anyOf", "oneOf", "$ref"}
         if combining and (part.keys() - ANNOTATIONS != combining or len(combining) > 1):

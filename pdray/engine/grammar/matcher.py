@@ -1,18 +1,19 @@
-"""A compiled grammar, and how far one output has come in it."""
+"""How far one output has come in its grammar."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
 
-from pdray.engine.grammar.runs import UNLIMITED, Found, Run, RunFinder
+from pdray.engine.grammar.json_text import START, JsonText
+from pdray.engine.grammar.known_masks import KnownMasks, Mask, Node, Place
+from pdray.engine.grammar.runs import UNLIMITED, Found, Run, RunFinder, Words
 from pdray.engine.grammar.spelling import PLAIN, Spelling
 from pdray.engine.grammar.starts import Starts
 
-Words = np.ndarray[Any, np.dtype[np.int32]]  # one bit a token, 32 a word, the lowest first
 FILLED = -1
 
 
@@ -25,45 +26,6 @@ def num_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-class Grammar(NamedTuple):
-    """What a compiler makes, for all requests with the same parameters.
-
-    Attributes:
-        starts: of the outputs that follow it.
-        special: see TokenPieces.
-        spelling: of JSON; None for other texts.
-        finder: of JSON's strings and whitespace, in which masks follow from earlier ones; None: they never do.
-    """
-
-    starts: Starts
-    vocab_size: int
-    special: frozenset[int]
-    spelling: Spelling | None = None
-    finder: RunFinder | None = None
-
-    def matcher(self, token_ids: Iterable[int] = ()) -> GrammarMatcher:
-        """One that has taken these tokens.
-
-        Raises:
-            GrammarError: they do not begin any text of the grammar.
-        """
-        matcher = GrammarMatcher(self.starts, self.vocab_size, self.spelling, self.finder)
-        for token_id in token_ids:
-            matcher.take(token_id)
-        return matcher
-
-    def empty_mask(self) -> Words:
-        """Room for GrammarMatcher.fill()."""
-        return np.zeros(num_words(self.vocab_size + 1), dtype=np.int32)
-
-    def has_text(self) -> bool:
-        """Whether a first token is allowed."""
-        words = self.empty_mask()
-        self.matcher().fill(words)
-        words[self.vocab_size // 32] &= (1 << self.vocab_size % 32) - 1  # the end's bit, and those after it
-        return bool(words.any())
-
-
 class GrammarMatcher:
     """One output's place in its grammar. For one thread at a time.
 
@@ -71,12 +33,18 @@ class GrammarMatcher:
         ended: the text is complete, and nothing can follow it.
         error: first line of why it cannot go on; empty while it can.
         spelling, spelling_state: see Spelling.
+        mask: the next one, narrow() included, if it is known, but for what next_mask() takes away; else None.
     """
 
     def __init__(
-        self, starts: Starts, vocab_size: int, spelling: Spelling | None, finder: RunFinder | None = None
+        self,
+        starts: Starts,
+        vocab_size: int,
+        spelling: Spelling | None,
+        finder: RunFinder | None = None,
+        known: KnownMasks | None = None,
     ) -> None:
-        self._starts, self._num_words = starts, num_words(vocab_size + 1)
+        self._starts, self._vocab_size = starts, vocab_size
         self._start = starts.choose()
         if self._start is None:
             self._matcher = starts.alone()
@@ -87,14 +55,24 @@ class GrammarMatcher:
         self.finder = finder
         self._last: int | None = None  # token taken
         self._may_break = False  # before it
-        self._run: Run | None = None  # that the text is in, where a mask of it is known: self._base
-        self._base: Words | None = None
+        self.mask: Mask | None = None
+        self._run: Run | None = None  # that the text is in, if the next masks follow from this one
         self._num_left = 0  # characters of the run
-        self._untold: list[int] = []  # tokens of the run, of which self._matcher has not heard yet
+        self._is_new = False  # the mask, which nothing has been drawn by
+        self._known = known
+        self._node: Node | None = None  # of the mask
+        self._left: Node | None = None  # by the last token
+        self._text: JsonText | None = None  # position, without _inside; None: not known
+        self._inside: list[int] = []  # tokens of the run
+        self._untold: list[int] = []  # tokens of which self._matcher has not heard yet
         self._done: list[int] = []  # so far: tokens taken, and FILLED
         self._told: int | None = None  # by take_all(), and not yet by take()
         self.ended = bool(self._matcher.is_stopped())
         self.error = ""
+        if known is not None and self._start is not None:
+            self._text = START
+            if (place := known.find(START, None)) is not None:
+                self._enter(place)
 
     @property
     def shared_with(self) -> int:
@@ -111,7 +89,7 @@ class GrammarMatcher:
             take_all([self], [token_id])
         assert self._told == token_id, "take_all() was told another token"
         self._told = None
-        if self._run is not None:
+        if self.mask is not None:
             return
         if self.error:
             raise GrammarError(self.error)
@@ -122,47 +100,112 @@ class GrammarMatcher:
                 raise GrammarError(self.error)
             self.spelling_state = state
 
-    def begin_run(self, found: Found, words: Words) -> None:
-        """Narrow this mask, and derive those of the rest of the run from it."""
+    def _enter(self, place: Place) -> None:
+        """The next mask is known, and so is all that comes with it."""
+        node = place.node
+        self._node, self._num_left, self._text = place
+        self.mask, self._run = node.mask, None if node.found is None else node.found.run
+        self.spelling_state, self._may_break, self.ended = node.spelling_state, node.may_break, node.ended
+        self._is_new = True
+
+    def learn(self, words: Words, found: Found | None, *, may_break: bool) -> None:
+        """This mask was walked: narrow it, and keep it where later ones may follow from it or be the same.
+
+        Args:
+            found: the run that it is in. may_break: see RunFinder.may_break().
+        """
+        self._may_break = may_break
+        known, text = self._known, None if self._starts.is_expensive else self._text
+        is_wanted = known is not None and text is not None and known.wants(text, found)
+        if found is None and not is_wanted:
+            return
         self.narrow(words)
-        self._run, self._num_left, self._base = found.run, found.num_left, words.copy()
+        self.mask = Mask(words.copy(), self._vocab_size)
+        self._run, self._num_left = (None, 0) if found is None else found
+        if known is not None and text is not None and is_wanted:
+            self._node = Node(text, self.mask, found, self.spelling_state, may_break=may_break, ended=self.ended)
+            known.add(self._node, self._last)
+            self._connect(Place(self._node, self._num_left, text))
+
+    def _connect(self, place: Place) -> None:
+        if self._left is not None and self._known is not None and self._last is not None:
+            self._known.connect(self._left, self._last, place)
 
     @property
     def is_blank(self) -> bool:
         """Whether the text is known to end in whitespace, between two tokens of JSON."""
+        if self._text is not None:
+            return self._text.blanks > 0
         if self.finder is None or self._last is None:
             return False
         runs = self.finder.runs
         return self._last in runs.ends_in_break or (self._may_break and runs.whitespace.num_characters[self._last] > 0)
 
-    @property
-    def is_within(self) -> bool:
-        """Whether the next mask is derived from an earlier one, narrow() included."""
-        return self._run is not None
-
     def _goes_on(self, token_id: int) -> bool:
-        """Whether the run goes on behind this token. Its last character may be followed by one text alone, of which
-        masks allow the tokens that encode() gives: not to be derived."""
-        num = 0 if self._run is None else self._run.num_characters[token_id]
-        if not 0 < num < self._num_left:
-            self._run = self._base = None
+        """Whether the mask behind this token is known.
+
+        A run's last character may be followed by one text alone, of which masks allow the tokens that encode() gives:
+        that mask does not follow from the run's.
+        """
+        run, node, left = self._run, self._node, self._num_left
+        if run is not None:
+            num = run.num_characters[token_id]
+            if 0 < num < left:
+                if left != UNLIMITED:
+                    self._num_left = left - num
+                if self._text is not None:
+                    self._inside.append(token_id)
+                return True
+        self.mask = self._run = self._node = None
+        self._left = node
+        if node is None or self._starts.is_expensive or (place := node.after.get(token_id)) is None:
             return False
-        if self._num_left != UNLIMITED:
-            self._num_left -= num
+        if run is not None and left != UNLIMITED and not run.within[left][token_id >> 5] >> (token_id & 31) & 1:
+            return False  # too long
+        self._inside.clear()
+        self._enter(place)
         return True
 
+    def _look_up(self, token_id: int) -> None:
+        """The token was consumed: find its position's mask."""
+        if self._known is None or self._text is None:
+            return
+        pieces, inside = self._known.pieces, self._inside
+        text = self._known.rules.after(self._text, b"".join([pieces[i] for i in inside]) + pieces[token_id])
+        self._text = text
+        inside.clear()
+        if text is None or self._starts.is_expensive:
+            self._text = self._left = None
+        elif (place := self._known.find(text, token_id)) is not None:
+            self._enter(place)
+            self._connect(place)
+
     @property
-    def same_mask(self) -> Words | None:
-        """The next mask, narrow() included, where it is one that was derived before: the same array as then."""
-        return self._base if self._num_left == UNLIMITED else None
+    def is_settled(self) -> bool:
+        """Whether the next mask is known, and the text cannot end here."""
+        return self.mask is not None and not self.mask.may_end
+
+    def next_mask(self) -> tuple[Mask, Words | None] | None:
+        """The next mask, narrow() included, and one that takes away more of it, if there is any; None if neither is
+        known without a walk. To be asked once for each draw."""
+        mask = self.mask
+        if mask is None:
+            return None
+        if self._is_new:
+            self._is_new = False
+            self._done.append(FILLED)
+        run, left = self._run, self._num_left
+        return mask, None if run is None or left == UNLIMITED else run.within[left]
 
     def derive(self, words: Words) -> None:
-        """Set the next mask, if the text is_within()."""
-        assert self._run is not None and self._base is not None, "no mask of this run is known"
-        if self._num_left == UNLIMITED:
-            words[:] = self._base
+        """Set the mask that next_mask() gives."""
+        known = self.next_mask()
+        assert known is not None, "the next mask is to be walked"
+        mask, within = known
+        if within is None:
+            words[:] = mask.words
         else:
-            np.bitwise_and(self._base, self._run.within[self._num_left], out=words)
+            np.bitwise_and(mask.words, within, out=words)
 
     def _consume(self, token_id: int) -> bool:
         untold, self._untold = self._untold, []
@@ -214,7 +257,8 @@ class GrammarMatcher:
         if not self._starts.is_expensive:
             return False
         self._start, self._matcher = None, self._starts.alone()
-        words = np.zeros(self._num_words, dtype=np.int32)
+        self._text = self._left = None
+        words = np.zeros(num_words(self._vocab_size + 1), dtype=np.int32)
         for done in self._done:
             if done == FILLED:
                 self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
@@ -230,12 +274,16 @@ def take_all(matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]) -> No
     """
     for each, token_id in zip(matchers, token_ids, strict=True):
         each._told = each._last = token_id
-        if each._run is not None and each._goes_on(token_id):
+        if each.mask is None:
+            each._left = None
+        elif each._goes_on(token_id):
             each._untold.append(token_id)
             each._done.append(token_id)
-        elif each._consume(token_id) or each._refused(token_id):
+            continue
+        if each._consume(token_id) or each._refused(token_id):
             each._done.append(token_id)
             each.ended = each._matcher.is_stopped()
+            each._look_up(token_id)
 
 
 class Fill(NamedTuple):
@@ -269,7 +317,7 @@ class Fill(NamedTuple):
         walked: list[int] = []
         derived: list[int] = []
         for i, matcher in enumerate(matchers):
-            (walked if matcher._run is None else derived).append(i)
+            (walked if matcher.mask is None else derived).append(i)
         if executor is not None:  # those that take turns beside each other, where one thread comes to all of them
             walked.sort(key=lambda i: matchers[i].shared_with)
         pairs = [(matchers[i]._matcher, rows[i]) for i in walked]
@@ -306,9 +354,7 @@ class Fill(NamedTuple):
             rows = [row for _, row in several]
             found = finder.find(self.words, rows, [each.is_blank for each, _ in several])
             for (each, row), one, may_break in zip(several, found, finder.may_break(self.words, rows), strict=True):
-                each._may_break = may_break
-                if one is not None:
-                    each.begin_run(one, self.words[row])
+                each.learn(self.words[row], one, may_break=may_break)
 
 
 def fill_all(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.grammar.grammar import Grammar
 from pdray.engine.kv.block_pool import hash_blocks, salted
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.rules import History, Rule, make_rules

@@ -1,7 +1,8 @@
-"""Masks of a step's draws: filled on the host, sent to the device, read there by the kernels.
+"""Masks of a step's draws: on the device, where the kernels read them, and most of them stay there.
 
-Within a string of any length the next mask is the last one again. Such a mask stays where it is on the device, and only
-those that are others than before are filled and sent.
+Masks that may be met again have slots of a pool on the device. A step names a slot for each draw, and where a run goes
+on a second one, whose mask takes away what is too long for it; one gather makes of them what the kernels read. Filled
+on the host and sent are only those masks that the pool does not have.
 """
 
 from __future__ import annotations
@@ -11,7 +12,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from pdray.engine.grammar.runs import MOST_LEFT
 from pdray.kernels.sampling.mask import num_mask_words
+
+Words = np.ndarray[Any, np.dtype[np.int32]]
+
+POOL_BYTES = 32 << 20
+MAX_KNOWN = 4096
+MAX_WITHIN = 2 * (MOST_LEFT + 1)  # second masks: of a vocabulary's two runs
+
+
+class _Slot:
+    """words: the mask that it holds, never changed. used: the last step that did. seen: see MaskBuffer._take()."""
+
+    __slots__ = ("index", "seen", "used", "words")
+
+    def __init__(self, words: Words, index: int, step: int) -> None:
+        self.words, self.index, self.used, self.seen = words, index, step, step
 
 
 class MaskBuffer:
@@ -19,52 +36,129 @@ class MaskBuffer:
 
     Attributes:
         words: [max_num_seqs, num_mask_words(vocab_size)] int32 on the device; see TokenMasks.
-        kept: by row of ``words``, what stands for the mask that it holds, to be compared by identity; None: nothing.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
-        shape, on_gpu = (max_num_seqs, num_mask_words(vocab_size)), device.type == "cuda"
+        width, on_gpu = num_mask_words(vocab_size), device.type == "cuda"
+        num_known = min(MAX_KNOWN, POOL_BYTES // (4 * width))
+        self._max_rows, self._num_known = max_num_seqs, max(num_known, 2 * max_num_seqs + MAX_WITHIN)
+        shape = max_num_seqs, width
         self.words = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.kept: list[object | None] = [None] * max_num_seqs
-        self._hosts = [torch.zeros(shape, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)]
-        self._host_rows = [torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=on_gpu) for _ in self._hosts]
-        self._sent = torch.zeros(shape, dtype=torch.int32, device=device) if on_gpu else self._hosts[0]
-        self._rows = torch.zeros(max_num_seqs, dtype=torch.int64, device=device) if on_gpu else self._host_rows[0]
-        self._changes: list[tuple[int, object | None]] = []
+        # A slot for each row's own mask, one that allows everything, and those of known masks.
+        self._everything = max_num_seqs
+        num_slots = max_num_seqs + 1 + self._num_known
+        self._pool = torch.empty(num_slots, width, dtype=torch.int32, device=device)
+        self._pool[self._everything] = -1
+        self._within = torch.empty(shape, dtype=torch.int32, device=device)
+        most = max_num_seqs + MAX_WITHIN  # masks that one step sends
+        self._hosts = [
+            torch.zeros(most, width, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)
+        ]
+        numbers = most + 2 * max_num_seqs
+        self._host_slots = [torch.zeros(numbers, dtype=torch.int64, pin_memory=on_gpu) for _ in self._hosts]
+        self._sent = torch.zeros(most, width, dtype=torch.int32, device=device) if on_gpu else self._hosts[0]
+        self._slots = torch.zeros(numbers, dtype=torch.int64, device=device) if on_gpu else self._host_slots[0]
+        self._known: dict[int, _Slot] = {}  # by id() of their words
+        self._step = 0
+        self._targets: list[int] = []  # slots, of the first masks in ``host``
+        self._bases: list[int] = []  # slots, of the step's masks
+        self._limits: list[int] = []
+        self._load()
+
+    def _load(self) -> None:
+        """Load what send() needs, before the first step does: CUDA waits for all work to end then."""
+        self.begin()
+        self.add_own()
+        self.add_known(self.host[0].copy(), self.host[0].copy())
+        self.send()
+        self._known.clear()
 
     @property
-    def host(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Room for the masks that the next step needs and the device does not have yet. Pinned on CUDA, where there are
-        two."""
-        host: np.ndarray[Any, np.dtype[np.int32]] = self._hosts[0].numpy()
+    def host(self) -> Words:
+        """Room for the masks that the next step sends, of which the first ones are the caller's. Pinned on CUDA, where
+        there are two."""
+        host: Words = self._hosts[0].numpy()
         return host
 
-    def change(self, changes: list[tuple[int, object | None]]) -> None:
-        """What send() is to do.
+    def begin(self) -> None:
+        """The next step's masks begin."""
+        self._targets, self._bases, self._limits = [], [], []
+        self._step += 1
 
-        Args:
-            changes: for each mask in ``host`` from the first on, its row of ``words``, and what it will be known by.
-        """
-        self._changes = changes
+    def add_all(self) -> None:
+        """The next draw may be of any token."""
+        self._bases.append(self._everything)
+        self._limits.append(self._everything)
+
+    def add_own(self) -> int:
+        """The next draw's mask will stand in ``host``; returns where."""
+        row = len(self._bases)
+        self._bases.append(row)
+        self._limits.append(self._everything)
+        self._targets.append(row)
+        return len(self._targets) - 1
+
+    def add_known(self, words: Words, within: Words | None) -> None:
+        """The next draw's mask is this one, as far as ``within`` goes. These arrays are never changed."""
+        slot = self._known.get(id(words)) or self._send(words)
+        slot.used = self._step
+        self._bases.append(slot.index)
+        if within is None:
+            self._limits.append(self._everything)
+        else:
+            slot = self._known.get(id(within)) or self._send(within)
+            slot.used = self._step
+            self._limits.append(slot.index)
+
+    def keep(self, filled: int, words: Words) -> None:
+        """A mask that add_own() was for is known by this array from now on."""
+        row, slot = self._targets[filled], self._put(words)
+        self._targets[filled] = self._bases[row] = slot.index
+
+    def _send(self, words: Words) -> _Slot:
+        self.host[len(self._targets)] = words
+        slot = self._put(words)
+        self._targets.append(slot.index)
+        return slot
+
+    def _put(self, words: Words) -> _Slot:
+        self._known[id(words)] = slot = _Slot(words, self._take(), self._step)
+        return slot
+
+    def _take(self) -> int:
+        """A slot that no mask of this step has: a new one, or that of one that has not been used for a while."""
+        if len(self._known) < self._num_known:
+            return self._everything + 1 + len(self._known)
+        while True:
+            key = next(iter(self._known))
+            slot = self._known.pop(key)
+            if slot.used == slot.seen != self._step:
+                return slot.index
+            slot.seen = slot.used
+            self._known[key] = slot
 
     def send(self) -> None:
         """Change ``words``, on the current stream. The host does not wait."""
-        changes, self._changes = self._changes, []
-        num = len(changes)
+        num_sent, num = len(self._targets), len(self._bases)
         if not num:
             return
-        on_gpu, host = self._sent is not self._hosts[0], self._hosts[0][:num]
-        if changes[-1][0] == num - 1:  # they are in order, so these are the first ones, all of them
-            self.words[:num].copy_(host, non_blocking=True)
-        else:
-            rows, sent = self._rows[:num], self._sent[:num]
-            self._host_rows[0].numpy()[:num] = [row for row, _ in changes]
+        on_gpu, slots = self._sent is not self._hosts[0], self._slots[: num_sent + 2 * num]
+        host_slots = self._host_slots[0][: num_sent + 2 * num]
+        host_slots.numpy()[:] = [*self._targets, *self._bases, *self._limits]
+        if on_gpu:
+            slots.copy_(host_slots, non_blocking=True)
+        if num_sent:
+            sent = self._sent[:num_sent]
             if on_gpu:
-                rows.copy_(self._host_rows[0][:num], non_blocking=True)
-                sent.copy_(host, non_blocking=True)
-            self.words.index_copy_(0, rows, sent)
-        for row, known_by in changes:
-            self.kept[row] = known_by
+                sent.copy_(self._hosts[0][:num_sent], non_blocking=True)
+            self._pool.index_copy_(0, slots[:num_sent], sent)
+        words = self.words[:num]
+        torch.index_select(self._pool, 0, slots[num_sent : num_sent + num], out=words)
+        if any([limit != self._everything for limit in self._limits]):
+            within = self._within[:num]
+            torch.index_select(self._pool, 0, slots[num_sent + num :], out=within)
+            words &= within
+        self._bases, self._limits = [], []
         if on_gpu:
             self._hosts.reverse()
-            self._host_rows.reverse()
+            self._host_slots.reverse()
