@@ -76,7 +76,6 @@ class MaskMemory:
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._grammars: weakref.WeakKeyDictionary[KnownMasks, int] = weakref.WeakKeyDictionary()
         self._others: dict[int, Words] = {}  # by first byte, the tokens that do not begin with it
-        self._by_first: dict[int, list[int]] | None = None
 
     def note(self, known: KnownMasks, num_bytes: int) -> None:
         """It has learnt a mask of so many bytes."""
@@ -91,15 +90,12 @@ class MaskMemory:
 
     def has_one_next_byte(self, words: Words) -> bool:
         """Whether all tokens of this mask begin alike, and the text may not end."""
-        places = np.flatnonzero(words)
-        if not len(places):
-            return True
-        word = int(words[places[0]]) & 0xFFFFFFFF
-        token_id = int(places[0]) * 32 + (word & -word).bit_length() - 1
-        if token_id >= len(self.pieces):
-            return False
-        others = self._others_than(self.pieces[token_id][0])
-        return not (words[places] & others[places]).any()
+        place = int((words != 0).argmax())
+        word = int(words[place]) & 0xFFFFFFFF
+        token_id = place * 32 + (word & -word).bit_length() - 1
+        if not word or token_id >= len(self.pieces):
+            return False  # it allows no token
+        return not (words & self._others_than(self.pieces[token_id][0])).any()
 
     def _others_than(self, first: int) -> Words:
         if first not in self._others:
@@ -190,8 +186,8 @@ class KnownMasks:
             if not text.is_in_string:
                 return None
             num = num_plain(text.partial[1:])
-            return _Within(text._replace(partial=b'"*'), num) if num or text.partial == b'"' else None
-        return _Within(text._replace(blanks=-1), text.blanks) if text.blanks else None
+            return _Within(JsonText(text.frames, text.phase, b'"*', 0), num) if num or text.partial == b'"' else None
+        return _Within(JsonText(text.frames, text.phase, b"", -1), text.blanks) if text.blanks else None
 
 
 class _Within(NamedTuple):

@@ -107,6 +107,7 @@ class GrammarMatcher:
         self.mask, self._run = node.mask, None if node.found is None else node.found.run
         self.spelling_state, self._may_break, self.ended = node.spelling_state, node.may_break, node.ended
         self._is_new = True
+        self._inside.clear()
 
     def learn(self, words: Words, found: Found | None, *, may_break: bool) -> None:
         """This mask was walked: narrow it, and keep it where later ones may follow from it or be the same.
@@ -125,11 +126,8 @@ class GrammarMatcher:
         if known is not None and text is not None and is_wanted:
             self._node = Node(text, self.mask, found, self.spelling_state, may_break=may_break, ended=self.ended)
             known.add(self._node, self._last)
-            self._connect(Place(self._node, self._num_left, text))
-
-    def _connect(self, place: Place) -> None:
-        if self._left is not None and self._known is not None and self._last is not None:
-            self._known.connect(self._left, self._last, place)
+            if self._left is not None and self._last is not None:
+                known.connect(self._left, self._last, Place(self._node, self._num_left, text))
 
     @property
     def is_blank(self) -> bool:
@@ -156,56 +154,63 @@ class GrammarMatcher:
                 if self._text is not None:
                     self._inside.append(token_id)
                 return True
-        self.mask = self._run = self._node = None
-        self._left = node
-        if node is None or self._starts.is_expensive or (place := node.after.get(token_id)) is None:
+        place = None
+        if self._text is None or self._starts.is_expensive:
+            self._text = self._left = None
+        else:
+            self._left, place = node, None if node is None else node.after.get(token_id)
+            if place is not None:
+                if run is not None and left != UNLIMITED and not self._allows(token_id):
+                    place = self._text = None
+            elif self._allows(token_id):
+                place = self._move(token_id)
+            else:
+                self._text = None
+        if place is None:
+            self.mask = self._run = self._node = None
             return False
-        if run is not None and left != UNLIMITED and not run.within[left][token_id >> 5] >> (token_id & 31) & 1:
-            return False  # too long
-        self._inside.clear()
         self._enter(place)
         return True
 
-    def _look_up(self, token_id: int) -> None:
-        """The token was consumed: find its position's mask."""
-        if self._known is None or self._text is None:
-            return
-        pieces, inside = self._known.pieces, self._inside
-        text = self._known.rules.after(self._text, b"".join([pieces[i] for i in inside]) + pieces[token_id])
-        self._text = text
-        inside.clear()
-        if text is None or self._starts.is_expensive:
-            self._text = self._left = None
-        elif (place := self._known.find(text, token_id)) is not None:
-            self._enter(place)
-            self._connect(place)
+    def _allows(self, token_id: int) -> bool:
+        """Whether the mask that next_mask() has given does. If not, what is known says nothing of what follows."""
+        assert self.mask is not None
+        place, bit, run = token_id >> 5, token_id & 31, self._run
+        if run is not None and self._num_left != UNLIMITED and not run.within[self._num_left][place] >> bit & 1:
+            return False
+        return bool(self.mask.words[place] >> bit & 1)
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the next mask is known, and the text cannot end here."""
-        return self.mask is not None and not self.mask.may_end
-
-    def next_mask(self) -> tuple[Mask, Words | None] | None:
-        """The next mask, narrow() included, and one that takes away more of it, if there is any; None if neither is
-        known without a walk. To be asked once for each draw."""
-        mask = self.mask
-        if mask is None:
+    def _move(self, token_id: int) -> Place | None:
+        """Behind this token; returns the place there, if it is known."""
+        known, text, inside = self._known, self._text, self._inside
+        if known is None or text is None or self._starts.is_expensive:
+            self._text = None
             return None
+        piece = known.pieces[token_id]
+        self._text = text = known.rules.after(text, b"".join([known.pieces[i] for i in inside]) + piece)
+        inside.clear()
+        place = None if text is None else known.find(text, token_id)
+        if place is not None and self._left is not None:
+            known.connect(self._left, token_id, place)
+        return place
+
+    def next_mask(self) -> tuple[Words, Words | None]:
+        """Of a matcher with a mask: this, and if it is more than the run's length leaves, one that takes away the rest.
+        To be asked once for each draw."""
+        assert self.mask is not None, "the next mask is to be walked"
         if self._is_new:
             self._is_new = False
             self._done.append(FILLED)
         run, left = self._run, self._num_left
-        return mask, None if run is None or left == UNLIMITED else run.within[left]
+        return self.mask.words, None if run is None or left == UNLIMITED else run.within[left]
 
     def derive(self, words: Words) -> None:
         """Set the mask that next_mask() gives."""
-        known = self.next_mask()
-        assert known is not None, "the next mask is to be walked"
-        mask, within = known
+        known, within = self.next_mask()
         if within is None:
-            words[:] = mask.words
+            words[:] = known
         else:
-            np.bitwise_and(mask.words, within, out=words)
+            np.bitwise_and(known, within, out=words)
 
     def _consume(self, token_id: int) -> bool:
         untold, self._untold = self._untold, []
@@ -274,8 +279,10 @@ def take_all(matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]) -> No
     """
     for each, token_id in zip(matchers, token_ids, strict=True):
         each._told = each._last = token_id
+        place = None
         if each.mask is None:
             each._left = None
+            place = each._move(token_id)
         elif each._goes_on(token_id):
             each._untold.append(token_id)
             each._done.append(token_id)
@@ -283,7 +290,8 @@ def take_all(matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]) -> No
         if each._consume(token_id) or each._refused(token_id):
             each._done.append(token_id)
             each.ended = each._matcher.is_stopped()
-            each._look_up(token_id)
+            if place is not None and each._text is not None:
+                each._enter(place)
 
 
 class Fill(NamedTuple):

@@ -122,7 +122,9 @@ class MaskFiller:
                 matcher = known.get(sequence)
                 if matcher is not None:
                     takers[sequence] = matcher
+                    is_alone = len(sequence.rules) == 1
                 else:
+                    is_alone = _is_alone(sequence)
                     try:
                         matcher = _rule(sequence).follower
                     except GrammarError as error:
@@ -130,9 +132,8 @@ class MaskFiller:
                         masks.add_all()
                         continue
                 if matcher is not None:
-                    if matcher.is_settled and _is_alone(sequence) and (next_mask := matcher.next_mask()) is not None:
-                        mask, within = next_mask
-                        masks.add_known(mask.words, within)
+                    if is_alone and matcher.mask is not None and not matcher.mask.may_end:
+                        masks.add_known(*matcher.next_mask())
                         continue
                     matchers[len(draws)] = matcher
             draws.append(draw)
