@@ -112,7 +112,8 @@ class MaskBuffer:
 
     def keep(self, filled: int, words: Words) -> None:
         """A mask that add_own() was for is known by this array from now on."""
-        row, slot = self._targets[filled], self._put(words)
+        row, slot = self._targets[filled], self._known.get(id(words)) or self._put(words)
+        slot.used = self._step
         self._targets[filled] = self._bases[row] = slot.index
 
     def _send(self, words: Words) -> _Slot:
