@@ -75,7 +75,7 @@ class MaskMemory:
         self.pieces = pieces
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._grammars: weakref.WeakKeyDictionary[KnownMasks, int] = weakref.WeakKeyDictionary()
-        self._others: dict[int, Words] = {}  # by first byte, the tokens that do not begin with it
+        self._others: dict[bytes, Words] = {}  # by first byte, the tokens that do not begin with it
 
     def note(self, known: KnownMasks, num_bytes: int) -> None:
         """It has learnt a mask of so many bytes."""
@@ -95,12 +95,12 @@ class MaskMemory:
         token_id = place * 32 + (word & -word).bit_length() - 1
         if not word or token_id >= len(self.pieces):
             return False  # it allows no token
-        return not (words & self._others_than(self.pieces[token_id][0])).any()
+        return not (words & self._others_than(self.pieces[token_id][:1])).any()
 
-    def _others_than(self, first: int) -> Words:
+    def _others_than(self, first: bytes) -> Words:
         if first not in self._others:
             bits = np.ones(-(-(len(self.pieces) + 1) // 32) * 32, dtype=bool)
-            bits[[i for i, piece in enumerate(self.pieces) if piece[:1] == bytes((first,))]] = False
+            bits[[i for i, piece in enumerate(self.pieces) if piece[:1] == first]] = False
             self._others[first] = np.packbits(bits, bitorder="little").view(np.int32)
         return self._others[first]
 

@@ -80,6 +80,11 @@ class MaskBuffer:
         host: Words = self._hosts[0].numpy()
         return host
 
+    @property
+    def num_to_send(self) -> int:
+        """Masks that the device does not have yet."""
+        return len(self._targets)
+
     def begin(self) -> None:
         """The next step's masks begin."""
         self._targets, self._bases, self._limits = [], [], []

@@ -12,8 +12,11 @@ from schemas import FREE, NOT_FREE, OTHERS, VOCABULARY, listed, walked
 
 from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.grammar import Grammar
+from pdray.engine.grammar.json_text import START, JsonRules, JsonText
+from pdray.engine.grammar.known_masks import KnownMasks, Mask, MaskMemory, Node
 from pdray.engine.grammar.matcher import fill_all
 from pdray.engine.grammar.pieces import TokenPieces
+from pdray.engine.grammar.runs import Runs
 from pdray.structured_outputs import StructuredOutputsParams
 from pdray.testing.patience import PATIENCE_S
 
@@ -46,10 +49,11 @@ BY_PIECE = {piece: i for i, piece in reversed(list(enumerate(VOCABULARY))) if pi
 
 
 def encode(text: str) -> list[int]:
-    """Not the longest pieces first: what is written depends on where a text is cut."""
+    """What is written for a text depends on the token before it, with which it is encoded."""
     ids, data = [], text.encode()
+    sizes = (5, 4, 3, 2, 1) if len(data) % 2 else (1, 2)
     while data:
-        size = next(n for n in (2, 3, 5, 1, 4) if data[:n] in BY_PIECE)
+        size = next(n for n in sizes if data[:n] in BY_PIECE)
         ids.append(BY_PIECE[data[:size]])
         data = data[size:]
     return ids
@@ -90,3 +94,77 @@ def test_masks_are_known_by_position(name: str) -> None:
     grammar = compile_schema(SHARED[name])
     assert grammar.known is not None
     assert draw(grammar, 6, 300, 1) > 0.05
+
+
+def test_few_masks_are_walked_where_texts_are_alike() -> None:
+    grammar = compile_schema(PERSON, disable_any_whitespace=True)
+    draw(grammar, 6, 300, 1)
+    assert draw(grammar, 6, 300, 2) > 0.9
+
+
+@pytest.mark.parametrize("name", NOT_SHARED)
+def test_masks_that_depend_on_more_are_not_shared(name: str) -> None:
+    grammar = compile_schema(NOT_SHARED[name])
+    assert grammar.known is None
+    draw(grammar, 2, 100, 1)
+
+
+def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdray.engine.grammar.known_masks.MAX_MASKS", 8)
+    monkeypatch.setattr("pdray.engine.grammar.known_masks.MAX_EDGES", 2)
+    grammar = compile_schema(MORE["person"])
+    draw(grammar, 6, 100, 1)
+    assert grammar.known is not None and 0 < len(grammar.known) <= 9
+
+
+def test_the_grammar_that_has_learnt_nothing_for_the_longest_forgets() -> None:
+    memory = MaskMemory(VOCABULARY, 1000)
+    rules, runs = JsonRules.of(PERSON), Runs(VOCABULARY, SPECIAL, 7)
+    assert rules is not None
+    first, second = (KnownMasks(rules, memory, runs.string) for _ in range(2))
+    mask = Mask(np.full(7, -1, np.int32), VOCAB_SIZE)
+    for known, num in ((first, 10), (second, 20), (first, 10)):
+        for i in range(num):
+            text = JsonText((i,))
+            known.add(Node(text, mask, None, 0, may_break=False, ended=False), None)
+    assert len(first) == 10 and len(second) == 20
+    second.add(Node(START, mask, None, 0, may_break=False, ended=False), None)
+    for i in range(10):
+        second.add(Node(JsonText((100 + i,)), mask, None, 0, may_break=False, ended=False), None)
+    assert len(first) == 0 and first.find(JsonText((1,)), None) is None
+    assert len(second) == 31 and second.find(START, None) is not None
+
+
+@pytest.mark.parametrize(
+    ("texts", "are_alike"),
+    [
+        (['{"name":"a', '{"name":"a'], True),
+        (['[{"age":1,', '[{"age":20,'], True),
+        (['{"x":1,"y":2,', '{"z":[3, "a"],'], True),
+        (['{"name":1,', '{"age":1,'], False),
+        (['{"name":1,', '{"x":1,'], False),
+        (['{"na\\u006de":1,', '{"x":1,'], False),
+        (["[1,", "[1,2,"], True),
+        (["[1,", "["], False),
+        (["{", '{"a":1,'], False),
+        (["[1 ", "[1  "], False),
+        (["[1 ,", "[\t1   ,"], True),
+        (['["a\\"', '["b\\"'], False),
+        (['["a\\\\",', '["b",'], True),
+        (["[12", "[123"], False),
+        (["[tru", "[true"], False),
+    ],
+)
+def test_positions_leave_out_what_a_grammar_forgets(texts: list[str], are_alike: bool) -> None:
+    rules = JsonRules.of(listed(PERSON) | {"minItems": 0})
+    assert rules is not None and rules.most_items == 3
+    one, other = (rules.after(START, text.encode()) for text in texts)
+    assert one is not None and other is not None
+    few = rules._replace(most_items=1)
+    assert (few.after(START, texts[0].encode()) == few.after(START, texts[1].encode())) == are_alike
+
+
+@pytest.mark.parametrize("text", ["]", "[1}", "{1", '{"a",', "[,", '{"a"]', "1,"])
+def test_a_text_that_is_no_json_has_no_position(text: str) -> None:
+    rules = JsonRules.of({})
+    assert rules is not None and rules.after(START, text.encode()) is None

@@ -95,13 +95,13 @@ def test_masks_that_stay_are_not_sent_again(make: Callable[..., Any], monkeypatc
         engine.grammars = GrammarCompiler(lambda: TokenPieces(VOCABULARY, SPECIAL))
         expected = answers(engine.run(*requests))
     sent: list[int] = []
-    change = MaskBuffer.change
+    send = MaskBuffer.send
 
-    def counted(self: MaskBuffer, changes: Any) -> None:
-        sent.append(len(changes))
-        change(self, changes)
+    def counted(self: MaskBuffer) -> None:
+        sent.append(self.num_to_send)
+        send(self)
 
-    monkeypatch.setattr(MaskBuffer, "change", counted)
+    monkeypatch.setattr(MaskBuffer, "send", counted)
     for threads in (1, 3):
         engine = make()
         engine.grammars = GrammarCompiler(lambda: TokenPieces(VOCABULARY, SPECIAL))
