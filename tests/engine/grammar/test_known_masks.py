@@ -118,7 +118,7 @@ def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_grammar_that_has_learnt_nothing_for_the_longest_forgets() -> None:
-    memory = MaskMemory(VOCABULARY, 1000)
+    memory = MaskMemory(VOCABULARY, 1200)
     rules, runs = JsonRules.of(PERSON), Runs(VOCABULARY, SPECIAL, 7)
     assert rules is not None
     first, second = (KnownMasks(rules, memory, runs.string) for _ in range(2))
