@@ -80,6 +80,25 @@ def _inner(part: dict[str, Any]) -> list[Any]:
 
 def _types(schema: Any) -> set[str]:
     """Of the values that it allows, and maybe more."""
-    named = schema.get("type") if isinstance(schema, dict) else None
+    schema = schema if isinstance(schema, dict) else {}
+    named = schema.get("type")
     types = {named} if isinstance(named, str) else set(named) if isinstance(named, list) else set(TYPES)
+    listed = [schema["const"]] if "const" in schema else schema.get("enum")
+    if named is None and isinstance(listed, list):
+        types = {_type_of(value) for value in listed}
     return types | {"integer"} if "number" in types else types
+
+
+def _type_of(value: Any) -> str:
+    match value:
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case str():
+            return "string"
+        case None:
+            return "null"
+        case list():
+            return "array"
+    return "object"

@@ -14,8 +14,8 @@ import msgspec
 
 from pdray.engine.grammar.free_strings import has_one_way
 from pdray.engine.grammar.keywords import Schema, subschemas
+from pdray.engine.grammar.runs import WHITESPACE
 
-WHITESPACE = b" \t\r\n"
 QUOTE, BACKSLASH, COMMA, COLON = b'"\\,:'
 SCALAR = frozenset(b"+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 OTHER_NAME = b'"'  # stands for names that the schema does not have; no name is spelled like this between its quotes
@@ -102,6 +102,10 @@ class JsonRules(NamedTuple):
     def after(self, text: JsonText, piece: bytes) -> JsonText | None:
         """The position behind these bytes; None if they are no JSON there."""
         frames, phase, partial, blanks = text
+        if not partial:
+            num_bytes = len(piece)
+            piece = piece.lstrip(WHITESPACE)
+            blanks += num_bytes - len(piece)
         for byte in piece:
             if partial[:1] == b'"':
                 ends = byte == QUOTE and (len(partial) - len(partial.rstrip(b"\\"))) % 2 == 0

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pdray.engine.grammar.json_text import INEXACT, JsonRules, JsonText
-from pdray.engine.grammar.runs import UNLIMITED, Found, Run, Words, num_plain
+from pdray.engine.grammar.json_text import JsonRules, JsonText
+from pdray.engine.grammar.runs import UNLIMITED, WHITESPACE, Found, Run, Words, num_plain
 
 MAX_BYTES = 256 << 20  # of the masks of all grammars of a compiler
 MAX_MASKS = 4096  # of one grammar
@@ -170,15 +170,12 @@ class KnownMasks:
             before.after[token_id] = place
 
     def _leaves(self, node: Node, token_id: int) -> bool:
-        """Whether the position behind a token does not depend on how much of the node's run was before it."""
+        """Whether this token ends the node's run: what is behind it does not depend on how much was before."""
         assert node.found is not None
-        text, piece = node.text, self.pieces[token_id]
+        piece = self.pieces[token_id]
         if node.found.run is self._string:
-            longer = text._replace(partial=text.partial + b"xx")
-        else:
-            longer = text._replace(blanks=text.blanks + 2)
-        after = self.rules.after(text, piece)
-        return after is not None and not after.partial.startswith(INEXACT) and after == self.rules.after(longer, piece)
+            return b'"' in piece and b"\\" not in piece
+        return bool(piece.lstrip(WHITESPACE))
 
     def _within(self, text: JsonText) -> _Within | None:
         """Whitespace, or a string of plain characters that is no name, whatever of them were before."""
