@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from pdray.engine.grammar.json_text import START, JsonText
@@ -36,7 +38,8 @@ class Follower:
         self._is_new = False  # the mask, which nothing has been drawn by
         self._known: KnownMasks | None = None
         self._node: Node | None = None  # of the mask
-        self._left: Node | None = None  # by the last token
+        self._left: Node | None = None  # by the last token, from _before
+        self._before: JsonText | None = None
         self._text: JsonText | None = None  # position, without _inside; None: not known
         self._inside: list[int] = []  # tokens of the run
 
@@ -49,17 +52,17 @@ class Follower:
     def _enter(self, place: Place) -> None:
         """The next mask is known, and so is all that comes with it."""
         node = place.node
-        self._node, self._num_left, self._text = place
+        self._node, self._num_left, self._text, _ = place
         self.mask, self._run = node.mask, None if node.found is None else node.found.run
         self.spelling_state, self._may_break, self.ended = node.spelling_state, node.may_break, node.ended
         self._is_new = True
         self._inside.clear()
 
-    def learn(self, words: Words, found: Found | None, *, may_break: bool) -> None:
+    def learn(self, words: Words, found: Found | None, forced: Callable[[], bytes], *, may_break: bool) -> None:
         """This mask was walked: narrow it, and keep it where later ones may follow from it or be the same.
 
         Args:
-            found: the run that it is in. may_break: see RunFinder.may_break().
+            found: the run that it is in. may_break: see RunFinder.may_break(). forced: gives what must follow.
         """
         self._may_break = may_break
         known, text = self._known, None if self._starts.is_expensive else self._text
@@ -71,9 +74,9 @@ class Follower:
         self._run, self._num_left = (None, 0) if found is None else found
         if known is not None and text is not None and is_wanted:
             self._node = Node(text, self.mask, found, self.spelling_state, may_break=may_break, ended=self.ended)
-            known.add(self._node, self._last)
-            if self._left is not None and self._last is not None:
-                known.connect(self._left, self._last, Place(self._node, self._num_left, text))
+            known.add(self._node, self._last, b"" if found is not None else forced())
+            if self._left is not None and self._before is not None and self._last is not None:
+                known.connect(self._left, self._before, self._last, Place(self._node, self._num_left, text))
 
     @property
     def is_blank(self) -> bool:
@@ -100,14 +103,18 @@ class Follower:
                 if self._text is not None:
                     self._inside.append(token_id)
                 return True
-        place = None
-        if self._text is None or self._starts.is_expensive:
+        place, before = None, self._text
+        if before is None or self._starts.is_expensive:
             self._text = self._left = None
         else:
             self._left, place = node, None if node is None else node.after.get(token_id)
             if place is not None:
                 if run is not None and left != UNLIMITED and not self._allows(token_id):
                     place = self._text = None
+                else:
+                    self._enter(place)
+                    self._text = place.text_after(before.frames)
+                    return True
             elif self._allows(token_id):
                 place = self._move(token_id)
             else:
@@ -133,11 +140,12 @@ class Follower:
             self._text = None
             return None
         piece = known.pieces[token_id]
+        self._before = text
         self._text = text = known.rules.after(text, b"".join([known.pieces[i] for i in inside]) + piece)
         inside.clear()
         place = None if text is None else known.find(text, token_id)
         if place is not None and self._left is not None:
-            known.connect(self._left, token_id, place)
+            known.connect(self._left, self._before, token_id, place)
         return place
 
     def next_mask(self) -> tuple[Words, Words | None]:

@@ -21,6 +21,7 @@ SCALAR = frozenset(b"+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRST
 OTHER_NAME = b'"'  # stands for names that the schema does not have; no name is spelled like this between its quotes
 MAX_PREFIXES = 4096
 MAX_SCALAR = 4  # characters: few texts begin with the same longer number
+MAX_COUNTED = 10_000  # items
 MAX_EXACT = 64  # characters of a string's text that are kept
 INEXACT = (
     b'"\0'  # a string, of which no more is kept but whether a backslash ends it; no string of JSON begins like this
@@ -69,18 +70,22 @@ class JsonRules(NamedTuple):
         names: of its properties, as they stand in a text.
         prefixes: of its strings, with the quote before them.
         most_items: of an array, that make a difference.
+        limits: numbers of items of arrays, least and most ones. has_tuples: what an item may be depends on its place.
     """
 
     names: frozenset[bytes]
     prefixes: frozenset[bytes]
     most_items: int
+    limits: frozenset[int] = frozenset()
+    has_tuples: bool = False
 
     @classmethod
     def of(cls, schema: Schema) -> JsonRules | None:
         """None if a position does not say all that a mask depends on. The schema's keywords have been checked."""
         names: set[str] = set()
         strings: set[str] = set()
-        most = 1
+        limits: set[int] = set()
+        has_tuples = False
         if not has_one_way(schema):
             return None
         for _, part in subschemas(schema):
@@ -93,11 +98,30 @@ class JsonRules(NamedTuple):
             if any(isinstance(value, dict | list) for value in values):
                 return None
             strings |= {value for value in values if isinstance(value, str)}
-            counts = [part.get("minItems"), part.get("maxItems")]
-            counts += [len(each) for each in (part.get("prefixItems"), part.get("items")) if isinstance(each, list)]
-            most = max(most, *(int(count) + 1 for count in counts if isinstance(count, int | float)), 1)
+            limits |= {int(n) for n in (part.get("minItems"), part.get("maxItems")) if isinstance(n, int | float)}
+            for listed in (part.get("prefixItems"), part.get("items")):
+                if isinstance(listed, list):
+                    has_tuples = True
+                    limits.add(len(listed))
         spelled = frozenset(msgspec.json.encode(name)[1:-1] for name in names)
-        return cls(spelled, frozenset(_prefixes([*names, *strings])), most)
+        prefixes = frozenset(_prefixes([*names, *strings]))
+        return cls(spelled, prefixes, max(limits, default=0) + 1, frozenset(limits), has_tuples)
+
+    def alike(self, most_commas: int) -> list[int] | None:
+        """By number of items of an array, a number that is the same for those of which no mask can tell which it is:
+        as many items may follow, or must, as no token has. None: all numbers differ.
+
+        Args:
+            most_commas: of a token.
+        """
+        if self.has_tuples or self.most_items > MAX_COUNTED:
+            return None
+        far, kinds = most_commas + 2, dict[tuple[int, ...], int]()
+        numbers = list[int]()
+        for num in range(self.most_items + 1):
+            kind = min(num, 1), *(min(max(limit - num, 0), far) for limit in sorted(self.limits))
+            numbers.append(kinds.setdefault(kind, len(kinds)))
+        return numbers
 
     def after(self, text: JsonText, piece: bytes) -> JsonText | None:
         """The position behind these bytes; None if they are no JSON there."""

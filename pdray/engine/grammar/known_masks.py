@@ -1,22 +1,22 @@
 """Masks of a grammar by where its texts stand: outputs under one schema walk the vocabulary once for each place.
 
 A mask belongs to a position in JSON (json_text.py), and behind a token the next one is found by one look-up. It holds
-for every text at that position, but where the grammar leaves only one next byte: which tokens are allowed then depends
-on the last one too (the library writes what is left as the model's own tokenizer would), and it is known by both. In a
-run (runs.py) all masks follow from that of its first text that has been seen.
+for every text at that position, but where the grammar leaves one text only, of several bytes: which tokens are allowed
+then depends on the last one too (the library writes such a text as the model's own tokenizer would), and it is known by
+both. In a run (runs.py) all masks follow from that of its first text that has been seen, but for the one at its end.
 """
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from pdray.engine.grammar.json_text import JsonRules, JsonText
+from pdray.engine.grammar.json_text import Frame, JsonRules, JsonText
 from pdray.engine.grammar.runs import UNLIMITED, WHITESPACE, Found, Run, Words, num_plain
 
+COMMAS = re.compile(rb"(?<!,),")
 MAX_BYTES = 256 << 20  # of the masks of all grammars of a compiler
 MAX_MASKS = 4096  # of one grammar
 MAX_EDGES = 512  # of a mask; beyond, a position is looked up
@@ -37,11 +37,26 @@ class Mask:
 
 
 class Place(NamedTuple):
-    """Where an output stands. num_left: characters of the node's run that may follow. text: the position itself."""
+    """Where an output stands.
+
+    Attributes:
+        num_left: characters of the node's run that may follow.
+        text: the position itself. before: frames of the one before, of which other texts may have other counts.
+    """
 
     node: Node
     num_left: int
     text: JsonText
+    before: tuple[Frame, ...] = ()
+
+    def text_after(self, before: tuple[Frame, ...]) -> JsonText:
+        """The position, where this is a node's ``after``, behind a text with these frames."""
+        text = self.text
+        if before == self.before:
+            return text
+        num, frames = len(before), text.frames
+        counted = [before[i] if i < num and isinstance(frame, int) else frame for i, frame in enumerate(frames)]
+        return JsonText(tuple(counted), text.phase, text.partial, text.blanks)
 
 
 class Node:
@@ -75,7 +90,7 @@ class MaskMemory:
         self.pieces = pieces
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._grammars: weakref.WeakKeyDictionary[KnownMasks, int] = weakref.WeakKeyDictionary()
-        self._others: dict[bytes, Words] = {}  # by first byte, the tokens that do not begin with it
+        self._most_commas: int | None = None
 
     def note(self, known: KnownMasks, num_bytes: int) -> None:
         """It has learnt a mask of so many bytes."""
@@ -88,21 +103,12 @@ class MaskMemory:
     def forgot(self, known: KnownMasks) -> None:
         self._grammars.pop(known, None)
 
-    def has_one_next_byte(self, words: Words) -> bool:
-        """Whether all tokens of this mask begin alike, and the text may not end."""
-        place = int((words != 0).argmax())
-        word = int(words[place]) & 0xFFFFFFFF
-        token_id = place * 32 + (word & -word).bit_length() - 1
-        if not word or token_id >= len(self.pieces):
-            return False  # it allows no token
-        return not (words & self._others_than(self.pieces[token_id][:1])).any()
-
-    def _others_than(self, first: bytes) -> Words:
-        if first not in self._others:
-            bits = np.ones(-(-(len(self.pieces) + 1) // 32) * 32, dtype=bool)
-            bits[[i for i, piece in enumerate(self.pieces) if piece[:1] == first]] = False
-            self._others[first] = np.packbits(bits, bitorder="little").view(np.int32)
-        return self._others[first]
+    @property
+    def most_commas(self) -> int:
+        """Of a token, without those right behind others, which are in no JSON."""
+        if self._most_commas is None:
+            self._most_commas = max((len(COMMAS.findall(piece)) for piece in self.pieces if b"," in piece), default=0)
+        return self._most_commas
 
 
 class KnownMasks:
@@ -115,21 +121,28 @@ class KnownMasks:
     def __init__(self, rules: JsonRules, memory: MaskMemory, string: Run) -> None:
         self.rules, self.pieces = rules, memory.pieces
         self._memory, self._string = memory, string
-        self._nodes: dict[Any, Node | None] = {}  # by position, or position and last token where the first gives None
-        self._runs: dict[
-            JsonText, tuple[Node, int]
-        ] = {}  # by _Within.text: a node of the run, and characters before it
+        self._alike = rules.alike(memory.most_commas)
+        # By position (see _key()). None: known by the last token too, or where it is long, also by all counts.
+        self._nodes: dict[JsonText, Node | None] = {}
+        self._forced: dict[tuple[JsonText, int | None], Node] = {}
+        self._only: dict[tuple[JsonText, int | None], Node] = {}
+        self._runs: dict[JsonText, tuple[Node, int]] = {}  # by _Within.text: a node of the run, and its num_before
+        self._ends: dict[JsonText, Node] = {}  # likewise: that behind as many characters as the run may have
 
     def __len__(self) -> int:
-        return len(self._nodes) + len(self._runs)
+        return sum([len(self._nodes), len(self._forced), len(self._only), len(self._runs), len(self._ends)])
 
     def forget(self) -> None:
         """Begin anew. Outputs keep what they have found."""
-        for node in [*self._nodes.values(), *(node for node, _ in self._runs.values())]:
+        runs = [node for node, _ in self._runs.values()]
+        for node in [*self._nodes.values(), *self._forced.values(), *self._only.values(), *runs, *self._ends.values()]:
             if node is not None:
                 node.after.clear()
         self._nodes.clear()
+        self._forced.clear()
+        self._only.clear()
         self._runs.clear()
+        self._ends.clear()
         self._memory.forgot(self)
 
     def find(self, text: JsonText, last: int | None) -> Place | None:
@@ -140,34 +153,70 @@ class KnownMasks:
             more = within.num_before - num_before
             if 0 <= more < node.num_left:
                 return Place(node, node.num_left if node.num_left == UNLIMITED else node.num_left - more, text)
-        node_here = self._nodes.get(text)
-        if node_here is None and text in self._nodes:
-            node_here = self._nodes.get((text, last))
-        return None if node_here is None else Place(node_here, node_here.num_left, text)
+            if more == node.num_left and (end := self._ends.get(within.text)) is not None:
+                return Place(end, end.num_left, text)
+        key = self._key(text)
+        here = self._nodes.get(key)
+        if here is None and key in self._nodes:
+            here = self._forced.get((key, last)) or self._only.get((text, last))
+        return None if here is None else Place(here, here.num_left, text)
+
+    def _key(self, text: JsonText) -> JsonText:
+        """The same for positions with the same masks."""
+        alike = self._alike
+        if alike is None:
+            return text
+        frames = tuple([alike[frame] if isinstance(frame, int) else frame for frame in text.frames])
+        return JsonText(frames, text.phase, text.partial, text.blanks)
 
     def wants(self, text: JsonText, found: Found | None) -> bool:
         """Whether a mask of this position is worth to be kept: whether others may come there."""
-        return self.rules.is_common(text) or (found is not None and self._within(text) is not None)
+        return (
+            self.rules.is_common(text) or (found is not None and self._within(text) is not None) or self._ends_run(text)
+        )
 
-    def add(self, node: Node, last: int | None) -> None:
-        """Keep this mask for its position."""
-        text = node.text
-        within = None if node.found is None else self._within(text)
+    def _ends_run(self, text: JsonText) -> bool:
+        within = self._within(text)
+        if within is None or (first := self._runs.get(within.text)) is None:
+            return False
+        node, num_before = first
+        return within.num_before == num_before + node.num_left
+
+    def add(self, node: Node, last: int | None, forced: bytes) -> None:
+        """Keep this mask for its position, if others may come there.
+
+        Args:
+            last: the text's last token. forced: what must follow.
+        """
+        text, within = node.text, self._within(node.text)
+        key, is_forced = self._key(text), len(forced) > 1
         if len(self) >= MAX_MASKS:
             self.forget()
-        if within is not None:
+        if within is not None and node.found is not None:
             self._runs[within.text] = node, within.num_before
-        elif self._memory.has_one_next_byte(node.mask.words):
-            self._nodes[text] = None
-            self._nodes[text, last] = node
+        elif within is not None and not is_forced and self._ends_run(text):
+            self._ends[within.text] = node
+        elif not self.rules.is_common(text):
+            return
+        elif not is_forced:
+            self._nodes[key] = node
         else:
-            self._nodes[text] = node
+            self._nodes[key] = None
+            if forced.count(b",") <= self._memory.most_commas:
+                self._forced[key, last] = node
+            else:
+                self._only[text, last] = node
         self._memory.note(self, node.mask.words.nbytes)
 
-    def connect(self, before: Node, token_id: int, place: Place) -> None:
-        """An output at ``before``, or further in its run, came to this place by this token."""
-        if len(before.after) < MAX_EDGES and (before.found is None or self._leaves(before, token_id)):
-            before.after[token_id] = place
+    def connect(self, before: Node, text: JsonText, token_id: int, place: Place) -> None:
+        """An output at ``before``, or further in its run, came from this position to this place by this token."""
+        if len(before.after) >= MAX_EDGES or (before.found is not None and not self._leaves(before, token_id)):
+            return
+        frames = place.text.frames
+        counts = [(i, frame) for i, frame in enumerate(text.frames[: len(frames)]) if isinstance(frame, int)]
+        if counts and (b"]" in self.pieces[token_id] or any(frames[i] != count for i, count in counts)):
+            return  # elsewhere, other numbers of items
+        before.after[token_id] = place._replace(before=text.frames)
 
     def _leaves(self, node: Node, token_id: int) -> bool:
         """Whether this token ends the node's run: what is behind it does not depend on how much was before."""
@@ -179,12 +228,16 @@ class KnownMasks:
 
     def _within(self, text: JsonText) -> _Within | None:
         """Whitespace, or a string of plain characters that is no name, whatever of them were before."""
-        if text.partial:
-            if not text.is_in_string:
+        if not text.partial:
+            if not text.blanks:
                 return None
-            num = num_plain(text.partial[1:])
-            return _Within(JsonText(text.frames, text.phase, b'"*', 0), num) if num or text.partial == b'"' else None
-        return _Within(JsonText(text.frames, text.phase, b"", -1), text.blanks) if text.blanks else None
+            return _Within(self._key(JsonText(text.frames, text.phase, b"", -1)), text.blanks)
+        if not text.is_in_string:
+            return None
+        num = num_plain(text.partial[1:])
+        if not num and text.partial != b'"':
+            return None
+        return _Within(self._key(JsonText(text.frames, text.phase, b'"*', 0)), num)
 
 
 class _Within(NamedTuple):

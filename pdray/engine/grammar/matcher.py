@@ -225,7 +225,7 @@ class Fill(NamedTuple):
             rows = [row for _, row in several]
             found = finder.find(self.words, rows, [each.is_blank for each, _ in several])
             for (each, row), one, may_break in zip(several, found, finder.may_break(self.words, rows), strict=True):
-                each.learn(self.words[row], one, may_break=may_break)
+                each.learn(self.words[row], one, each._matcher.compute_ff_bytes, may_break=may_break)
 
 
 def fill_all(

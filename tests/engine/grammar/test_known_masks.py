@@ -125,14 +125,14 @@ def test_the_grammar_that_has_learnt_nothing_for_the_longest_forgets() -> None:
     mask = Mask(np.full(7, -1, np.int32), VOCAB_SIZE)
     for known, num in ((first, 10), (second, 20), (first, 10)):
         for i in range(num):
-            text = JsonText((i,))
-            known.add(Node(text, mask, None, 0, may_break=False, ended=False), None)
+            text = JsonText(blanks=i)
+            known.add(Node(text, mask, None, 0, may_break=False, ended=False), None, b"")
     assert len(first) == 10 and len(second) == 20
-    second.add(Node(START, mask, None, 0, may_break=False, ended=False), None)
+    second.add(Node(START, mask, None, 0, may_break=False, ended=False), None, b"")
     for i in range(10):
-        second.add(Node(JsonText((100 + i,)), mask, None, 0, may_break=False, ended=False), None)
-    assert len(first) == 0 and first.find(JsonText((1,)), None) is None
-    assert len(second) == 31 and second.find(START, None) is not None
+        second.add(Node(JsonText(blanks=100 + i), mask, None, 0, may_break=False, ended=False), None, b"")
+    assert len(first) == 0 and first.find(JsonText(blanks=1), None) is None
+    assert len(second) == 30 and second.find(START, None) is not None
 
 
 @pytest.mark.parametrize(
