@@ -58,7 +58,7 @@ class Follower:
         self._is_new = True
         self._inside.clear()
 
-    def learn(self, words: Words, found: Found | None, forced: Callable[[], bytes], *, may_break: bool) -> None:
+    def learn(self, words: Words, found: Found | None, forced: Callable[[], bytes], *, may_break: bool = False) -> None:
         """This mask was walked: narrow it, and keep it where later ones may follow from it or be the same.
 
         Args:
@@ -77,6 +77,11 @@ class Follower:
             known.add(self._node, self._last, b"" if found is not None else forced())
             if self._left is not None and self._before is not None and self._last is not None:
                 known.connect(self._left, self._before, self._last, Place(self._node, self._num_left, text))
+
+    @property
+    def is_out_of_runs(self) -> bool:
+        """Whether the text is known to be within no run."""
+        return self._text is not None and not self._text.blanks and not self._text.is_in_string
 
     @property
     def is_blank(self) -> bool:

@@ -219,7 +219,11 @@ class Fill(NamedTuple):
         by_finder: dict[int, tuple[RunFinder, list[tuple[GrammarMatcher, int]]]] = {}
         for each, row in walked:
             each._done.append(FILLED)
-            if each.finder is not None and not each.error:
+            if each.error or each.finder is None:
+                continue
+            if each.is_out_of_runs:
+                each.learn(self.words[row], None, each._matcher.compute_ff_bytes)
+            else:
                 by_finder.setdefault(id(each.finder), (each.finder, []))[1].append((each, row))
         for finder, several in by_finder.values():
             rows = [row for _, row in several]

@@ -40,6 +40,7 @@ class MaskBuffer:
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         width, on_gpu = num_mask_words(vocab_size), device.type == "cuda"
+        self._on_gpu = on_gpu
         num_known = min(MAX_KNOWN, POOL_BYTES // (4 * width))
         self._max_rows, self._num_known = max_num_seqs, max(num_known, 2 * max_num_seqs + MAX_WITHIN)
         shape = max_num_seqs, width
@@ -49,7 +50,7 @@ class MaskBuffer:
         num_slots = max_num_seqs + 1 + self._num_known
         self._pool = torch.empty(num_slots, width, dtype=torch.int32, device=device)
         self._pool[self._everything] = -1
-        self._within = torch.empty(shape, dtype=torch.int32, device=device)
+        self._gathered = torch.empty(2 * max_num_seqs, width, dtype=torch.int32, device=device)
         most = max_num_seqs + MAX_WITHIN  # masks that one step sends
         self._hosts = [
             torch.zeros(most, width, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)
@@ -62,7 +63,8 @@ class MaskBuffer:
         self._step = 0
         self._targets: list[int] = []  # slots, of the first masks in ``host``
         self._bases: list[int] = []  # slots, of the step's masks
-        self._limits: list[int] = []
+        self._limits: list[int] = []  # of what takes away from them
+        self._has_limits = False
         self._load()
 
     def _load(self) -> None:
@@ -87,7 +89,7 @@ class MaskBuffer:
 
     def begin(self) -> None:
         """The next step's masks begin."""
-        self._targets, self._bases, self._limits = [], [], []
+        self._targets, self._bases, self._limits, self._has_limits = [], [], [], False
         self._step += 1
 
     def add_all(self) -> None:
@@ -113,6 +115,7 @@ class MaskBuffer:
         else:
             slot = self._known.get(id(within)) or self._send(within)
             slot.used = self._step
+            self._has_limits = True
             self._limits.append(slot.index)
 
     def keep(self, filled: int, words: Words) -> None:
@@ -148,23 +151,24 @@ class MaskBuffer:
         num_sent, num = len(self._targets), len(self._bases)
         if not num:
             return
-        on_gpu, slots = self._sent is not self._hosts[0], self._slots[: num_sent + 2 * num]
-        host_slots = self._host_slots[0][: num_sent + 2 * num]
-        host_slots.numpy()[:] = [*self._targets, *self._bases, *self._limits]
-        if on_gpu:
-            slots.copy_(host_slots, non_blocking=True)
+        host, host_slots = self._hosts[0], self._host_slots[0]
+        num_slots = num_sent + num * (2 if self._has_limits else 1)
+        numbers = [*self._targets, *self._bases, *self._limits] if self._has_limits else [*self._targets, *self._bases]
+        host_slots.numpy()[:num_slots] = numbers
+        slots, sent = self._slots[:num_slots], self._sent[:num_sent]
+        if self._on_gpu:
+            slots.copy_(host_slots[:num_slots], non_blocking=True)
         if num_sent:
-            sent = self._sent[:num_sent]
-            if on_gpu:
-                sent.copy_(self._hosts[0][:num_sent], non_blocking=True)
+            if self._on_gpu:
+                sent.copy_(host[:num_sent], non_blocking=True)
             self._pool.index_copy_(0, slots[:num_sent], sent)
         words = self.words[:num]
-        torch.index_select(self._pool, 0, slots[num_sent : num_sent + num], out=words)
-        if any([limit != self._everything for limit in self._limits]):
-            within = self._within[:num]
-            torch.index_select(self._pool, 0, slots[num_sent + num :], out=within)
-            words &= within
+        if self._has_limits:
+            gathered = torch.index_select(self._pool, 0, slots[num_sent:], out=self._gathered[: 2 * num])
+            torch.bitwise_and(gathered[:num], gathered[num:], out=words)
+        else:
+            torch.index_select(self._pool, 0, slots[num_sent:], out=words)
         self._bases, self._limits = [], []
-        if on_gpu:
+        if self._on_gpu:
             self._hosts.reverse()
             self._host_slots.reverse()
