@@ -53,7 +53,7 @@ class Follower:
         """The next mask is known, and so is all that comes with it."""
         node = place.node
         self._node, self._num_left, self._text, _ = place
-        self.mask, self._run = node.mask, None if node.found is None else node.found.run
+        self.mask, self._run = node.mask, node.run
         self.spelling_state, self._may_break, self.ended = node.spelling_state, node.may_break, node.ended
         self._is_new = True
         self._inside.clear()

@@ -41,7 +41,8 @@ class Place(NamedTuple):
 
     Attributes:
         num_left: characters of the node's run that may follow.
-        text: the position itself. before: frames of the one before, of which other texts may have other counts.
+        text: the position itself. before: frames of the one before, of which other texts may have other counts; the
+            same object where they stay.
     """
 
     node: Node
@@ -51,12 +52,15 @@ class Place(NamedTuple):
 
     def text_after(self, before: tuple[Frame, ...]) -> JsonText:
         """The position, where this is a node's ``after``, behind a text with these frames."""
-        text = self.text
-        if before == self.before:
+        _, _, text, others = self
+        if before == others:
             return text
-        num, frames = len(before), text.frames
+        frames, phase, partial, blanks = text
+        if frames is others:
+            return JsonText(before, phase, partial, blanks)
+        num = len(before)
         counted = [before[i] if i < num and isinstance(frame, int) else frame for i, frame in enumerate(frames)]
-        return JsonText(tuple(counted), text.phase, text.partial, text.blanks)
+        return JsonText(tuple(counted), phase, partial, blanks)
 
 
 class Node:
@@ -64,23 +68,20 @@ class Node:
 
     Attributes:
         text: the first text's position that was seen with it.
-        found: the run that it is in.
+        found: the run that it is in. run, num_left: likewise; None and 0 for no run.
         spelling_state, may_break, ended: see GrammarMatcher.
         after: by token, the place behind it, where that is the same for all texts that have this node.
     """
 
-    __slots__ = ("after", "ended", "found", "mask", "may_break", "spelling_state", "text")
+    __slots__ = ("after", "ended", "found", "mask", "may_break", "num_left", "run", "spelling_state", "text")
 
     def __init__(
         self, text: JsonText, mask: Mask, found: Found | None, spelling_state: int, *, may_break: bool, ended: bool
     ) -> None:
         self.text, self.mask, self.found = text, mask, found
+        self.run, self.num_left = (None, 0) if found is None else found
         self.spelling_state, self.may_break, self.ended = spelling_state, may_break, ended
         self.after: dict[int, Place] = {}
-
-    @property
-    def num_left(self) -> int:
-        return 0 if self.found is None else self.found.num_left
 
 
 class MaskMemory:
@@ -216,7 +217,10 @@ class KnownMasks:
         counts = [(i, frame) for i, frame in enumerate(text.frames[: len(frames)]) if isinstance(frame, int)]
         if counts and (b"]" in self.pieces[token_id] or any(frames[i] != count for i, count in counts)):
             return  # elsewhere, other numbers of items
-        before.after[token_id] = place._replace(before=text.frames)
+        after = place.text
+        if frames == text.frames:
+            after = JsonText(text.frames, after.phase, after.partial, after.blanks)
+        before.after[token_id] = Place(place.node, place.num_left, after, text.frames)
 
     def _leaves(self, node: Node, token_id: int) -> bool:
         """Whether this token ends the node's run: what is behind it does not depend on how much was before."""
