@@ -79,7 +79,8 @@ class Node:
         self, text: JsonText, mask: Mask, found: Found | None, spelling_state: int, *, may_break: bool, ended: bool
     ) -> None:
         self.text, self.mask, self.found = text, mask, found
-        self.run, self.num_left = (None, 0) if found is None else found
+        self.run: Run | None = None if found is None else found.run
+        self.num_left = 0 if found is None else found.num_left
         self.spelling_state, self.may_break, self.ended = spelling_state, may_break, ended
         self.after: dict[int, Place] = {}
 
