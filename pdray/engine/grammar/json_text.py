@@ -23,9 +23,8 @@ MAX_PREFIXES = 4096
 MAX_SCALAR = 4  # characters: few texts begin with the same longer number
 MAX_COUNTED = 10_000  # items
 MAX_EXACT = 64  # characters of a string's text that are kept
-INEXACT = (
-    b'"\0'  # a string, of which no more is kept but whether a backslash ends it; no string of JSON begins like this
-)
+# A string of which no more is kept than whether a backslash ends it. No string of JSON begins like this.
+INEXACT = b'"\0'
 
 
 class Phase(enum.IntEnum):

@@ -90,7 +90,7 @@ class MaskMemory:
 
     def __init__(self, pieces: Sequence[bytes], max_bytes: int = MAX_BYTES) -> None:
         self.pieces = pieces
-        self._max_bytes, self._num_bytes = max_bytes, 0
+        self._max_bytes = max_bytes
         self._grammars: weakref.WeakKeyDictionary[KnownMasks, int] = weakref.WeakKeyDictionary()
         self._most_commas: int | None = None
 
@@ -172,7 +172,7 @@ class KnownMasks:
         return JsonText(frames, text.phase, text.partial, text.blanks)
 
     def wants(self, text: JsonText, found: Found | None) -> bool:
-        """Whether a mask of this position is worth to be kept: whether others may come there."""
+        """Whether others may come to this position, so that its mask is worth keeping."""
         return (
             self.rules.is_common(text) or (found is not None and self._within(text) is not None) or self._ends_run(text)
         )

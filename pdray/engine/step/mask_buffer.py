@@ -42,7 +42,7 @@ class MaskBuffer:
         width, on_gpu = num_mask_words(vocab_size), device.type == "cuda"
         self._on_gpu = on_gpu
         num_known = min(MAX_KNOWN, POOL_BYTES // (4 * width))
-        self._max_rows, self._num_known = max_num_seqs, max(num_known, 2 * max_num_seqs + MAX_WITHIN)
+        self._num_known = max(num_known, 2 * max_num_seqs + MAX_WITHIN)
         shape = max_num_seqs, width
         self.words = torch.zeros(shape, dtype=torch.int32, device=device)
         # A slot for each row's own mask, one that allows everything, and those of known masks.
@@ -135,7 +135,10 @@ class MaskBuffer:
         return slot
 
     def _take(self) -> int:
-        """A slot that no mask of this step has: a new one, or that of one that has not been used for a while."""
+        """A slot that no mask of this step has: a new one, or that of one that has not been used for a while.
+
+        The oldest one that was not used since it was looked at last; one step's masks are far fewer than there are.
+        """
         if len(self._known) < self._num_known:
             return self._everything + 1 + len(self._known)
         while True:
