@@ -93,21 +93,25 @@ class Follower:
         runs = self.finder.runs
         return self._last in runs.ends_in_break or (self._may_break and runs.whitespace.num_characters[self._last] > 0)
 
-    def _goes_on(self, token_id: int) -> bool:
-        """Whether the mask behind this token is known.
+    def _stays(self, token_id: int) -> bool:
+        """Whether this token is within the run, which goes on behind it.
 
         A run's last character may be followed by one text alone, of which masks allow the tokens that encode() gives:
         that mask does not follow from the run's.
         """
+        run, left = self._run, self._num_left
+        num = 0 if run is None else run.num_characters[token_id]
+        if not 0 < num < left:
+            return False
+        if left != UNLIMITED:
+            self._num_left = left - num
+        if self._text is not None:
+            self._inside.append(token_id)
+        return True
+
+    def _goes_on(self, token_id: int) -> bool:
+        """Whether the mask behind this token is known, which leads out of the run, if it is in any."""
         run, node, left = self._run, self._node, self._num_left
-        if run is not None:
-            num = run.num_characters[token_id]
-            if 0 < num < left:
-                if left != UNLIMITED:
-                    self._num_left = left - num
-                if self._text is not None:
-                    self._inside.append(token_id)
-                return True
         place, before = None, self._text
         if before is None or self._starts.is_expensive:
             self._text = self._left = None

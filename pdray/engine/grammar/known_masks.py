@@ -19,7 +19,7 @@ from pdray.engine.grammar.runs import UNLIMITED, WHITESPACE, Found, Run, Words, 
 COMMAS = re.compile(rb"(?<!,),")
 MAX_BYTES = 256 << 20  # of the masks of all grammars of a compiler
 MAX_MASKS = 4096  # of one grammar
-MAX_EDGES = 512  # of a mask; beyond, a position is looked up
+MAX_EDGES = 65_536  # of one grammar, some 200 bytes each; beyond, positions are looked up
 
 
 class Mask:
@@ -124,6 +124,7 @@ class KnownMasks:
         self.rules, self.pieces = rules, memory.pieces
         self._memory, self._string = memory, string
         self._alike = rules.alike(memory.most_commas)
+        self._num_edges = 0
         # By position (see _key()). None: known by the last token too, or where it is long, also by all counts.
         self._nodes: dict[JsonText, Node | None] = {}
         self._forced: dict[tuple[JsonText, int | None], Node] = {}
@@ -145,6 +146,7 @@ class KnownMasks:
         self._only.clear()
         self._runs.clear()
         self._ends.clear()
+        self._num_edges = 0
         self._memory.forgot(self)
 
     def find(self, text: JsonText, last: int | None) -> Place | None:
@@ -212,7 +214,7 @@ class KnownMasks:
 
     def connect(self, before: Node, text: JsonText, token_id: int, place: Place) -> None:
         """An output at ``before``, or further in its run, came from this position to this place by this token."""
-        if len(before.after) >= MAX_EDGES or (before.found is not None and not self._leaves(before, token_id)):
+        if self._num_edges >= MAX_EDGES or (before.found is not None and not self._leaves(before, token_id)):
             return
         frames = place.text.frames
         counts = [(i, frame) for i, frame in enumerate(text.frames[: len(frames)]) if isinstance(frame, int)]
@@ -221,6 +223,7 @@ class KnownMasks:
         after = place.text
         if frames == text.frames:
             after = JsonText(text.frames, after.phase, after.partial, after.blanks)
+        self._num_edges += 1
         before.after[token_id] = Place(place.node, place.num_left, after, text.frames)
 
     def _leaves(self, node: Node, token_id: int) -> bool:

@@ -146,7 +146,7 @@ def take_all(matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]) -> No
         if each.mask is None:
             each._left = None
             place = each._move(token_id)
-        elif each._goes_on(token_id):
+        elif each._stays(token_id) or each._goes_on(token_id):
             each._untold.append(token_id)
             each._done.append(token_id)
             continue

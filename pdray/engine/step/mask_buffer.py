@@ -7,7 +7,7 @@ on the host and sent are only those masks that the pool does not have.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,19 @@ class _Slot:
         self.words, self.index, self.used, self.seen = words, index, step, step
 
 
+class _Parts(NamedTuple):
+    """Views of one buffer: slots int64, masks [R, W] int32."""
+
+    every: torch.Tensor
+    slots: torch.Tensor
+    masks: torch.Tensor
+
+    @classmethod
+    def of(cls, every: torch.Tensor, num_slots: int, width: int) -> _Parts:
+        masks = every[8 * num_slots :].view(torch.int32).view(-1, width)
+        return cls(every, every[: 8 * num_slots].view(torch.int64), masks)
+
+
 class MaskBuffer:
     """For two steps at a time: when masks are filled, the step before the last one has been read, and has used its own.
 
@@ -51,14 +64,13 @@ class MaskBuffer:
         self._pool = torch.empty(num_slots, width, dtype=torch.int32, device=device)
         self._pool[self._everything] = -1
         self._gathered = torch.empty(2 * max_num_seqs, width, dtype=torch.int32, device=device)
-        most = max_num_seqs + MAX_WITHIN  # masks that one step sends
-        self._hosts = [
-            torch.zeros(most, width, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)
-        ]
-        numbers = most + 2 * max_num_seqs
-        self._host_slots = [torch.zeros(numbers, dtype=torch.int64, pin_memory=on_gpu) for _ in self._hosts]
-        self._sent = torch.zeros(most, width, dtype=torch.int32, device=device) if on_gpu else self._hosts[0]
-        self._slots = torch.zeros(numbers, dtype=torch.int64, device=device) if on_gpu else self._host_slots[0]
+        # What a step sends, in one piece: slots, then masks.
+        most, num_slots = max_num_seqs + MAX_WITHIN, 3 * max_num_seqs + MAX_WITHIN
+        num_bytes = 8 * num_slots + 4 * most * width
+        hosts = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)]
+        self._hosts = [_Parts.of(each, num_slots, width) for each in hosts]
+        sent = torch.zeros(num_bytes, dtype=torch.uint8, device=device) if on_gpu else hosts[0]
+        self._sent = _Parts.of(sent, num_slots, width)
         self._known: dict[int, _Slot] = {}  # by id() of their words
         self._step = 0
         self._targets: list[int] = []  # slots, of the first masks in ``host``
@@ -79,7 +91,7 @@ class MaskBuffer:
     def host(self) -> Words:
         """Room for the masks that the next step sends, of which the first ones are the caller's. Pinned on CUDA, where
         there are two."""
-        host: Words = self._hosts[0].numpy()
+        host: Words = self._hosts[0].masks.numpy()
         return host
 
     @property
@@ -154,24 +166,20 @@ class MaskBuffer:
         num_sent, num = len(self._targets), len(self._bases)
         if not num:
             return
-        host, host_slots = self._hosts[0], self._host_slots[0]
-        num_slots = num_sent + num * (2 if self._has_limits else 1)
+        host, (every, slots, masks) = self._hosts[0], self._sent
         numbers = [*self._targets, *self._bases, *self._limits] if self._has_limits else [*self._targets, *self._bases]
-        host_slots.numpy()[:num_slots] = numbers
-        slots, sent = self._slots[:num_slots], self._sent[:num_sent]
+        host.slots.numpy()[: len(numbers)] = numbers
         if self._on_gpu:
-            slots.copy_(host_slots[:num_slots], non_blocking=True)
+            num_bytes = 8 * len(slots) + 4 * num_sent * masks.shape[1]
+            every[:num_bytes].copy_(host.every[:num_bytes], non_blocking=True)
         if num_sent:
-            if self._on_gpu:
-                sent.copy_(host[:num_sent], non_blocking=True)
-            self._pool.index_copy_(0, slots[:num_sent], sent)
-        words = self.words[:num]
+            self._pool.index_copy_(0, slots[:num_sent], masks[:num_sent])
+        words, shown = self.words[:num], slots[num_sent : len(numbers)]
         if self._has_limits:
-            gathered = torch.index_select(self._pool, 0, slots[num_sent:], out=self._gathered[: 2 * num])
+            gathered = torch.index_select(self._pool, 0, shown, out=self._gathered[: 2 * num])
             torch.bitwise_and(gathered[:num], gathered[num:], out=words)
         else:
-            torch.index_select(self._pool, 0, slots[num_sent:], out=words)
+            torch.index_select(self._pool, 0, shown, out=words)
         self._bases, self._limits = [], []
         if self._on_gpu:
             self._hosts.reverse()
-            self._host_slots.reverse()
