@@ -27,7 +27,8 @@ from jsonschema import FormatChecker
 from jsonschema.validators import validator_for
 
 from pdray.engine.grammar.compiler import GrammarCompiler
-from pdray.engine.grammar.matcher import Grammar, GrammarError, Words
+from pdray.engine.grammar.grammar import Grammar
+from pdray.engine.grammar.matcher import GrammarError, Words
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.errors import InvalidRequestError
 from pdray.structured_outputs import StructuredOutputsParams

@@ -10,7 +10,7 @@ from functools import partial
 
 from pdray.config import Config
 from pdray.engine.grammar.compiler import GrammarCompiler
-from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.grammar.grammar import Grammar
 from pdray.engine.grammar.pieces import load_pieces
 from pdray.engine.kv.block_pool import PrefixChanges
 from pdray.engine.kv.integrity import check_in_pauses

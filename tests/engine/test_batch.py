@@ -69,6 +69,25 @@ def test_a_token_that_only_the_device_knows_is_named_by_its_draw() -> None:
     assert buffers.fill(steps.plan()).input_ids.tolist() == [50, 51]
 
 
+def test_records_that_are_not_made_again_are_those_of_the_draws() -> None:
+    steps, buffers = Steps(), make_buffers(16)
+    for key, params in (("a", {}), ("b", {"bad_words_token_ids": ((4,),)}), ("c", {"logprobs": 2})):
+        steps.add(key, [7, 8, 9], **params)
+    seen = []
+    for _ in range(9):
+        plan = steps.plan()
+        inputs = buffers.fill(plan)
+        fresh = InputBuffers(LIMITS, 16, CPU, buffers._histories, buffers._masks).fill(plan)
+        assert torch.equal(inputs.draws.records, fresh.draws.records)
+        assert inputs.needs._replace(joins=None) == fresh.needs._replace(joins=None)
+        seen.append((inputs.draws.view()["position"].tolist(), inputs.needs.num_masks, inputs.needs.has_reports))
+        steps.book(plan)
+        if len(seen) == 4:
+            steps.scheduler.release("b")
+    assert seen[:4] == [([i] * 3, 1, True) for i in range(4)]
+    assert seen[4:] == [([i] * 2, 0, True) for i in range(4, 9)]
+
+
 def test_padding_of_a_decode_step_holds_no_kv_and_writes_to_the_dummy_block() -> None:
     steps, buffers = Steps(), make_buffers(4)
     buffers.fill(StepPlan(), StepShape(4, 4, 4, True))

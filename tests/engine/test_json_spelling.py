@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pdray.engine.grammar.compiler import GrammarCompiler
-from pdray.engine.grammar.matcher import Grammar, GrammarError, num_words
+from pdray.engine.grammar.grammar import Grammar
+from pdray.engine.grammar.matcher import GrammarError, num_words
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.engine.grammar.spelling import STEPS, Spelling
 from pdray.errors import InvalidRequestError

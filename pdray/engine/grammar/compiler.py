@@ -20,9 +20,12 @@ import msgspec
 
 from pdray.engine.grammar.formats import write_out_formats
 from pdray.engine.grammar.free_strings import find_runs
+from pdray.engine.grammar.grammar import Grammar
+from pdray.engine.grammar.json_text import JsonRules
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
+from pdray.engine.grammar.known_masks import KnownMasks, MaskMemory
 from pdray.engine.grammar.lark import check_lark
-from pdray.engine.grammar.matcher import Grammar, GrammarError, num_words
+from pdray.engine.grammar.matcher import GrammarError, num_words
 from pdray.engine.grammar.multiples import check_multiples
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.engine.grammar.runs import Runs
@@ -65,6 +68,7 @@ class _Vocabulary(NamedTuple):
     trie: llguidance.LLTokenizer
     spelling: Spelling
     runs: Runs
+    memory: MaskMemory
 
 
 class GrammarCompiler:
@@ -118,10 +122,10 @@ class GrammarCompiler:
         if self._vocabulary is None:
             tokens = self._load()
             size = num_words(len(tokens.pieces) + 1)
-            self._vocabulary = _Vocabulary(
-                tokens, tokens.trie(), Spelling(tokens.pieces, size), Runs(tokens.pieces, tokens.special, size)
-            )
-        tokens, _, spelling, runs = self._vocabulary
+            runs = Runs(tokens.pieces, tokens.special, size)
+            spelling, memory = Spelling(tokens.pieces, size), MaskMemory(tokens.pieces)
+            self._vocabulary = _Vocabulary(tokens, tokens.trie(), spelling, runs, memory)
+        tokens, _, spelling, runs, memory = self._vocabulary
         try:
             text = to_grammar(params)
         except InvalidRequestError:
@@ -140,9 +144,10 @@ class GrammarCompiler:
                 raise refusal(params, first.get_error())
         starts = Starts(first, compile_one, 0 if is_expensive else self._most_starts)
         is_json = params.kind in ("json", "json_object")
-        grammar = Grammar(
-            starts, len(tokens.pieces), tokens.special, spelling if is_json else None, find_runs(runs, params)
-        )
+        finder = find_runs(runs, params)
+        rules = None if finder is None or is_expensive else JsonRules.of(_schema_of(params))
+        known = None if rules is None else KnownMasks(rules, memory, runs.string)
+        grammar = Grammar(starts, len(tokens.pieces), tokens.special, spelling if is_json else None, finder, known)
         try:
             if not grammar.has_text():
                 raise refusal(params, "it allows no text but the empty one")
@@ -183,9 +188,13 @@ def to_grammar(params: StructuredOutputsParams) -> str:
             return grammar
 
 
+def _schema_of(params: StructuredOutputsParams) -> Any:
+    return msgspec.json.decode(ANY_OBJECT if params.json is None else params.text)
+
+
 def _of_schema(params: StructuredOutputsParams) -> str:
     try:
-        schema = msgspec.json.decode(ANY_OBJECT if params.json is None else params.text)
+        schema = _schema_of(params)
         check_keywords(schema)
         check_multiples(schema)
         write_out_formats(schema)

@@ -32,10 +32,15 @@ def has_free_strings(schema: Schema) -> bool:
     """Whether no text of this schema can be read in two ways, and no string that may have any character outside of
     ASCII is limited by anything but its length, but for names of properties. The schema's keywords have been checked.
     """
+    return has_one_way(schema) and all(
+        "pattern" not in part and part.get("format", "date") in ASCII_FORMATS for _, part in subschemas(schema)
+    )
+
+
+def has_one_way(schema: Schema) -> bool:
+    """Whether no text of this schema can be read in two ways. Its keywords have been checked."""
     for _, part in subschemas(schema):
-        if not part.keys().isdisjoint(("pattern", "patternProperties", "allOf")):
-            return False
-        if part.get("format", "date") not in ASCII_FORMATS:
+        if not part.keys().isdisjoint(("patternProperties", "allOf")):
             return False
         combining = part.keys() & {"anyOf", "oneOf", "$ref"}
         if combining and (part.keys() - ANNOTATIONS != combining or len(combining) > 1):
@@ -75,6 +80,25 @@ def _inner(part: dict[str, Any]) -> list[Any]:
 
 def _types(schema: Any) -> set[str]:
     """Of the values that it allows, and maybe more."""
-    named = schema.get("type") if isinstance(schema, dict) else None
+    schema = schema if isinstance(schema, dict) else {}
+    named = schema.get("type")
     types = {named} if isinstance(named, str) else set(named) if isinstance(named, list) else set(TYPES)
+    listed = [schema["const"]] if "const" in schema else schema.get("enum")
+    if named is None and isinstance(listed, list):
+        types = {_type_of(value) for value in listed}
     return types | {"integer"} if "number" in types else types
+
+
+def _type_of(value: Any) -> str:
+    match value:
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case str():
+            return "string"
+        case None:
+            return "null"
+        case list():
+            return "array"
+    return "object"

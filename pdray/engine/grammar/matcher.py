@@ -1,19 +1,18 @@
-"""A compiled grammar, and how far one output has come in it."""
+"""How far one output has come in its grammar."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
 
-from pdray.engine.grammar.runs import UNLIMITED, Found, Run, RunFinder
-from pdray.engine.grammar.spelling import PLAIN, Spelling
+from pdray.engine.grammar.follower import FILLED, Follower
+from pdray.engine.grammar.known_masks import KnownMasks
+from pdray.engine.grammar.runs import RunFinder, Words
+from pdray.engine.grammar.spelling import Spelling
 from pdray.engine.grammar.starts import Starts
-
-Words = np.ndarray[Any, np.dtype[np.int32]]  # one bit a token, 32 a word, the lowest first
-FILLED = -1
 
 
 class GrammarError(Exception):
@@ -25,76 +24,35 @@ def num_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-class Grammar(NamedTuple):
-    """What a compiler makes, for all requests with the same parameters.
-
-    Attributes:
-        starts: of the outputs that follow it.
-        special: see TokenPieces.
-        spelling: of JSON; None for other texts.
-        finder: of JSON's strings and whitespace, in which masks follow from earlier ones; None: they never do.
-    """
-
-    starts: Starts
-    vocab_size: int
-    special: frozenset[int]
-    spelling: Spelling | None = None
-    finder: RunFinder | None = None
-
-    def matcher(self, token_ids: Iterable[int] = ()) -> GrammarMatcher:
-        """One that has taken these tokens.
-
-        Raises:
-            GrammarError: they do not begin any text of the grammar.
-        """
-        matcher = GrammarMatcher(self.starts, self.vocab_size, self.spelling, self.finder)
-        for token_id in token_ids:
-            matcher.take(token_id)
-        return matcher
-
-    def empty_mask(self) -> Words:
-        """Room for GrammarMatcher.fill()."""
-        return np.zeros(num_words(self.vocab_size + 1), dtype=np.int32)
-
-    def has_text(self) -> bool:
-        """Whether a first token is allowed."""
-        words = self.empty_mask()
-        self.matcher().fill(words)
-        words[self.vocab_size // 32] &= (1 << self.vocab_size % 32) - 1  # the end's bit, and those after it
-        return bool(words.any())
-
-
-class GrammarMatcher:
+class GrammarMatcher(Follower):
     """One output's place in its grammar. For one thread at a time.
 
     Attributes:
         ended: the text is complete, and nothing can follow it.
         error: first line of why it cannot go on; empty while it can.
-        spelling, spelling_state: see Spelling.
     """
 
     def __init__(
-        self, starts: Starts, vocab_size: int, spelling: Spelling | None, finder: RunFinder | None = None
+        self,
+        starts: Starts,
+        vocab_size: int,
+        spelling: Spelling | None,
+        finder: RunFinder | None = None,
+        known: KnownMasks | None = None,
     ) -> None:
-        self._starts, self._num_words = starts, num_words(vocab_size + 1)
+        super().__init__(starts, vocab_size, spelling, finder)
         self._start = starts.choose()
         if self._start is None:
             self._matcher = starts.alone()
         else:
             self._matcher = self._start.matcher.deep_copy()
             self._start.users.add(self)
-        self.spelling, self.spelling_state = spelling, PLAIN
-        self.finder = finder
-        self._last: int | None = None  # token taken
-        self._may_break = False  # before it
-        self._run: Run | None = None  # that the text is in, where a mask of it is known: self._base
-        self._base: Words | None = None
-        self._num_left = 0  # characters of the run
-        self._untold: list[int] = []  # tokens of the run, of which self._matcher has not heard yet
-        self._done: list[int] = []  # so far: tokens taken, and FILLED
+        self._untold: list[int] = []  # tokens of which self._matcher has not heard yet
         self._told: int | None = None  # by take_all(), and not yet by take()
         self.ended = bool(self._matcher.is_stopped())
         self.error = ""
+        if known is not None and self._start is not None:
+            self._follow(known)
 
     @property
     def shared_with(self) -> int:
@@ -111,7 +69,7 @@ class GrammarMatcher:
             take_all([self], [token_id])
         assert self._told == token_id, "take_all() was told another token"
         self._told = None
-        if self._run is not None:
+        if self.mask is not None:
             return
         if self.error:
             raise GrammarError(self.error)
@@ -122,56 +80,9 @@ class GrammarMatcher:
                 raise GrammarError(self.error)
             self.spelling_state = state
 
-    def begin_run(self, found: Found, words: Words) -> None:
-        """Narrow this mask, and derive those of the rest of the run from it."""
-        self.narrow(words)
-        self._run, self._num_left, self._base = found.run, found.num_left, words.copy()
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether the text is known to end in whitespace, between two tokens of JSON."""
-        if self.finder is None or self._last is None:
-            return False
-        runs = self.finder.runs
-        return self._last in runs.ends_in_break or (self._may_break and runs.whitespace.num_characters[self._last] > 0)
-
-    @property
-    def is_within(self) -> bool:
-        """Whether the next mask is derived from an earlier one, narrow() included."""
-        return self._run is not None
-
-    def _goes_on(self, token_id: int) -> bool:
-        """Whether the run goes on behind this token. Its last character may be followed by one text alone, of which
-        masks allow the tokens that encode() gives: not to be derived."""
-        num = 0 if self._run is None else self._run.num_characters[token_id]
-        if not 0 < num < self._num_left:
-            self._run = self._base = None
-            return False
-        if self._num_left != UNLIMITED:
-            self._num_left -= num
-        return True
-
-    @property
-    def same_mask(self) -> Words | None:
-        """The next mask, narrow() included, where it is one that was derived before: the same array as then."""
-        return self._base if self._num_left == UNLIMITED else None
-
-    def derive(self, words: Words) -> None:
-        """Set the next mask, if the text is_within()."""
-        assert self._run is not None and self._base is not None, "no mask of this run is known"
-        if self._num_left == UNLIMITED:
-            words[:] = self._base
-        else:
-            np.bitwise_and(self._base, self._run.within[self._num_left], out=words)
-
     def _consume(self, token_id: int) -> bool:
         untold, self._untold = self._untold, []
         return self._matcher.consume_tokens([*untold, token_id]) if untold else self._matcher.consume_token(token_id)
-
-    def narrow(self, words: Words) -> None:
-        """Take away what fill_all() has left in though it does not keep to the spelling."""
-        if self.spelling is not None:
-            words &= self.spelling.allowed[self.spelling_state][: len(words)]
 
     def fill(self, words: Words) -> None:
         """Set the bits of the tokens that may come next, and no others.
@@ -214,7 +125,8 @@ class GrammarMatcher:
         if not self._starts.is_expensive:
             return False
         self._start, self._matcher = None, self._starts.alone()
-        words = np.zeros(self._num_words, dtype=np.int32)
+        self._text = self._left = None
+        words = np.zeros(num_words(self._vocab_size + 1), dtype=np.int32)
         for done in self._done:
             if done == FILLED:
                 self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
@@ -230,12 +142,19 @@ def take_all(matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]) -> No
     """
     for each, token_id in zip(matchers, token_ids, strict=True):
         each._told = each._last = token_id
-        if each._run is not None and each._goes_on(token_id):
+        place = None
+        if each.mask is None:
+            each._left = None
+            place = each._move(token_id)
+        elif each._stays(token_id) or each._goes_on(token_id):
             each._untold.append(token_id)
             each._done.append(token_id)
-        elif each._consume(token_id) or each._refused(token_id):
+            continue
+        if each._consume(token_id) or each._refused(token_id):
             each._done.append(token_id)
             each.ended = each._matcher.is_stopped()
+            if place is not None and each._text is not None:
+                each._enter(place)
 
 
 class Fill(NamedTuple):
@@ -269,7 +188,7 @@ class Fill(NamedTuple):
         walked: list[int] = []
         derived: list[int] = []
         for i, matcher in enumerate(matchers):
-            (walked if matcher._run is None else derived).append(i)
+            (walked if matcher.mask is None else derived).append(i)
         if executor is not None:  # those that take turns beside each other, where one thread comes to all of them
             walked.sort(key=lambda i: matchers[i].shared_with)
         pairs = [(matchers[i]._matcher, rows[i]) for i in walked]
@@ -300,15 +219,17 @@ class Fill(NamedTuple):
         by_finder: dict[int, tuple[RunFinder, list[tuple[GrammarMatcher, int]]]] = {}
         for each, row in walked:
             each._done.append(FILLED)
-            if each.finder is not None and not each.error:
+            if each.error or each.finder is None:
+                continue
+            if each.is_out_of_runs:
+                each.learn(self.words[row], None, each._matcher.compute_ff_bytes)
+            else:
                 by_finder.setdefault(id(each.finder), (each.finder, []))[1].append((each, row))
         for finder, several in by_finder.values():
             rows = [row for _, row in several]
             found = finder.find(self.words, rows, [each.is_blank for each, _ in several])
             for (each, row), one, may_break in zip(several, found, finder.may_break(self.words, rows), strict=True):
-                each._may_break = may_break
-                if one is not None:
-                    each.begin_run(one, self.words[row])
+                each.learn(self.words[row], one, each._matcher.compute_ff_bytes, may_break=may_break)
 
 
 def fill_all(

@@ -33,12 +33,12 @@ class Run(NamedTuple):
 
     Attributes:
         num_characters: of each token that is such characters and nothing else; else 0.
-        within: [most + 1, num_words]: by number of characters, the tokens that begin with no more.
+        within: by number of characters, the tokens that begin with no more; the same arrays always.
         examples: tokens of 1, 2, ... most characters.
     """
 
     num_characters: list[int]
-    within: Words
+    within: list[Words]
     examples: list[int]
 
     @classmethod
@@ -57,7 +57,7 @@ class Run(NamedTuple):
             examples.append(by_number[len(examples) + 1])
         bits = np.ones((len(examples) + 1, num_words * 32), dtype=bool)
         bits[:, : len(num_begun)] = np.array(num_begun) <= np.arange(len(examples) + 1)[:, None]
-        return cls(num_characters, np.packbits(bits, axis=1, bitorder="little").view(np.int32), examples)
+        return cls(num_characters, list(np.packbits(bits, axis=1, bitorder="little").view(np.int32)), examples)
 
 
 class Runs:
@@ -80,7 +80,7 @@ class Runs:
         def is_usable(token_id: int) -> bool:
             return token_id not in special and times[pieces[token_id]] == 1
 
-        plain = [0 if i in special else _num_plain(piece) for i, piece in enumerate(pieces)]
+        plain = [0 if i in special else num_plain(piece) for i, piece in enumerate(pieces)]
         self.string = Run.of(plain, [_num_begun(piece) for piece in pieces], is_usable, num_words)
         leading = [len(piece) - len(piece.lstrip(WHITESPACE)) for piece in pieces]
         blank = [num if num == len(pieces[i]) and i not in special else 0 for i, num in enumerate(leading)]
@@ -167,7 +167,7 @@ class RunFinder:
         return [False] * len(rows) if self._break is None else self._break.are_in(words, rows)[:, 0].tolist()
 
 
-def _num_plain(piece: bytes) -> int:
+def num_plain(piece: bytes) -> int:
     """Characters of a token that are whole, and stand for themselves in a string; 0 if it has any other."""
     if len(piece.translate(None, NOT_PLAIN)) < len(piece):
         return 0

@@ -6,7 +6,8 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from pdray.engine.grammar.matcher import Grammar, GrammarError, GrammarMatcher, Words
+from pdray.engine.grammar.grammar import Grammar
+from pdray.engine.grammar.matcher import GrammarError, GrammarMatcher, Words
 from pdray.engine.schedule.rule import History, Rule, set_bits
 from pdray.engine.schedule.thoughts import Thoughts
 

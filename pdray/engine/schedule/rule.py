@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.grammar.matcher import Grammar, Words
+from pdray.engine.grammar.grammar import Grammar
+from pdray.engine.grammar.matcher import Words
 from pdray.sampling_params import SamplingParams
 
 

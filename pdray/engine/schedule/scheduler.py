@@ -18,7 +18,7 @@ from collections.abc import Hashable
 from concurrent.futures import Future
 from itertools import count
 
-from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.grammar.grammar import Grammar
 from pdray.engine.kv.allocator import KVAllocator
 from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest, RequestUpdate, Reservation

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdray.engine.grammar.matcher import Grammar
+from pdray.engine.grammar.grammar import Grammar
 from pdray.engine.kv.block_pool import hash_blocks, salted
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.rules import History, Rule, make_rules
@@ -217,6 +217,7 @@ class LiveRequest:
         "scores",
         "sequences",
         "started_at",
+        "_has_grammar",
     )
 
     def __init__(
@@ -230,6 +231,7 @@ class LiveRequest:
         self.request = request
         self.end_token_ids = end_token_ids
         self.grammar = grammar
+        self._has_grammar = grammar is None
         self.has_rules = bool(self.make_rules([]))
         remembered = request.prompt_token_ids if has_penalty(request.params) else ()
         self.prompt_array = np.array(remembered, dtype=np.int32)
@@ -274,7 +276,9 @@ class LiveRequest:
     @property
     def may_draw(self) -> bool:
         """False while its grammar is being compiled."""
-        return self.grammar is None or self.grammar.done()
+        if not self._has_grammar:  # a lock, in each step
+            self._has_grammar = self.grammar is None or self.grammar.done()
+        return self._has_grammar
 
     @property
     def refusal(self) -> BaseException | None:

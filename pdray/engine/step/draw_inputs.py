@@ -30,34 +30,54 @@ class DrawNeeds(NamedTuple):
     has_reports: bool = False
 
 
+class LastRecords:
+    """Of the step before: most steps draw for the same sequences as it, in the same order."""
+
+    def __init__(self) -> None:
+        self.made = b""
+        self.words = np.zeros((0, WORDS), np.int32)
+        self.needs = DrawNeeds()
+
+
 def fill_records(
-    words: np.ndarray[Any, np.dtype[np.int32]], draws: list[Draw], num_draws: int, histories: Histories
+    words: np.ndarray[Any, np.dtype[np.int32]],
+    draws: list[Draw],
+    num_draws: int,
+    histories: Histories,
+    last: LastRecords,
 ) -> DrawNeeds:
     """Write the draws' records, and zeros up to ``num_draws``. Reads the sequences: under the engine's lock.
 
     Args:
         words: [S, WORDS] of a DrawTable's records.
+        last: of the same caller.
     """
     histories.release_ended(draws)
     joins: list[Join] = []
-    made = [draw.sequence.draw_record or _make_record(draw, histories, joins) for draw in draws]
+    made = b"".join([draw.sequence.draw_record or _make_record(draw, histories, joins) for draw in draws])
+    if made != last.made:
+        last.made, last.words = made, np.frombuffer(made, np.int32).reshape(len(draws), WORDS).copy()
+        last.needs = _needs_of(last.words.view(RECORD)[:, 0])
     num = len(draws)
-    words[:num] = np.frombuffer(b"".join(made), np.int32).reshape(num, WORDS)
+    words[:num] = last.words
     words[num:num_draws] = 0
-    records: Records = words.view(RECORD)[:num, 0]
-    records["position"] = [draw.position for draw in draws]
+    words.view(RECORD)[:num, 0]["position"] = [draw.position for draw in draws]
+    return last.needs._replace(joins=histories.pack(joins))
+
+
+def _needs_of(records: Records) -> DrawNeeds:
+    """What these draws need, but for ``joins``; numbers those that wait for a mask."""
     flags = records["flags"]
     masked = (flags & int(RowFlag.MASKED)) != 0
     num_masks = int(masked.sum())
     records["mask"][masked] = range(num_masks)
     every = int(np.bitwise_or.reduce(flags))
     if not every & (RowFlag.LATE | RowFlag.REPORTED):
-        return DrawNeeds(histories.pack(joins))
+        return DrawNeeds()
     late = records[(flags & int(RowFlag.LATE)) != 0]
     random = late[late["temperature"] > 0]
     may_need_search = bool(((random["top_k"] > 0) | (random["top_p"] < 1)).any())
     return DrawNeeds(
-        joins=histories.pack(joins),
         num_masks=num_masks,
         has_late=len(late) > 0,
         may_filter=may_need_search or bool((random["min_p"] > 0).any()),

@@ -12,7 +12,7 @@ from pdray.engine.ranks.shared_memory import SharedMemory
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import BlockCopy, StepPlan
 from pdray.engine.schedule.sequence import Sequence
-from pdray.engine.step.draw_inputs import DrawNeeds, fill_records
+from pdray.engine.step.draw_inputs import DrawNeeds, LastRecords, fill_records
 from pdray.engine.step.histories import Histories
 from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.scores import ScoreInputs
@@ -172,7 +172,7 @@ class InputBuffers:
         memory: SharedMemory | None = None,
         follows: bool = False,
     ) -> None:
-        self._histories, self._masks = histories, masks
+        self._histories, self._masks, self._last_records = histories, masks, LastRecords()
         self.block_size = limits.block_size
         self.device = device
         self._sections = lay_out(num_tokens, limits.max_num_seqs, limits.num_blocks_for(limits.max_model_len))
@@ -234,7 +234,7 @@ class InputBuffers:
         if padded is not None:
             _pad(host, plan, padded)
         draws = [draw for chunk in plan.chunks for draw in chunk.draws]
-        needs = fill_records(host.records, draws, shape.num_draws, self._histories)
+        needs = fill_records(host.records, draws, shape.num_draws, self._histories, self._last_records)
         self._send(host, shape)
         num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
         inputs = self.views(shape, Spans.of(plan))

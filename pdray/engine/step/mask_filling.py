@@ -35,11 +35,11 @@ Job = Callable[[], None]
 
 
 class Filling(NamedTuple):
-    """Masks that are being filled.
+    """Masks that are being filled, of draws of which none was known.
 
     Attributes:
         draws: whose masks are filled, by place. matchers: likewise, of those that follow a grammar.
-        rows: likewise, of the buffer's ``words``.
+        rows: likewise, of the buffer's ``host``.
         failures: see MaskFiller.fill().
         is_beside: whether another thread walks the vocabulary.
     """
@@ -105,33 +105,41 @@ class MaskFiller:
             self._begin(*self._expected, known)
 
     def _begin(self, plan: StepPlan, masks: MaskBuffer, known: Mapping[Sequence, GrammarMatcher]) -> None:
-        draws, rows, row = list[Draw](), list[int](), -1
-        kept, takers, finished = masks.kept, self._takers, SequenceStatus.FINISHED
+        draws, rows = list[Draw](), list[int]()
+        takers, finished = self._takers, SequenceStatus.FINISHED
         matchers: dict[int, GrammarMatcher] = {}
         failures: dict[Hashable, str] = {}
+        masks.begin()
         for draw in plan.draws:
             sequence = draw.sequence
             live = sequence.request
             if not live.has_rules:
                 continue
-            row += 1
-            if live.grammar is not None and sequence.status is not finished:
+            if sequence.status is finished:
+                masks.add_all()
+                continue
+            if live.grammar is not None:
                 matcher = known.get(sequence)
                 if matcher is not None:
                     takers[sequence] = matcher
+                    is_alone = len(sequence.rules) == 1
                 else:
+                    is_alone = _is_alone(sequence)
                     try:
                         matcher = _rule(sequence).follower
                     except GrammarError as error:
                         failures[live.key] = str(error)
+                        masks.add_all()
+                        continue
                 if matcher is not None:
-                    same = matcher.same_mask
-                    if same is not None and same is kept[row]:
+                    if is_alone and matcher.mask is not None and not matcher.mask.may_end:
+                        masks.add_known(*matcher.next_mask())
                         continue
                     matchers[len(draws)] = matcher
             draws.append(draw)
-            rows.append(row)
-        fill = Fill.of(list(matchers.values()), masks.host, self._executor, list(matchers))
+            rows.append(masks.add_own())
+        own = list(matchers)
+        fill = Fill.of(list(matchers.values()), masks.host, self._executor, [rows[i] for i in own])
         is_beside = self._thread is not None and len(fill.walked) > FEW
         self._expected, self._filling = None, Filling(draws, rows, masks, matchers, failures, fill, is_beside)
         if self._thread is not None and is_beside:
@@ -150,8 +158,9 @@ class MaskFiller:
         filling, self._filling = self._filling, None
         draws, rows, masks, matchers, failures, fill, is_beside = filling
         words = fill.words
-        if len(matchers) < len(draws):
-            words[[i for i in range(len(draws)) if i not in matchers]] = self._everything
+        for i, row in enumerate(rows):
+            if i not in matchers:
+                words[row] = self._everything
         if not is_beside:
             fill.run()
         fill.derive()
@@ -159,36 +168,34 @@ class MaskFiller:
             self._thread.wait()
         fill.finish()
         settled = self._settled(filling)
-        changes: list[tuple[int, object | None]] = []
         for i, (draw, row) in enumerate(zip(draws, rows, strict=True)):
+            if i in settled or draw.sequence.status is SequenceStatus.FINISHED:
+                continue
             matcher = matchers.get(i)
-            if i in settled:
-                changes.append((row, None if matcher is None else matcher.same_mask))
-                continue
-            changes.append((row, None))
-            if draw.sequence.status is SequenceStatus.FINISHED:
-                continue
-            reason = (matcher.error if matcher is not None else "") or self._narrow(draw, words[i])
+            reason = (matcher.error if matcher is not None else "") or self._narrow(draw, words[row])
             if reason:
                 failures.setdefault(draw.sequence.request.key, reason)
-        masks.change(changes)
         return failures
 
     def _settled(self, filling: Filling) -> set[int]:
         """Masks that no rule narrows: of outputs that follow a grammar and nothing else, and cannot end here."""
-        may_end = (filling.fill.words[: len(filling.draws), self._last_word] & ~self._last_bits).tolist()
+        words, rows, masks = filling.fill.words, filling.rows, filling.masks
+        may_end = (words[rows, self._last_word] & ~self._last_bits).tolist()
         settled, spelled, spelling = set(), [], None
-        for i, matcher in filling.matchers.items():
-            sequence = filling.draws[i].sequence
-            if matcher.error or may_end[i] or len(sequence.rules) > 1 or _rule(sequence).taker is None:
+        walked = set(filling.fill.walked)
+        for place, (i, matcher) in enumerate(filling.matchers.items()):
+            if matcher.error or may_end[i] or not _is_alone(filling.draws[i].sequence):
                 continue
-            if matcher.spelling is None or matcher.is_within:
+            if matcher.mask is not None and place in walked:
+                masks.keep(rows[i], matcher.mask.words)
+                settled.add(i)
+            elif matcher.spelling is None:
                 settled.add(i)
             elif matcher.spelling_state == PLAIN:
                 spelled.append(i)
                 spelling = matcher.spelling  # the vocabulary's
         if spelling is not None:
-            breaks = spelling.breaks(filling.fill.words, spelled)
+            breaks = spelling.breaks(words, [rows[i] for i in spelled])
             settled.update(i for i, is_broken in zip(spelled, breaks.tolist(), strict=True) if not is_broken)
         return settled
 
@@ -198,6 +205,11 @@ class MaskFiller:
             rule.narrow(words, draw.position)
         last = self._last_word
         return "" if words[last] & self._last_bits or words[:last].any() else NOTHING_LEFT
+
+
+def _is_alone(sequence: Sequence) -> bool:
+    """Whether nothing but its grammar rules the sequence's next draw."""
+    return len(sequence.rules) == 1 and _rule(sequence).taker is not None
 
 
 def _rule(sequence: Sequence) -> GrammarRule:

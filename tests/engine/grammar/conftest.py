@@ -1,4 +1,4 @@
-"""Engines that draw under grammars (see grammar_rules.py)."""
+"""Engines that draw under grammars (see grammar_rules.py and schemas.py)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.testing.patience import PATIENCE_S
 
-_spec = importlib.util.spec_from_file_location("grammar_rules", Path(__file__).with_name("grammar_rules.py"))
-assert _spec is not None and _spec.loader is not None
-grammar_rules = sys.modules["grammar_rules"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(grammar_rules)
+
+def _load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+grammar_rules = _load("grammar_rules")
+_load("schemas")
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from grammar_rules import PIECES, SPECIAL, VOCAB_SIZE, answers, wanted
+from grammar_rules import SPECIAL, VOCAB_SIZE, answers, wanted
+from schemas import FREE, NOT_FREE, OTHERS, VOCABULARY, listed, walked
 
 from pdray.engine.grammar.compiler import GrammarCompiler
 from pdray.engine.grammar.free_strings import has_closed_objects, has_free_strings
-from pdray.engine.grammar.matcher import Grammar, GrammarMatcher, fill_all
+from pdray.engine.grammar.grammar import Grammar
+from pdray.engine.grammar.matcher import fill_all
 from pdray.engine.grammar.pieces import TokenPieces
 from pdray.engine.request import EngineRequest
 from pdray.engine.step.mask_buffer import MaskBuffer
@@ -21,87 +23,11 @@ from pdray.sampling_params import SamplingParams
 from pdray.structured_outputs import StructuredOutputsParams
 from pdray.testing.patience import PATIENCE_S
 
-MORE = (
-    [("aéb " * 3)[:num] for num in range(2, 13)]
-    + [" " * num for num in range(3, 42)]
-    + ["\n\t", "\n  ", 'é"', 'ab",', "\\n", "a\\", '":\n']
-)
-VOCABULARY = [
-    piece or (MORE[i - 113].encode() if 113 <= i < 113 + len(MORE) else b"") for i, piece in enumerate(PIECES)
-]
-SHORT = {"type": "string", "maxLength": 5}
-NODE = {
-    "type": "object",
-    "properties": {
-        "v": {"type": "string", "minLength": 1, "maxLength": 6},
-        "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
-    },
-    "required": ["v", "next"],
-    "additionalProperties": False,
-}
-NAMES = {
-    "type": "object",
-    "properties": {"é": {"type": "string"}, "a": {"type": "string"}},
-    "required": ["a", "é"],
-    "additionalProperties": False,
-}
-
-
-def listed(items: Any) -> dict[str, Any]:
-    return {"type": "array", "minItems": 40, "items": items}
-
-
-FREE: dict[str, Any] = {
-    "limited": listed(SHORT),
-    "with a least length": listed({"type": "string", "minLength": 3, "maxLength": 7}),
-    "unlimited": listed({"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False}),
-    "recursive": {"$defs": {"node": NODE}, "$ref": "#/$defs/node"},
-    "several types": listed({"anyOf": [SHORT, {"type": "null"}, {"type": "integer"}]}),
-    "open": {"type": "object", "properties": {"a": SHORT}, "required": ["a"], "additionalProperties": SHORT},
-    "date": listed(
-        {"type": "object", "properties": {"a": SHORT, "b": {"type": "string", "format": "date"}}, "required": ["a"]}
-    ),
-}
-# A walk alone knows what may follow in their strings: what follows depends on more than how many characters are left.
-NOT_FREE: dict[str, Any] = {
-    "pattern": listed({"type": "string", "pattern": "^[a-zé]{3,9}$"}),
-    "two lengths": listed({"anyOf": [SHORT, {"type": "string", "enum": ["name ab name ab", "12"]}]}),
-    "two objects": listed(
-        {
-            "anyOf": [
-                {"type": "object", "properties": {"a": SHORT, "b": {"const": 1}}, "required": ["a", "b"]},
-                {"type": "object", "properties": {"a": {"type": "string", "maxLength": 12}}, "required": ["a"]},
-            ]
-        }
-    ),
-    "all of": listed({"allOf": [SHORT, {"type": "string", "minLength": 2}]}),
-}
-OTHERS: dict[str, Any] = {
-    "any names": {
-        "type": "object",
-        "properties": {"name": {"type": "string"}, "age": {"type": "string"}},
-        "required": ["name"],
-    },
-    "any names within": {"type": "object", "properties": {"a": True}, "required": ["a"], "additionalProperties": False},
-    "the witness in a name": NAMES,
-    "spaces in a value": listed({"enum": ["a  ", "a  b", "a   ab"]}),
-}
-
 
 @pytest.fixture(scope="module")
 def compile_schema() -> Callable[[Any], Grammar]:
     grammars = GrammarCompiler(lambda: TokenPieces(VOCABULARY, SPECIAL))
     return lambda schema: grammars.check(StructuredOutputsParams(json=schema)).result(PATIENCE_S)
-
-
-def walked(matcher: GrammarMatcher) -> np.ndarray[Any, Any]:
-    """The mask of this place, by a copy that has taken the same tokens and derives nothing."""
-    copy = matcher._matcher.deep_copy()
-    assert not matcher._untold or copy.consume_tokens(matcher._untold)
-    words = np.zeros(-(-(VOCAB_SIZE + 1) // 32), dtype=np.int32)
-    copy.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    matcher.narrow(words)
-    return words
 
 
 def walk(grammar: Grammar, num_tokens: int, seed: int) -> list[str]:
@@ -169,13 +95,13 @@ def test_masks_that_stay_are_not_sent_again(make: Callable[..., Any], monkeypatc
         engine.grammars = GrammarCompiler(lambda: TokenPieces(VOCABULARY, SPECIAL))
         expected = answers(engine.run(*requests))
     sent: list[int] = []
-    change = MaskBuffer.change
+    send = MaskBuffer.send
 
-    def counted(self: MaskBuffer, changes: Any) -> None:
-        sent.append(len(changes))
-        change(self, changes)
+    def counted(self: MaskBuffer) -> None:
+        sent.append(self.num_to_send)
+        send(self)
 
-    monkeypatch.setattr(MaskBuffer, "change", counted)
+    monkeypatch.setattr(MaskBuffer, "send", counted)
     for threads in (1, 3):
         engine = make()
         engine.grammars = GrammarCompiler(lambda: TokenPieces(VOCABULARY, SPECIAL))
