@@ -95,7 +95,7 @@ async def kill_in_a_transfer(worker: Worker, pair: Pair, is_moving: Callable[[Le
     prompt, params = [(5 * i) % 90 for i in range(28)], LEGS["greedy"][1]  # one step: the engine waits for nobody
     key = pair.lease(f"lost {epoch}", prompt, params)
     hold = asyncio.Event()
-    pools = worker._leader and next(iter(worker.kinds.values()))._open()  # type: ignore[attr-defined]
+    pools = worker.kinds["object_store"]._open()  # type: ignore[attr-defined]
     order, loop = pools._order, asyncio.get_running_loop()
 
     def stop_first(asked: Any, message: Any) -> None:
