@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pdray.bench.peer_process import PeerProcess
-from pdray.bench.transfer_peers import PoolSpec, ReceivingPeer, SendingPeer
+from pdray.bench.pool_spec import PoolSpec
+from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
 from pdray.errors import PdrayError, TransferError
 from pdray.transfer.channel import Kind, Site
 from pdray.transfer.cuda_ipc.kind import CudaIpcKind
