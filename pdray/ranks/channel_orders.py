@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -59,30 +60,38 @@ class AskedRank:
         self._connection = connection
         self._wait_until_dead = wait_until_dead
         self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._thread = start_thread(f"rank-{rank}-channels", self._work_off, self._failed)
 
     def ask(self, kind: str, payload: bytes) -> Future[bytes]:
         """See OtherRank."""
         answer: Future[bytes] = Future()
-        self._asked.put(_Asked(ChannelOrder(kind, payload), answer))
+        with self._lock:
+            if self._is_closed:
+                answer.set_exception(self._death())
+            else:
+                self._asked.put(_Asked(ChannelOrder(kind, payload), answer))
         return answer
 
     def close(self) -> None:
-        """The process was seen dead. What is asked from now on fails at once."""
-        self._asked.put(None)
+        """The process was seen dead. What is asked from now on fails at once. Idempotent."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._asked.put(None)
 
     def _work_off(self) -> None:
-        is_dead = False
-        while True:
-            asked = self._asked.get()
-            if asked is None:
-                is_dead = True
-                self._connection.close()
-            elif asked.answer.set_running_or_notify_cancel():
-                if not is_dead:
-                    is_dead = not self._carry_out(asked)
-                if is_dead:
-                    asked.answer.set_exception(RankDiedError(f"rank {self._rank} has ended"))
+        lives = True
+        while asked := self._asked.get():
+            if asked.answer.set_running_or_notify_cancel():
+                lives = lives and self._carry_out(asked)
+                if not lives:
+                    asked.answer.set_exception(self._death())
+        self._connection.close()
+
+    def _death(self) -> RankDiedError:
+        return RankDiedError(f"rank {self._rank} has ended")
 
     def _carry_out(self, asked: _Asked) -> bool:
         """Settle the answer; False if the process has ended before it came."""
