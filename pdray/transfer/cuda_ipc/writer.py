@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
-from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
+from pdray.kernels.kv.peer_write import HeadMove, PeerBlocks, write_peer_blocks
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.cuda_ipc.messages import probe_pattern
 from pdray.transfer.cuda_ipc.targets import Target
@@ -116,15 +116,19 @@ class PoolWriter:
 
     def _load_kernels(self) -> None:
         """Compile and load what no pool of equal heads needs, over memory of this process."""
-        pool = self._pool
+        layout = self._pool.layout
         for heads in {target.heads for target in self._targets}:
-            if pool.tensor.is_cuda and heads.num_heads < max(pool.layout.num_kv_heads, heads.num_targets):
-                layout = KVLayout(1, pool.layout.block_size, heads.num_targets, pool.layout.head_dim, pool.layout.dtype)
-                scratch = torch.empty(layout.shape(1), dtype=layout.dtype, device=pool.device)
-                ids = torch.zeros(2, 1, dtype=torch.int32, device=pool.device)
-                place = PeerBlocks(scratch.data_ptr(), 1, heads)
-                self.stream.run(partial(write_peer_blocks, pool.tensor, range(1), ids, place))
-                drain([self.stream], "of its own")
+            if self._pool.tensor.is_cuda and heads.num_heads < max(layout.num_kv_heads, heads.num_targets):
+                self.stream.run(partial(self._rehearse, heads))
+        drain([self.stream], "of its own")
+
+    def _rehearse(self, heads: HeadMove) -> None:
+        """All of it on the current stream, which waits for no other."""
+        pool = self._pool
+        shape = dataclasses.replace(pool.layout, num_layers=1, num_kv_heads=heads.num_targets).shape(1)
+        scratch = torch.empty(shape, dtype=pool.layout.dtype, device=pool.device)
+        ids = torch.zeros(2, 1, dtype=torch.int32, device=pool.device)
+        write_peer_blocks(pool.tensor, range(1), ids, PeerBlocks(scratch.data_ptr(), 1, heads))
 
 
 def pack_ids(source: list[int], target: list[int]) -> bytes:
