@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pdray.engine.kv.pool import KVPool
-from pdray.kernels.kv.peer_write import HeadMove, PeerBlocks, write_peer_blocks
+from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.cuda_ipc.messages import probe_pattern
 from pdray.transfer.cuda_ipc.targets import Target
@@ -53,6 +53,8 @@ class PoolWriter:
         self._targets = targets
         self._mappings: list[Mapping] = []
         self._closed = False
+        self.stream = transport.new_stream()
+        self._load_kernels()
         try:
             for target in targets:
                 self._mappings.append(transport.borrow(target.handle))
@@ -63,8 +65,6 @@ class PoolWriter:
             PeerBlocks(mapping.address, target.num_blocks, target.heads)
             for mapping, target in zip(self._mappings, targets, strict=True)
         ]
-        self.stream = transport.new_stream()
-        self._load_kernels()
 
     def write(
         self, layers: range, source: list[int], target: list[int], ready: Any, num_programs: int | None
@@ -115,20 +115,23 @@ class PoolWriter:
             self._mappings.pop().close()
 
     def _load_kernels(self) -> None:
-        """Compile and load what no pool of equal heads needs, over memory of this process."""
-        layout = self._pool.layout
-        for heads in {target.heads for target in self._targets}:
-            if self._pool.tensor.is_cuda and heads.num_heads < max(layout.num_kv_heads, heads.num_targets):
-                self.stream.run(partial(self._rehearse, heads))
+        """Compile and load what no pool of equal heads needs, over memory of this process: not between two polls."""
+        for target in self._targets:
+            heads, num_sources = target.heads, self._pool.layout.num_kv_heads
+            if self._pool.tensor.is_cuda and heads.num_heads < max(num_sources, heads.num_targets):
+                self.stream.run(partial(self._rehearse, target))
         drain([self.stream], "of its own")
 
-    def _rehearse(self, heads: HeadMove) -> None:
+    def _rehearse(self, target: Target) -> None:
         """All of it on the current stream, which waits for no other."""
         pool = self._pool
-        shape = dataclasses.replace(pool.layout, num_layers=1, num_kv_heads=heads.num_targets).shape(1)
-        scratch = torch.empty(shape, dtype=pool.layout.dtype, device=pool.device)
+        shape = dataclasses.replace(pool.layout, num_layers=1, num_kv_heads=target.heads.num_targets).shape(1)
+        block = torch.empty(shape, dtype=pool.layout.dtype, device=pool.device)
         ids = torch.zeros(2, 1, dtype=torch.int32, device=pool.device)
-        write_peer_blocks(pool.tensor, range(1), ids, PeerBlocks(scratch.data_ptr(), 1, heads))
+        write_peer_blocks(pool.tensor, range(1), ids, PeerBlocks(block.data_ptr(), 1, target.heads))
+        part = probe_pattern(0)[target.probe_start : target.probe_stop]
+        place = torch.empty(len(part), dtype=torch.uint8, device=pool.device)
+        write_probe(part, pool.device, PeerBlocks(place.data_ptr(), 1))
 
 
 def pack_ids(source: list[int], target: list[int]) -> bytes:
