@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pdray.ranks.setup import RankSite
 from pdray.transfer.channel import Site, WorkerRanks
 from pdray.transfer.pool_blocks import WholeBlocks
 
+SWITCH_INTERVAL_S = 20e-6  # as a worker's: other ranks are asked on threads of their own
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -62,6 +64,7 @@ class _Ranked:
     """What differs from a peer of one rank. If a rank ends, so does the process."""
 
     def _make_pool(self, site: Site) -> KVPool:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         spec: PoolSpec = self.spec  # type: ignore[attr-defined]
         kind = self.kind  # type: ignore[attr-defined]
         others = RankSite(spec.name, site.num_peers, "", [kind.name], kind.spare_bytes)

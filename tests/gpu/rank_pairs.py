@@ -38,27 +38,26 @@ class Ends:
         self.rng = random.Random(2)
         self.senders = {number: self.start_sender(number) for number in (1, 2)}
         theirs = gpus[RECEIVER_GPUS:] if len(gpus) >= 2 * RECEIVER_GPUS else gpus
-        self.receivers = {
-            number: PeerProcess(receiving_peer, self.named("receiver", number), environment=seeing(theirs[:number]))
-            for number in (1, 2)
-        }
+        self.receivers = {number: self.start_receiver(number, theirs) for number in (1, 2)}
         for sender in self.senders.values():
             sender.call("describe", timeout_s=START_TIMEOUT_S)
         self.ports = {
             number: receiver.call("start", timeout_s=START_TIMEOUT_S) for number, receiver in self.receivers.items()
         }
 
-    def named(self, name: str, num_ranks: int) -> PoolSpec:
-        return self.spec._replace(name=f"{name}-{num_ranks}", num_ranks=num_ranks)
-
     def start_sender(self, number: int) -> PeerProcess:
-        return PeerProcess(sending_peer, self.named("sender", number), environment=seeing(self.gpus[:number]))
+        spec = self.spec._replace(name=f"sender-{number}", num_ranks=number)
+        return PeerProcess(sending_peer, spec, environment=seeing(self.gpus[:number]))
+
+    def start_receiver(self, number: int, gpus: list[str]) -> PeerProcess:
+        """To their senders both are one, which has been started again."""
+        spec = self.spec._replace(name="receiver", num_ranks=number)
+        return PeerProcess(receiving_peer, spec, environment=seeing(gpus[:number]))
 
     def connect(self, num_sources: int, num_targets: int) -> None:
         self.epoch += 1
         offer = self.receivers[num_targets].call("accept", f"sender-{num_sources}", self.epoch)
-        where = f"receiver-{num_targets}", self.ports[num_targets]
-        self.senders[num_sources].call("connect", *where, self.epoch, offer)
+        self.senders[num_sources].call("connect", "receiver", self.ports[num_targets], self.epoch, offer)
 
     def blocks(self, count: int) -> list[list[int]]:
         """Source and destination."""
