@@ -107,9 +107,8 @@ class Leader:
     def close(self) -> None:
         """End the other ranks, and see them gone. Idempotent; no step may be in flight."""
         self._closing.set()
-        for member, asked in zip(self._members, self.others, strict=True):
+        for member in self._members:
             member.close()
-            asked.close()
         if self._inputs is not None:
             os.close(self._inputs)
             self._inputs = None

@@ -9,7 +9,7 @@ import torch
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import describe_error
 from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
-from pdray.transfer.channel import Kind, Link, OtherRank, Sink, Site, WorkerRanks
+from pdray.transfer.channel import FinishAnswer, Kind, Link, OtherRank, Sink, Site, WorkerRanks
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.cuda_ipc.messages import SPARE_BYTES, Offer, probe_pattern
 from pdray.transfer.cuda_ipc.other_ranks import OtherWriters, ask_all
@@ -109,12 +109,12 @@ class CudaIpcKind(Kind):
             self._others = ranks.others
             self._gpus += [decode_facts(future.result()) for future in ask_all(ranks.others, DescribeGpu())]
 
-    def answer(self, payload: bytes) -> bytes:
+    def begin_answer(self, payload: bytes) -> FinishAnswer:
         """See Kind."""
         if self._part is None:
             assert self._transport is not None
             self._part = RankPart(self._pool, self._transport, self._ids_of)
-        return self._part.answer(payload)
+        return self._part.begin(payload)
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> CudaIpcReceiver:
         """See Kind. This end writes nothing that ``writes`` could be told of."""

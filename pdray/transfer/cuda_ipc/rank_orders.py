@@ -1,4 +1,4 @@
-"""What rank 0's end of the cuda_ipc kind has the other ranks of its worker do; see Kind.answer()."""
+"""What rank 0's end of the cuda_ipc kind has the other ranks of its worker do; see Kind.begin_answer()."""
 
 from __future__ import annotations
 

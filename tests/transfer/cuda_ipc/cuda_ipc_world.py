@@ -103,7 +103,6 @@ class Worker:
         self.dead.set()
         for rank in range(1, len(self.pools)):
             self.kill(rank)
-            self.asked[rank - 1].close()
 
 
 class PrefillEnd:

@@ -10,15 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_ipc_world import ALL_LAYERS, LAYOUT, NUM_BLOCKS, PrefillEnd, World, fake_device
+from cuda_ipc_world import ALL_LAYERS, CPU, LAYOUT, NUM_BLOCKS, PrefillEnd, World, fake_device
 from waits import result, until
 
 from pdray.errors import ConfigError, TransferError
 from pdray.testing.patience import PATIENCE_S
+from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.registry import choose_kind
 from pdray.wire.cluster_view import WorkerInfo
 
 PAIRS = [(4, 1, 2), (4, 2, 1), (4, 2, 2), (4, 4, 2), (2, 4, 2), (2, 2, 4), (3, 3, 1)]
+
+
+def passed_event() -> Any:
+    """One of its own, so that a put has a write of its own."""
+    event = fake_device.HostEvent()
+    event.passed.set()
+    return event
 
 
 @pytest.mark.parametrize(("num_heads", "num_sources", "num_targets"), PAIRS)
@@ -67,6 +75,30 @@ async def test_other_ranks_begin_when_the_source_is_final(world_of: Callable[[in
     assert (world.worker.whole()[:, 5] == 7.0).all()
 
 
+async def test_writes_wait_for_none_before_them_but_for_room(world_of: Callable[[int, int], World]) -> None:
+    """They are enqueued one behind the other, also where the ids of all of them have no room at once."""
+    world = world_of(4, 2)
+    end = PrefillEnd(world, "a", 5.0, 2)
+    world.ends.append(end)
+    end.worker.kinds[1]._block_ids = [BlockIds(CPU, 128)]  # of one write
+    await end.connect()
+    gate, other = threading.Event(), end.worker.transports[1].streams[-1]
+    other.before_work = lambda: gate.wait(PATIENCE_S)
+    (ids,) = end.worker.kinds[1]._block_ids_of.values()
+    keys = [end.lease(str(number), list(range(1 + 19 * number, 20 + 19 * number))) for number in range(3)]
+    blocks = [list(range(1 + number, 20 + number)) for number in range(3)]
+    futures = []
+    for key, source in zip(keys, blocks, strict=True):
+        futures.append(end.put(key, ALL_LAYERS, source, ready=passed_event()))
+        await until(lambda: len(end.channel._writing) == len(futures))
+    await until(lambda: len(ids.ring) == 1)
+    gate.set()
+    assert all([(await result(future)).accepted for future in futures])
+    for number, source in enumerate(blocks):
+        target = slice(1 + 19 * number, 20 + 19 * number)
+        assert torch.equal(world.worker.whole()[:, target], end.data[:, source])
+
+
 async def test_a_test_write_of_every_rank_must_arrive(
     world_of: Callable[[int, int], World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,14 +107,14 @@ async def test_a_test_write_of_every_rank_must_arrive(
     end = PrefillEnd(world, "a", 5.0, 4)
     world.ends.append(end)
     await end.open()
-    answer = end.worker.kinds[3].answer
+    answer = end.worker.kinds[3].begin_answer
 
-    def writes_nothing(payload: bytes) -> bytes:
+    def writes_nothing(payload: bytes) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr("pdray.transfer.cuda_ipc.writer.write_probe", lambda *args: None)
             return answer(payload)
 
-    monkeypatch.setattr(end.worker.kinds[3], "answer", writes_nothing)
+    monkeypatch.setattr(end.worker.kinds[3], "begin_answer", writes_nothing)
     with pytest.raises(TransferError, match="test write of a did not arrive"):
         await end.channel.check()
     assert world.receiver.senders() == []
@@ -104,16 +136,16 @@ async def test_a_rank_that_cannot_write_fails_the_channel(world_of: Callable[[in
     world = world_of(4, 2)
     end = await world.sender("a", num_ranks=2)
     kind = end.worker.kinds[1]
-    answer: Any = kind.answer
+    answer: Any = kind.begin_answer
 
-    def fails(payload: bytes) -> bytes:
+    def fails(payload: bytes) -> Any:
         raise RuntimeError("an illegal memory access was encountered")
 
-    kind.answer = fails
+    kind.begin_answer = fails
     future = end.put(end.lease("0", [5]), ALL_LAYERS, [3])
     await until(lambda: end.failures)
     assert "rank 1: RuntimeError: an illegal memory access" in end.failures[0] and not future.done()
-    kind.answer = answer
+    kind.begin_answer = answer
     await asyncio.to_thread(end.channel.close)
     with pytest.raises(TransferError, match="illegal memory access"):
         await result(future)
