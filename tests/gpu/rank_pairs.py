@@ -104,7 +104,7 @@ def arrives(ends: Ends, num_sources: int, num_targets: int) -> Iterator[Row]:
     source, destination = ends.blocks(256)
     ends.receivers[num_targets].call("aim", destination)
     sender = ends.senders[num_sources]
-    rate, one = sender.call("send", source, 0.5, 8), sender.call("send", source[:1], 0.3, 1)
+    one, rate = sender.call("send", source[:1], 0.3, 1), sender.call("send", source, 0.5, 8)
     ends.receivers[num_targets].call("holds", 0, [1], [1])  # empties the pools
     name = f"KV of {num_sources} to {num_targets} ranks, cuda_ipc, {len(ends.gpus)} GPUs"
     speed = f"{rate.num_bytes / rate.seconds / 1e9:.0f} GB/s; one block {1e3 * one.latency_s:.2f} ms until usable"
