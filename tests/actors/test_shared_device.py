@@ -87,8 +87,7 @@ def test_the_first_token_may_be_the_last(llm: LLM, settings: dict[str, Any]) -> 
     wait_for(lambda: not in_use(llm.status()))
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize(("victim", "sign"), [("prefill-0", signal.SIGKILL), ("decode-0", signal.SIGSTOP)])
 def test_streams_outlive_either(llm: LLM, expected: list[list[list[int]]], victim: str, sign: signal.Signals) -> None:
     """With the lender its guest ends; without its guest the lender goes on."""
     before = {name: row(llm, name)["pid"] for name in ("prefill-0", "decode-0")}

@@ -65,12 +65,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("num_prefill", "num_decode"), [(2, 2), (3, 1)])
 def test_every_pair_is_connected_and_says_what_one_worker_says(
-    num_prefill: int, num_decode: int, settings: dict[str, Any], expected: list[list[list[int]]]
+    settings: dict[str, Any], expected: list[list[list[int]]]
 ) -> None:
-    mesh = pairs(num_prefill, num_decode)
-    with LLM(num_prefill_workers=num_prefill, num_decode_workers=num_decode, **settings) as llm:
+    """Other shapes: `make chaos ARGS="--rows topologies"`."""
+    mesh = pairs(2, 2)
+    with LLM(num_prefill_workers=2, num_decode_workers=2, **settings) as llm:
         assert connected(llm.status()) == mesh
         assert len(set(node_ids(llm).values())) == 2
         for _ in range(10):  # which pair a request gets depends on who is done first
@@ -79,8 +79,7 @@ def test_every_pair_is_connected_and_says_what_one_worker_says(
                 break
         assert sent_bytes(llm.status()).keys() == mesh
         wait_for(lambda: not in_use(llm.status()))
-        if num_decode > 1:
-            kill_under_load(llm, "decode-1", mesh, expected)
+        kill_under_load(llm, "decode-1", mesh, expected)
 
 
 def kill_under_load(llm: LLM, worker_id: str, mesh: set[tuple[str, str]], expected: list[list[list[int]]]) -> None:

@@ -59,7 +59,7 @@ async def mesh(app: Application, scale: Scale, expected: list[Answer]) -> list[R
 
 
 async def _load(app: Application, clients: Clients, due: set[Pair], scale: Scale) -> Row:
-    began = time.monotonic()
+    began, before = time.monotonic(), await app.pids()
     until = began + scale.mesh_s
     rng = random.Random(SEED)
     loads = [_client(clients, random.Random(rng.random()), until) for _ in range(scale.mesh_clients * len(due))]
@@ -73,13 +73,15 @@ async def _load(app: Application, clients: Clients, due: set[Pair], scale: Scale
     silence, sent = await watching
     problems += [f"{' → '.join(pair)} sent nothing for {s:.0f} s" for pair, s in silence.items() if s > MAX_SILENCE_S]
     problems += await app.problems_at_rest()
+    after = await app.pids()
+    problems += [f"{name} was replaced" for name, pid in before.items() if after.get(name) != pid]
     listed = ", ".join(f"{number} {name}" for name, number in outcomes.most_common())
     rates = sorted(sent.get(pair, 0) / (time.monotonic() - began) / 1e6 for pair in due)
     figure = (
         f"{scale.mesh_s:g} s: {listed}; {rates[0]:.1f} to {rates[-1]:.1f} MB/s of each pair, {sum(rates):.1f} in all"
     )
     figure += f"; the longest silence of one {max(silence.values()):.0f} s"
-    limit = f"each ends well; no pair silent for {MAX_SILENCE_S:g} s; integrity and nothing in use"
+    limit = f"each ends well; no pair silent for {MAX_SILENCE_S:g} s; nobody replaced; integrity and nothing in use"
     return Row("mesh: all pairs at once, a third leaves", with_problems(figure, problems), limit, not problems)
 
 

@@ -34,7 +34,6 @@ from pdray.kernels.sampling.late_scratch import LateScratch
 from pdray.kernels.sampling.report_triton import triton_report
 from pdray.kernels.sampling.rows import DrawTable, RowFlag
 
-
 # The interpreter takes a program at a time.
 MANY_ROWS = 5 if INTERPRETED else 13
 
