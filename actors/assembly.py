@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pdray.engine.engine import Engine
     from pdray.ranks.leader import Leader
+    from pdray.ranks.setup import RankSite
     from pdray.transfer.channel import Kind, Site
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def assemble(
         share = config.prefill_num_gpus if role is Role.PREFILL else config.decode_num_gpus
         spare_bytes = _spare_bytes(kinds) if role is Role.DECODE else 0
         place = PoolPlace(spare_bytes, room=GpuRoom(share))
-        leader = _make_leader(config, device, on_rank_end, setting)
+        leader = _make_leader(config, device, on_rank_end, setting, _rank_site(site, list(kinds), spare_bytes))
         group, ranks = (None, None) if leader is None else (leader.group, leader.ranks)
         engine = build_engine(config, load_model(config, device, group=group), device, place, ranks)
     _attach(kinds, engine, leader)
@@ -98,25 +99,39 @@ def assemble(
 
 
 def _attach(kinds: dict[str, Kind], engine: Engine, leader: Leader | None) -> None:
-    pool, blocks = engine.pool, None
+    from pdray.transfer.channel import WorkerRanks
+
+    pool, ranks = engine.pool, None
     if leader is not None and kinds:
-        blocks = leader.open_pools(pool, engine.model.config)
+        model = engine.model.config
+        ranks = WorkerRanks(leader.open_pools(pool, model), model.num_kv_heads, list(leader.others))
     for kind in kinds.values():
-        if blocks is None:
+        if ranks is None:
             kind.attach(pool)
         else:
-            kind.attach_ranks(blocks, pool.layout.dtype)
+            kind.attach_ranks(pool, ranks)
 
 
 def _make_leader(
-    config: Config, device: torch.device, on_rank_end: Callable[[RankDiedError], object], setting: str
+    config: Config, device: torch.device, on_rank_end: Callable[[RankDiedError], object], setting: str, site: RankSite
 ) -> Leader | None:
     if config.tensor_parallel_size == 1:
         return None
     from pdray.ranks.leader import Leader, check_model
 
     check_model(config, setting)
-    return Leader(config, device, on_rank_end)
+    return Leader(config, device, on_rank_end, site)
+
+
+def _rank_site(site: Site, kinds: list[str], spare_bytes: int) -> RankSite:
+    """The same for another rank.
+
+    Args:
+        kinds: names of channel kinds. spare_bytes: of rank 0's pool.
+    """
+    from pdray.ranks.setup import RankSite
+
+    return RankSite(site.worker_id, site.num_peers, site.address, kinds, spare_bytes)
 
 
 def _spare_bytes(kinds: dict[str, Kind]) -> int:

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdray.actors.questions import ask, find_process, node_is_alive
+from pdray.ranks.member import process_name
 
 DEATH_POLL_S = 0.01
 RAY_KILL_GRACE_S = 1.0
@@ -78,20 +79,23 @@ async def _outcome(killed: ray.ObjectRef[None]) -> bool:
 
 
 def _kill_and_wait(pid: int, grace_s: float) -> None:
-    """Kill a process and block until it has ended, and those that it has started, as other ranks of its worker.
+    """Kill a process and block until it has ended, and those that it has started, as other ranks of its worker: they
+    end after it, and until then may write into memory that another worker has lent.
 
     A pid that is not a Ray worker's has been used again: left alone.
     """
+    others: list[psutil.Process] = []
     try:
         process = psutil.Process(pid)
-        if not _is_rays(process):
-            return
-        children = process.children(recursive=True)
+        if _is_rays(process):
+            others = process.children(recursive=True)
+            _see_dead(process, grace_s)
     except psutil.NoSuchProcess:
-        return
-    _see_dead(process, grace_s)
-    for child in children:
-        _see_dead(child, 0.0)
+        pass  # nobody's children any more, and known by their name
+    name = process_name(pid)
+    others += [each for each in psutil.process_iter(["name"]) if each.info["name"] == name]
+    for other in others:
+        _see_dead(other, 0.0)
 
 
 def _see_dead(process: psutil.Process, grace_s: float) -> None:

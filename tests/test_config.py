@@ -134,7 +134,8 @@ ALL_ONE = {"tensor_parallel_size": 2, "prefill_tensor_parallel_size": 1, "decode
     [
         (DECODE | {"mode": "colocated"}, "decode_tensor_parallel_size is 2, but mode is colocated.*set tensor_par"),
         (DECODE | {"channel": "nccl"}, "nccl joins workers of one rank each, and tensor_parallel_size is 1, decode_te"),
-        (PREFILL | {"channel": "cuda_ipc"}, "channel is cuda_ipc, but .* set channel to auto"),
+        (PREFILL | {"channel": "nccl"}, "channel is nccl, but .* set channel to auto"),
+        (PREFILL | {"channel": "cuda_ipc"}, None),
         (
             {"tensor_parallel_size": 2, "channel": "shared", "device": "cpu"},
             "channel is shared, but .* channel to auto",

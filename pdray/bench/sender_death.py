@@ -7,7 +7,8 @@ import time
 from typing import NamedTuple
 
 from pdray.bench.peer_process import PeerProcess
-from pdray.bench.transfer_peers import PoolSpec, ReceivingPeer, SendingPeer
+from pdray.bench.pool_spec import PoolSpec
+from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
 
 START_TIMEOUT_S = 120.0
 VICTIM_BLOCKS, BLOCKS = 256, 16  # of a put

@@ -26,11 +26,13 @@ from pdray.bench.peer_process import PeerProcess
 from pdray.errors import ConfigError, PdrayError
 
 if TYPE_CHECKING:
+    from pdray.bench.pool_spec import PoolSpec
     from pdray.bench.sender_death import Death
-    from pdray.bench.transfer_peers import PoolSpec, Rate
+    from pdray.bench.transfer_peers import Rate
 
 MIB = 2**20
 START_TIMEOUT_S = 120.0
+RANK_HEADS = 8  # of keys and values, where several ranks share them
 GPU_KINDS = ["cuda_ipc", "nccl"]
 
 # (source blocks, destination blocks, seconds, puts at once) -> rate
@@ -75,6 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-blocks", type=int, nargs="+", default=[1, 16, 128, 512], help="blocks of a put (default: 1 16 128 512)"
     )
     parser.add_argument("--num-layers", type=int, default=8, help="layers of a put (default: 8)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs=2,
+        default=[1, 1],
+        metavar=("SENDER", "RECEIVER"),
+        help="ranks of either end, on GPUs over cuda_ipc (default: 1 1)",
+    )
     parser.add_argument("--window", type=int, default=8, help="puts at once, for the rate (default: 8)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (default: 1)")
     parser.add_argument("--staging-mib", type=int, help="transfer_staging_bytes in MiB (default: as for a worker)")
@@ -87,8 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure, print a table, save it; 1 if something arrived wrong."""
     staging_mib = 1 if args.staging_mib is None else args.staging_mib
-    if min(*args.block_kib, *args.num_blocks, args.num_layers, args.window, staging_mib) < 1:
-        raise ConfigError("--block-kib, --num-blocks, --num-layers, --window and --staging-mib must be at least 1")
+    if min(*args.block_kib, *args.num_blocks, *args.ranks, args.num_layers, args.window, staging_mib) < 1:
+        names = "--block-kib, --num-blocks, --ranks, --num-layers, --window and --staging-mib"
+        raise ConfigError(f"{names} must be at least 1")
+    check_ranks(args)
     results: list[dict[str, Any]] = []
     for channel in args.channel:
         rows: list[TransferRow] = []
@@ -107,6 +119,19 @@ def main(args: argparse.Namespace) -> int:
     if args.save_result:
         args.save_result.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if all(row["is_right"] for result in results for row in result["rows"]) else 1
+
+
+def check_ranks(args: argparse.Namespace) -> None:
+    """Raises:
+    ConfigError: something else is asked for that peers of several ranks do not do.
+    """
+    sizes = f"--ranks is {' '.join(map(str, args.ranks))}"
+    if max(args.ranks) == 1:
+        return
+    if any(RANK_HEADS % number for number in args.ranks):
+        raise ConfigError(f"{sizes}, but a block has {RANK_HEADS} heads, which both must divide")
+    if args.channel != ["cuda_ipc"] or args.kill_sender:
+        raise ConfigError(f"{sizes}, which goes with --channel cuda_ipc and without --kill-sender")
 
 
 def _kill_sender(args: argparse.Namespace, channel: str) -> Death:
@@ -156,14 +181,18 @@ def pool_blocks(num_blocks: int) -> int:
 
 def _way(args: argparse.Namespace, channel: str, block_kib: int) -> contextlib.AbstractContextManager[Way]:
     spec = _spec(args, channel, block_kib, max(args.num_blocks))
-    return gpu_way(spec) if spec.device == "cuda" else object_store_way(spec)
+    if spec.device == "cuda":
+        return gpu_way(spec, tuple(args.ranks))
+    if max(args.ranks) > 1:
+        raise ConfigError("--ranks needs GPUs")
+    return object_store_way(spec)
 
 
 def _spec(args: argparse.Namespace, channel: str, block_kib: int, num_blocks: int) -> PoolSpec:
     """Of a pool for puts of so many blocks."""
     import torch
 
-    from pdray.bench.transfer_peers import PoolSpec
+    from pdray.bench.pool_spec import PoolSpec
 
     use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
@@ -177,6 +206,7 @@ def _spec(args: argparse.Namespace, channel: str, block_kib: int, num_blocks: in
         staging_bytes=None if args.staging_mib is None else args.staging_mib * MIB,
         timeout_s=10.0,
         device="cuda" if use_cuda else "cpu",
+        num_heads=RANK_HEADS if max(args.ranks) > 1 else 1,
         kind=channel if use_cuda else "object_store",
     )
 
@@ -189,10 +219,20 @@ def visible_gpus() -> list[str]:
     return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",") if gpu]
 
 
-def peer_environments(gpus: list[str]) -> list[dict[str, str]]:
-    """Environments of a sender and a receiver, each of which sees one GPU, its own if there are two."""
+def peer_environments(gpus: list[str], ranks: tuple[int, int] = (1, 1)) -> list[dict[str, str]]:
+    """Environments of a sender and a receiver, each of which sees a GPU for each of its ranks; they have no GPU in
+    common if there are enough.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks of one of them.
+    """
     from pdray.testing.one_gpu import one_gpu_environment
 
+    if max(ranks) > 1:
+        if len(gpus) < max(ranks):
+            raise ConfigError(f"--ranks is {ranks[0]} {ranks[1]}, but there are {len(gpus)} GPUs")
+        theirs = gpus[ranks[0] :] if len(gpus) >= sum(ranks) else gpus
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(seen)} for seen in (gpus[: ranks[0]], theirs[: ranks[1]])]
     if len(gpus) >= 2:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:2]]
     return [{"CUDA_VISIBLE_DEVICES": gpus[0]} | one_gpu_environment(name) for name in ("sender", "receiver")]
@@ -207,30 +247,39 @@ def three_environments() -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def gpu_way(spec: PoolSpec) -> Iterator[Way]:
-    """Two processes, each on its own GPU where there are two."""
-    from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
+def gpu_way(spec: PoolSpec, ranks: tuple[int, int] = (1, 1)) -> Iterator[Way]:
+    """Two workers, each on GPUs of its own where there are enough.
 
-    environments = peer_environments(visible_gpus())
+    Args:
+        ranks: of the sender and of the receiver.
+    """
+    from pdray.bench.transfer_ranks import receiving_peer, sending_peer
+
+    environments = peer_environments(visible_gpus(), ranks)
     with contextlib.ExitStack() as stack:
-        sender = PeerProcess(SendingPeer, spec._replace(name="sender"), environment=environments[0])
+        ours = spec._replace(name="sender", num_ranks=ranks[0])
+        sender = PeerProcess(sending_peer, ours, environment=environments[0])
         stack.callback(sender.stop)
-        receiver = PeerProcess(ReceivingPeer, spec, environment=environments[1])
+        receiver = PeerProcess(receiving_peer, spec._replace(num_ranks=ranks[1]), environment=environments[1])
         stack.callback(receiver.stop)
-        ours, theirs = (peer.call("describe", timeout_s=START_TIMEOUT_S) for peer in (sender, receiver))
-        if not ours.get("version", ours.get("gpu")):
+        facts, theirs = (peer.call("describe", timeout_s=START_TIMEOUT_S) for peer in (sender, receiver))
+        if not facts.get("version", facts.get("gpu")):
             raise PdrayError("cupy is not there: install pdray[cuda12] or pdray[cuda13]")
         port = receiver.call("start")
         offer = receiver.call("accept", "sender", 1)
         sender.call("connect", "receiver", port, 1, offer)
         sender.call("fill", SEED)
-        peer_copy, two_gpus = None, ours["gpu"] != theirs["gpu"]
+        peer_copy, two_gpus = None, facts["gpu"] != theirs["gpu"]
         if two_gpus:
             copier = PeerProcess(PeerCopy)
             peer_copy = copier.call("measure", timeout_s=START_TIMEOUT_S)
             copier.stop()
         shared = "one GPU, through the loopback device" if spec.kind == "nccl" else "one GPU"
-        name = f"{spec.kind} {ours.get('version', '')}".rstrip() + ", " + ("two GPUs" if two_gpus else shared)
+        where = "two GPUs" if two_gpus else shared
+        if max(ranks) > 1:
+            num_gpus = len({*facts["gpu"].split(","), *theirs["gpu"].split(",")})
+            where = f"{ranks[0]} to {ranks[1]} ranks on {num_gpus} GPUs"
+        name = f"{spec.kind} {facts.get('version', '')}".rstrip() + ", " + where
         if peer_copy is not None:
             name += f", cudaMemcpyPeer {peer_copy / 1e9:.0f} GB/s"
 

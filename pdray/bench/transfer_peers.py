@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from pdray.background import BackgroundTasks
+from pdray.bench.pool_spec import PoolSpec
 from pdray.config import Config
-from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Site
@@ -33,31 +33,6 @@ from pdray.wire.session import Session
 HOST = "127.0.0.1"
 ACKNOWLEDGED = "acknowledged"  # stands where a kind of channel does
 TIME = struct.Struct("d")  # of time.monotonic(), which is one clock for all processes of a machine
-
-
-class PoolSpec(NamedTuple):
-    """A pool of bfloat16, the channel kind before it, and who its owner is.
-
-    Attributes:
-        block_bytes: of one layer.
-        kind: of channel. staging_bytes: transfer_staging_bytes.
-        timeout_s: of sessions and transfers.
-    """
-
-    name: str
-    num_layers: int
-    num_blocks: int
-    block_bytes: int
-    secret: bytes
-    kind: str = "nccl"
-    staging_bytes: int | None = None
-    timeout_s: float = 2.0
-    device: str = "cuda"
-
-    def allocate(self, spare_bytes: int) -> KVPool:
-        """Blocks of 16 tokens with one head of block_bytes / 64."""
-        layout = KVLayout(self.num_layers, 16, 1, self.block_bytes // 64, torch.bfloat16)
-        return KVPool.allocate(layout, self.num_blocks, torch.device(self.device), spare_bytes=spare_bytes)
 
 
 class Rate(NamedTuple):
@@ -135,9 +110,13 @@ class _Peer:
         device = torch.device(spec.device)
         site = Site(config, spec.name, device, 1, lambda error: self.fatal.append(repr(error)))
         self.kind = (make_kind or load_kind(spec.kind))(site)
-        pool = spec.allocate(self.kind.spare_bytes)
+        self.pool = self._make_pool(site).tensor
+
+    def _make_pool(self, site: Site) -> KVPool:
+        """With the kind attached to it."""
+        pool = self.spec.allocate(self.kind.spare_bytes)
         self.kind.attach(pool)
-        self.pool = pool.tensor
+        return pool
 
     def describe(self) -> dict[str, str]:
         """The channel kind's facts about this end."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pdray.config import Config
-from pdray.errors import ConfigError, RankDiedError
+from pdray.errors import ConfigError
 from pdray.gpu_settings import ROLES, num_ranks
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def open_engine(config: Config, device: torch.device) -> Iterator[Engine]:
         yield build_engine(config, load_model(config, device, group=leader.group), device, ranks=leader.ranks)
 
 
-def end_process(error: RankDiedError) -> None:
-    """End this process, whose engine's thread may wait for that rank, for ever."""
+def end_process(error: BaseException) -> None:
+    """End this process, whose engine's thread may wait for another rank, for ever."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -18,9 +18,10 @@ from pdray.engine.ranks.orders import LaneRanks, StepOrder
 from pdray.engine.ranks.orders import encode as encode_order
 from pdray.engine.ranks.shared_memory import SharedMemory
 from pdray.errors import RankDiedError
+from pdray.ranks.channel_orders import AskedRank
 from pdray.ranks.facts import PULSE_S, RankFacts, RankState
 from pdray.ranks.member import Member, check_visible, member_environment
-from pdray.ranks.setup import Setup, encode, join, settings_of
+from pdray.ranks.setup import RankSite, Setup, encode, join, settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +46,19 @@ class Leader:
         device: of this process; other ranks have GPUs of their own.
         on_end: called with the reason when a rank has ended, once, on a thread of its own; perhaps while this thread
             waits for that rank, and will for ever.
+        site: of the channel kinds that all ranks have; None: none.
 
     Attributes:
-        group: for load_model(). ranks: for build_engine().
+        group: for load_model(). ranks: for build_engine(). others: ranks, as channel kinds ask them.
     """
 
-    def __init__(self, config: Config, device: torch.device, on_end: Callable[[RankDiedError], object]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        on_end: Callable[[RankDiedError], object],
+        site: RankSite | None = None,
+    ) -> None:
         size, on_gpu = config.tensor_parallel_size, device.type == "cuda"
         gpus = visible_gpus() if on_gpu else []
         if on_gpu:
@@ -66,8 +74,9 @@ class Leader:
             Member(rank, member_environment(gpus[rank:] + gpus[:rank]), self._inputs, self._member_ended)
             for rank in range(1, size)
         ]
+        self.others = [AskedRank(member.rank, member.channels, member.gone.wait) for member in self._members]
         try:
-            self.group = self._join(config, device)
+            self.group = self._join(config, device, site)
         except BaseException:
             self.close()
             raise
@@ -112,14 +121,14 @@ class Leader:
     ) -> None:
         self.close()
 
-    def _join(self, config: Config, device: torch.device) -> RankGroup:
+    def _join(self, config: Config, device: torch.device, site: RankSite | None) -> RankGroup:
         unique_id = None
         if device.type == "cuda":
             from pdray.kernels.collective.nccl import make_unique_id
 
             unique_id = make_unique_id()
         with tempfile.TemporaryDirectory(prefix="pdray-") as folder:
-            setup = Setup(settings_of(config), 0, config.tensor_parallel_size, unique_id, f"{folder}/ranks")
+            setup = Setup(settings_of(config), 0, config.tensor_parallel_size, unique_id, f"{folder}/ranks", site)
             for member in self._members:
                 member.send(encode(msgspec.structs.replace(setup, rank=member.rank)))
             return join(setup, device)

@@ -29,6 +29,8 @@ class Member:
 
     Attributes:
         kv_orders: its end of what KV orders and their answers go by; see RankPools.
+        channels: its end of what channel kinds ask by; see AskedRank, whose it is.
+        gone: set once the process was seen dead.
     """
 
     def __init__(
@@ -38,19 +40,22 @@ class Member:
         self._on_end = on_end
         self._connection, theirs = multiprocessing.Pipe()
         self.kv_orders, their_orders = multiprocessing.Pipe()
+        self.channels, their_channels = multiprocessing.Pipe()
+        self.gone = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._why_killed = ""
         self._closing = threading.Event()
         self._started: Future[int] = Future()
 
         def watch() -> None:
-            inherited = theirs.fileno(), inputs, their_orders.fileno()
+            inherited = theirs.fileno(), inputs, their_orders.fileno(), their_channels.fileno()
             module = [sys.executable, "-m", "pdray.ranks.process"]
             command = [*module, *map(str, (os.getpid(), *inherited))]
             try:
-                with theirs, their_orders:
+                with theirs, their_orders, their_channels:
                     process = subprocess.Popen(command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL)
             except BaseException as error:
+                self.gone.set()
                 return self._started.set_exception(error)
             self._process = process
             self._started.set_result(process.pid)
@@ -105,6 +110,7 @@ class Member:
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
+        self.gone.set()
         if not self._closing.is_set():
             was_killed = status < 0 and not reason
             what = reason or self._why_killed or (f"signal {-status}" if was_killed else f"status {status}")
@@ -113,6 +119,15 @@ class Member:
 
     def _failed(self, error: BaseException) -> None:
         self._on_end(RankDiedError(f"rank {self.rank} is not watched any more: {error!r}"))
+
+
+def process_name(parent: int) -> str:
+    """Of the process of a rank other than 0, as the kernel knows it, also when it is about to end; short enough for it.
+
+    Args:
+        parent: its rank 0.
+    """
+    return f"rank/{parent}"
 
 
 def member_environment(gpus: list[str]) -> dict[str, str]:

@@ -14,11 +14,26 @@ if TYPE_CHECKING:
     from pdray.kernels.collective.group import RankGroup
 
 
+class RankSite(msgspec.Struct, frozen=True):
+    """What rank 0's channel kinds are made from, for the same kinds of another rank; see pdray.transfer.channel.Site.
+
+    Attributes:
+        kinds: their names. spare_bytes: see KVPool.allocate().
+    """
+
+    worker_id: str
+    num_peers: int
+    address: str
+    kinds: list[str]
+    spare_bytes: int
+
+
 class Setup(msgspec.Struct, frozen=True):
     """Attributes:
     settings: fields of the Config that were given, as JSON; no API key is among them.
     unique_id: of the NCCL communicator, as cupy has it; None: the ranks run on CPU.
     store_file: by which they find each other then: a path where nothing is yet.
+    site: of its channel kinds; None: there are none.
     """
 
     settings: str
@@ -26,6 +41,7 @@ class Setup(msgspec.Struct, frozen=True):
     size: int
     unique_id: bytes | tuple[int, ...] | None
     store_file: str
+    site: RankSite | None = None
 
     @property
     def config(self) -> Config:

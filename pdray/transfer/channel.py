@@ -29,6 +29,33 @@ if TYPE_CHECKING:
     from pdray.transfer.pool_blocks import WholeBlocks
 
 
+FinishAnswer = Callable[[], bytes | None]  # the answer; None: it is not there yet, and is to be asked for again
+
+
+class OtherRank(Protocol):
+    """A rank other than 0 of this worker, as rank 0's kinds see it."""
+
+    def ask(self, kind: str, payload: bytes) -> Future[bytes]:
+        """Have the kind of this name there carry this out: Kind.begin_answer(). In order; from any thread.
+
+        The future fails with TransferError if it could not, and with RankDiedError once that rank's process was seen
+        dead.
+        """
+        ...
+
+
+class WorkerRanks(NamedTuple):
+    """What a kind gets beside rank 0's pool at a worker of several ranks.
+
+    Attributes:
+        blocks: of all ranks, with all heads. num_kv_heads: of the model. others: from rank 1 on.
+    """
+
+    blocks: WholeBlocks
+    num_kv_heads: int
+    others: list[OtherRank]
+
+
 class Put(NamedTuple):
     """Some blocks of some layers of one leg.
 
@@ -232,9 +259,18 @@ class Kind(ABC):
     def attach(self, pool: KVPool) -> None:
         """Take the worker's pool; warm up."""
 
-    def attach_ranks(self, blocks: WholeBlocks, dtype: torch.dtype) -> None:
-        """Take the pools of a worker of several ranks, of which each has some of the heads, in place of attach()."""
+    def attach_ranks(self, pool: KVPool, ranks: WorkerRanks) -> None:
+        """attach() in rank 0 of a worker of several, of which each has some of the heads. The others attach their own,
+        and their kinds answer to this one."""
         raise TypeError(f"a channel of kind {self.name} joins no workers of several ranks")
+
+    def begin_answer(self, payload: bytes) -> FinishAnswer:
+        """Begin what rank 0's object of this kind asks of a rank other than 0.
+
+        On a thread of its own, which may wait for the device; questions are begun, and answered, in order. What is
+        raised fails that question alone.
+        """
+        raise TypeError(f"a channel of kind {self.name} asks nothing of other ranks")
 
     @abstractmethod
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> Receiver:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from pdray.actors.process_death import _kill_and_wait
+from pdray.ranks.member import process_name
 
 # Its first thread ends, as when it is killed while another one is still in a driver; ps says that it is a zombie.
 LEADER_ENDS = """
@@ -55,6 +56,18 @@ def test_what_it_has_started_is_gone_with_it() -> None:
         _kill_and_wait(process.pid, 0.01)
         assert process.wait(10) == -9
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_ranks_of_a_process_that_is_gone_already_are_seen_dead() -> None:
+    """They may still write into memory that another worker has lent; nobody is their parent any more."""
+    rank_0 = subprocess.Popen([sys.executable, "-c", "pass"])
+    rank_0.wait(10)
+    rank, other = start(process_name(rank_0.pid)), start(process_name(rank_0.pid + 1))
+    _kill_and_wait(rank_0.pid, 0.01)
+    assert psutil.Process(rank.pid).num_threads() <= 1 and rank.wait(10) == -9
+    assert psutil.Process(other.pid).num_threads() == 2
+    other.kill()
+    other.wait(10)
 
 
 def test_somebody_elses_process_is_left_alone() -> None:

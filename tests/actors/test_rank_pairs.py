@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import signal
 from collections.abc import Callable
@@ -18,13 +19,22 @@ from pdray.actors.prefill_worker import PrefillWorker
 from pdray.actors.worker import Worker
 from pdray.config import Config
 from pdray.engine.build import build_engine
+from pdray.engine.kv.pool import KVPool
 from pdray.engine.request import EngineRequest
 from pdray.errors import RankDiedError
 from pdray.models import load_model
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
+from pdray.transfer.cuda_ipc.kind import CudaIpcKind
+from pdray.transfer.cuda_ipc.sender import CudaIpcSender
 from pdray.wire.message import LegKey
 from pdray.wire.prefill_messages import PrefillFailed
+
+FOLDER = Path(__file__).with_name("rank_memory")
+_spec = importlib.util.spec_from_file_location("rank_memory", FOLDER / "sitecustomize.py")
+assert _spec is not None and _spec.loader is not None
+rank_memory = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(rank_memory)
 
 NUM_TOKENS = 12
 LEGS = {
@@ -91,19 +101,24 @@ async def until(condition: Callable[[], Any]) -> None:
 
 async def kill_in_a_transfer(worker: Worker, pair: Pair, is_moving: Callable[[LegKey], bool], epoch: int) -> LegKey:
     """A rank of the worker stops; once its blocks are waited for it is killed, and ends the worker."""
-    rank = ranks(worker)[-1]
+    rank, channel = ranks(worker)[-1], pair.prefill._channels["decode-0"]
     prompt, params = [(5 * i) % 90 for i in range(28)], LEGS["greedy"][1]  # one step: the engine waits for nobody
     key = pair.lease(f"lost {epoch}", prompt, params)
     hold = asyncio.Event()
-    pools = worker._leader and next(iter(worker.kinds.values()))._open()  # type: ignore[attr-defined]
-    order, loop = pools._order, asyncio.get_running_loop()
+    owner: Any
+    if isinstance(channel, CudaIpcSender):
+        owner, name = channel._others.ranks[-1], "ask"
+        rank = ranks(worker)[owner._rank - 1]
+    else:
+        owner, name = worker.kinds["object_store"]._open(), "_order"  # type: ignore[attr-defined]
+    order, loop = getattr(owner, name), asyncio.get_running_loop()
 
-    def stop_first(asked: Any, message: Any) -> None:
+    def stop_first(*args: Any) -> Any:
         os.kill(rank, signal.SIGSTOP)
         loop.call_soon_threadsafe(hold.set)
-        order(asked, message)
+        return order(*args)
 
-    pools._order = stop_first
+    setattr(owner, name, stop_first)
     await pair.start_prefill(key, prompt, params, epoch)
     async with asyncio.timeout(PATIENCE_S):
         await hold.wait()
@@ -116,21 +131,44 @@ async def kill_in_a_transfer(worker: Worker, pair: Pair, is_moving: Callable[[Le
     return key
 
 
+@pytest.fixture
+def ranks_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks have memory that they can lend each other, as GPUs do; also those in processes of their own."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(CudaIpcKind, "__init__", rank_memory.with_files(CudaIpcKind.__init__))
+    monkeypatch.setattr(KVPool, "allocate", rank_memory.in_files(KVPool.__dict__["allocate"]))
+
+
+async def connect(pair: Pair, channel: str, epoch: int) -> None:
+    pair.decode.config = pair.decode.config.model_copy(update={"channel": channel})
+    await pair.connect(epoch)
+    assert (await pair.prefill.describe())["channels"] == {"decode-0": channel}
+
+
+async def say_the_same(pair: Pair, epoch: int, expected: dict[tuple[str, int], list[int]]) -> int:
+    """Over both channels that know of ranks, in two epochs. Returns the next one."""
+    for channel in ("cuda_ipc", "object_store"):
+        await connect(pair, channel, epoch)
+        assert await said_by(pair, epoch) == expected
+        epoch += 1
+    return epoch
+
+
+@pytest.mark.usefixtures("ranks_write")
 async def test_workers_of_different_numbers_of_ranks(tmp_path: Path) -> None:
     """1 to 2, 2 to 2, 2 to 1 and 4 to 2, where two ranks have the same keys; then ranks die while blocks travel."""
     expected = said_by_one(make_config(tmp_path, "auto"))
     pair = Pair(config_of(tmp_path, 1, 2))
     await pair.start()
-    assert (await pair.prefill.describe())["channels"] == {"decode-0": "object_store"}
-    reason = "decode-0 has 2 ranks, and nccl joins workers of one"
-    assert (await pair.prefill.describe())["passed_over"]["decode-0"]["nccl"] == reason
-    assert await said_by(pair, 1) == expected
+    assert (await pair.prefill.describe())["channels"] == {"decode-0": "cuda_ipc"}
+    reason = "decode-0 has 2 ranks, and shared joins workers of one"
+    assert (await pair.prefill.describe())["passed_over"]["decode-0"] == {"shared": reason}
+    epoch = await say_the_same(pair, 2, expected)
 
     await lose(pair, "p1")
     two = pair.prefill = PrefillWorker(config_of(tmp_path, 2, 2), "prefill-0", "p2", SECRET)
     await start(two, pair)
-    await pair.connect(2)
-    assert await said_by(pair, 2) == expected
+    epoch = await say_the_same(pair, epoch, expected)
     states = (await two.describe())["ranks"]
     assert [state["rank"] for state in states] == [0, 1]
     assert states[0]["num_steps"] == states[1]["num_steps"] > 0 and states[1]["memory_bytes"] > 0
@@ -139,19 +177,17 @@ async def test_workers_of_different_numbers_of_ranks(tmp_path: Path) -> None:
     of_two, one = pair.decode, DecodeWorker(config_of(tmp_path, 2, 1), "decode-0", "d2", SECRET)
     pair.decode = one
     await start(one, pair)
-    await pair.connect(3)
-    assert await said_by(pair, 3) == expected
-    await one.stop()
+    of_one = pair.router.sessions["decode-0"]
+    epoch = await say_the_same(pair, epoch, expected)
 
-    pair.decode = of_two
-    await until(lambda: "decode-0" not in pair.router.sessions)
-    pair.router.sessions["decode-0"] = sessions["decode-0"]
+    pair.decode, pair.router.sessions["decode-0"] = of_two, sessions["decode-0"]
     four = pair.prefill = PrefillWorker(config_of(tmp_path, 4, 2), "prefill-0", "p3", SECRET)
     await start(four, pair)
-    await pair.connect(4)
-    assert await said_by(pair, 4) == expected
+    epoch = await say_the_same(pair, epoch, expected)
 
-    await kill_in_a_transfer(four, pair, lambda key: bool(pair.prefill.ledger.leg(key)), 4)
+    await connect(pair, "cuda_ipc", epoch)
+    key = await kill_in_a_transfer(four, pair, lambda key: bool(pair.prefill.ledger.leg(key)), epoch)
+    assert [info.state for info in pair.decode.leases.leases(0.0)] == ["filling"], f"{key} is held until all are dead"
     await lose(pair, "p3")
     await until(lambda: not pair.decode.leases.leases(0.0))
     assert await pair.decode.check_integrity() == []
@@ -159,12 +195,20 @@ async def test_workers_of_different_numbers_of_ranks(tmp_path: Path) -> None:
     pair.prefill = two
     await until(lambda: "prefill-0" not in pair.router.sessions)
     pair.router.sessions["prefill-0"] = sessions["prefill-0"]
-    await pair.connect(5)
-    assert await said_by(pair, 5) == expected
-    key = await kill_in_a_transfer(of_two, pair, lambda key: key in of_two._writes._number, 5)
+    await connect(pair, "object_store", epoch + 1)
+    assert await said_by(pair, epoch + 1) == expected
+    key = await kill_in_a_transfer(of_two, pair, lambda key: key in of_two._writes._number, epoch + 1)
     await pair.router.first(PrefillFailed, key)
     await until(lambda: not len(two.ledger))
     assert await two.check_integrity() == []
-    for worker in (two, of_two):
+
+    pair.decode = one
+    pair.router.sessions["decode-0"] = of_one
+    await connect(pair, "object_store", epoch + 2)
+    await kill_in_a_transfer(two, pair, lambda key: bool(pair.prefill.ledger.leg(key)), epoch + 2)
+    await lose(pair, "p2")
+    await until(lambda: not one.leases.leases(0.0))
+    assert await one.check_integrity() == []
+    for worker in (two, of_two, one):
         worker._stopped.clear()
         await worker.stop()

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pdray.bench import sender_death, transfer
+from pdray.bench.pool_spec import PoolSpec
 from pdray.bench.sender_death import BLOCKS, VICTIM_BLOCKS, format_death, measure_death
-from pdray.bench.transfer_peers import PoolSpec, Rate
+from pdray.bench.transfer_peers import Rate
 from pdray.errors import ConfigError
 
 SPEC = PoolSpec("receiver", 8, 2 * VICTIM_BLOCKS + 1, 1024, b"secret")

@@ -16,8 +16,9 @@ import torch
 from rows import Row, print_header, print_rows
 
 from pdray.bench.peer_process import PeerProcess
+from pdray.bench.pool_spec import PoolSpec
 from pdray.bench.transfer import peer_environments, visible_gpus
-from pdray.bench.transfer_peers import PoolSpec, ReceivingPeer, SendingPeer
+from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
 
 MIB = 2**20
 TIMEOUT_S = 2.0

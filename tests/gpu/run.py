@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from models import check_models
 from nccl_system import check_lent, check_nccl, check_two
 from partitions import check_partitions
 from pipeline import check_pipeline
+from rank_pairs import check_rank_pairs
 from ranks import check_ranks
 from rows import Row, print_header, print_rows
 from shared_gpu import check_shared
@@ -78,7 +80,7 @@ def main() -> int:
         "failures": check_failures,
         "partitions": check_partitions,
         "pipeline": check_pipeline,
-        "ranks": check_ranks,
+        "ranks": lambda: chain(check_ranks(), check_rank_pairs()),
         "text": lambda: check_text(args.gguf),
         "memory": lambda: check_memory(args.gguf),
         "shared": lambda: check_shared(args.gguf),

@@ -25,6 +25,7 @@ from pdray.engine.request import EngineRequest
 from pdray.errors import ConfigError, RankDiedError, StepFailedError
 from pdray.models import load_model
 from pdray.ranks.leader import Leader, check_model
+from pdray.ranks.member import process_name
 from pdray.sampling_params import SamplingParams
 from pdray.testing.every_draw import EVERY_DRAW, requests_of
 from pdray.testing.patience import PATIENCE_S
@@ -188,6 +189,7 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         rank = psutil.Process(int(process.stdout.readline()))
+        assert rank.name() == process_name(process.pid), "by which it is found when nobody is its parent any more"
         rank.suspend()
         process.kill()
         process.wait()

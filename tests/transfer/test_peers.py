@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import io
 import os
@@ -13,9 +14,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from pdray.bench import transfer
 from pdray.bench.peer_process import PeerProcess
-from pdray.bench.transfer_peers import PoolSpec, ReceivingPeer, SendingPeer
-from pdray.errors import PdrayError, TransferError
+from pdray.bench.pool_spec import PoolSpec
+from pdray.bench.transfer import peer_environments
+from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
+from pdray.errors import ConfigError, PdrayError, TransferError
 from pdray.transfer.channel import Kind, Site
 from pdray.transfer.cuda_ipc.kind import CudaIpcKind
 from pdray.transfer.nccl.kind import NcclKind
@@ -91,6 +95,30 @@ def test_a_peer_in_a_process_of_its_own() -> None:
     with pytest.raises(PdrayError, match=r"ended in read \(-9\)"):
         peer.call("read")
     peer.stop()
+
+
+def test_ranks_have_gpus_of_their_own_where_there_are_enough() -> None:
+    seen = [[each["CUDA_VISIBLE_DEVICES"] for each in peer_environments(list("abcd"[:n]), (2, 2))] for n in (2, 4)]
+    assert seen == [["a,b", "a,b"], ["a,b", "c,d"]]
+    with pytest.raises(ConfigError, match="--ranks is 1 4, but there are 2 GPUs"):
+        peer_environments(["a", "b"], (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ranks 3 1", "--ranks is 3 1, but a block has 8 heads"),
+        ("--ranks 2 1 --channel nccl", "goes with --channel cuda_ipc"),
+        ("--ranks 2 1 --kill-sender", "without --kill-sender"),
+        ("--ranks 2 1 --device cpu", "--ranks needs GPUs"),
+        ("--ranks 0 1", "--ranks, .* must be at least 1"),
+    ],
+)
+def test_what_does_not_go_with_ranks_is_refused(options: str, message: str) -> None:
+    parser = argparse.ArgumentParser()
+    transfer.add_arguments(parser)
+    with pytest.raises(ConfigError, match=message):
+        transfer.main(parser.parse_args(options.split()))
 
 
 def test_a_peer_has_an_environment_of_its_own() -> None:

@@ -25,20 +25,25 @@ def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "", **chan
 
 def lender(name: str, gpu: str, peers: str = "", machine: str = "here") -> WorkerInfo:
     """A worker that can lend and borrow memory, too."""
-    return worker(name, gpu, cuda_ipc={"gpu": gpu, "host": machine, "peers": peers})
+    return worker(name, gpu, cuda_ipc={"gpu": gpu, "host": machine, "peers": peers, "kv_heads": "4"})
 
 
-def test_workers_of_several_ranks_are_joined_by_what_goes_by_the_host() -> None:
+def test_workers_of_several_ranks_are_joined_by_what_knows_of_ranks() -> None:
     """Also where only one of the two has several; what was asked for and cannot be is named."""
-    one, two = lender("p", "A", "B"), msgspec.structs.replace(lender("d", "B"), num_ranks=2)
+    one = lender("p", "A", "B,C")
+    two = msgspec.structs.replace(lender("d", "B,C", "A;A"), num_ranks=2)
+    far = msgspec.structs.replace(lender("d", "B,C", "A;A", machine="there"), num_ranks=2)
     for prefill, decode in ((one, two), (two, one), (two, two)):
         choice = choose_kind("auto", prefill, decode)
+        assert choice.kind == choose_kind("cuda_ipc", prefill, decode).kind == "cuda_ipc"
+        assert set(choice.passed_over) == {"shared"}
+        choice = choose_kind("auto", prefill, far)
         assert choice.kind == "object_store" and set(choice.passed_over) == {"shared", "cuda_ipc", "nccl"}
         reason = r"[pd] has 2 ranks, and nccl joins workers of one"
         assert re.fullmatch(reason, choice.passed_over["nccl"])
         with pytest.raises(ConfigError, match=reason):
             choose_kind("nccl", prefill, decode)
-    assert allowed_kinds("auto", has_ranks=True) == ["object_store"]
+    assert allowed_kinds("auto", has_ranks=True) == ["cuda_ipc", "object_store"]
 
 
 OWN = {"shared": "p has memory of its own (it is no guest)"}

@@ -9,14 +9,20 @@ import torch
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import describe_error
 from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
-from pdray.transfer.channel import Kind, Link, Sink, Site
+from pdray.transfer.channel import FinishAnswer, Kind, Link, OtherRank, Sink, Site, WorkerRanks
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
-from pdray.transfer.cuda_ipc.messages import PROBE_BYTES, SPARE_BYTES, Offer
+from pdray.transfer.cuda_ipc.messages import SPARE_BYTES, Offer, probe_pattern
+from pdray.transfer.cuda_ipc.other_ranks import OtherWriters, ask_all
+from pdray.transfer.cuda_ipc.rank_orders import DescribeGpu, GpuFacts, decode_facts
+from pdray.transfer.cuda_ipc.rank_part import RankPart
 from pdray.transfer.cuda_ipc.receiver import CudaIpcReceiver
-from pdray.transfer.cuda_ipc.sender import CudaIpcSender, write_probe
+from pdray.transfer.cuda_ipc.sender import BlockShape, CudaIpcSender
+from pdray.transfer.cuda_ipc.targets import Target, targets_of
 from pdray.transfer.cuda_ipc.transport import CudaTransport, Transport, has_cupy
 from pdray.transfer.cuda_ipc.unmapped import UnmappedSender
+from pdray.transfer.cuda_ipc.writer import PoolWriter, write_probe
 from pdray.transfer.pending_writes import PendingWrites
+from pdray.transfer.routes import head_routes
 from pdray.wire.cluster_view import WorkerInfo
 
 
@@ -37,6 +43,11 @@ class CudaIpcKind(Kind):
         number = 0 if transport is None else site.num_peers
         self._block_ids = [BlockIds(site.device) for _ in range(number)]
         self._block_ids_of: dict[str, BlockIds] = {}  # by peer, for every epoch
+        self._others: list[OtherRank] = []
+        self._gpus = [] if transport is None else [GpuFacts(transport.gpu, transport.host, transport.peers)]  # by rank
+        self._num_kv_heads = 0  # of the model; 0 before the pool is there
+        self._next_link = 0
+        self._part: RankPart | None = None
 
     @property
     def spare_bytes(self) -> int:
@@ -45,12 +56,17 @@ class CudaIpcKind(Kind):
 
     @property
     def facts(self) -> dict[str, str]:
-        """See Kind. gpu names the physical GPU; peers are those that it can write to, "?" where nobody knows."""
-        transport = self._transport
-        if transport is None:
+        """See Kind. gpu names the physical GPU of each rank; peers, of each, are those that it can write to, "?" where
+        nobody knows; kv_heads are the model's."""
+        if not self._gpus:
             return {} if self._site.device.type != "cuda" else {"cupy": ""}
-        peers = "?" if transport.peers is None else ",".join(transport.peers)
-        return {"gpu": transport.gpu, "host": transport.host, "peers": peers}
+        peers = ["?" if each.peers is None else ",".join(each.peers) for each in self._gpus]
+        return {
+            "gpu": ",".join(each.gpu for each in self._gpus),
+            "host": self._gpus[0].host,
+            "peers": ";".join(peers),
+            "kv_heads": str(self._num_kv_heads),
+        }
 
     @classmethod
     def obstacle(cls, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
@@ -63,44 +79,82 @@ class CudaIpcKind(Kind):
                 return f"{info.worker_id} runs on {info.device}"
         if ours["host"] != theirs["host"]:
             return f"{prefill.worker_id} and {decode.worker_id} run on different machines"
-        reachable = ours["peers"].split(",")
-        if theirs["gpu"] not in (ours["gpu"], *reachable) and reachable != ["?"]:
-            return f"{prefill.worker_id}'s GPU {ours['gpu']} cannot write to {decode.worker_id}'s {theirs['gpu']}"
+        sources, targets = ours["gpu"].split(","), theirs["gpu"].split(",")
+        reachable = [peers.split(",") for peers in ours["peers"].split(";")]
+        for route in head_routes(int(ours["kv_heads"]), len(sources), len(targets)):
+            source, target = sources[route.source], targets[route.target]
+            if target not in (source, *reachable[route.source]) and reachable[route.source] != ["?"]:
+                return f"{prefill.worker_id}'s GPU {source} cannot write to {decode.worker_id}'s {target}"
         return None
 
     def attach(self, pool: KVPool) -> None:
         """See Kind. Compiles and loads the kernels; the pool stays as it was."""
         self._pool = pool
+        self._num_kv_heads = pool.layout.num_kv_heads
         if not pool.tensor.is_cuda:
             return
         ids = torch.zeros(2, 1, dtype=torch.int32, device=pool.device)
         own = PeerBlocks(pool.tensor.data_ptr(), pool.num_blocks)
         write_peer_blocks(pool.tensor, range(pool.layout.num_layers), ids, own)
-        place = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=pool.device)
-        write_probe(0, pool.device, PeerBlocks(place.data_ptr(), 1))
+        pattern = probe_pattern(0)
+        place = torch.zeros(len(pattern), dtype=torch.uint8, device=pool.device)
+        write_probe(pattern, pool.device, PeerBlocks(place.data_ptr(), 1))
         torch.cuda.synchronize(pool.device)
+
+    def attach_ranks(self, pool: KVPool, ranks: WorkerRanks) -> None:
+        """See Kind."""
+        self.attach(pool)
+        self._num_kv_heads = ranks.num_kv_heads
+        if self._transport is not None:
+            self._others = ranks.others
+            self._gpus += [decode_facts(future.result()) for future in ask_all(ranks.others, DescribeGpu())]
+
+    def begin_answer(self, payload: bytes) -> FinishAnswer:
+        """See Kind."""
+        if self._part is None:
+            assert self._transport is not None
+            self._part = RankPart(self._pool, self._transport, self._ids_of)
+        return self._part.begin(payload)
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> CudaIpcReceiver:
         """See Kind. This end writes nothing that ``writes`` could be told of."""
         assert self._transport is not None
-        return CudaIpcReceiver(self._pool, self._transport, sink, self._site.on_fatal)
+        return CudaIpcReceiver(self._pool, self._transport, self._others, sink, self._site.on_fatal)
 
     async def open(self, link: Link, offer: Offer) -> CudaIpcSender | UnmappedSender:
-        """See Kind. Maps the decode worker's pool."""
+        """See Kind. Maps the decode worker's pool, in each rank those of its ranks that it writes to."""
+        layout, timeout_s = self._pool.layout, self._site.config.worker_timeout_s
+        own, *others_targets = targets_of(self._num_kv_heads, len(self._gpus), offer)
+        others, used = self._other_writers(others_targets)
+        try:
+            writer = await self._map(link.peer, own, others, used)
+        except Exception as error:  # whatever the driver says
+            return UnmappedSender(link, describe_error(error), timeout_s)
+        head_bytes = layout.layer_block_bytes // layout.num_kv_heads
+        shape = BlockShape(layout.num_layers, head_bytes * self._num_kv_heads)
+        return CudaIpcSender(shape, writer, others, offer.num_blocks, link, timeout_s)
+
+    async def _map(
+        self, peer: str, own: list[Target], others: OtherWriters, others_targets: list[list[Target]]
+    ) -> PoolWriter:
         transport = self._transport
         assert transport is not None
+        writer = await asyncio.to_thread(PoolWriter, self._pool, transport, self._ids_of(peer), own)
         try:
-            mapping = await asyncio.to_thread(transport.borrow, offer.handle)
-        except Exception as error:  # whatever the driver says
-            return UnmappedSender(link, describe_error(error), self._site.config.worker_timeout_s)
-        if link.peer not in self._block_ids_of:
-            self._block_ids_of[link.peer] = self._block_ids.pop()
-        return CudaIpcSender(
-            self._pool,
-            offer,
-            mapping,
-            transport.new_stream(),
-            self._block_ids_of[link.peer],
-            link,
-            self._site.config.worker_timeout_s,
-        )
+            await others.open(peer, others_targets)
+        except BaseException:
+            await asyncio.to_thread(others.close)
+            await asyncio.to_thread(writer.close, peer)
+            raise
+        return writer
+
+    def _other_writers(self, targets: list[list[Target]]) -> tuple[OtherWriters, list[list[Target]]]:
+        """Those of the other ranks that have anything to write, and what."""
+        used = [(rank, part) for rank, part in zip(self._others, targets, strict=True) if part]
+        self._next_link += 1
+        return OtherWriters([rank for rank, _ in used], self._next_link), [part for _, part in used]
+
+    def _ids_of(self, peer: str) -> BlockIds:
+        if peer not in self._block_ids_of:
+            self._block_ids_of[peer] = self._block_ids.pop()
+        return self._block_ids_of[peer]

@@ -9,6 +9,7 @@ import torch
 
 PROBE_BYTES = 1024
 NUM_PROBES = 64  # senders that may be connecting at once
+PROBE_ALIGNMENT = 16  # of a part of a test write, where several ranks write it
 SPARE_BYTES = NUM_PROBES * PROBE_BYTES  # of a pool that is lent
 
 
@@ -21,11 +22,12 @@ class Offer(NamedTuple):
     """What a sender needs to open a channel.
 
     Attributes:
-        handle: of the pool's memory, as CUDA exports it. num_blocks: of the pool, the dummy block included.
-        probe_offset: where the sender's test write goes, in bytes from the pool's beginning.
+        handles: of the memory of each rank's pool, as CUDA exports it.
+        num_blocks: of each pool, the dummy block included.
+        probe_offset: where the sender's test write goes, in bytes from each pool's beginning.
     """
 
-    handle: bytes
+    handles: tuple[bytes, ...]
     num_blocks: int
     probe_offset: int
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-import torch
 
 from pdray.background import BackgroundTasks
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
-from pdray.transfer.channel import Receiver, Sink
+from pdray.transfer.channel import OtherRank, Receiver, Sink
 from pdray.transfer.cuda_ipc.messages import (
     NUM_PROBES,
     PROBE_BYTES,
@@ -36,6 +35,9 @@ from pdray.transfer.cuda_ipc.messages import (
     encode,
     probe_pattern,
 )
+from pdray.transfer.cuda_ipc.other_ranks import answers_of, ask_all
+from pdray.transfer.cuda_ipc.probes import Probes
+from pdray.transfer.cuda_ipc.rank_orders import LendPool, ReadProbe
 from pdray.transfer.cuda_ipc.transport import Transport
 from pdray.wire.message import LegKey
 
@@ -74,6 +76,7 @@ class CudaIpcReceiver(Receiver):
 
     Args:
         pool: with spare memory; see KVPool.
+        others: ranks of this worker; each lends its pool, too.
         sink: asked for the blocks of each leg, and again when they are said to be written.
         on_fatal: called if the device cannot be relied on any more.
     """
@@ -81,15 +84,19 @@ class CudaIpcReceiver(Receiver):
     kind = "cuda_ipc"
 
     def __init__(
-        self, pool: KVPool, transport: Transport, sink: Sink, on_fatal: Callable[[BaseException], None]
+        self,
+        pool: KVPool,
+        transport: Transport,
+        others: list[OtherRank],
+        sink: Sink,
+        on_fatal: Callable[[BaseException], None],
     ) -> None:
-        assert pool.spare is not None
         self._layers = range(pool.layout.num_layers)
         self._num_blocks = pool.num_blocks
-        self._probes = pool.spare.view(NUM_PROBES, PROBE_BYTES)
-        self._probes_at = pool.spare.data_ptr() - pool.tensor.data_ptr()
+        self._probes = Probes(pool, transport)
         self._handle = transport.lend(pool.tensor)
-        self._stream = transport.new_stream()
+        self._others = others
+        self._lent: list[Future[bytes]] = ask_all(others, LendPool())  # the others' handles
         self._sink = sink
         self._tasks = BackgroundTasks(on_fatal)
         self._offered: dict[str, _Offered] = {}  # these and the next by prefill worker
@@ -100,7 +107,7 @@ class CudaIpcReceiver(Receiver):
         """See Receiver.
 
         Raises:
-            TransferError: too many senders are connecting.
+            TransferError: too many senders are connecting. RankDiedError: a rank is gone.
         """
         self._offered.pop(worker_id, None)
         taken = {offered.probe for offered in self._offered.values()}
@@ -110,7 +117,8 @@ class CudaIpcReceiver(Receiver):
             raise TransferError(f"{len(taken)} prefill workers are connecting over cuda_ipc already, as many as can be")
         self._offered[worker_id] = _Offered(epoch, probe)
         await self._read_probe(probe, clear=True)
-        return Offer(self._handle, self._num_blocks, self._probes_at + probe * PROBE_BYTES)
+        handles = self._handle, *await answers_of(self._lent)
+        return Offer(handles, self._num_blocks, self._probes.offset + probe * PROBE_BYTES)
 
     def on_message(self, worker_id: str, epoch: int, payload: bytes, send: Callable[[bytes], None]) -> None:
         """See Receiver. What belongs to another epoch, or comes before the test write, is ignored.
@@ -187,7 +195,8 @@ class CudaIpcReceiver(Receiver):
         found = await self._read_probe(sender.probe)
         if self._senders.get(sender.worker_id) is not sender:
             return
-        if torch.equal(found, probe_pattern(sender.epoch)):
+        pattern = probe_pattern(sender.epoch).numpy().tobytes()
+        if all(part == pattern for part in found):
             sender.is_proven = True
             sender.send(Proven())
         else:
@@ -197,21 +206,13 @@ class CudaIpcReceiver(Receiver):
         self._failures[sender.worker_id] = reason
         sender.send(Unfit(reason))
 
-    async def _read_probe(self, probe: int, *, clear: bool = False) -> torch.Tensor:
-        """What lies there, on the host; on a stream of its own, so that no step is waited for."""
-        place = self._probes[probe]
-        host = torch.zeros(PROBE_BYTES, dtype=torch.uint8, pin_memory=place.is_cuda)
-
-        def copy() -> None:
-            host.copy_(place, non_blocking=True)
-            if clear:
-                place.zero_()
-
-        self._stream.run(copy)
-        done = self._stream.record()
-        while not done.query():
+    async def _read_probe(self, probe: int, *, clear: bool = False) -> list[bytes]:
+        """What lies there in each rank's memory."""
+        asked = ask_all(self._others, ReadProbe(probe, clear))
+        read = self._probes.read(probe, clear=clear)
+        while not read.done.query():
             await asyncio.sleep(POLL_S)
-        return host
+        return [read.found.numpy().tobytes(), *await answers_of(asked)]
 
     def _resolve(self, sender: _Sender, places: Places) -> list[int] | None:
         layers = range(places.first_layer, places.last_layer)

@@ -3,7 +3,8 @@
 A put is one kernel on the channel's stream, behind the event after which its source is final: it writes blocks of the
 pool here straight into blocks of the pool there. Where they go is known before: the decode worker lends a leg's blocks
 when it lets this worker write (Lend), and is asked for the others (Ask). Once the host has seen a write end, one
-message tells (Written). Puts of one step that become final together share a kernel and a message.
+message tells (Written). Puts of one step that become final together share a kernel and a message. Of several ranks each
+writes its heads; the others do so when this one, rank 0, asks them.
 
 Nothing waits for the peer: a write goes on while its process is stopped, and ends in memory that nobody reads if it is
 dead. What must not be written into, its lease table holds until this end has said that it has stopped.
@@ -21,20 +22,15 @@ from collections import deque
 from collections.abc import Hashable
 from concurrent.futures import Future
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
-import torch
 
-from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError, describe_error
-from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
 from pdray.transfer.channel import Link, Put, PutResult, Sender
-from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.cuda_ipc.messages import (
-    PROBE_BYTES,
     Ask,
     Lend,
-    Offer,
     Probe,
     Proven,
     Refuse,
@@ -43,11 +39,10 @@ from pdray.transfer.cuda_ipc.messages import (
     Written,
     decode_to_sender,
     encode,
-    probe_pattern,
 )
+from pdray.transfer.cuda_ipc.other_ranks import OtherWriters
 from pdray.transfer.cuda_ipc.outgoing import Outgoing, Part, Write, cut, take_alike
-from pdray.transfer.cuda_ipc.transport import Mapping
-from pdray.transfer.streams import Stream, drain
+from pdray.transfer.cuda_ipc.writer import PoolWriter
 from pdray.wire.message import LegKey
 
 POLL_S = 1e-3  # while the device has not come to a write, or is long at it
@@ -55,17 +50,25 @@ SPIN_S = 2e-3  # a write takes as long at most, nearly always: 600 MB
 HIDDEN_PROGRAMS = 32  # of a write beside a step that goes on; they reach most of the link's rate
 
 
-def write_probe(epoch: int, device: torch.device, place: PeerBlocks) -> None:
-    """Write the epoch's pattern on the current stream, with the kernel that writes blocks."""
-    pattern = probe_pattern(epoch).to(device).view(1, 1, 1, 1, 1, PROBE_BYTES)
-    write_peer_blocks(pattern, range(1), torch.zeros(2, 1, dtype=torch.int32, device=device), place)
+class BlockShape(NamedTuple):
+    """Attributes:
+    num_layers: of the model. layer_block_bytes: of one layer's block, with the heads of all ranks.
+    """
+
+    num_layers: int
+    layer_block_bytes: int
+
+    def has_layers(self, layers: range) -> bool:
+        return 0 <= layers.start < layers.stop <= self.num_layers
 
 
 class CudaIpcSender(Sender):
     """A Sender into memory of another process. See the module.
 
     Args:
-        block_ids: this channel's alone until close() has returned.
+        shape: of the blocks that are put.
+        writer: this process's part; others: those of the other ranks, after open().
+        num_blocks: of the peer's pool.
         timeout_s: a question that is not answered for so long fails the channel.
     """
 
@@ -73,24 +76,21 @@ class CudaIpcSender(Sender):
 
     def __init__(
         self,
-        pool: KVPool,
-        offer: Offer,
-        mapping: Mapping,
-        stream: Stream,
-        block_ids: BlockIds,
+        shape: BlockShape,
+        writer: PoolWriter,
+        others: OtherWriters,
+        num_blocks: int,
         link: Link,
         timeout_s: float,
     ) -> None:
         self.epoch = link.epoch
-        self._pool = pool
-        self._offer = offer
-        self._mapping = mapping
-        self._stream = stream
-        self._ids = block_ids
+        self._shape = shape
+        self._writer = writer
+        self._others = others
+        self._num_blocks = num_blocks
         self._link = link
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._peer = PeerBlocks(mapping.address, offer.num_blocks)
         self._proof: asyncio.Future[None] = self._loop.create_future()
 
         self._lent: dict[LegKey, dict[int, int]] = {}  # position to block, of legs that are not over
@@ -109,11 +109,10 @@ class CudaIpcSender(Sender):
 
     async def check(self) -> None:
         """See Sender: a test write arrives."""
-        place = PeerBlocks(self._peer.address + self._offer.probe_offset, 1)
-        self._stream.run(partial(write_probe, self.epoch, self._pool.device, place))
-        done = self._stream.record()
+        done = self._writer.write_probe(self.epoch)
         try:
             async with asyncio.timeout(self._timeout_s):
+                await self._others.probe(self.epoch)
                 while not done.query():
                     await asyncio.sleep(POLL_S)
                 self._link.send(encode(Probe()))
@@ -178,7 +177,7 @@ class CudaIpcSender(Sender):
         put = outgoing.put
         lent = self._lent.get(LegKey(*put.key), {})  # type: ignore[misc]
         targets = [lent.get(position, 0) for position in put.positions]
-        if not all(targets) or not self._pool.holds_layers(put.layers):
+        if not all(targets) or not self._shape.has_layers(put.layers):
             return False
         outgoing.targets = targets
         return True
@@ -200,8 +199,8 @@ class CudaIpcSender(Sender):
 
     def _take_lent(self, message: Lend) -> None:
         blocks, first = message.block_ids, message.first_position
-        if not all(0 < block < self._offer.num_blocks for block in blocks) or len(set(blocks)) < len(blocks):
-            raise TransferError(f"blocks {min(blocks)} to {max(blocks)} of {self._offer.num_blocks}, or one twice")
+        if not all(0 < block < self._num_blocks for block in blocks) or len(set(blocks)) < len(blocks):
+            raise TransferError(f"blocks {min(blocks)} to {max(blocks)} of {self._num_blocks}, or one twice")
         lent = self._lent.setdefault(LegKey(message.request_id, message.attempt), {})
         lent.update(zip(range(first, first + len(blocks)), blocks, strict=True))
         if message.seq is not None:
@@ -250,11 +249,14 @@ class CudaIpcSender(Sender):
             self._timer = call_again(self._poll)
 
     def _take_landed(self) -> list[Outgoing]:
+        if self._others.ranks:
+            for write in self._writing:
+                write.done.query()  # the others begin once it is final, whatever is still written before it
         landed = []
         while self._writing and self._writing[0].done.query():
             write = self._writing.popleft()
             self._spin_until = None
-            self._ids.free(write.region)
+            self._writer.ids.free(write.region)
             for part in write.parts:
                 part.outgoing.num_left -= 1
                 if not part.outgoing.num_left:
@@ -282,27 +284,25 @@ class CudaIpcSender(Sender):
         parts = take_alike(self._to_write)
         source = [block for part in parts for block in part.outgoing.put.source_blocks[part.start : part.stop]]
         target = [block for part in parts for block in part.outgoing.targets[part.start : part.stop]]
-        region = self._ids.allocate(source, target)
-        if region is None:
+        layers, ready = parts[0].layers, parts[0].ready
+        num_programs = HIDDEN_PROGRAMS if self._is_beside_a_step(parts[0]) else None
+        own = self._writer.write(layers, source, target, ready, num_programs)
+        if own is None:
             return False
         for _ in parts:
             self._to_write.popleft()
-        layers, ready = parts[0].layers, parts[0].ready
-        num_programs = HIDDEN_PROGRAMS if self._is_beside_a_step(parts[0]) else None
-
-        def write() -> None:
-            ids = self._ids.upload(region, len(source))
-            write_peer_blocks(self._pool.tensor, layers, ids, self._peer, num_programs=num_programs)
-
-        if ready is not None:
-            self._stream.wait(ready)
-        self._stream.run(write)
-        self._writing.append(Write(parts, region, self._stream.record()))
+        done = self._others.follow(own.done, ready, layers, source, target, num_programs, self._rank_wrote)
+        self._writing.append(Write(parts, own.region, done))
         return True
+
+    def _rank_wrote(self) -> None:
+        """Another rank has ended a write; on any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.step_ended)
 
     def _is_beside_a_step(self, part: Part) -> bool:
         """Whether more layers follow, in whose shadow it is written."""
-        return part.ready is not None and part.layers.stop < self._pool.layout.num_layers
+        return part.ready is not None and part.layers.stop < self._shape.num_layers
 
     def _settle(self, outgoing: Outgoing, *, accepted: bool) -> None:
         with self._lock:
@@ -310,7 +310,7 @@ class CudaIpcSender(Sender):
                 return  # close() was first
             self._pending.remove(outgoing)
         put = outgoing.put
-        size = len(put.layers) * len(put.source_blocks) * self._pool.layout.layer_block_bytes
+        size = len(put.layers) * len(put.source_blocks) * self._shape.layer_block_bytes
         outgoing.future.set_result(PutResult(accepted, size if accepted else 0, time.monotonic() - outgoing.started))
 
     # the end
@@ -332,13 +332,13 @@ class CudaIpcSender(Sender):
             self._ended = self._ended or f"channel to {self._link.peer} of epoch {self.epoch} is closed"
         with self._close_lock:
             if not self._is_closed:
-                drain([self._stream], self._link.peer)
-                self._mapping.close()
+                self._others.close()
+                self._writer.close(self._link.peer)
                 self._is_closed = True
         with self._lock:
             pending, self._pending = self._pending, set()
             for write in self._writing:
-                self._ids.free(write.region)
+                self._writer.ids.free(write.region)
             self._writing.clear()
             self._to_write.clear()
         for outgoing in pending:

@@ -22,7 +22,7 @@ import torch
 
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
-from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site
+from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site, WorkerRanks
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.transfer.pool_blocks import PoolBlocks, WholeBlocks
 from pdray.wire.cluster_view import WorkerInfo
@@ -192,10 +192,10 @@ class ObjectStoreKind(Kind):
         self._dtype = pool.layout.dtype
         self._open = partial(PoolBlocks, pool.tensor)
 
-    def attach_ranks(self, blocks: WholeBlocks, dtype: torch.dtype) -> None:
+    def attach_ranks(self, pool: KVPool, ranks: WorkerRanks) -> None:
         """See Kind."""
-        self._dtype = dtype
-        self._open = lambda: blocks
+        self._dtype = pool.layout.dtype
+        self._open = lambda: ranks.blocks
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> ObjectStoreReceiver:
         """See Kind."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import multiprocessing
+import socket
 import sys
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,9 @@ import torch
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
-from pdray.transfer.channel import Link, Put, PutResult, Site
+from pdray.models.shards import Span, kv_heads_of
+from pdray.ranks.channel_orders import AskedRank, ChannelFollower
+from pdray.transfer.channel import Link, Put, PutResult, Site, WorkerRanks
 from pdray.transfer.cuda_ipc.kind import CudaIpcKind
 from pdray.transfer.cuda_ipc.messages import Places, Written, decode_to_receiver, decode_to_sender
 from pdray.transfer.cuda_ipc.sender import CudaIpcSender
@@ -36,23 +42,90 @@ def assert_(condition: bool) -> None:
     assert condition
 
 
+class NoBlocks:
+    """WholeBlocks that nobody asks for."""
+
+    def read(self, layers: range, block_ids: list[int], ready: Any = None) -> torch.Tensor:
+        raise AssertionError
+
+    def write(self, layers: range, block_ids: list[int], data: torch.Tensor) -> None:
+        raise AssertionError
+
+
+class Worker:
+    """The kinds and pools of a worker's ranks, which are threads here. ``dead`` ranks answer no more."""
+
+    def __init__(self, name: str, num_heads: int, num_ranks: int, num_blocks: int, site: Site, *, lends: bool) -> None:
+        self.num_heads = num_heads
+        self.transports = [fake_device.HostMemory(gpu=f"{name}.{rank}") for rank in range(num_ranks)]
+        self.kinds = [CudaIpcKind(site, transport) for transport in self.transports]
+        heads = kv_heads_of(num_heads, 0, num_ranks).size
+        layout, spare = dataclasses.replace(LAYOUT, num_kv_heads=heads), self.kinds[0].spare_bytes if lends else 0
+        self.pools = [KVPool.allocate(layout, num_blocks, CPU, spare_bytes=spare) for _ in range(num_ranks)]
+        self.dead = threading.Event()
+        self.asked, self.pipes = [], []
+        for rank in range(1, num_ranks):
+            self.kinds[rank].attach(self.pools[rank])
+            ours, theirs = multiprocessing.Pipe()
+            self.pipes.append(theirs)
+            self.asked.append(AskedRank(rank, ours, self.dead.wait))
+            ChannelFollower({"cuda_ipc": self.kinds[rank]}, theirs)
+        if num_ranks == 1:
+            self.kinds[0].attach(self.pools[0])
+        else:
+            self.kinds[0].attach_ranks(self.pools[0], WorkerRanks(NoBlocks(), num_heads, list(self.asked)))
+
+    @property
+    def spans(self) -> list[Span]:
+        """Heads of each rank."""
+        return [kv_heads_of(self.num_heads, rank, len(self.pools)) for rank in range(len(self.pools))]
+
+    def whole(self) -> torch.Tensor:
+        """What the pools hold together; ranks that have the same heads hold the same."""
+        shape = *self.pools[0].tensor.shape[:4], self.num_heads, LAYOUT.head_dim
+        whole = torch.full(shape, float("nan"))
+        for pool, span in zip(self.pools, self.spans, strict=True):
+            part = whole[..., span.start : span.stop, :]
+            assert part.isnan().all() or torch.equal(part, pool.tensor)
+            part.copy_(pool.tensor)
+        return whole
+
+    def fill(self, whole: torch.Tensor) -> None:
+        for pool, span in zip(self.pools, self.spans, strict=True):
+            pool.tensor.copy_(whole[..., span.start : span.stop, :])
+
+    def kill(self, rank: int) -> None:
+        """Its pipe ends, as a process's does that is killed."""
+        with socket.fromfd(self.pipes[rank - 1].fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.dead.set()
+        for rank in range(1, len(self.pools)):
+            self.kill(rank)
+
+
 class PrefillEnd:
     """One prefill worker's kind, and its channel in each epoch. ``said``: what it told the receiver."""
 
-    def __init__(self, world: World, name: str, timeout_s: float) -> None:
+    def __init__(self, world: World, name: str, timeout_s: float, num_ranks: int = 1) -> None:
         self.world, self.name = world, name
-        self.transport = fake_device.HostMemory(gpu=name)
         site = Site(Config(worker_timeout_s=timeout_s), name, CPU, 1, world.fatal.append)
-        self.kind = CudaIpcKind(site, self.transport)
-        self.pool = KVPool.allocate(LAYOUT, 70, CPU)
-        self.pool.tensor.normal_()
-        self.kind.attach(self.pool)
+        self.worker = Worker(name, world.num_heads, num_ranks, 70, site, lends=False)
+        self.transport, self.kind, self.pool = self.worker.transports[0], self.worker.kinds[0], self.worker.pools[0]
+        self.data = torch.randn(6, 70, 2, 4, world.num_heads, 8)
+        self.worker.fill(self.data)
         self.epoch = 0
         self.said: list[Any] = []
         self.heard: list[Any] = []
         self.failures: list[str] = []
         self.deaf = False
         self.channel: CudaIpcSender
+
+    @property
+    def mappings(self) -> list[Any]:
+        """Of all ranks."""
+        return [mapping for transport in self.worker.transports for mapping in transport.mappings]
 
     @property
     def stream(self) -> Any:
@@ -95,20 +168,20 @@ class PrefillEnd:
 
 
 class World:
-    """The decode worker, and who writes to it."""
+    """The decode worker, and who writes to it. num_heads: of the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_heads: int = LAYOUT.num_kv_heads, num_ranks: int = 1) -> None:
+        self.num_heads = num_heads
         self.fatal: list[BaseException] = []
         self.leases = conftest.Leases()
-        self.transport = fake_device.HostMemory(gpu="decode")
-        self.kind = CudaIpcKind(Site(Config(), "decode", CPU, 1, self.fatal.append), self.transport)
-        self.pool = KVPool.allocate(LAYOUT, NUM_BLOCKS, CPU, spare_bytes=self.kind.spare_bytes)
-        self.kind.attach(self.pool)
+        site = Site(Config(), "decode", CPU, 1, self.fatal.append)
+        self.worker = Worker("decode", num_heads, num_ranks, NUM_BLOCKS, site, lends=True)
+        self.transport, self.kind, self.pool = self.worker.transports[0], self.worker.kinds[0], self.worker.pools[0]
         self.receiver = self.kind.make_receiver(self.leases, PendingWrites())
         self.ends: list[PrefillEnd] = []
 
-    async def sender(self, name: str, timeout_s: float = 5.0) -> PrefillEnd:
-        end = PrefillEnd(self, name, timeout_s)
+    async def sender(self, name: str, timeout_s: float = 5.0, num_ranks: int = 1) -> PrefillEnd:
+        end = PrefillEnd(self, name, timeout_s, num_ranks)
         self.ends.append(end)
         await end.connect()
         return end

@@ -38,7 +38,7 @@ async def test_a_test_write_that_does_not_arrive(world: World, monkeypatch: pyte
     end = PrefillEnd(world, "a", 5.0)
     world.ends.append(end)
     await end.open()
-    monkeypatch.setattr("pdray.transfer.cuda_ipc.sender.write_peer_blocks", lambda *args, **kwargs: None)
+    monkeypatch.setattr("pdray.transfer.cuda_ipc.writer.write_peer_blocks", lambda *args, **kwargs: None)
     with pytest.raises(TransferError, match="test write of a did not arrive"):
         await end.channel.check()
     reason = world.receiver.take_failure("a")
@@ -49,7 +49,7 @@ async def test_a_test_write_that_does_not_arrive(world: World, monkeypatch: pyte
 async def test_a_test_write_of_an_older_epoch_proves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     end = await world.sender("a")
     await asyncio.to_thread(end.channel.close)
-    monkeypatch.setattr("pdray.transfer.cuda_ipc.sender.write_probe", lambda *args: None)
+    monkeypatch.setattr("pdray.transfer.cuda_ipc.writer.write_probe", lambda *args: None)
     with pytest.raises(TransferError, match="did not arrive"):
         await end.connect()
 

@@ -140,7 +140,7 @@ async def test_more_blocks_than_there_is_room_for(world: World, monkeypatch: pyt
     """A put is cut into writes, and told once all of them have ended."""
     end = await world.sender("a")
     monkeypatch.setattr(outgoing_module, "MAX_BLOCKS", 8)
-    end.channel._ids = BlockIds(CPU, 256)
+    end.channel._writer.ids = BlockIds(CPU, 256)
     keys = [end.lease(str(number), list(range(1 + 20 * number, 20 + 20 * number))) for number in range(3)]
     futures = [end.put(key, ALL_LAYERS, list(range(1, 20))) for key in keys]
     assert all([(await result(future)).accepted for future in futures])
