@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pdray.engine.kv.pool import KVPool
+from pdray.errors import TransferError
 from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.cuda_ipc.messages import probe_pattern
@@ -75,7 +76,12 @@ class PoolWriter:
         Args:
             target: of the peer's blocks, the same in each of its ranks' pools.
             num_programs: see write_peer_blocks().
+
+        Raises:
+            TransferError: closed: nothing is mapped any more.
         """
+        if self._closed:
+            raise TransferError("a write that had no room before its channel was closed")
         region = self.ids.allocate(source, target)
         if region is None:
             return None

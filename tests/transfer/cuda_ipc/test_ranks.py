@@ -16,6 +16,8 @@ from waits import result, until
 from pdray.errors import ConfigError, TransferError
 from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
+from pdray.transfer.cuda_ipc.rank_orders import CloseLink, WriteBlocks, encode
+from pdray.transfer.cuda_ipc.writer import pack_ids
 from pdray.transfer.registry import choose_kind
 from pdray.wire.cluster_view import WorkerInfo
 
@@ -99,6 +101,24 @@ async def test_writes_wait_for_none_before_them_but_for_room(world_of: Callable[
         assert torch.equal(world.worker.whole()[:, target], end.data[:, source])
 
 
+async def test_a_write_that_has_no_room_before_its_link_is_closed_is_not_begun(
+    world_of: Callable[[int, int], World],
+) -> None:
+    """Nothing is mapped then: it would write to memory that is nobody's."""
+    end = await world_of(4, 2).sender("a", num_ranks=2)
+    (ids,) = end.worker.kinds[1]._block_ids_of.values()
+    region = ids.ring.allocate(ids.ring.capacity)
+    assert region is not None
+    (rank,), link = end.channel._others
+    write = rank.ask("cuda_ipc", encode(WriteBlocks(link, 0, 6, pack_ids([3], [5]), None)))
+    rank.ask("cuda_ipc", encode(CloseLink(link)))
+    transport = end.worker.transports[1]
+    await until(lambda: all(mapping.closed for mapping in transport.mappings))
+    ids.free(region)
+    with pytest.raises(TransferError, match="no room before its channel was closed"):
+        await result(write)
+
+
 async def test_a_test_write_of_every_rank_must_arrive(
     world_of: Callable[[int, int], World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,10 +181,10 @@ async def test_of_a_rank_that_dies_nothing_is_told_before_it_was_seen_dead(
     """Until then its GPU may go on writing: a put that had failed would let its blocks be freed."""
     world = world_of(4, 2)
     end = await world.sender("a", num_ranks=2)
-    gate = threading.Event()
-    end.worker.transports[1].streams[-1].before_work = lambda: gate.wait(PATIENCE_S)
+    begun, gate = threading.Event(), threading.Event()
+    end.worker.transports[1].streams[-1].before_work = lambda: (begun.set(), gate.wait(PATIENCE_S))
     future = end.put(end.lease("0", [5]), ALL_LAYERS, [3])
-    await until(lambda: end.channel._writing)
+    await until(begun.is_set)  # an order that is killed on its way would bring nothing
     end.worker.kill(1)
     closing = asyncio.ensure_future(asyncio.to_thread(end.channel.close))
     await asyncio.sleep(0.05)
