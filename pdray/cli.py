@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pdray
 from pdray.errors import ConfigError, PdrayError
@@ -34,14 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no beginning of an option's name for the option, as argparse would."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options. Nothing heavy is imported until a command runs."""
-    parser = argparse.ArgumentParser(prog="pdray", description="Prefill/decode-disaggregated LLM serving on Ray.")
+    parser = _Parser(prog="pdray", description="Prefill/decode-disaggregated LLM serving on Ray.")
     parser.add_argument("--version", action="version", version=f"pdray {pdray.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible API, until Ctrl-C")
     serve.add_argument("model", nargs="?", metavar="MODEL", help="Hugging Face id, folder, .gguf file, or config.json")
+    serve.add_argument("--model", dest="named_model", metavar="MODEL", help="the same, as an option")
     serve.add_argument("--host", default="127.0.0.1", help="address of the HTTP server (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="port of the HTTP server (default: 8000)")
     serve.add_argument("--name", default="pdray", help="of the Serve application (default: pdray)")

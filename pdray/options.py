@@ -110,10 +110,17 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of Config that the command line set; an enum of numbers is text here, and pydantic reads it."""
+    """The fields of Config that the command line set; an enum of numbers is text here, and pydantic reads it.
+
+    Raises:
+        ConfigError: two models are named.
+    """
     values = {name.removeprefix("config_"): value for name, value in vars(args).items() if name.startswith("config_")}
-    if getattr(args, "model", None):
-        values["model"] = args.model
+    models = {name for name in (getattr(args, "model", None), getattr(args, "named_model", None)) if name}
+    if len(models) > 1:
+        raise ConfigError(f"two models are named, {args.model} and --model {args.named_model}; give one of them")
+    if models:
+        values["model"] = models.pop()
     for name in ("worker_env", "worker_resources"):
         if name in values:
             values[name] = dict(values[name])

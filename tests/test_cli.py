@@ -15,6 +15,7 @@ import pytest
 from pdray import cli
 from pdray.bench.client import authorization
 from pdray.errors import ConfigError, PdrayError
+from pdray.options import config_from_args
 from pdray.outputs import CompletionOutput, RequestOutput, RequestTimings
 from pdray.sampling_params import SamplingParams
 
@@ -52,6 +53,20 @@ def test_errors_do_not_show_the_api_key(words: list[str], capsys: pytest.Capture
     assert cli.main(["serve", *words]) == 2
     shown = capsys.readouterr().err
     assert words[1] not in shown.replace("api_key", "")
+
+
+def test_a_model_is_named_as_a_word_or_an_option_and_no_option_is_abbreviated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = cli.build_parser()
+    for words in (["m"], ["--model", "m"], ["m", "--model=m"]):
+        assert config_from_args(parser.parse_args(["serve", *words])).model == "m"
+    with pytest.raises(ConfigError, match="two models are named, a and --model b"):
+        config_from_args(parser.parse_args(["serve", "a", "--model", "b"]))
+    assert cli.main(["serve", "a", "--model", "b"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--served-model", "m"])
+    assert "--served-model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

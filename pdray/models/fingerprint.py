@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 
+import numpy as np
 import torch
 
 from pdray.kernels.collective.group import RankGroup
@@ -37,7 +38,8 @@ def _samples(tensor: torch.Tensor, cut: Cut | None) -> torch.Tensor:
     shape = cut.whole_shape(tensor.shape)
     size = math.prod(shape)
     places = [(i * GOLDEN % 2**64) * size >> 64 for i in range(SAMPLES_PER_PARAMETER)]
-    indices = list(torch.unravel_index(torch.tensor(places), shape))
+    # numpy's: torch's imports sympy for it, 0.6 s of every worker's start.
+    indices = [torch.from_numpy(index) for index in np.unravel_index(places, shape)]
     along = indices[cut.dim]
     is_held = (along >= cut.span.start) & (along < cut.span.stop)
     indices[cut.dim] = along - cut.span.start

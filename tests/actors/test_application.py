@@ -218,7 +218,7 @@ def stories(client: openai.OpenAI) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "victims", [["decode"], ["coordinator", "prefill"], ["stopped decode"], ["stopped coordinator"]], ids=" and ".join
+    "victims", [["coordinator", "prefill", "decode"], ["stopped decode"], ["stopped coordinator"]], ids=" and ".join
 )
 def test_streams_go_on_when_processes_die(
     url: str, client: openai.OpenAI, stories: list[str], victims: list[str]

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from application import Application, application, seconds_until
@@ -57,6 +58,8 @@ SMALL_POOL = {"num_kv_blocks": 200}
 ON_REQUEST = ("handovers", "mesh", "topologies", "two-hosts")
 HEAD = "| test | figure | must hold | ok |\n|---|---|---|---|"
 
+MAX_WARNINGS, MAX_WARNING_CHARS = 80, 300
+
 Case = Callable[[Application, Scale], Awaitable[list[Row]]]
 RunsRows = Callable[[Scale], list[Row]]
 
@@ -73,12 +76,24 @@ def served(config: Config, case: Case) -> RunsRows:
         with application(config) as app:
             rows = asyncio.run(when_whole(app, scale))
             if not all(row.ok for row in rows):
-                print(f"Ray's logs are in {app.log_folder}", file=sys.stderr)
+                print(f"Ray's logs are in {app.log_folder}; the last warnings in them:", file=sys.stderr)
+                print("\n".join(last_warnings(app.log_folder)), file=sys.stderr)
         if app.left:
             rows.append(Row("processes left", ", ".join(app.left), "none", False))
         return rows
 
     return run
+
+
+def last_warnings(folder: Path) -> list[str]:
+    """What the application's processes warned of, in order: who was suspected and replaced, and why."""
+    lines = {
+        line[:MAX_WARNING_CHARS]
+        for path in folder.glob("worker-*.err")
+        for line in path.read_text(errors="replace").splitlines()
+        if " WARNING pdray" in line or " ERROR pdray" in line
+    }
+    return sorted(lines)[-MAX_WARNINGS:]
 
 
 def with_faults(runs: RunsRows) -> RunsRows:

@@ -42,7 +42,8 @@ def check_linear() -> None:
         expected = x.float() @ weight.float().T + bias.float() + (0.0 if residual is None else residual.float())
         moved = [None if a is None else a.to(DEVICE) for a in (x, weight, bias, residual)]
         for tiling in TILINGS:
-            for _ in range(2):  # the second finds the counters as the first has left them
+            # The second finds the counters as the first has left them; there are some where columns are split.
+            for _ in range(1 if INTERPRETED and tiling != TILINGS[2] else 2):
                 out = triton_linear(*moved, tiling=tiling)
             assert_close(out, expected, f"{dtype}, {rows} rows, {k} to {n}, {tiling}")
 

@@ -29,7 +29,7 @@ def check_linear() -> None:
         residual = random(1, n, dtype=dtype) if with_residual else None
         expected = x.float() @ weight.float().T + bias.float() + (0.0 if residual is None else residual.float())
         moved = [None if a is None else a.to(DEVICE) for a in (x, weight, bias, residual)]
-        for tiles in (None, SMALL_TILES):
+        for tiles in (None,) if INTERPRETED and n > 2048 else (None, SMALL_TILES):  # hundreds of small programs
             out = triton_linear(*moved, tiles=tiles).cpu()
             error = (out.float() - expected).norm() / expected.norm()
             assert error <= TOLERANCE[dtype], f"{dtype} {k} to {n}, {tiles}: error {error:.1e}"
