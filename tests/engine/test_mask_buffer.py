@@ -55,3 +55,14 @@ def test_rows_hold_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (buffer.words[: len(expected)].numpy() == np.stack(expected)).all()
     assert len(buffer._known) <= 2 * NUM_ROWS + MAX_WITHIN
     assert num_sent < num_known, "else nothing stays on the device"
+
+
+def test_masks_of_a_step_that_has_failed_are_sent_later() -> None:
+    """Where masks could not be filled, the step draws nothing, and others go on."""
+    buffer = MaskBuffer(NUM_ROWS, VOCAB_SIZE, torch.device("cpu"))
+    words = np.arange(1, buffer.words.shape[1] + 1, dtype=np.int32)
+    for _ in range(2):
+        buffer.begin()
+        buffer.add_known(words, None)
+    buffer.send()
+    assert (buffer.words[0].numpy() == words).all()

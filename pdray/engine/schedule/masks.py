@@ -34,10 +34,10 @@ class GrammarRule(Rule):
         if self._thoughts is None:
             return True
         self._thoughts.take(token_id)
-        if self._begin_thoughts is not None and not self._thoughts.is_open:
+        might_begin, self._begin_thoughts = self._begin_thoughts is not None, None
+        if might_begin and not self._thoughts.is_open:
             self._thoughts = None  # it has begun without any
             return True
-        self._begin_thoughts = None
         if self._thoughts.is_over:
             self._thoughts = None
         return False

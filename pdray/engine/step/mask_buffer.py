@@ -101,6 +101,8 @@ class MaskBuffer:
 
     def begin(self) -> None:
         """The next step's masks begin."""
+        if self._bases:  # never sent: the last step failed while its masks were filled
+            self._known.clear()
         self._targets, self._bases, self._limits, self._has_limits = [], [], [], False
         self._step += 1
 

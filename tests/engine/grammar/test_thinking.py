@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from grammar_rules import EOS, SCHEMA, SPECIAL, answers, text_of
+from grammar_rules import EOS, PIECES, SCHEMA, SPECIAL, answers, text_of
 
 from pdray.engine.request import EngineRequest
 from pdray.sampling_params import SamplingParams
@@ -17,6 +17,7 @@ from pdray.testing.patience import PATIENCE_S
 from pdray.thinking import Thinking
 
 BEGIN, END = 120, 121
+NAMED = PIECES.index(b'{"')
 PROMPT = [5, 6, 7, 8]
 OPEN = Thinking(BEGIN, END, 2)
 CLOSED = Thinking(BEGIN, END)
@@ -91,6 +92,8 @@ def test_no_thoughts_are_needed(make: Callable[..., Any]) -> None:
     """Where the prompt has not opened them, the answer may begin at once; thoughts may not come later."""
     engine = make().run(EngineRequest("r", PROMPT, formed(CLOSED, None, logit_bias={BEGIN: -100.0})))
     jsonschema.validate(json.loads(text_of(engine.ids("r"))), SCHEMA)
+    begun = EngineRequest("r", PROMPT, formed(CLOSED, 9, logit_bias={BEGIN: 100.0}), output_token_ids=(NAMED,))
+    jsonschema.validate(json.loads(text_of([NAMED, *make().run(begun).ids("r")])), SCHEMA)
     late = StructuredOutputsParams(regex="[a-z]{9}")
     ids = make().run(EngineRequest("r", PROMPT, formed(CLOSED, None, structured_outputs=late))).ids("r")
     assert BEGIN not in ids[1:] and not SPECIAL.intersection(ids[1:])
