@@ -114,8 +114,9 @@ async def kill_in_a_transfer(worker: Worker, pair: Pair, is_moving: Callable[[Le
     order, loop = getattr(owner, name), asyncio.get_running_loop()
 
     def stop_first(*args: Any) -> Any:
-        os.kill(rank, signal.SIGSTOP)
-        loop.call_soon_threadsafe(hold.set)
+        if not hold.is_set():  # else it has been killed meanwhile
+            os.kill(rank, signal.SIGSTOP)
+            loop.call_soon_threadsafe(hold.set)
         return order(*args)
 
     setattr(owner, name, stop_first)
