@@ -159,7 +159,7 @@ class DecodeWorker(Worker):
         """See pdray.transfer.channel.Sink, as the next two."""
         leg = LegKey(*key)  # type: ignore[misc]
         blocks = self.leases.resolve(leg, worker_id, epoch, positions)
-        if blocks is not None and self.engine.pool.holds_layers(layers):
+        if blocks is not None and self.engine.pool.layout.holds_layers(layers):
             return blocks
         if self.leases.may_write(leg, worker_id, epoch):
             what = f"blocks {positions.start} to {positions.stop} of layers {layers.start} to {layers.stop}"

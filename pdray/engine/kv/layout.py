@@ -56,6 +56,10 @@ class KVLayout:
         """Bytes of one token in all layers."""
         return self.block_bytes // self.block_size
 
+    def holds_layers(self, layers: range) -> bool:
+        """Whether these are some of its layers."""
+        return 0 <= layers.start < layers.stop <= self.num_layers
+
     def __str__(self) -> str:
         """A description that is the same for two layouts only if they are equal."""
         dtype = str(self.dtype).removeprefix("torch.")

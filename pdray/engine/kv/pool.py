@@ -73,7 +73,3 @@ class KVPool(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.tensor.device
-
-    def holds_layers(self, layers: range) -> bool:
-        """Whether these are some of its layers."""
-        return 0 <= layers.start < layers.stop <= self.layout.num_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import torch
 
@@ -16,7 +17,7 @@ from pdray.transfer.cuda_ipc.other_ranks import OtherWriters, ask_all
 from pdray.transfer.cuda_ipc.rank_orders import DescribeGpu, GpuFacts, decode_facts
 from pdray.transfer.cuda_ipc.rank_part import RankPart
 from pdray.transfer.cuda_ipc.receiver import CudaIpcReceiver
-from pdray.transfer.cuda_ipc.sender import BlockShape, CudaIpcSender
+from pdray.transfer.cuda_ipc.sender import CudaIpcSender
 from pdray.transfer.cuda_ipc.targets import Target, targets_of
 from pdray.transfer.cuda_ipc.transport import CudaTransport, Transport, has_cupy
 from pdray.transfer.cuda_ipc.unmapped import UnmappedSender
@@ -123,16 +124,15 @@ class CudaIpcKind(Kind):
 
     async def open(self, link: Link, offer: Offer) -> CudaIpcSender | UnmappedSender:
         """See Kind. Maps the decode worker's pool, in each rank those of its ranks that it writes to."""
-        layout, timeout_s = self._pool.layout, self._site.config.worker_timeout_s
+        timeout_s = self._site.config.worker_timeout_s
         own, *others_targets = targets_of(self._num_kv_heads, len(self._gpus), offer)
         others, used = self._other_writers(others_targets)
         try:
             writer = await self._map(link.peer, own, others, used)
         except Exception as error:  # whatever the driver says
             return UnmappedSender(link, describe_error(error), timeout_s)
-        head_bytes = layout.layer_block_bytes // layout.num_kv_heads
-        shape = BlockShape(layout.num_layers, head_bytes * self._num_kv_heads)
-        return CudaIpcSender(shape, writer, others, offer.num_blocks, link, timeout_s)
+        layout = dataclasses.replace(self._pool.layout, num_kv_heads=self._num_kv_heads)
+        return CudaIpcSender(layout, writer, others, offer.num_blocks, link, timeout_s)
 
     async def _map(
         self, peer: str, own: list[Target], others: OtherWriters, others_targets: list[list[Target]]

@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Hashable
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
 
+from pdray.engine.kv.layout import KVLayout
 from pdray.errors import TransferError, describe_error
 from pdray.transfer.channel import Link, Put, PutResult, Sender
 from pdray.transfer.cuda_ipc.messages import (
@@ -50,23 +50,11 @@ SPIN_S = 2e-3  # a write takes as long at most, nearly always: 600 MB
 HIDDEN_PROGRAMS = 32  # of a write beside a step that goes on; they reach most of the link's rate
 
 
-class BlockShape(NamedTuple):
-    """Attributes:
-    num_layers: of the model. layer_block_bytes: of one layer's block, with the heads of all ranks.
-    """
-
-    num_layers: int
-    layer_block_bytes: int
-
-    def has_layers(self, layers: range) -> bool:
-        return 0 <= layers.start < layers.stop <= self.num_layers
-
-
 class CudaIpcSender(Sender):
     """A Sender into memory of another process. See the module.
 
     Args:
-        shape: of the blocks that are put.
+        layout: of the blocks that are put, with the heads of all ranks.
         writer: this process's part; others: those of the other ranks, after open().
         num_blocks: of the peer's pool.
         timeout_s: a question that is not answered for so long fails the channel.
@@ -76,7 +64,7 @@ class CudaIpcSender(Sender):
 
     def __init__(
         self,
-        shape: BlockShape,
+        layout: KVLayout,
         writer: PoolWriter,
         others: OtherWriters,
         num_blocks: int,
@@ -84,7 +72,7 @@ class CudaIpcSender(Sender):
         timeout_s: float,
     ) -> None:
         self.epoch = link.epoch
-        self._shape = shape
+        self._layout = layout
         self._writer = writer
         self._others = others
         self._num_blocks = num_blocks
@@ -177,7 +165,7 @@ class CudaIpcSender(Sender):
         put = outgoing.put
         lent = self._lent.get(LegKey(*put.key), {})  # type: ignore[misc]
         targets = [lent.get(position, 0) for position in put.positions]
-        if not all(targets) or not self._shape.has_layers(put.layers):
+        if not all(targets) or not self._layout.holds_layers(put.layers):
             return False
         outgoing.targets = targets
         return True
@@ -302,7 +290,7 @@ class CudaIpcSender(Sender):
 
     def _is_beside_a_step(self, part: Part) -> bool:
         """Whether more layers follow, in whose shadow it is written."""
-        return part.ready is not None and part.layers.stop < self._shape.num_layers
+        return part.ready is not None and part.layers.stop < self._layout.num_layers
 
     def _settle(self, outgoing: Outgoing, *, accepted: bool) -> None:
         with self._lock:
@@ -310,7 +298,7 @@ class CudaIpcSender(Sender):
                 return  # close() was first
             self._pending.remove(outgoing)
         put = outgoing.put
-        size = len(put.layers) * len(put.source_blocks) * self._shape.layer_block_bytes
+        size = len(put.layers) * len(put.source_blocks) * self._layout.layer_block_bytes
         outgoing.future.set_result(PutResult(accepted, size if accepted else 0, time.monotonic() - outgoing.started))
 
     # the end
