@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +123,11 @@ async def seconds_until(condition: Callable[[], Awaitable[bool]], since: float, 
             raise TimeoutError(f"{getattr(condition, '__name__', 'a condition')} did not hold within {timeout_s:g} s")
         await asyncio.sleep(POLL_S)
     return time.monotonic() - since
+
+
+def replaced(before: dict[str, int], after: dict[str, int], sick: Collection[str] = ()) -> list[str]:
+    """Who was replaced between two looks at pids() though it was not sick."""
+    return [f"{name} was replaced" for name, pid in before.items() if name not in sick and after.get(name) != pid]
 
 
 def processes() -> list[psutil.Process]:

@@ -10,11 +10,10 @@ import asyncio
 import os
 import signal
 import time
-from typing import Any
 
 import psutil
 import ray
-from application import Application, has_title, processes, seconds_until
+from application import Application, has_title, processes, replaced, seconds_until
 from deaths import BACK_TIMEOUT_S, differences, with_problems
 from loops import loops_fail
 from rows import Row
@@ -70,7 +69,7 @@ async def _hangs(
     again = [] if name != "replica" else [await clients.ask(bodies[0], timeout_s=60.0)]
     problems = differences(answers, expected) if name != "replica" else _broken_well(answers, expected)
     problems += differences(again, expected)
-    problems += _killed(before, await app.pids(), {name})
+    problems += replaced(before, await app.pids(), {name})
     problems += [f"whole only after {back:.1f} s"] if back > MAX_AWAY_S + app.load_s else []
     problems += await app.problems_at_rest()
     last = max(answer.finished_at for answer in answers) - since
@@ -101,7 +100,7 @@ async def _controller_hangs(
     finally:
         os.kill(controller, signal.SIGKILL if wakes_after_s is None else signal.SIGCONT)
     await seconds_until(_serve_answers, time.monotonic(), BACK_TIMEOUT_S)
-    problems = differences(answers, expected) + _killed(before, await app.pids(), {"decode-0"})
+    problems = differences(answers, expected) + replaced(before, await app.pids(), {"decode-0"})
     problems += [f"the dead worker was back only after {back:.1f} s"] if back > MAX_AWAY_S + app.load_s else []
     problems += await app.problems_at_rest()
     last = max(answer.finished_at for answer in answers) - since
@@ -136,11 +135,6 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _killed(before: dict[str, int], after: dict[str, Any], sick: set[str]) -> list[str]:
-    """Who was replaced though it was not sick."""
-    return [f"{name} was replaced" for name, pid in before.items() if name not in sick and after.get(name) != pid]
 
 
 def _broken_well(answers: list[Answer], expected: list[Answer]) -> list[str]:

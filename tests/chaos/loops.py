@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import ray
-from application import NAME, Application
+from application import NAME, Application, replaced
 from deaths import differences, with_problems
 from rows import Row
 from streams import Answer, Body, Clients
@@ -33,8 +33,7 @@ async def loops_fail(
     await asyncio.sleep(3.0)  # a watch, and a heartbeat, bring the news
     told = (await asyncio.to_thread(describe, NAME))["loop_failures"]
     problems += [f"status does not tell of {name!r}" for name in injected - {key.split(": ")[1] for key in told}]
-    after = await app.pids()
-    problems += [f"{name} was replaced" for name, pid in before.items() if after.get(name) != pid]
+    problems += replaced(before, await app.pids())
     figure = f"{len(injected)} kinds, {len(told)} loops of {len(before)} processes; the last stream {last:.1f} s later"
     limit = "streams the same; nobody replaced; status names every loop; nothing in use"
     return Row("an exception in every loop", with_problems(figure, problems), limit, not problems)

@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter
 
-from application import NAME, Application
+from application import NAME, Application, replaced
 from deaths import differences, with_problems
 from rows import Row
 from scale import Scale
@@ -73,8 +73,7 @@ async def _load(app: Application, clients: Clients, due: set[Pair], scale: Scale
     silence, sent = await watching
     problems += [f"{' → '.join(pair)} sent nothing for {s:.0f} s" for pair, s in silence.items() if s > MAX_SILENCE_S]
     problems += await app.problems_at_rest()
-    after = await app.pids()
-    problems += [f"{name} was replaced" for name, pid in before.items() if after.get(name) != pid]
+    problems += replaced(before, await app.pids())
     listed = ", ".join(f"{number} {name}" for name, number in outcomes.most_common())
     rates = sorted(sent.get(pair, 0) / (time.monotonic() - began) / 1e6 for pair in due)
     figure = (
