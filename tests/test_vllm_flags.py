@@ -57,8 +57,8 @@ def test_what_is_taken(words: list[str], expected: dict[str, Any]) -> None:
     "words,named",
     [
         (
-            ["--tensor-parallel-size", "2", "--channel", "nccl"],
-            "channel is nccl, but nccl joins workers of one rank each.* set channel to auto",
+            ["--tensor-parallel-size", "2", "--channel", "shared"],
+            "channel is shared, but shared joins workers of one rank each.* set channel to auto",
         ),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported: .*--tensor-parallel-size"),
         (["--trust-remote-code"], "--trust-remote-code is not supported"),

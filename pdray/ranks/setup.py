@@ -26,6 +26,8 @@ class RankSite(msgspec.Struct, frozen=True):
     address: str
     kinds: list[str]
     spare_bytes: int
+    sends: bool = False
+    num_peer_ranks: int = 1
 
 
 class Setup(msgspec.Struct, frozen=True):

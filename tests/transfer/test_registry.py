@@ -19,7 +19,7 @@ from pdray.wire.cluster_view import WorkerInfo
 
 def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "", **channels: dict[str, str]) -> WorkerInfo:
     device = "cuda" if gpu else "cpu"
-    facts = {"gpu": gpu, "version": nccl, "host": host} if gpu else {}
+    facts = {"gpu": gpu, "version": nccl, "host": host, "kv_heads": "4"} if gpu else {}
     return WorkerInfo(name, "1", "both", "", 0, 0, "", device, "f", 1, 16, 64, 8, 64, {"nccl": facts} | channels)
 
 
@@ -32,18 +32,32 @@ def test_workers_of_several_ranks_are_joined_by_what_knows_of_ranks() -> None:
     """Also where only one of the two has several; what was asked for and cannot be is named."""
     one = lender("p", "A", "B,C")
     two = msgspec.structs.replace(lender("d", "B,C", "A;A"), num_ranks=2)
-    far = msgspec.structs.replace(lender("d", "B,C", "A;A", machine="there"), num_ranks=2)
+    far = msgspec.structs.replace(lender("d", "D,E", "A;A", machine="there"), num_ranks=2)
+    old = msgspec.structs.replace(worker("d", "D,E", "22500"), num_ranks=2)
     for prefill, decode in ((one, two), (two, one), (two, two)):
         choice = choose_kind("auto", prefill, decode)
         assert choice.kind == choose_kind("cuda_ipc", prefill, decode).kind == "cuda_ipc"
         assert set(choice.passed_over) == {"shared"}
         choice = choose_kind("auto", prefill, far)
-        assert choice.kind == "object_store" and set(choice.passed_over) == {"shared", "cuda_ipc", "nccl"}
-        reason = r"[pd] has 2 ranks, and nccl joins workers of one"
-        assert re.fullmatch(reason, choice.passed_over["nccl"])
+        assert choice.kind == choose_kind("nccl", prefill, far).kind == "nccl"
+        assert set(choice.passed_over) == {"shared", "cuda_ipc"}
+        reason = r"[pd] has 2 ranks, and shared joins workers of one"
+        assert re.fullmatch(reason, choice.passed_over["shared"])
         with pytest.raises(ConfigError, match=reason):
-            choose_kind("nccl", prefill, decode)
-    assert allowed_kinds("auto", has_ranks=True) == ["cuda_ipc", "object_store"]
+            choose_kind("shared", prefill, decode)
+        choice = choose_kind("auto", prefill, old)
+        assert choice.kind == "object_store" and set(choice.passed_over) == {"shared", "cuda_ipc", "nccl"}
+    assert allowed_kinds("auto", has_ranks=True) == ["cuda_ipc", "nccl", "object_store"]
+
+
+def test_nccl_takes_each_gpu_once_where_heads_go_from_one_rank_to_another() -> None:
+    """Ranks that have nothing to send to each other may share one."""
+    two, four = (msgspec.structs.replace(worker("p", gpus), num_ranks=gpus.count(",") + 1) for gpus in ("A,B", "A,B,C,D"))
+    crossed, same = (msgspec.structs.replace(worker("d", gpus), num_ranks=2) for gpus in ("B,A", "A,C"))
+    assert choose_kind("nccl", two, crossed).kind == "nccl"
+    for prefill in (two, four):
+        with pytest.raises(ConfigError, match="p and d share A, and NCCL takes a GPU only once"):
+            choose_kind("nccl", prefill, same)
 
 
 OWN = {"shared": "p has memory of its own (it is no guest)"}

@@ -142,9 +142,7 @@ class CudaIpcKind(Kind):
     ) -> PoolWriter:
         transport = self._transport
         assert transport is not None
-        mapping = asyncio.ensure_future(
-            asyncio.to_thread(PoolWriter, self._pool, transport, self._ids_of(peer), own)
-        )
+        mapping = asyncio.ensure_future(asyncio.to_thread(PoolWriter, self._pool, transport, self._ids_of(peer), own))
         try:
             writer = await asyncio.shield(mapping)
             await others.open(peer, others_targets)
