@@ -219,9 +219,9 @@ class ReceiveGroup:
     def _rank_ended(self, future: Future[bytes], transfer: Transfer, grant: _Grant) -> None:
         transfer.link.num_asked -= 1
         error = future.exception()
-        self.part_ended(transfer, arrived=error is None and decode_arrived(future.result()))
         if error is not None:
-            self.link_failed(transfer.link, str(error))
+            self.link_failed(transfer.link, str(error))  # first: a put that failed is not one that was refused
+        self.part_ended(transfer, arrived=error is None and decode_arrived(future.result()))
         self.grant_part_ended(grant)
 
     @property

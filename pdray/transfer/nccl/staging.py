@@ -122,7 +122,8 @@ class Staging:
             given = max(0, len(buffer) - ID_AREA_BYTES) if given_bytes is None else given_bytes
             among = f" among {num_stagings} pairs of ranks" if num_stagings > 1 else ""
             raise ConfigError(
-                f"transfer_staging_bytes is {given}{among}, too little for blocks of {self.bytes_per_block} bytes a layer; it must be at least {num_stagings * least}"
+                f"transfer_staging_bytes is {given}{among}, too little for blocks of {self.bytes_per_block} bytes a "
+                f"layer; it must be at least {num_stagings * least}"
             )
         self._probes = torch.zeros(PROBE_ROWS, PROBE_BYTES, dtype=torch.uint8, pin_memory=buffer.is_cuda)
         self._num_probes = 0
