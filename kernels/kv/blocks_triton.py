@@ -39,10 +39,7 @@ def copy_kernel(
     block = tl.load(ids_ptr + first_id + i)
     element = piece * PIECE + tl.arange(0, PIECE)
     mask = element < NUMEL
-    if RUN == ROW:
-        in_block = element
-    else:
-        in_block = element // RUN * ROW + SKIP + element % RUN
+    in_block = element if RUN == ROW else element // RUN * ROW + SKIP + element % RUN
     in_pool = pool_ptr + (first_layer + layer) * stride_layer + block * (NUMEL // RUN * ROW) + in_block
     in_flat = flat_ptr + flat_offset + (layer * num_blocks + i) * NUMEL + element
     if SCATTER:

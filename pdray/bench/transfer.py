@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=[1, 1],
         metavar=("SENDER", "RECEIVER"),
-        help="ranks of either end, on GPUs over cuda_ipc (default: 1 1)",
+        help="ranks of either end, on GPUs; over nccl each on a GPU of its own (default: 1 1)",
     )
     parser.add_argument("--window", type=int, default=8, help="puts at once, for the rate (default: 8)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (default: 1)")
@@ -130,8 +130,8 @@ def check_ranks(args: argparse.Namespace) -> None:
         return
     if any(RANK_HEADS % number for number in args.ranks):
         raise ConfigError(f"{sizes}, but a block has {RANK_HEADS} heads, which both must divide")
-    if args.channel != ["cuda_ipc"] or args.kill_sender:
-        raise ConfigError(f"{sizes}, which goes with --channel cuda_ipc and without --kill-sender")
+    if not set(args.channel) <= set(GPU_KINDS) or args.kill_sender:
+        raise ConfigError(f"{sizes}, which goes with --channel {' and '.join(GPU_KINDS)}, and without --kill-sender")
 
 
 def _kill_sender(args: argparse.Namespace, channel: str) -> Death:
@@ -255,12 +255,16 @@ def gpu_way(spec: PoolSpec, ranks: tuple[int, int] = (1, 1)) -> Iterator[Way]:
     """
     from pdray.bench.transfer_ranks import receiving_peer, sending_peer
 
-    environments = peer_environments(visible_gpus(), ranks)
+    gpus = visible_gpus()
+    if spec.kind == "nccl" and max(ranks) > 1 and len(gpus) < sum(ranks):
+        raise ConfigError(f"--ranks is {ranks[0]} {ranks[1]}, and nccl takes each GPU once, but there are {len(gpus)}")
+    environments = peer_environments(gpus, ranks)
     with contextlib.ExitStack() as stack:
-        ours = spec._replace(name="sender", num_ranks=ranks[0])
+        ours = spec._replace(name="sender", num_ranks=ranks[0], num_peer_ranks=ranks[1])
+        their_spec = spec._replace(num_ranks=ranks[1], num_peer_ranks=ranks[0])
         sender = PeerProcess(sending_peer, ours, environment=environments[0])
         stack.callback(sender.stop)
-        receiver = PeerProcess(receiving_peer, spec._replace(num_ranks=ranks[1]), environment=environments[1])
+        receiver = PeerProcess(receiving_peer, their_spec, environment=environments[1])
         stack.callback(receiver.stop)
         facts, theirs = (peer.call("describe", timeout_s=START_TIMEOUT_S) for peer in (sender, receiver))
         if not facts.get("version", facts.get("gpu")):

@@ -155,7 +155,10 @@ async def test_a_wrong_probe_is_seen(world: Any) -> None:
 @pytest.mark.parametrize(
     ("opening", "reason"),
     [
-        (OpenCommunicators(1024, 2, [b"?"]), "x has 2 ranks, where 1 are configured; start both from one configuration"),
+        (
+            OpenCommunicators(1024, 2, [b"?"]),
+            "x has 2 ranks, where 1 are configured; start both from one configuration",
+        ),
         (OpenCommunicators(1024, 1, [b"?"] * 3), "x names 3 communicators for 1 pairs of ranks"),
     ],
 )

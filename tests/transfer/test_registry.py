@@ -52,7 +52,9 @@ def test_workers_of_several_ranks_are_joined_by_what_knows_of_ranks() -> None:
 
 def test_nccl_takes_each_gpu_once_where_heads_go_from_one_rank_to_another() -> None:
     """Ranks that have nothing to send to each other may share one."""
-    two, four = (msgspec.structs.replace(worker("p", gpus), num_ranks=gpus.count(",") + 1) for gpus in ("A,B", "A,B,C,D"))
+    two, four = (
+        msgspec.structs.replace(worker("p", gpus), num_ranks=gpus.count(",") + 1) for gpus in ("A,B", "A,B,C,D")
+    )
     crossed, same = (msgspec.structs.replace(worker("d", gpus), num_ranks=2) for gpus in ("B,A", "A,C"))
     assert choose_kind("nccl", two, crossed).kind == "nccl"
     for prefill in (two, four):

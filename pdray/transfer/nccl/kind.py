@@ -170,8 +170,8 @@ class NcclKind(Kind):
         assert transport is not None
         if offer.num_ranks != split.num_peer_ranks:
             raise HandshakeError(
-                f"{link.peer} has {offer.num_ranks} ranks, where {split.num_peer_ranks} are configured; start both from "
-                "one configuration"
+                f"{link.peer} has {offer.num_ranks} ranks, where {split.num_peer_ranks} are configured; start both "
+                "from one configuration"
             )
 
         def soon(call: Callable[[Any], None], argument: Any) -> None:

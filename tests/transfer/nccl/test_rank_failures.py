@@ -66,9 +66,7 @@ async def test_other_ranks_know_how_patient_to_be(
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_the_senders_own_deadline_in_every_rank(
-    lane: tuple[int, int], world_of: Callable[..., World]
-) -> None:
+async def test_the_senders_own_deadline_in_every_rank(lane: tuple[int, int], world_of: Callable[..., World]) -> None:
     """The receiver's is longer. A put has failed only when no rank sends it any more."""
     world = world_of(4, 2, 2)
     end = await world.sender("a", timeout_s=0.3)

@@ -137,7 +137,9 @@ async def test_staging_that_is_too_little_for_its_lanes_names_the_setting(
     """It is shared by as many as send here."""
     monkeypatch.setattr("nccl_world.STAGING_BYTES", 19_000)
     world_of(4, 1, 1)
-    with pytest.raises(ConfigError, match="transfer_staging_bytes is 19000 among 2 pairs of ranks, too little .* at least 36864"):
+    with pytest.raises(
+        ConfigError, match="transfer_staging_bytes is 19000 among 2 pairs of ranks, too little .* at least 36864"
+    ):
         World(4, 1, 2)
 
 
