@@ -72,7 +72,8 @@ class NcclKind(Kind):
     @property
     def facts(self) -> dict[str, str]:
         """See Kind. gpu names the physical GPU of each rank; version is NCCL's, "" if this process cannot use it;
-        interface is the one that NCCL was told to use; kv_heads are the model's."""
+        interface is the one that NCCL was told to use; kv_heads are the model's; peer_ranks are those of each peer, for
+        which there is staging."""
         if self._transport is None:
             return {}
         return {
@@ -81,6 +82,7 @@ class NcclKind(Kind):
             "host": os.environ.get(HOST_VARIABLE, ""),
             "interface": self._interface,
             "kv_heads": str(self._split.num_kv_heads),
+            "peer_ranks": str(self._split.num_peer_ranks),
         }
 
     @classmethod
@@ -94,9 +96,13 @@ class NcclKind(Kind):
                 return f"{info.worker_id} has no NCCL: install pdray[cuda12] or pdray[cuda13]"
         if ours["version"] != theirs["version"]:
             return f"{prefill.worker_id} has NCCL {ours['version']} and {decode.worker_id} has {theirs['version']}"
+        sources, targets = ours["gpu"].split(","), theirs["gpu"].split(",")
+        for info, facts, peer, gpus in ((prefill, ours, decode, targets), (decode, theirs, prefill, sources)):
+            if facts["peer_ranks"] != str(len(gpus)):
+                expected = f"{info.worker_id} has staging for peers of {facts['peer_ranks']} ranks"
+                return f"{expected}, and {peer.worker_id} has {len(gpus)}"
         if ours.get("host") != theirs.get("host"):
             return None
-        sources, targets = ours["gpu"].split(","), theirs["gpu"].split(",")
         for route in head_routes(int(ours["kv_heads"]), len(sources), len(targets)):
             if (gpu := sources[route.source]) == targets[route.target]:
                 return f"{prefill.worker_id} and {decode.worker_id} share {gpu}, and NCCL takes a GPU only once"
