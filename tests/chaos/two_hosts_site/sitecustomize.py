@@ -112,23 +112,24 @@ class TcpTransport:
 
     def __init__(self) -> None:
         self.gpu = f"cpu of {os.getpid()}"
-        self._listening: dict[tuple[str, int], socket.socket] = {}
+        self._listening: dict[bytes, socket.socket] = {}
 
-    def make_unique_id(self) -> tuple[str, int]:
+    def make_unique_id(self) -> bytes:
         listener = socket.create_server((nccl_address(), 0))
-        where = listener.getsockname()[:2]
-        self._listening[where] = listener
-        return where  # type: ignore[no-any-return]
+        host, port = listener.getsockname()[:2]
+        unique_id = f"{host}:{port}".encode()
+        self._listening[unique_id] = listener
+        return unique_id
 
-    def connect(self, unique_id: Any, rank: int) -> TcpCommunicator:
-        where = unique_id[0], unique_id[1]
-        if rank:
-            listener = self._listening.pop(where)
+    def connect(self, unique_id: bytes, rank: int) -> TcpCommunicator:
+        if unique_id in self._listening:
+            listener = self._listening.pop(unique_id)
             listener.settimeout(PATIENCE_S)
             connection, _ = listener.accept()
             listener.close()
         else:
-            connection = socket.create_connection(where, PATIENCE_S)
+            host, port = unique_id.decode().rsplit(":", 1)
+            connection = socket.create_connection((host, int(port)), PATIENCE_S)
         return TcpCommunicator(connection)
 
     def new_stream(self) -> HostStream:
