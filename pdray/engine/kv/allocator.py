@@ -5,7 +5,7 @@ from __future__ import annotations
 from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import Reservation
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.schedule.sequence import BlockCopy, LiveRequest, Sequence, SequenceStatus
+from pdray.engine.schedule.sequence import BlockCopy, LiveRequest, Sequence
 
 
 class KVAllocator:
@@ -117,10 +117,8 @@ class KVAllocator:
             sequence.num_hashed_blocks = num_full
 
     def free(self, sequence: Sequence) -> None:
-        """Take back everything that the sequence holds. If it has ended, no step in flight computes it."""
+        """Take back everything that the sequence holds."""
         if sequence.pending_copy is not None:
             self.pool.free([sequence.pending_copy.source])
             sequence.pending_copy = None
         self.pool.free(sequence.take_blocks())
-        if sequence.status is SequenceStatus.FINISHED:
-            sequence.request.let_go()
