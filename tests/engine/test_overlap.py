@@ -51,16 +51,22 @@ def test_disaggregated_engines_that_plan_ahead_give_the_same_tokens(llama: Any, 
     decode.assert_empty()
 
 
+def live_objects() -> list[Any]:
+    return [each for each in gc.get_objects() if type(each) in (LiveRequest, Sequence)]
+
+
 @pytest.fixture
-def uncollected() -> Iterator[None]:
+def before() -> Iterator[list[Any]]:
+    """Without the garbage collector; gives what is alive already, of other tests."""
     gc.collect()
     gc.disable()
-    yield
+    yield live_objects()
     gc.enable()
 
 
-@pytest.mark.usefixtures("uncollected")
-def test_nothing_that_has_ended_waits_for_the_garbage_collector(llama: Any, disaggregated: Any) -> None:
+def test_nothing_that_has_ended_waits_for_the_garbage_collector(
+    llama: Any, disaggregated: Any, before: list[Any]
+) -> None:
     pair = disaggregated(llama.engine(async_scheduling=True), llama.engine(async_scheduling=True, max_num_seqs=16))
     pair.run(*requests())
     whole = llama.engine(async_scheduling=True)
@@ -71,4 +77,4 @@ def test_nothing_that_has_ended_waits_for_the_garbage_collector(llama: Any, disa
         whole.release(request.key)
     whole.run()
     whole.assert_empty()
-    assert not [each for each in gc.get_objects() if type(each) in (LiveRequest, Sequence)]
+    assert len(live_objects()) == len(before)
