@@ -11,7 +11,7 @@ from pdray.actors.placement import listen_address
 from pdray.config import Config
 from pdray.control.guests import KIND, plan_guests
 from pdray.errors import RankDiedError
-from pdray.gpu_settings import has_ranks, of_role, ranks_setting
+from pdray.gpu_settings import has_ranks, num_ranks, of_role, ranks_setting
 from pdray.transfer.registry import allowed_kinds, load_kind
 from pdray.wire.cluster_view import Lent, WorkerInfo
 from pdray.wire.peers import Role
@@ -131,7 +131,8 @@ def _rank_site(site: Site, kinds: list[str], spare_bytes: int) -> RankSite:
     """
     from pdray.ranks.setup import RankSite
 
-    return RankSite(site.worker_id, site.num_peers, site.address, kinds, spare_bytes)
+    peers = site.sends, site.num_peer_ranks
+    return RankSite(site.worker_id, site.num_peers, site.address, kinds, spare_bytes, *peers)
 
 
 def _spare_bytes(kinds: dict[str, Kind]) -> int:
@@ -148,8 +149,10 @@ def _site(
 ) -> Site:
     from pdray.transfer.channel import Site
 
-    num_peers = config.num_decode_workers if role is Role.PREFILL else 1
-    return Site(config, worker_id, device, num_peers, on_fatal, listen_address(config).dial)
+    sends = role is Role.PREFILL
+    num_peers = config.num_decode_workers if sends else 1
+    num_peer_ranks = num_ranks(config, "decode" if sends else "prefill")
+    return Site(config, worker_id, device, num_peers, on_fatal, listen_address(config).dial, sends, num_peer_ranks)
 
 
 def log_start(worker: str, config: Config, info: WorkerInfo, dtype: torch.dtype) -> None:

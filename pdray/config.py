@@ -132,6 +132,9 @@ class Config(BaseModel):
     )
     prefill_tensor_parallel_size: Positive | None = Field(None, description="the same of prefill workers alone")
     decode_tensor_parallel_size: Positive | None = Field(None, description="the same of decode workers alone")
+    disable_custom_all_reduce: bool = Field(
+        False, description="leave every sum of a model's ranks to NCCL, also the small ones that one kernel makes"
+    )
     prefill_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each prefill worker (CUDA)")
     decode_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each decode worker (CUDA)")
     prefill_device_id: NonNegative | list[NonNegative] | None = Field(

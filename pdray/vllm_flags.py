@@ -94,7 +94,6 @@ FLAGS: dict[str, Same | Renamed] = {
     "max-logprobs": Same(("20",), "a request may ask for 20"),
     "logprobs-mode": Same(("raw_logprobs",), "log-probabilities are those of the raw logits"),
     "disable-sliding-window": ANY_SWITCH,
-    "disable-custom-all-reduce": ANY_SWITCH,
     "compilation-config": Same(("none", "0", "{}"), "see --enforce-eager"),
     "attention-backend": Same(("none", "auto"), "kernels are pdray's own"),
     "structured-outputs-config": Same(("none", "{}"), "there is one backend"),

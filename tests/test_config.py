@@ -133,8 +133,11 @@ ALL_ONE = {"tensor_parallel_size": 2, "prefill_tensor_parallel_size": 1, "decode
     ("given", "message"),
     [
         (DECODE | {"mode": "colocated"}, "decode_tensor_parallel_size is 2, but mode is colocated.*set tensor_par"),
-        (DECODE | {"channel": "nccl"}, "nccl joins workers of one rank each, and tensor_parallel_size is 1, decode_te"),
-        (PREFILL | {"channel": "nccl"}, "channel is nccl, but .* set channel to auto"),
+        (
+            DECODE | {"channel": "shared"},
+            "shared joins workers of one rank each, and tensor_parallel_size is 1, decode_te",
+        ),
+        (PREFILL | {"channel": "shared"}, "channel is shared, but .* set channel to auto"),
         (PREFILL | {"channel": "cuda_ipc"}, None),
         (
             {"tensor_parallel_size": 2, "channel": "shared", "device": "cpu"},

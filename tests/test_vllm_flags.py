@@ -42,6 +42,7 @@ TWO = {"tensor_parallel_size": 2}
         (["m", "--reasoning-parser", "qwen3"], {"reasoning_parser": "qwen3"}),
         (["m", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"], {"tool_call_parser": "hermes"}),
         (["-tp", "1", "m", "--no-trust-remote-code"], {"tensor_parallel_size": 1}),
+        (["m", "--disable-custom-all-reduce"], {"disable_custom_all_reduce": True}),
         (["--tp-size", "2", "m", "--mode", "colocated"], {"tensor_parallel_size": 2, "mode": "colocated"}),
         (["-tp", "2", "m", "--prefill-tensor-parallel-size", "4"], {"prefill_tensor_parallel_size": 4} | TWO),
         (["--tensor-parallel-size", "1", "m", "--uvicorn-log-level", "info", "--disable-log-requests"], {}),
@@ -56,8 +57,8 @@ def test_what_is_taken(words: list[str], expected: dict[str, Any]) -> None:
     "words,named",
     [
         (
-            ["--tensor-parallel-size", "2", "--channel", "nccl"],
-            "channel is nccl, but nccl joins workers of one rank each.* set channel to auto",
+            ["--tensor-parallel-size", "2", "--channel", "shared"],
+            "channel is shared, but shared joins workers of one rank each.* set channel to auto",
         ),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported: .*--tensor-parallel-size"),
         (["--trust-remote-code"], "--trust-remote-code is not supported"),

@@ -18,7 +18,8 @@ class PoolSpec(NamedTuple):
     Attributes:
         block_bytes: of one layer.
         kind: of channel. staging_bytes: transfer_staging_bytes.
-        num_heads: of keys and values. num_ranks: that share them; see pdray.bench.transfer_ranks.
+        num_heads: of keys and values. num_ranks: that share them; see pdray.bench.transfer_ranks. num_peer_ranks: at
+            the other end.
         timeout_s: of sessions and transfers.
     """
 
@@ -33,6 +34,7 @@ class PoolSpec(NamedTuple):
     device: str = "cuda"
     num_heads: int = 1
     num_ranks: int = 1
+    num_peer_ranks: int = 1
 
     @property
     def head_dim(self) -> int:

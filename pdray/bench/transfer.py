@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=[1, 1],
         metavar=("SENDER", "RECEIVER"),
-        help="ranks of either end, on GPUs over cuda_ipc (default: 1 1)",
+        help="ranks of either end, on GPUs; over nccl each on a GPU of its own (default: 1 1)",
     )
     parser.add_argument("--window", type=int, default=8, help="puts at once, for the rate (default: 8)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (default: 1)")
@@ -130,8 +130,8 @@ def check_ranks(args: argparse.Namespace) -> None:
         return
     if any(RANK_HEADS % number for number in args.ranks):
         raise ConfigError(f"{sizes}, but a block has {RANK_HEADS} heads, which both must divide")
-    if args.channel != ["cuda_ipc"] or args.kill_sender:
-        raise ConfigError(f"{sizes}, which goes with --channel cuda_ipc and without --kill-sender")
+    if args.kill_sender:
+        raise ConfigError(f"{sizes}, which goes without --kill-sender")
 
 
 def _kill_sender(args: argparse.Namespace, channel: str) -> Death:
@@ -219,18 +219,22 @@ def visible_gpus() -> list[str]:
     return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",") if gpu]
 
 
-def peer_environments(gpus: list[str], ranks: tuple[int, int] = (1, 1)) -> list[dict[str, str]]:
+def peer_environments(gpus: list[str], ranks: tuple[int, int] = (1, 1), kind: str = "") -> list[dict[str, str]]:
     """Environments of a sender and a receiver, each of which sees a GPU for each of its ranks; they have no GPU in
     common if there are enough.
 
+    Args:
+        kind: of channel; nccl takes each GPU once.
+
     Raises:
-        ConfigError: there are fewer GPUs than ranks of one of them.
+        ConfigError: there are fewer GPUs than ranks of one of them, or over nccl of both.
     """
     from pdray.testing.one_gpu import one_gpu_environment
 
     if max(ranks) > 1:
-        if len(gpus) < max(ranks):
-            raise ConfigError(f"--ranks is {ranks[0]} {ranks[1]}, but there are {len(gpus)} GPUs")
+        if len(gpus) < (needed := sum(ranks) if kind == "nccl" else max(ranks)):
+            text = f"--ranks is {ranks[0]} {ranks[1]}, but there are {len(gpus)} GPUs"
+            raise ConfigError(f"{text}; {kind or 'every kind of channel'} needs {needed}")
         theirs = gpus[ranks[0] :] if len(gpus) >= sum(ranks) else gpus
         return [{"CUDA_VISIBLE_DEVICES": ",".join(seen)} for seen in (gpus[: ranks[0]], theirs[: ranks[1]])]
     if len(gpus) >= 2:
@@ -255,12 +259,13 @@ def gpu_way(spec: PoolSpec, ranks: tuple[int, int] = (1, 1)) -> Iterator[Way]:
     """
     from pdray.bench.transfer_ranks import receiving_peer, sending_peer
 
-    environments = peer_environments(visible_gpus(), ranks)
+    environments = peer_environments(visible_gpus(), ranks, spec.kind)
     with contextlib.ExitStack() as stack:
-        ours = spec._replace(name="sender", num_ranks=ranks[0])
+        ours = spec._replace(name="sender", num_ranks=ranks[0], num_peer_ranks=ranks[1])
+        their_spec = spec._replace(num_ranks=ranks[1], num_peer_ranks=ranks[0])
         sender = PeerProcess(sending_peer, ours, environment=environments[0])
         stack.callback(sender.stop)
-        receiver = PeerProcess(receiving_peer, spec._replace(num_ranks=ranks[1]), environment=environments[1])
+        receiver = PeerProcess(receiving_peer, their_spec, environment=environments[1])
         stack.callback(receiver.stop)
         facts, theirs = (peer.call("describe", timeout_s=START_TIMEOUT_S) for peer in (sender, receiver))
         if not facts.get("version", facts.get("gpu")):

@@ -108,7 +108,8 @@ class _Peer:
         }
         config = Config(**settings)
         device = torch.device(spec.device)
-        site = Site(config, spec.name, device, 1, lambda error: self.fatal.append(repr(error)))
+        peers = self.role is Role.PREFILL, spec.num_peer_ranks
+        site = Site(config, spec.name, device, 1, lambda error: self.fatal.append(repr(error)), "", *peers)
         self.kind = (make_kind or load_kind(spec.kind))(site)
         self.pool = self._make_pool(site).tensor
 

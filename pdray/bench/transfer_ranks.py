@@ -56,6 +56,7 @@ def config_of(spec: PoolSpec, folder: Path) -> Config:
         "max_num_batched_tokens": 64,
         "worker_timeout_s": spec.timeout_s,
         "channel": spec.kind,
+        "transfer_staging_bytes": spec.staging_bytes,
     }
     return Config(**settings)
 
@@ -67,7 +68,8 @@ class _Ranked:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         spec: PoolSpec = self.spec  # type: ignore[attr-defined]
         kind = self.kind  # type: ignore[attr-defined]
-        others = RankSite(spec.name, site.num_peers, "", [kind.name], kind.spare_bytes)
+        peers = site.sends, site.num_peer_ranks
+        others = RankSite(spec.name, site.num_peers, "", [kind.name], kind.spare_bytes, *peers)
         with tempfile.TemporaryDirectory() as folder:
             config = config_of(spec, Path(folder))
             self._leader = Leader(config, site.device, end_process, others)

@@ -1,4 +1,8 @@
-"""Channel orders: what rank 0's channel kinds ask of the same kinds in another rank; answered in order."""
+"""Channel orders: what rank 0's channel kinds ask of the same kinds in another rank.
+
+They are begun in the order in which they were asked, and each is answered when it is done: what waits for one peer does
+not hold up what is for another.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import queue
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
@@ -25,17 +28,19 @@ POLL_S = 50e-6  # while the device is at it, and rank 0 waits
 
 
 class ChannelOrder(msgspec.Struct, frozen=True, array_like=True):
-    """See OtherRank.ask()."""
+    """See OtherRank.ask(). number: counts the orders of one rank."""
 
+    number: int
     kind: str
     payload: bytes
 
 
 class ChannelAnswer(msgspec.Struct, frozen=True, array_like=True):
     """Attributes:
-    error: why the order could not be carried out; "": it was.
+    number: of the order. error: why it could not be carried out; "": it was.
     """
 
+    number: int
     payload: bytes
     error: str = ""
 
@@ -45,9 +50,9 @@ decode_order = msgspec.msgpack.Decoder(ChannelOrder).decode
 decode_answer = msgspec.msgpack.Decoder(ChannelAnswer).decode
 
 
-class _Asked(NamedTuple):
-    order: ChannelOrder
-    answer: Future[bytes]
+class _Begun(NamedTuple):
+    number: int
+    finish: FinishAnswer
 
 
 class AskedRank:
@@ -62,30 +67,32 @@ class AskedRank:
         self._rank = rank
         self._connection = connection
         self._wait_until_dead = wait_until_dead
-        self._to_send: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._to_send: queue.SimpleQueue[ChannelOrder | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards the rest
         self._is_dead = False
-        self._asked: deque[_Asked] = deque()  # not answered yet
+        self._num_asked = 0
+        self._asked: dict[int, Future[bytes]] = {}  # not answered yet
         for name, work in (("orders", self._send), ("answers", self._receive)):
             start_thread(f"rank-{rank}-channel-{name}", work, self._failed)
 
     def ask(self, kind: str, payload: bytes) -> Future[bytes]:
         """See OtherRank."""
-        asked = _Asked(ChannelOrder(kind, payload), Future())
-        asked.answer.set_running_or_notify_cancel()  # it cannot be taken back
+        answer: Future[bytes] = Future()
+        answer.set_running_or_notify_cancel()  # it cannot be taken back
         with self._lock:
             is_dead = self._is_dead
             if not is_dead:
-                self._asked.append(asked)
-                self._to_send.put(asked)
+                self._num_asked += 1
+                self._asked[self._num_asked] = answer
+                self._to_send.put(ChannelOrder(self._num_asked, kind, payload))
         if is_dead:
-            asked.answer.set_exception(self._death())
-        return asked.answer
+            answer.set_exception(self._death())
+        return answer
 
     def _send(self) -> None:
-        while asked := self._to_send.get():
+        while order := self._to_send.get():
             try:
-                self._connection.send_bytes(encode(asked.order))
+                self._connection.send_bytes(encode(order))
             except OSError:
                 return  # the process has ended, as the other thread sees
 
@@ -94,7 +101,7 @@ class AskedRank:
             while True:
                 answer = decode_answer(self._connection.recv_bytes())
                 with self._lock:
-                    future = self._asked.popleft().answer
+                    future = self._asked.pop(answer.number)
                 if answer.error:
                     future.set_exception(TransferError(f"rank {self._rank}: {answer.error}"))
                 else:
@@ -103,10 +110,10 @@ class AskedRank:
             self._wait_until_dead()
         with self._lock:
             self._is_dead = True
-            unanswered, self._asked = self._asked, deque()
+            unanswered, self._asked = self._asked, {}
         self._to_send.put(None)
-        for asked in unanswered:
-            asked.answer.set_exception(self._death())
+        for future in unanswered.values():
+            future.set_exception(self._death())
         self._connection.close()
 
     def _death(self) -> RankDiedError:
@@ -128,7 +135,7 @@ class ChannelFollower:
     def __init__(self, kinds: Mapping[str, Kind], connection: Connection) -> None:
         self._kinds = kinds
         self._connection = connection
-        self._begun: deque[FinishAnswer] = deque()
+        self._begun: list[_Begun] = []
         start_thread("channel-orders", self._follow, self._failed)
 
     def _follow(self) -> None:
@@ -136,10 +143,14 @@ class ChannelFollower:
             while True:
                 if self._connection.poll(POLL_S if self._begun else None):
                     order = decode_order(self._connection.recv_bytes())
-                    self._begun.append(self._begin(order))
-                while self._begun and (answer := self._finish(self._begun[0])) is not None:
-                    self._begun.popleft()
-                    self._connection.send_bytes(encode(answer))
+                    self._begun.append(_Begun(order.number, self._begin(order)))
+                begun, self._begun = self._begun, []
+                for each in begun:
+                    answer = self._finish(each)
+                    if answer is None:
+                        self._begun.append(each)
+                    else:
+                        self._connection.send_bytes(encode(answer))
         except (EOFError, OSError):
             pass  # rank 0 is gone, or takes its leave
 
@@ -155,13 +166,13 @@ class ChannelFollower:
         return fail
 
     @staticmethod
-    def _finish(finish: FinishAnswer) -> ChannelAnswer | None:
+    def _finish(begun: _Begun) -> ChannelAnswer | None:
         try:
-            answer = finish()
+            answer = begun.finish()
         except Exception as error:
             traceback.print_exc()
-            return ChannelAnswer(b"", describe_error(error))
-        return None if answer is None else ChannelAnswer(answer)
+            return ChannelAnswer(begun.number, b"", describe_error(error))
+        return None if answer is None else ChannelAnswer(begun.number, answer)
 
     @staticmethod
     def _failed(error: BaseException) -> None:

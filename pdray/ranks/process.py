@@ -117,7 +117,8 @@ def make_rank(setup: Setup, inputs: int, kv_orders: Connection, channels: Connec
 
 def make_kinds(site: RankSite, config: Config, device: torch.device) -> dict[str, Kind]:
     """Those that rank 0 has; see its assemble()."""
-    mine = Site(config, site.worker_id, device, site.num_peers, end_process, site.address)
+    peers = site.sends, site.num_peer_ranks
+    mine = Site(config, site.worker_id, device, site.num_peers, end_process, site.address, *peers)
     return {name: load_kind(name)(mine) for name in site.kinds}
 
 

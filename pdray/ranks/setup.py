@@ -26,6 +26,8 @@ class RankSite(msgspec.Struct, frozen=True):
     address: str
     kinds: list[str]
     spare_bytes: int
+    sends: bool = False
+    num_peer_ranks: int = 1
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -61,8 +63,10 @@ def join(setup: Setup, device: torch.device) -> RankGroup:
     """This process as a rank of its group. Blocks until all are there; rank 0, until none needs the file any more."""
     if setup.unique_id is not None:
         from pdray.kernels.collective.nccl import NcclGroup
+        from pdray.kernels.crossover import ONE_SHOT_MAX_BYTES
 
-        return NcclGroup(setup.rank, setup.size, setup.unique_id, device)
+        one_shot_bytes = 0 if setup.config.disable_custom_all_reduce else ONE_SHOT_MAX_BYTES
+        return NcclGroup(setup.rank, setup.size, setup.unique_id, device, one_shot_bytes)
     import torch
 
     from pdray.kernels.collective.gloo import GlooGroup

@@ -36,7 +36,7 @@ class OtherRank(Protocol):
     """A rank other than 0 of this worker, as rank 0's kinds see it."""
 
     def ask(self, kind: str, payload: bytes) -> Future[bytes]:
-        """Have the kind of this name there carry this out: Kind.begin_answer(). In order; from any thread.
+        """Have the kind of this name there carry this out: Kind.begin_answer(). From any thread; begun in order.
 
         The future fails with TransferError if it could not, and with RankDiedError once that rank's process was seen
         dead.
@@ -97,6 +97,7 @@ class Site(NamedTuple):
         num_peers: decode workers that a prefill worker sends to; 1 on a decode worker.
         on_fatal: called on the event loop's thread if the device cannot be relied on any more.
         address: at which the worker's peers reach it; "" on one machine alone.
+        sends: it is a prefill worker. num_peer_ranks: of each of its peers.
     """
 
     config: Config
@@ -105,6 +106,8 @@ class Site(NamedTuple):
     num_peers: int
     on_fatal: Callable[[BaseException], None]
     address: str = ""
+    sends: bool = False
+    num_peer_ranks: int = 1
 
 
 class Link(NamedTuple):
@@ -267,8 +270,8 @@ class Kind(ABC):
     def begin_answer(self, payload: bytes) -> FinishAnswer:
         """Begin what rank 0's object of this kind asks of a rank other than 0.
 
-        On a thread of its own, which may wait for the device; questions are begun, and answered, in order. What is
-        raised fails that question alone.
+        On a thread of its own, which may wait for the device for a moment; questions are begun in order, and answered
+        as they are done. What is raised fails that question alone.
         """
         raise TypeError(f"a channel of kind {self.name} asks nothing of other ranks")
 

@@ -20,7 +20,7 @@ KINDS = {
     "object_store": "pdray.transfer.object_store.kind:ObjectStoreKind",
 }
 
-OF_RANKS = ("cuda_ipc", "object_store")  # that join workers of several ranks, whose heads lie in several processes
+OF_RANKS = ("cuda_ipc", "nccl", "object_store")  # that join workers of several ranks, each with some heads
 
 
 def load_kind(name: str) -> type[Kind]:

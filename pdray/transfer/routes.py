@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pdray.errors import HandshakeError
 from pdray.models.shards import Span, kv_heads_of
 
 
@@ -44,6 +45,20 @@ def head_routes(num_kv_heads: int, num_sources: int, num_targets: int) -> list[R
                 source = senders[len(twins) % len(senders)]
                 routes.append(Route(source, target, shared, _within(shared, had), _within(shared, wanted)))
     return routes
+
+
+def check_fit(num_kv_heads: int, num_ranks: int, peer: str) -> None:
+    """Args:
+        num_ranks: of the peer, by what it says.
+
+    Raises:
+        HandshakeError: the model's heads cannot be divided by so many.
+    """
+    if num_ranks < 1 or (num_kv_heads % num_ranks and num_ranks % num_kv_heads):
+        raise HandshakeError(
+            f"{peer} offers the memory of {num_ranks} ranks, by which the {num_kv_heads} heads of keys and values here "
+            "cannot be divided; start both from one configuration"
+        )
 
 
 def _shared(one: Span, other: Span) -> Span:

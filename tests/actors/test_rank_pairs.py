@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.cuda_ipc.kind import CudaIpcKind
 from pdray.transfer.cuda_ipc.sender import CudaIpcSender
+from pdray.transfer.nccl.kind import NcclKind
 from pdray.wire.message import LegKey
 from pdray.wire.prefill_messages import PrefillFailed
 
@@ -36,6 +37,7 @@ assert _spec is not None and _spec.loader is not None
 rank_memory = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(rank_memory)
 
+DYNAMIC = ("cuda_ipc", "object_store")  # that join workers of whatever numbers of ranks
 NUM_TOKENS = 12
 LEGS = {
     "greedy": (PROMPT, SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)),
@@ -134,8 +136,11 @@ async def kill_in_a_transfer(worker: Worker, pair: Pair, is_moving: Callable[[Le
 
 @pytest.fixture
 def ranks_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks have memory that they can lend each other, as GPUs do; also those in processes of their own."""
+    """Ranks have memory that they can lend each other, as GPUs do, and a network; also those in processes of their
+    own."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=lo")
+    monkeypatch.setattr(NcclKind, "__init__", rank_memory.over_tcp(NcclKind.__init__))
     monkeypatch.setattr(CudaIpcKind, "__init__", rank_memory.with_files(CudaIpcKind.__init__))
     monkeypatch.setattr(KVPool, "allocate", rank_memory.in_files(KVPool.__dict__["allocate"]))
 
@@ -146,9 +151,11 @@ async def connect(pair: Pair, channel: str, epoch: int) -> None:
     assert (await pair.prefill.describe())["channels"] == {"decode-0": channel}
 
 
-async def say_the_same(pair: Pair, epoch: int, expected: dict[tuple[str, int], list[int]]) -> int:
-    """Over both channels that know of ranks, in two epochs. Returns the next one."""
-    for channel in ("cuda_ipc", "object_store"):
+async def say_the_same(
+    pair: Pair, epoch: int, expected: dict[tuple[str, int], list[int]], channels: Sequence[str] = DYNAMIC
+) -> int:
+    """Over each of these channels, in as many epochs. Returns the next one."""
+    for channel in channels:
         await connect(pair, channel, epoch)
         assert await said_by(pair, epoch) == expected
         epoch += 1
@@ -157,9 +164,11 @@ async def say_the_same(pair: Pair, epoch: int, expected: dict[tuple[str, int], l
 
 @pytest.mark.usefixtures("ranks_write")
 async def test_workers_of_different_numbers_of_ranks(tmp_path: Path) -> None:
-    """1 to 2, 2 to 2, 2 to 1 and 4 to 2, where two ranks have the same keys; then ranks die while blocks travel."""
+    """1 to 2, 2 to 2, 2 to 1 and 4 to 2, where two ranks have the same keys; then ranks die while blocks travel. The
+    decode worker of two has staging for peers of two, over nccl."""
     expected = said_by_one(make_config(tmp_path, "auto"))
     pair = Pair(config_of(tmp_path, 1, 2))
+    pair.decode = DecodeWorker(config_of(tmp_path, 2, 2), "decode-0", "d1", SECRET)
     await pair.start()
     assert (await pair.prefill.describe())["channels"] == {"decode-0": "cuda_ipc"}
     reason = "decode-0 has 2 ranks, and shared joins workers of one"
@@ -169,7 +178,7 @@ async def test_workers_of_different_numbers_of_ranks(tmp_path: Path) -> None:
     await lose(pair, "p1")
     two = pair.prefill = PrefillWorker(config_of(tmp_path, 2, 2), "prefill-0", "p2", SECRET)
     await start(two, pair)
-    epoch = await say_the_same(pair, epoch, expected)
+    epoch = await say_the_same(pair, epoch, expected, ["nccl", *DYNAMIC])
     states = (await two.describe())["ranks"]
     assert [state["rank"] for state in states] == [0, 1]
     assert states[0]["num_steps"] == states[1]["num_steps"] > 0 and states[1]["memory_bytes"] > 0

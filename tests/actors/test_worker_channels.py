@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from worker_pairs import PROMPT, SECRET, Pair, fake_device, finish, host_memory_kind, make_config, transport_of
@@ -87,19 +86,19 @@ async def test_a_dead_prefill_worker_leaves_no_blocks_and_its_successor_connects
 
 @pytest.mark.parametrize("pair", ["nccl"], indirect=True)
 async def test_a_probe_that_does_not_arrive_is_no_connection(pair: Pair) -> None:
-    def wire_without_bytes() -> Any:
+    def wire_without_bytes() -> bytes:
         wire = fake_device.Wire()
         wire.faults = lambda number: False
-        name = f"broken-{len(fake_device.HostTransport.wires)}"
+        name = f"broken-{len(fake_device.HostTransport.wires)}".encode()
         fake_device.HostTransport.wires[name] = wire
         return name
 
-    make = transport_of(pair.decode).make_unique_id
-    transport_of(pair.decode).make_unique_id = wire_without_bytes
+    make = transport_of(pair.prefill).make_unique_id
+    transport_of(pair.prefill).make_unique_id = wire_without_bytes
     with pytest.raises(TransferError, match="did not get on|gave up"):
         await pair.connect(2)
     assert (await pair.prefill.heartbeat()).epochs == {}
-    transport_of(pair.decode).make_unique_id = make
+    transport_of(pair.prefill).make_unique_id = make
     await pair.connect(3)
     await finish(pair, "after", 3)
     await pair.quiet()

@@ -1,5 +1,6 @@
-"""KV between workers of one and of two ranks over cuda_ipc: real processes, on two GPUs, or four where they are there.
-Standalone: `python tests/gpu/rank_pairs.py`, with the repository's root in PYTHONPATH.
+"""KV between workers of one and of two ranks: real processes, over cuda_ipc on two GPUs, or four where they are there;
+over nccl, which takes each GPU once, as many as there are GPUs for.
+Standalone: `python tests/gpu/rank_pairs.py [KIND ...]`, with the repository's root in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from rows import Row, print_header, print_rows
@@ -22,23 +23,27 @@ from pdray.bench.transfer_ranks import receiving_peer, sending_peer
 from pdray.errors import PdrayError
 
 NUM_BLOCKS = 601
-SPEC = PoolSpec("", 8, NUM_BLOCKS, 64 * 1024, b"", kind="cuda_ipc", num_heads=RANK_HEADS)
+SPEC = PoolSpec("", 8, NUM_BLOCKS, 64 * 1024, b"", num_heads=RANK_HEADS)
+KINDS = ("cuda_ipc", "nccl")
+PAIRS = ((1, 2), (2, 1), (2, 2))
+GIVE_UP_S = 10.0
+Sizes = tuple[int, ...]
 START_TIMEOUT_S = 120.0
 SENDING_S = 60.0  # for whoever is killed in the midst of it
 RECEIVER_GPUS = 2  # the first of the receivers', where there are four
 
 
 class Ends:
-    """Senders and receivers of one rank and of two, by that number."""
+    """Senders and receivers of so many ranks, by that number. Over nccl there is one of each, on ``theirs`` GPUs."""
 
-    def __init__(self, gpus: list[str]) -> None:
-        self.spec = SPEC._replace(secret=secrets.token_bytes(32))
+    def __init__(self, gpus: list[str], theirs: list[str], kind: str, sizes: tuple[Sizes, Sizes]) -> None:
+        self.spec = SPEC._replace(secret=secrets.token_bytes(32), kind=kind)
         self.gpus = gpus
         self.epoch = 0
         self.rng = random.Random(2)
-        self.senders = {number: self.start_sender(number) for number in (1, 2)}
-        theirs = gpus[RECEIVER_GPUS:] if len(gpus) >= 2 * RECEIVER_GPUS else gpus
-        self.receivers = {number: self.start_receiver(number, theirs) for number in (1, 2)}
+        self.sizes = sizes
+        self.senders = {number: self.start_sender(number) for number in sizes[0]}
+        self.receivers = {number: self.start_receiver(number, theirs) for number in sizes[1]}
         for sender in self.senders.values():
             sender.call("describe", timeout_s=START_TIMEOUT_S)
         self.ports = {
@@ -46,12 +51,12 @@ class Ends:
         }
 
     def start_sender(self, number: int) -> PeerProcess:
-        spec = self.spec._replace(name=f"sender-{number}", num_ranks=number)
+        spec = self.spec._replace(name=f"sender-{number}", num_ranks=number, num_peer_ranks=self.sizes[1][0])
         return PeerProcess(sending_peer, spec, environment=seeing(self.gpus[:number]))
 
     def start_receiver(self, number: int, gpus: list[str]) -> PeerProcess:
         """To their senders both are one, which has been started again."""
-        spec = self.spec._replace(name="receiver", num_ranks=number)
+        spec = self.spec._replace(name="receiver", num_ranks=number, num_peer_ranks=self.sizes[0][0])
         return PeerProcess(receiving_peer, spec, environment=seeing(gpus[:number]))
 
     def connect(self, num_sources: int, num_targets: int) -> None:
@@ -81,19 +86,43 @@ class Ends:
 
 
 def seeing(gpus: list[str]) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN")}
 
 
-def check_rank_pairs() -> Iterator[Row]:
+def check_rank_pairs(kinds: Sequence[str] = KINDS) -> Iterator[Row]:
     """Every put comes with all its heads; a rank that is killed in the midst of one touches only what it was lent."""
     gpus = visible_gpus()
     if len(gpus) < 2:
-        return (yield Row("KV between ranks, cuda_ipc", "one GPU here", "-", None))
-    ends = Ends(gpus)
+        return (yield Row("KV between ranks", "one GPU here", "-", None))
+    for kind in kinds:
+        if kind == "nccl":
+            for pair in PAIRS:
+                yield from over_nccl(gpus, *pair)
+        else:
+            yield from over_cuda_ipc(gpus)
+
+
+def over_cuda_ipc(gpus: list[str]) -> Iterator[Row]:
+    theirs = gpus[RECEIVER_GPUS:] if len(gpus) >= 2 * RECEIVER_GPUS else gpus
+    ends = Ends(gpus, theirs, "cuda_ipc", ((1, 2), (1, 2)))
     try:
-        for pair in ((1, 2), (2, 1), (2, 2)):
+        for pair in PAIRS:
             yield from arrives(ends, *pair)
         yield from rank_dies(ends)
+    finally:
+        ends.stop()
+
+
+def over_nccl(gpus: list[str], num_sources: int, num_targets: int) -> Iterator[Row]:
+    """No rank shares its GPU with one that it has a communicator with."""
+    if len(gpus) < num_sources + num_targets:
+        name = f"KV of {num_sources} to {num_targets} ranks, nccl"
+        return (yield Row(name, f"{len(gpus)} GPUs here", f"{num_sources + num_targets}", None))
+    ends = Ends(gpus[: num_sources + num_targets], gpus[num_sources:], "nccl", ((num_sources,), (num_targets,)))
+    try:
+        yield from arrives(ends, num_sources, num_targets)
+        if num_sources == num_targets:
+            yield from rank_dies(ends)
     finally:
         ends.stop()
 
@@ -106,7 +135,7 @@ def arrives(ends: Ends, num_sources: int, num_targets: int) -> Iterator[Row]:
     sender = ends.senders[num_sources]
     one, rate = sender.call("send", source[:1], 0.3, 1), sender.call("send", source, 0.5, 8)
     ends.receivers[num_targets].call("holds", 0, [1], [1])  # empties the pools
-    name = f"KV of {num_sources} to {num_targets} ranks, cuda_ipc, {len(ends.gpus)} GPUs"
+    name = f"KV of {num_sources} to {num_targets} ranks, {ends.spec.kind}, {len(ends.gpus)} GPUs"
     speed = f"{rate.num_bytes / rate.seconds / 1e9:.0f} GB/s; one block {1e3 * one.latency_s:.2f} ms until usable"
     yield Row(name, f"{sum(right)} of {len(right)} puts right, {speed}", "all", all(right))
 
@@ -125,18 +154,36 @@ def rank_dies(ends: Ends) -> Iterator[Row]:
         figure = "the sender goes on"
     except PdrayError as error:
         figure = str(error)
-    right, works = receiver.call("holds", 3, source, destination), receiver.call("works")
+    works, right = receiver.call("works"), True
+    if ends.spec.kind == "cuda_ipc":
+        right = receiver.call("holds", 3, source, destination)
+        figure += f"; only its blocks changed: {right}"
+    else:  # what was granted, and did not come, is whatever lay in the slots
+        right = given_up(receiver)
+        figure += f"; given up: {right}"
+        receiver.call("holds", 3, source, destination)
     sender.stop()
     ends.senders[2] = ends.start_sender(2)
     ends.senders[2].call("describe", timeout_s=START_TIMEOUT_S)
     ends.connect(2, 2)
     again = ends.arrive(2, 2, [40])
-    figure += f"; only its blocks changed: {right}, GPU works: {works}, another one: {again[0]}"
-    yield Row("rank of a sender killed", figure, "ended, True", "ended in send" in figure and right and all(again))
+    figure += f", GPU works: {works}, another one: {again[0]}"
+    held = "ended in send" in figure and works and right and all(again)
+    yield Row(f"rank of a sender killed, {ends.spec.kind}", figure, "ended, True", held)
+
+
+def given_up(receiver: PeerProcess) -> bool:
+    """Whether no channel is open there any more, soon."""
+    deadline = time.monotonic() + GIVE_UP_S
+    while receiver.call("status")[1]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("no GPU here: nothing was checked")
     print_header()
-    sys.exit(not print_rows(check_rank_pairs()))
+    sys.exit(not print_rows(check_rank_pairs(sys.argv[1:] or KINDS)))

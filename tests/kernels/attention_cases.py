@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from pdray.kernels.attention.paged_triton import triton_paged_attention
 from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.kernels.elementwise.rms_norm_triton import triton_rms_norm
 from pdray.kernels.kv.blocks_triton import copy_pieces, triton_gather_blocks, triton_scatter_blocks
+from pdray.kernels.kv.pack import HeadRange, PackedBlocks, pack_blocks, unpack_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -202,6 +205,33 @@ def check_packing() -> None:
     assert not target.any()
 
 
+def check_packing_of_heads() -> None:
+    """Some heads of each block, by the kernel and by its reference; the others stay as they are."""
+    kv, ids = torch.randn(4, 9, 2, 16, 6, 64), torch.tensor([7, 2, 5, 1])
+    for heads in (HeadRange(0, 2), HeadRange(3, 3), HeadRange(5, 1), HeadRange(0, 6)):
+        part = kv.narrow(-2, *heads)
+        size = 2 * 2 * part[0, 0].numel()
+        for pack, unpack, device in (
+            (pack_blocks, unpack_blocks, "cpu"),
+            (partial(pack_by_kernel, scatter=False), partial(pack_by_kernel, scatter=True), DEVICE),
+        ):
+            flat, target = torch.zeros(256 + size + 256).to(device), torch.randn(4, 9, 2, 16, 6, 64).to(device)
+            packed = PackedBlocks(flat, 256, ids.to(device), 1, 2, heads)
+            pack(kv.to(device), range(1, 3), packed)
+            assert torch.equal(flat[256 : 256 + size].cpu(), part[1:3, [2, 5]].flatten()), f"packed: {heads}, {device}"
+            assert not flat[:256].any() and not flat[256 + size :].any()
+            expected = target.clone()
+            expected.narrow(-2, *heads)[2:4, [2, 5]] = part[1:3, [2, 5]].to(device)
+            unpack(target, range(2, 4), packed)
+            assert torch.equal(target, expected), f"unpacked: {heads}, {device}"
+
+
+def pack_by_kernel(kv: torch.Tensor, layers: range, packed: PackedBlocks, *, scatter: bool) -> None:
+    places: dict[str, Any] = {"first_layer": layers.start, "flat_offset": packed.offset, "first_id": packed.first_id}
+    flat, ids, heads = packed.flat, packed.ids, packed.heads
+    copy_pieces(kv, flat, ids, packed.num_blocks, len(layers), **places, heads=heads, scatter=scatter)
+
+
 CHECKS = {
     "fresh": check_fresh,
     "attention": check_all_attention,
@@ -209,6 +239,7 @@ CHECKS = {
     "norms": check_norms,
     "gather_and_scatter": check_gather_and_scatter,
     "packing": check_packing,
+    "packing of heads": check_packing_of_heads,
 }
 
 if DEVICE == "cuda" and is_available(torch.device("cuda"), torch.bfloat16):

@@ -17,15 +17,18 @@ from pdray.engine.kv.pool import KVPool
 from pdray.testing.patience import PATIENCE_S
 from pdray.transfer.channel import Put, PutResult
 from pdray.transfer.nccl.communicator import SENDER_RANK, open_communicator
+from pdray.transfer.nccl.head_split import HeadSplit
 from pdray.transfer.nccl.messages import (
     NcclMessage,
-    OpenCommunicator,
+    OpenCommunicators,
     Staged,
     decode_to_receiver,
     decode_to_sender,
     encode,
 )
+from pdray.transfer.nccl.other_sends import OtherSends
 from pdray.transfer.nccl.receiver import NcclReceiver
+from pdray.transfer.nccl.send_lane import SendLane
 from pdray.transfer.nccl.sender import NcclSender
 from pdray.transfer.nccl.staging import ID_AREA_BYTES, NUM_SLOTS, Staging
 from pdray.transfer.pending_writes import PendingWrites
@@ -103,18 +106,21 @@ class Sender:
         self.epoch += 1
         world, loop = self.world, asyncio.get_running_loop()
         await world.receiver.close_link(self.name)
-        unique_id, offered = await world.receiver.accept(self.name, self.epoch)
-        staging = Staging(KVPool.of(self.pool), self.buffer)
-        piece_bytes = min(staging.piece_bytes, offered)
-        world.receiver.on_message(self.name, self.epoch, encode(OpenCommunicator(piece_bytes)), self.take)
+        _, offered = await world.receiver.accept(self.name, self.epoch)
+        pool, unique_id = KVPool.of(self.pool), self.transport.make_unique_id()
+        self.staging = Staging(pool, self.buffer)
+        piece_bytes = min(self.staging.piece_bytes, offered)
+        opening = encode(OpenCommunicators(piece_bytes, 1, [unique_id]))
+        world.receiver.on_message(self.name, self.epoch, opening, self.take)
         communicator = await open_communicator(lambda: self.transport.connect(unique_id, SENDER_RANK))
+        new_stream = self.transport.new_stream
+        lane = SendLane(self.staging, communicator, new_stream, epoch=self.epoch, piece_bytes=piece_bytes)
         self.channel = NcclSender(
-            staging,
-            communicator,
-            self.transport.new_stream,
+            pool.layout,
+            [lane],
+            OtherSends([], 1),
             name=self.name,
             epoch=self.epoch,
-            piece_bytes=piece_bytes,
             timeout_s=self.timeout_s,
             send=lambda payload: loop.call_soon_threadsafe(self.deliver, payload),
             on_failed=self.failures.append,
@@ -159,7 +165,8 @@ class World:
         self.senders: list[Sender] = []
         self.staging = Staging(KVPool.of(self.pool), torch.zeros(STAGING_BYTES, dtype=torch.uint8))
         self.receiver = NcclReceiver(
-            self.staging,
+            [self.staging],
+            HeadSplit(False, 1, 1, BLOCK[2], self.staging.piece_bytes, []),
             self.transport,
             self.leases,
             self.writes,

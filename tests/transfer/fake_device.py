@@ -129,7 +129,7 @@ class HostCommunicator:
 class HostTransport:
     """A Transport; all of one process can reach each other."""
 
-    wires: dict[str, Wire] = {}
+    wires: dict[bytes, Wire] = {}
 
     def __init__(self, gpu: str = "host", version: str = "1") -> None:
         self.gpu = gpu
@@ -140,12 +140,12 @@ class HostTransport:
         self.most_at_once = 0  # communicators with such receives
         self._lock = threading.Lock()
 
-    def make_unique_id(self) -> str:
-        name = uuid.uuid4().hex
+    def make_unique_id(self) -> bytes:
+        name = uuid.uuid4().bytes
         self.wires[name] = Wire()
         return name
 
-    def connect(self, unique_id: str, rank: int) -> HostCommunicator:
+    def connect(self, unique_id: bytes, rank: int) -> HostCommunicator:
         wire = self.wires[unique_id]
         wire.both_here.wait(PATIENCE_S)
         self.communicators.append(HostCommunicator(wire, self._watch))

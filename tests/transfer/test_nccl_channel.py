@@ -123,7 +123,7 @@ async def test_without_a_lease_nothing_is_sent(world: Any) -> None:
     assert (await result(granted)).accepted
     assert sender.wire.num_sends == sends + 1
     assert sum(isinstance(m, RefuseTransfer) for m in sender.replies) == 2
-    await until(lambda: len(sender.channel._staging.ids) == 0)  # freed by the channel's thread, after the result
+    await until(lambda: len(sender.staging.ids) == 0)  # freed by the channel's thread, after the result
     assert not world.pool[:, 1].any()
 
 

@@ -16,7 +16,7 @@ from pdray.transfer.nccl.communicator import GuardedCommunicator, open_communica
 from pdray.transfer.nccl.messages import (
     ChannelFailed,
     GrantTransfers,
-    OpenCommunicator,
+    OpenCommunicators,
     RefuseTransfer,
     Staged,
     TransferDone,
@@ -68,7 +68,7 @@ async def test_while_others_wait_a_hanging_transfer_is_given_up_sooner(
     with pytest.raises(TransferError, match="gave up.*did not get on for 0.3 s .others waited"):
         await result(hanging)
     await until(lambda: len(lost.failures) == 1)
-    assert not world.receiver._thread.others_wait
+    assert not world.receiver._group.others_wait
 
 
 async def test_a_sender_whose_connection_is_lost_is_given_up_soonest(
@@ -137,7 +137,7 @@ async def test_messages_of_another_epoch_are_ignored(world: Any) -> None:
     sender.lease(0)
     world.receiver.on_message("a", 1, old, sender.take)
     world.receiver.on_message("nobody", 2, old, sender.take)
-    world.receiver.on_message("a", 1, encode(OpenCommunicator(1024)), sender.take)
+    world.receiver.on_message("a", 1, encode(OpenCommunicators(1024, 1, [b"?"])), sender.take)
     for message in (GrantTransfers([0]), RefuseTransfer(0), TransferDone(0, True)):
         sender.channel.on_message(1, encode(message))
     assert (await result(sender.put(0, ALL_LAYERS, [2], [2]))).accepted
@@ -146,16 +146,33 @@ async def test_messages_of_another_epoch_are_ignored(world: Any) -> None:
 
 async def test_a_wrong_probe_is_seen(world: Any) -> None:
     sender = await world.sender("a")
-    staging = sender.channel._staging
+    staging = sender.staging
     write = staging.write_probe
     staging.write_probe = lambda region, epoch: write(region, epoch + 1)
     assert not (await result(sender.channel.probe())).accepted
 
 
+@pytest.mark.parametrize(
+    ("opening", "reason"),
+    [
+        (
+            OpenCommunicators(1024, 2, [b"?"]),
+            "x has 2 ranks, where 1 are configured; start both from one configuration",
+        ),
+        (OpenCommunicators(1024, 1, [b"?"] * 3), "x names 3 communicators for 1 pairs of ranks"),
+    ],
+)
+async def test_ranks_that_were_not_expected_are_refused(world: Any, opening: Any, reason: str) -> None:
+    said: list[bytes] = []
+    await world.receiver.join("x", 1, opening, said.append)
+    assert [decode_to_sender(message) for message in said] == [ChannelFailed(reason)]
+    assert world.receiver.senders() == []
+
+
 @pytest.mark.parametrize("piece_bytes", [0, 511, 10**9])
 async def test_pieces_that_cannot_be_are_refused(world: Any, piece_bytes: int) -> None:
     said: list[bytes] = []
-    await world.receiver.join("x", 1, piece_bytes, print, said.append)
+    await world.receiver.join("x", 1, OpenCommunicators(piece_bytes, 1, [b"?"]), said.append)
     limits = f"{world.staging.bytes_per_block} to {world.staging.piece_bytes}"
     assert [decode_to_sender(message) for message in said] == [
         ChannelFailed(f"x sends pieces of {piece_bytes} bytes; here they have {limits}")
@@ -229,13 +246,15 @@ async def test_an_init_that_fails_or_hangs() -> None:
     await until(lambda: late.num_aborts == 1)
 
 
-async def test_a_receiver_that_cannot_join_says_so(world: Any) -> None:
+async def test_a_receiver_that_cannot_join_says_so(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[bytes] = []
 
-    def fails() -> Any:
+    def fails(unique_id: bytes, rank: int) -> Any:
         raise RuntimeError("no network")
 
-    await world.receiver.join("x", 1, 1024, fails, said.append)
+    monkeypatch.setattr(world.transport, "connect", fails)
+    opening = OpenCommunicators(1024, 1, [b"?"])
+    await world.receiver.join("x", 1, opening, said.append)
     assert len(said) == 1 and "no network" in decode_to_sender(said[0]).reason
-    await world.receiver.join("x", 2, 1024, fails, said.append)
+    await world.receiver.join("x", 2, opening, said.append)
     assert len(said) == 2

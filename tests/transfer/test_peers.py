@@ -102,13 +102,16 @@ def test_ranks_have_gpus_of_their_own_where_there_are_enough() -> None:
     assert seen == [["a,b", "a,b"], ["a,b", "c,d"]]
     with pytest.raises(ConfigError, match="--ranks is 1 4, but there are 2 GPUs"):
         peer_environments(["a", "b"], (1, 4))
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in peer_environments(list("abc"), (1, 2), "nccl")] == ["a", "b,c"]
+    with pytest.raises(ConfigError, match="--ranks is 2 2, but there are 3 GPUs; nccl needs 4"):
+        peer_environments(list("abc"), (2, 2), "nccl")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--ranks 3 1", "--ranks is 3 1, but a block has 8 heads"),
-        ("--ranks 2 1 --channel nccl", "goes with --channel cuda_ipc"),
+        ("--ranks 2 1 --channel nccl --device cpu", "--ranks needs GPUs"),
         ("--ranks 2 1 --kill-sender", "without --kill-sender"),
         ("--ranks 2 1 --device cpu", "--ranks needs GPUs"),
         ("--ranks 0 1", "--ranks, .* must be at least 1"),

@@ -19,7 +19,7 @@ from pdray.wire.cluster_view import WorkerInfo
 
 def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "", **channels: dict[str, str]) -> WorkerInfo:
     device = "cuda" if gpu else "cpu"
-    facts = {"gpu": gpu, "version": nccl, "host": host} if gpu else {}
+    facts = {"gpu": gpu, "version": nccl, "host": host, "kv_heads": "4", "peer_ranks": "1"} if gpu else {}
     return WorkerInfo(name, "1", "both", "", 0, 0, "", device, "f", 1, 16, 64, 8, 64, {"nccl": facts} | channels)
 
 
@@ -28,22 +28,47 @@ def lender(name: str, gpu: str, peers: str = "", machine: str = "here") -> Worke
     return worker(name, gpu, cuda_ipc={"gpu": gpu, "host": machine, "peers": peers, "kv_heads": "4"})
 
 
+def ranked(info: WorkerInfo, num_peer_ranks: int) -> WorkerInfo:
+    """The same, of as many ranks as it has GPUs."""
+    facts = info.channels["nccl"] | {"peer_ranks": str(num_peer_ranks)}
+    num_ranks = len(facts["gpu"].split(","))
+    return msgspec.structs.replace(info, channels=info.channels | {"nccl": facts}, num_ranks=num_ranks)
+
+
 def test_workers_of_several_ranks_are_joined_by_what_knows_of_ranks() -> None:
     """Also where only one of the two has several; what was asked for and cannot be is named."""
-    one = lender("p", "A", "B,C")
-    two = msgspec.structs.replace(lender("d", "B,C", "A;A"), num_ranks=2)
-    far = msgspec.structs.replace(lender("d", "B,C", "A;A", machine="there"), num_ranks=2)
-    for prefill, decode in ((one, two), (two, one), (two, two)):
+    for sources, targets in (("A", "B,C"), ("B,C", "A"), ("B,C", "B,C")):
+        numbers = len(sources.split(",")), len(targets.split(","))
+        reach = ";".join([targets] * numbers[0])
+        prefill, decode = ranked(lender("p", sources, reach), numbers[1]), ranked(lender("d", targets), numbers[0])
         choice = choose_kind("auto", prefill, decode)
         assert choice.kind == choose_kind("cuda_ipc", prefill, decode).kind == "cuda_ipc"
         assert set(choice.passed_over) == {"shared"}
-        choice = choose_kind("auto", prefill, far)
-        assert choice.kind == "object_store" and set(choice.passed_over) == {"shared", "cuda_ipc", "nccl"}
-        reason = r"[pd] has 2 ranks, and nccl joins workers of one"
-        assert re.fullmatch(reason, choice.passed_over["nccl"])
+        reason = r"[pd] has 2 ranks, and shared joins workers of one"
+        assert re.fullmatch(reason, choice.passed_over["shared"])
         with pytest.raises(ConfigError, match=reason):
-            choose_kind("nccl", prefill, decode)
-    assert allowed_kinds("auto", has_ranks=True) == ["cuda_ipc", "object_store"]
+            choose_kind("shared", prefill, decode)
+        far = ranked(lender("d", ",".join("DEF"[: numbers[1]]), machine="there"), numbers[0])
+        choice = choose_kind("auto", prefill, far)
+        assert choice.kind == choose_kind("nccl", prefill, far).kind == "nccl"
+        assert set(choice.passed_over) == {"shared", "cuda_ipc"}
+        other = ranked(far, 3)
+        choice = choose_kind("auto", prefill, other)
+        assert choice.kind == "object_store" and set(choice.passed_over) == {"shared", "cuda_ipc", "nccl"}
+        reason = f"d has staging for peers of 3 ranks, and p has {numbers[0]}"
+        assert choice.passed_over["nccl"] == reason
+        with pytest.raises(ConfigError, match=reason):
+            choose_kind("nccl", prefill, other)
+    assert allowed_kinds("auto", has_ranks=True) == ["cuda_ipc", "nccl", "object_store"]
+
+
+def test_nccl_takes_each_gpu_once_where_heads_go_from_one_rank_to_another() -> None:
+    """Ranks that have nothing to send to each other may share one."""
+    crossed, same = worker("d", "B,A"), worker("d", "A,C")
+    assert choose_kind("nccl", ranked(worker("p", "A,B"), 2), ranked(crossed, 2)).kind == "nccl"
+    for gpus in ("A,B", "A,B,C,D"):
+        with pytest.raises(ConfigError, match="p and d share A, and NCCL takes a GPU only once"):
+            choose_kind("nccl", ranked(worker("p", gpus), 2), ranked(same, len(gpus.split(","))))
 
 
 OWN = {"shared": "p has memory of its own (it is no guest)"}

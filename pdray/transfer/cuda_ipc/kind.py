@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 
+from pdray.background import BackgroundTasks
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import describe_error
 from pdray.kernels.kv.peer_write import PeerBlocks, write_peer_blocks
@@ -23,7 +24,7 @@ from pdray.transfer.cuda_ipc.transport import CudaTransport, Transport, has_cupy
 from pdray.transfer.cuda_ipc.unmapped import UnmappedSender
 from pdray.transfer.cuda_ipc.writer import PoolWriter, write_probe
 from pdray.transfer.pending_writes import PendingWrites
-from pdray.transfer.routes import head_routes
+from pdray.transfer.routes import check_fit, head_routes
 from pdray.wire.cluster_view import WorkerInfo
 
 
@@ -48,6 +49,7 @@ class CudaIpcKind(Kind):
         self._gpus = [] if transport is None else [GpuFacts(transport.gpu, transport.host, transport.peers)]  # by rank
         self._num_kv_heads = 0  # of the model; 0 before the pool is there
         self._next_link = 0
+        self._tasks = BackgroundTasks(site.on_fatal)
         self._part: RankPart | None = None
 
     @property
@@ -125,6 +127,7 @@ class CudaIpcKind(Kind):
     async def open(self, link: Link, offer: Offer) -> CudaIpcSender | UnmappedSender:
         """See Kind. Maps the decode worker's pool, in each rank those of its ranks that it writes to."""
         timeout_s = self._site.config.worker_timeout_s
+        check_fit(self._num_kv_heads, len(offer.handles), link.peer)
         own, *others_targets = targets_of(self._num_kv_heads, len(self._gpus), offer)
         others, used = self._other_writers(others_targets)
         try:
@@ -139,14 +142,22 @@ class CudaIpcKind(Kind):
     ) -> PoolWriter:
         transport = self._transport
         assert transport is not None
-        writer = await asyncio.to_thread(PoolWriter, self._pool, transport, self._ids_of(peer), own)
+        mapping = asyncio.ensure_future(asyncio.to_thread(PoolWriter, self._pool, transport, self._ids_of(peer), own))
         try:
+            writer = await asyncio.shield(mapping)
             await others.open(peer, others_targets)
-        except BaseException:
-            await asyncio.to_thread(others.close)
-            await asyncio.to_thread(writer.close, peer)
+        except BaseException:  # also cancelled: the thread maps on
+            await asyncio.shield(self._tasks.spawn(self._take_back(mapping, others, peer)))
             raise
         return writer
+
+    @staticmethod
+    async def _take_back(mapping: asyncio.Future[PoolWriter], others: OtherWriters, peer: str) -> None:
+        """Unmap what was mapped, and what is being mapped."""
+        await asyncio.wait([mapping])
+        await asyncio.to_thread(others.close)
+        if mapping.exception() is None:
+            await asyncio.to_thread(mapping.result().close, peer)
 
     def _other_writers(self, targets: list[list[Target]]) -> tuple[OtherWriters, list[list[Target]]]:
         """Those of the other ranks that have anything to write, and what."""

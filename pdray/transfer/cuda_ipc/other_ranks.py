@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from pdray.errors import RankDiedError, TransferError
+from pdray.transfer.asking import answers_of, wait_until_ended
 from pdray.transfer.channel import OtherRank
 from pdray.transfer.cuda_ipc.rank_orders import CloseLink, OpenLink, RankOrder, WriteBlocks, WriteProbe, encode
 from pdray.transfer.cuda_ipc.targets import Target
 from pdray.transfer.cuda_ipc.writer import pack_ids
-from pdray.transfer.streams import DRAIN_TIMEOUT_S, Event
+from pdray.transfer.streams import Event
 
 KIND = "cuda_ipc"
 
@@ -21,20 +20,6 @@ def ask_all(ranks: list[OtherRank], order: RankOrder) -> list[Future[bytes]]:
     """Have all of them carry it out."""
     payload = encode(order)
     return [rank.ask(KIND, payload) for rank in ranks]
-
-
-async def answers_of(futures: list[Future[bytes]]) -> list[bytes]:
-    """What they answer, in order; waits for all of them.
-
-    Raises:
-        RankDiedError, TransferError: one could not.
-    """
-    waiting = (asyncio.wrap_future(future) for future in futures)
-    answers = await asyncio.gather(*waiting, return_exceptions=True)
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-    return [answer for answer in answers if isinstance(answer, bytes)]
 
 
 class RankWrites:
@@ -127,11 +112,4 @@ class OtherWriters(NamedTuple):
         Raises:
             TransferError: one does not end.
         """
-        for future in ask_all(self.ranks, CloseLink(self.link)):
-            try:
-                future.result(DRAIN_TIMEOUT_S + 1.0)
-            except RankDiedError:
-                continue
-            except TimeoutError:
-                text = f"a rank has not ended its writes {DRAIN_TIMEOUT_S:g} s after they were to end"
-                raise TransferError(text) from None
+        wait_until_ended(ask_all(self.ranks, CloseLink(self.link)))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pdray.background import BackgroundTasks
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
+from pdray.transfer.asking import answers_of
 from pdray.transfer.channel import OtherRank, Receiver, Sink
 from pdray.transfer.cuda_ipc.messages import (
     NUM_PROBES,
@@ -35,7 +36,7 @@ from pdray.transfer.cuda_ipc.messages import (
     encode,
     probe_pattern,
 )
-from pdray.transfer.cuda_ipc.other_ranks import answers_of, ask_all
+from pdray.transfer.cuda_ipc.other_ranks import ask_all
 from pdray.transfer.cuda_ipc.probes import Probes
 from pdray.transfer.cuda_ipc.rank_orders import LendPool, ReadProbe
 from pdray.transfer.cuda_ipc.transport import Transport

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pdray.background import start_thread
@@ -120,6 +121,54 @@ class GuardedCommunicator:
         self._aborted.wait()
 
 
+def run_all(calls: Sequence[Callable[[], object]]) -> None:
+    """Call all of these at once, each of which may take half a second. Returns when they have returned.
+
+    Raises:
+        Exception: what the first of them has raised.
+    """
+    if len(calls) == 1:
+        calls[0]()
+    elif calls:
+        with ThreadPoolExecutor(len(calls), thread_name_prefix="nccl-all") as pool:
+            running = [pool.submit(call) for call in calls]
+        for each in running:
+            each.result()
+
+
+async def open_communicators(
+    connects: Sequence[Callable[[], Communicator]], *, on_stuck: Callable[[str], None] | None = None
+) -> list[GuardedCommunicator]:
+    """All of them, or none; see open_communicator().
+
+    Raises:
+        TransferError: one of them failed. Returns only when none is still being opened, unless it is cancelled.
+    """
+    opening = [asyncio.ensure_future(open_communicator(connect, on_stuck=on_stuck)) for connect in connects]
+    try:
+        opened = await asyncio.gather(*opening, return_exceptions=True)
+    except BaseException:  # cancelled, and so is what is being opened
+        close_soon([each.result() for each in opening if has_opened(each)])
+        raise
+    communicators = [each for each in opened if isinstance(each, GuardedCommunicator)]
+    for each in opened:
+        if isinstance(each, BaseException):
+            close_soon(communicators)
+            raise each
+    return communicators
+
+
+def has_opened(opening: asyncio.Future[Any]) -> bool:
+    """Whether there is something that is to be closed."""
+    return opening.done() and not opening.cancelled() and opening.exception() is None
+
+
+def close_soon(communicators: list[GuardedCommunicator]) -> None:
+    """On threads of their own; from any thread."""
+    for each in communicators:
+        start_thread("nccl-late", each.close, _late_close_failed)
+
+
 async def open_communicator(
     connect: Callable[[], Communicator],
     *,
@@ -141,7 +190,7 @@ async def open_communicator(
     def settle(communicator: GuardedCommunicator | None, error: BaseException | None) -> None:
         if done.done():  # nobody waits any more
             if communicator is not None:
-                start_thread("nccl-late", communicator.close, _late_close_failed)
+                close_soon([communicator])
         elif communicator is not None:
             done.set_result(communicator)
         else:
@@ -159,7 +208,7 @@ async def open_communicator(
             return await done
     except TimeoutError:
         text = f"NCCL's init has not returned after {timeout_s:g} s"
-        (on_stuck or _end_process)(text)
+        (on_stuck or end_process)(text)
         raise TransferError(text) from None
 
 
@@ -167,6 +216,7 @@ def _late_close_failed(error: BaseException) -> None:
     logger.error("a communicator that came too late could not be closed", exc_info=error)
 
 
-def _end_process(reason: str) -> None:
+def end_process(reason: str) -> None:
+    """What becomes of a process that NCCL does not let go of."""
     logger.critical("%s: this process ends, and the Coordinator starts another", reason)
     os._exit(1)

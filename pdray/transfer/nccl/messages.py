@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import msgspec
 
+UniqueId = bytes | tuple[int, ...]  # of a communicator, as cupy has it
+
 
 class NcclMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of every message."""
 
 
-class OpenCommunicator(NcclMessage, frozen=True):
-    """The sender enters the init of the communicator that was offered for this epoch; so should the receiver.
+class OpenCommunicators(NcclMessage, frozen=True):
+    """The sender's ranks enter the inits of these communicators; so should the receiver's.
 
     Attributes:
-        piece_bytes: of the pieces that both cut puts into: the largest that fit the slots of both.
+        piece_bytes: of the pieces that all cut puts into: the largest that fit the slots of all of them.
+        num_ranks: of the sender.
+        unique_ids: of the communicator of each route (head_routes()), in their order.
     """
 
     piece_bytes: int
+    num_ranks: int
+    unique_ids: list[UniqueId]
 
 
 class Staged(NcclMessage, frozen=True):
@@ -65,7 +71,7 @@ class ChannelFailed(NcclMessage, frozen=True):
     reason: str
 
 
-ToReceiver = OpenCommunicator | Staged
+ToReceiver = OpenCommunicators | Staged
 ToSender = GrantTransfers | RefuseTransfer | TransferDone | ChannelFailed
 
 encode = msgspec.msgpack.Encoder().encode

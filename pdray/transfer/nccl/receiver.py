@@ -4,7 +4,7 @@ Senders say what is ready; the receiver grants one sender's puts at a time, post
 turns to another sender when it has them. So no device ever holds two receives that wait for different senders, and
 whatever is posted has its data on the way: nothing can wait in a circle, however many pairs share a GPU.
 
-This class belongs to the event loop's thread, where the leases are; the device belongs to a ReceiveThread. A put is
+This class belongs to the event loop's thread, where the leases are; devices belong to a ReceiveGroup. A put is
 checked against its lease when it is granted, and the lease's blocks are held (PendingWrites) from then until nothing of
 the put is written any more; whether it counts is asked again at its end.
 """
@@ -19,21 +19,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from pdray.background import BackgroundTasks
-from pdray.errors import TransferError
+from pdray.errors import RankDiedError, TransferError
 from pdray.transfer.channel import Receiver, Sink
-from pdray.transfer.nccl.communicator import RECEIVER_RANK, Communicator, Transport, open_communicator
+from pdray.transfer.nccl.communicator import Transport
+from pdray.transfer.nccl.head_split import HeadSplit
 from pdray.transfer.nccl.messages import (
     ChannelFailed,
     GrantTransfers,
     NcclMessage,
-    OpenCommunicator,
+    OpenCommunicators,
     RefuseTransfer,
     Staged,
     TransferDone,
     decode_to_receiver,
     encode,
 )
-from pdray.transfer.nccl.receive_thread import Link, ReceiveThread, Transfer
+from pdray.transfer.nccl.receive_group import Link, ReceiveGroup, Transfer
 from pdray.transfer.nccl.staging import Staging
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.message import LegKey
@@ -43,11 +44,10 @@ GRANT_BYTES = 256 << 20  # about as many are granted to one sender while another
 
 @dataclass(eq=False, slots=True)
 class _Sender:
-    """A prefill worker in one epoch: its pieces (see OpenCommunicator), and its link once its communicator is there."""
+    """A prefill worker in one epoch, and its link once its communicators are there."""
 
     worker_id: str
     epoch: int
-    piece_bytes: int
     send_bytes: Callable[[bytes], None]
     link: Link | None = None
     waiting: deque[Staged] = field(default_factory=deque)
@@ -60,10 +60,10 @@ class Offer(NamedTuple):
     """The data with which a sender opens a channel.
 
     Attributes:
-        unique_id: of the communicator; opaque. piece_bytes: the largest that fits a slot of the receiver's staging.
+        num_ranks: of the receiver. piece_bytes: the largest that fits a slot of each of their stagings.
     """
 
-    unique_id: Any
+    num_ranks: int
     piece_bytes: int
 
 
@@ -71,21 +71,20 @@ class NcclReceiver(Receiver):
     """See the module.
 
     Args:
-        staging: this receiver's alone.
+        stagings: this receiver's alone: one for each lane of this process.
+        split: how the heads are divided, at both ends.
         sink: asked before a put is granted, and told when it has arrived.
         writes: is told of each put from its grant to its end.
         timeout_s: a granted transfer that does not get on for so long ends its channel.
-        on_fatal: called if the device cannot be relied on any more.
-
-    Attributes:
-        piece_bytes: for the offer to senders.
+        on_fatal: called if a device cannot be relied on any more.
     """
 
     kind = "nccl"
 
     def __init__(
         self,
-        staging: Staging,
+        stagings: list[Staging],
+        split: HeadSplit,
         transport: Transport,
         sink: Sink,
         writes: PendingWrites,
@@ -94,33 +93,24 @@ class NcclReceiver(Receiver):
         timeout_s: float,
         on_fatal: Callable[[BaseException], None],
     ) -> None:
-        self.piece_bytes = staging.piece_bytes
-        self._staging = staging
-        self._transport = transport
+        self._least_bytes = max(staging.bytes_per_block for staging in stagings)
+        self._layer_block_bytes = sum(staging.bytes_per_block for staging in stagings)  # of this rank
+        self._split = split
         self._sink = sink
         self._writes = writes
         self._on_fatal = on_fatal
         self._tasks = BackgroundTasks(on_fatal)
-        self._offered: dict[str, tuple[int, Any]] = {}  # epoch and communicator's id, by prefill worker
+        self._offered: dict[str, int] = {}  # epoch, by prefill worker
         self._senders: dict[str, _Sender] = {}
         self._turns: deque[str] = deque()  # worker ids; whose turn is next stands first
         self._granted: Link | None = None
         self._num_grants = 0  # of that link that have not ended
-        loop = asyncio.get_running_loop()
-        self._thread = ReceiveThread(
-            staging,
-            transport.new_stream(),
-            self,
-            name=name,
-            timeout_s=timeout_s,
-            call_soon=lambda call: _call_soon(loop, call),
-        )
+        self._group = ReceiveGroup(stagings, transport, split.others, self, name=name, timeout_s=timeout_s)
 
     async def accept(self, worker_id: str, epoch: int) -> Offer:
         """See Receiver."""
-        unique_id = await asyncio.to_thread(self._transport.make_unique_id)
-        self._offered[worker_id] = (epoch, unique_id)
-        return Offer(unique_id, self.piece_bytes)
+        self._offered[worker_id] = epoch
+        return Offer(self._split.num_ranks, self._split.piece_bytes)
 
     def on_message(self, worker_id: str, epoch: int, payload: bytes, send: Callable[[bytes], None]) -> None:
         """See Receiver. What belongs to another epoch is ignored.
@@ -129,11 +119,9 @@ class NcclReceiver(Receiver):
             msgspec.DecodeError: the bytes are no message.
         """
         match decode_to_receiver(payload):
-            case OpenCommunicator(piece_bytes):
-                offered, unique_id = self._offered.pop(worker_id, (None, None))
-                if offered == epoch:
-                    connect = partial(self._transport.connect, unique_id, RECEIVER_RANK)
-                    self._tasks.spawn(self.join(worker_id, epoch, piece_bytes, connect, send))
+            case OpenCommunicators() as message:
+                if self._offered.pop(worker_id, None) == epoch:
+                    self._tasks.spawn(self.join(worker_id, epoch, message, send))
             case staged:
                 sender = self._senders.get(worker_id)
                 if sender is not None and sender.epoch == epoch:
@@ -144,41 +132,52 @@ class NcclReceiver(Receiver):
         self,
         worker_id: str,
         epoch: int,
-        piece_bytes: int,
-        connect: Callable[[], Communicator],
+        message: OpenCommunicators,
         send: Callable[[bytes], None],
         *,
         on_stuck: Callable[[str], None] | None = None,
     ) -> None:
-        """Enter the communicator of a sender's new epoch, and serve it. Its older one must have been closed.
+        """Enter the communicators of a sender's new epoch, and serve it. Its older one must have been closed.
 
         If that fails the sender is told (ChannelFailed).
 
         Args:
-            piece_bytes: see OpenCommunicator.
-            connect, on_stuck: see open_communicator(). send: hands the sender a message; does nothing once it is gone.
+            on_stuck: see open_communicator(). send: hands the sender a message; does nothing once it is gone.
         """
         assert worker_id not in self._senders, worker_id
-        sender = _Sender(worker_id, epoch, piece_bytes, send)
-        if not self._staging.bytes_per_block <= piece_bytes <= self.piece_bytes:
-            limits = f"{self._staging.bytes_per_block} to {self.piece_bytes}"
-            sender.send(ChannelFailed(f"{worker_id} sends pieces of {piece_bytes} bytes; here they have {limits}"))
+        sender = _Sender(worker_id, epoch, send)
+        if (reason := self._obstacle(worker_id, message)) is not None:
+            sender.send(ChannelFailed(reason))
             return
         self._senders[worker_id] = sender
         self._turns.append(worker_id)
+        unique_ids = self._split.by_rank(message.unique_ids)
+        is_connected = partial(self._sink.is_connected, worker_id)
         try:
-            communicator = await open_communicator(connect, on_stuck=on_stuck)
-        except TransferError as error:
+            link = await self._group.open(worker_id, epoch, message.piece_bytes, unique_ids, is_connected, on_stuck)
+        except (TransferError, RankDiedError) as error:
             if self._is_current(sender):
                 self._forget(sender)
                 sender.send(ChannelFailed(str(error)))
             return
         if not self._is_current(sender):
-            await asyncio.to_thread(communicator.close)
+            await asyncio.to_thread(self._group.give_up, link, "closed")
             return
-        is_connected = partial(self._sink.is_connected, worker_id)
-        sender.link = Link(worker_id, epoch, communicator, self._transport.new_stream(), is_connected)
+        sender.link = link
         self._grant_next()
+
+    def _obstacle(self, worker_id: str, message: OpenCommunicators) -> str | None:
+        """Why what a sender says cannot be; None: it can."""
+        least, most = self._least_bytes, self._split.piece_bytes
+        if not least <= message.piece_bytes <= most:
+            return f"{worker_id} sends pieces of {message.piece_bytes} bytes; here they have {least} to {most}"
+        if message.num_ranks != self._split.num_peer_ranks:
+            return (
+                f"{worker_id} has {message.num_ranks} ranks, where {self._split.num_peer_ranks} are configured; start "
+                "both from one configuration"
+            )
+        number, routes = len(message.unique_ids), len(self._split.routes)
+        return None if number == routes else f"{worker_id} names {number} communicators for {routes} pairs of ranks"
 
     def close_link(self, worker_id: str) -> Coroutine[Any, Any, None]:
         """See Receiver."""
@@ -189,7 +188,7 @@ class NcclReceiver(Receiver):
 
     async def _end_link(self, link: Link | None) -> None:
         if link is not None:
-            await asyncio.to_thread(self._thread.give_up, link, "closed")
+            await asyncio.to_thread(self._group.give_up, link, "closed")
         await self._writes.settle()
 
     def senders(self) -> list[str]:
@@ -201,14 +200,14 @@ class NcclReceiver(Receiver):
         await self._tasks.stop()
         for worker_id in list(self._senders):
             await self.close_link(worker_id)
-        await asyncio.to_thread(self._thread.stop)
+        await self._group.stop()
 
     # grants
 
     def _grant_next(self) -> None:
         """Grant the puts of the sender whose turn it is, or more of the one that has its turn while no other waits."""
         self._grant_to_next()
-        self._thread.others_wait = self._others_wait()
+        self._group.others_wait = self._others_wait()
 
     def _grant_to_next(self) -> None:
         for _ in range(len(self._turns)):
@@ -218,9 +217,9 @@ class NcclReceiver(Receiver):
             self._turns.rotate(-1)
             transfers = self._take_waiting(sender)
             if transfers:
-                self._granted = sender.link
+                self._granted = link = transfers[0].link
                 self._num_grants += 1
-                self._thread.receive(transfers)
+                self._group.receive(link, transfers)
                 sender.send(GrantTransfers([transfer.seq for transfer in transfers]))
                 return
 
@@ -249,8 +248,7 @@ class NcclReceiver(Receiver):
                     sender.send(RefuseTransfer(staged.seq))
                     continue
                 transfer.blocks = blocks
-                transfer.spans = self._staging.split(transfer.layers, len(blocks), sender.piece_bytes)
-                room -= len(transfer.layers) * len(blocks) * self._staging.bytes_per_block
+                room -= len(transfer.layers) * len(blocks) * self._layer_block_bytes
                 self._writes.begin(transfer.key)
             transfers.append(transfer)
         return transfers
@@ -259,12 +257,12 @@ class NcclReceiver(Receiver):
         link = transfer.link
         return self._sink.resolve(transfer.key, link.name, link.epoch, transfer.layers, transfer.positions)
 
-    # what the thread tells
+    # what the group tells
 
     def transfer_ended(self, transfer: Transfer) -> None:
-        """See ReceiveEvents."""
+        """See GroupEvents."""
         link, counts = transfer.link, transfer.arrived
-        if transfer.spans:
+        if transfer.blocks:
             counts = counts and self._sink.put_received(transfer.key, link.name, link.epoch)
             self._writes.end(transfer.key)
         sender = self._senders.get(link.name)
@@ -272,19 +270,21 @@ class NcclReceiver(Receiver):
             sender.send(TransferDone(transfer.seq, counts))
 
     def grant_ended(self) -> None:
-        """See ReceiveEvents."""
+        """See GroupEvents."""
         self._num_grants -= 1
         if not self._num_grants:
             self._granted = None
         self._grant_next()
 
     def link_failed(self, link: Link, reason: str) -> None:
+        """See GroupEvents."""
         sender = self._senders.get(link.name)
         if sender is not None and sender.link is link:
             self._forget(sender)
             sender.send(ChannelFailed(reason))
 
     def failed(self, error: BaseException) -> None:
+        """See GroupEvents."""
         self._on_fatal(error)
         self._writes.abandon()
 
@@ -294,9 +294,3 @@ class NcclReceiver(Receiver):
     def _forget(self, sender: _Sender) -> None:
         del self._senders[sender.worker_id]
         self._turns.remove(sender.worker_id)
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Call on the event loop; ignored where the loop is closed, because its worker has ended."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(call)

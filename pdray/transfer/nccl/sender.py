@@ -1,27 +1,29 @@
 """The prefill worker's half of the nccl channel.
 
 As soon as a put's KV is final the receiver is told (Staged), and once it has granted the put everything is enqueued at
-once: its pieces are packed into slots of the staging on one stream and sent on another, each slot again as soon as the
-device has sent what it held. Puts are told, granted and sent in the order in which they were made.
+once, in each of the sender's lanes (see SendLane): one, where both workers have one rank. Other ranks send theirs when
+this one, rank 0, asks them. Puts are told, granted and sent in the order in which they were made.
 
 Threads: put() and on_message() belong to the event loop; one thread does everything on the device; a watchdog aborts
-the communicator when a transfer does not get on. Nothing waits for a peer on the compute stream, or on the host.
+the communicators when a transfer does not get on. Nothing waits for a peer on the compute stream, or on the host.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 
+from pdray.engine.kv.layout import KVLayout
 from pdray.errors import TransferError
+from pdray.transfer.asking import wait_until_ended
 from pdray.transfer.channel import Put, PutResult, Sender
-from pdray.transfer.nccl.communicator import GuardedCommunicator
+from pdray.transfer.nccl.communicator import run_all
 from pdray.transfer.nccl.messages import (
     ChannelFailed,
     GrantTransfers,
@@ -31,11 +33,12 @@ from pdray.transfer.nccl.messages import (
     decode_to_sender,
     encode,
 )
-from pdray.transfer.nccl.staging import PROBE_BYTES, Staging
+from pdray.transfer.nccl.other_sends import OtherSends
+from pdray.transfer.nccl.send_lane import SendLane
 from pdray.transfer.nccl.threads import PollingThread, Watchdog
-from pdray.transfer.ring import Region
-from pdray.transfer.streams import Event, Stream, drain
 from pdray.wire.message import LegKey
+
+logger = logging.getLogger(__name__)
 
 GRANT_TIMEOUT_FACTOR = 4  # a receiver may have to give others up before it comes to a put
 NO_PUT = Put(("", 0), range(0), [], 0)  # what a probe says that it is
@@ -46,14 +49,13 @@ class Outgoing:
     """A put from put() until its future is done; put is None for a probe.
 
     Attributes:
-        num_bytes: set when it is sent. told_at: when the receiver was told.
+        told_at: when the receiver was told.
     """
 
     seq: int
     put: Put | None
     future: Future[PutResult]
     started: float
-    num_bytes: int = 0
     told_at: float = 0.0
 
     @property
@@ -63,12 +65,12 @@ class Outgoing:
 
 
 class NcclSender(Sender):
-    """A Sender over a communicator. See the module.
+    """A Sender over communicators. See the module.
 
     Args:
-        staging: this channel's alone until close() has returned.
-        new_stream: makes one; twice.
-        piece_bytes: as the receiver was told (OpenCommunicator): both sides cut puts alike.
+        layout: of the blocks that are put, with the heads of all ranks.
+        lanes: of this process, this channel's alone until close() has returned.
+        others: other ranks that send, once they are connected.
         timeout_s: a granted transfer that does not get on for so long fails the channel.
         send: hands the receiver a message; called from the channel's thread.
         on_failed: called once, from any thread, when the channel has failed by itself; its owner then closes it.
@@ -78,24 +80,21 @@ class NcclSender(Sender):
 
     def __init__(
         self,
-        staging: Staging,
-        communicator: GuardedCommunicator,
-        new_stream: Callable[[], Stream],
+        layout: KVLayout,
+        lanes: list[SendLane],
+        others: OtherSends,
         *,
         name: str,
         epoch: int,
-        piece_bytes: int,
         timeout_s: float,
         send: Callable[[bytes], None],
         on_failed: Callable[[str], None],
     ) -> None:
-        assert piece_bytes <= staging.piece_bytes
         self.epoch = epoch
+        self._layout = layout
         self._name = name
-        self._staging = staging
-        self._communicator = communicator
-        self._pack_stream, self._send_stream = new_stream(), new_stream()
-        self._piece_bytes = piece_bytes
+        self._lanes = lanes
+        self._others = others
         self._timeout_s = timeout_s
         self._send = send
         self._on_failed = on_failed
@@ -108,10 +107,8 @@ class NcclSender(Sender):
         # the channel's thread only
         self._to_tell: deque[Outgoing] = deque()  # not final yet
         self._told: dict[int, Outgoing] = {}  # not answered yet
-        self._granted: deque[Outgoing] = deque()
-        self._work: Iterator[None] | None = None  # enqueues what is granted
-        self._sending: deque[tuple[Event, Region | None]] = deque()  # by piece; ids that nothing needs after it
         self._undone: set[int] = set()  # granted, and not said to have arrived
+        self._asked = 0  # sends of other ranks that have not ended; each rank watches its own
         self._progress_at = 0.0
 
         self._thread = PollingThread(f"nccl-send-{name}-{epoch}", self._poll, self._thread_failed)
@@ -159,7 +156,7 @@ class NcclSender(Sender):
         match message:
             case GrantTransfers():
                 for seq in message.seqs:
-                    self._granted.append(self._told.pop(seq))
+                    self._send_granted(self._told.pop(seq))
                     self._undone.add(seq)
                 self._progress_at = time.monotonic()
             case RefuseTransfer():
@@ -175,21 +172,25 @@ class NcclSender(Sender):
                     self._settle(outgoing, message.written)
 
     def _poll(self) -> bool:
-        while self._sending and self._sending[0][0].query():
-            _, ids = self._sending.popleft()
-            if ids is not None:
-                self._staging.ids.free(ids)
+        got_on = [lane.poll() for lane in self._lanes]
+        if any(got_on):
             self._progress_at = time.monotonic()
         while self._to_tell and self._to_tell[0].is_final:
             self._tell(self._to_tell.popleft())
         self._watchdog.set(self._deadline())  # a send can hang
-        self._send_granted()
+        for lane in self._lanes:
+            lane.start()
         self._watchdog.set(self._deadline())
-        return bool(self._to_tell or self._sending)
+        return bool(self._to_tell) or self._is_sending
+
+    @property
+    def _is_sending(self) -> bool:
+        return any(lane.is_busy for lane in self._lanes)
 
     def _deadline(self) -> float | None:
         if self._undone:
-            return self._progress_at + self._timeout_s
+            waits_for_others = self._asked and not self._is_sending
+            return None if waits_for_others else self._progress_at + self._timeout_s
         if self._told:
             first = next(iter(self._told.values()))
             return max(first.told_at, self._progress_at) + GRANT_TIMEOUT_FACTOR * self._timeout_s
@@ -204,84 +205,79 @@ class NcclSender(Sender):
         where = layers.start, layers.stop, put.first_position, len(put.source_blocks)
         self._send(encode(Staged(outgoing.seq, *key, *where)))
 
-    def _send_granted(self) -> None:
-        """Enqueue all that was granted, or as much as there is room for block ids."""
-        while self._work is not None or self._granted:
-            if self._work is None:
-                outgoing = self._granted.popleft()
-                self._work = self._send_probe() if outgoing.put is None else self._send_put(outgoing, outgoing.put)
-            if next(self._work, self) is not self:
-                return
-            self._work = None
+    def _send_granted(self, outgoing: Outgoing) -> None:
+        put = outgoing.put or NO_PUT
+        for lane in self._lanes:
+            lane.send(put.layers, put.source_blocks)
+        for future in self._others.send(put.layers, put.source_blocks):
+            self._asked += 1
+            future.add_done_callback(lambda done: self._thread.post(lambda: self._rank_sent(done)))
 
-    def _send_put(self, outgoing: Outgoing, put: Put) -> Iterator[None]:
-        """Yields while there is no room."""
-        staging, stream = self._staging, self._pack_stream
-        for span in staging.split(put.layers, len(put.source_blocks), self._piece_bytes):
-            while (ids := staging.allocate_ids(span)) is None:
-                yield
-            stream.run(partial(staging.load_ids, ids, span, put.source_blocks))
-            for piece in span.pieces:
-                slot, num_bytes = staging.next_slot(), staging.num_bytes(piece)
-                if slot.free_after is not None:
-                    stream.wait(slot.free_after)
-                stream.run(partial(staging.pack, slot, piece, span, ids))
-                self._send_stream.wait(stream.record())
-                self._communicator.send(staging.pointer(slot), num_bytes, self._send_stream)
-                slot.free_after = self._send_stream.record()
-                self._sending.append((slot.free_after, ids if piece is span.pieces[-1] else None))
-                outgoing.num_bytes += num_bytes
-
-    def _send_probe(self) -> Iterator[None]:
-        slot, stream = self._staging.next_slot(), self._pack_stream
-        if slot.free_after is not None:
-            stream.wait(slot.free_after)
-        stream.run(partial(self._staging.write_probe, slot, self.epoch))
-        self._send_stream.wait(stream.record())
-        self._communicator.send(self._staging.pointer(slot), PROBE_BYTES, self._send_stream)
-        slot.free_after = self._send_stream.record()
-        self._sending.append((slot.free_after, None))
-        yield from ()
+    def _rank_sent(self, future: Future[bytes]) -> None:
+        """Another rank has sent its part of a put, or could not."""
+        future.result()
+        self._asked -= 1
+        self._progress_at = time.monotonic()
 
     def _settle(self, outgoing: Outgoing, accepted: bool) -> None:
         with self._lock:
             pending = self._pending.pop(outgoing.seq, None)
         if pending is not None:
-            num_bytes = outgoing.num_bytes if accepted else 0
+            put = outgoing.put or NO_PUT
+            size = len(put.layers) * len(put.source_blocks) * self._layout.layer_block_bytes
+            num_bytes = size if accepted else 0
             outgoing.future.set_result(PutResult(accepted, num_bytes, time.monotonic() - outgoing.started))
 
     # the end, from any thread
 
     def _thread_failed(self, error: BaseException) -> None:
-        if self._fail(f"{type(error).__name__}: {error}"):
-            self._on_failed(str(error))
+        self._fail(f"{type(error).__name__}: {error}", str(error))
 
     def _expired(self) -> None:
         reason = f"a transfer did not get on for {self._timeout_s:g} s (worker_timeout_s)"
-        if self._fail(reason):
-            self._on_failed(reason)
+        self._fail(reason, reason)
 
-    def _fail(self, reason: str) -> bool:
-        """Abort, then fail what is pending. True if it was this call that ended the channel."""
+    def _fail(self, reason: str, told: str) -> None:
+        """End by itself: the owner is told, and closes the channel."""
+        if self._refuse(reason):
+            try:
+                self._end()
+            except TransferError:  # close() comes to the same, and its owner hears of it
+                logger.exception("channel %s of epoch %d does not end", self._name, self.epoch)
+            self._on_failed(told)
+
+    def _refuse(self, reason: str) -> bool:
+        """Take no puts any more. True if it was this call that ended the channel."""
         with self._lock:
             first = self._ended is None
             if first:
                 self._ended = f"channel {self._name} of epoch {self.epoch}: {reason}"
-            text = self._ended
-            pending, self._pending = list(self._pending.values()), {}
-        self._communicator.close()
-        for outgoing in pending:
-            outgoing.future.set_exception(TransferError(text))
-        return first
+            return first
 
-    def close(self) -> None:
-        """See Sender. Afterwards the staging is free for another channel.
+    def _end(self) -> None:
+        """Abort, then fail what is pending.
 
         Raises:
-            TransferError: the device still holds what was enqueued: it cannot be trusted with another channel.
+            TransferError: another rank does not end.
         """
-        self._fail("closed")
+        closing = self._others.close()
+        run_all([lane.communicator.close for lane in self._lanes])
+        wait_until_ended(closing)
+        with self._lock:
+            text, pending = self._ended, list(self._pending.values())
+            self._pending = {}
+        for outgoing in pending:
+            outgoing.future.set_exception(TransferError(text))
+
+    def close(self) -> None:
+        """See Sender. Afterwards the staging is free for another channel, in every rank.
+
+        Raises:
+            TransferError: a device still holds what was enqueued: it cannot be trusted with another channel.
+        """
+        self._refuse("closed")
+        self._end()
         self._thread.stop()
         self._watchdog.stop()
-        drain([self._pack_stream, self._send_stream], self._name)
-        self._staging.reset()
+        for lane in self._lanes:
+            lane.close(self._name)

@@ -13,7 +13,7 @@ import torch
 
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import ConfigError
-from pdray.kernels.kv.pack import PackedBlocks, pack_blocks, unpack_blocks
+from pdray.kernels.kv.pack import HeadRange, PackedBlocks, pack_blocks, unpack_blocks
 from pdray.transfer.ring import ALIGNMENT, Region, Ring
 from pdray.transfer.streams import Event
 
@@ -92,24 +92,38 @@ class Staging:
     Args:
         pool: see KVPool.
         buffer: [num_bytes] uint8 on the pool's device: ID_AREA_BYTES, and the slots.
+        heads: of the pool's blocks, that pass here; None: all.
+        num_stagings: among which transfer_staging_bytes are shared. given_bytes: how many; None: the buffer's.
 
     Raises:
         ConfigError: the buffer is too small for this pool's blocks.
     """
 
-    def __init__(self, pool: KVPool, buffer: torch.Tensor) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        buffer: torch.Tensor,
+        heads: HeadRange | None = None,
+        *,
+        num_stagings: int = 1,
+        given_bytes: int | None = None,
+    ) -> None:
         self.layout = pool.layout
         self.kv = pool.tensor
         self.buffer = buffer
         self._elements = buffer[: len(buffer) // ALIGNMENT * ALIGNMENT].view(pool.layout.dtype)
         self._block_ids = buffer[:ID_AREA_BYTES].view(torch.int64)
-        self.bytes_per_block = pool.layout.layer_block_bytes
+        self._heads = heads
+        whole = HeadRange(0, pool.layout.num_kv_heads)
+        self.bytes_per_block = pool.layout.layer_block_bytes * (heads or whole).num_heads // whole.num_heads
         self.piece_bytes = (len(buffer) - ID_AREA_BYTES) // NUM_SLOTS // ALIGNMENT * ALIGNMENT
         if self.piece_bytes < max(self.bytes_per_block, PROBE_BYTES):
             least = NUM_SLOTS * (max(self.bytes_per_block, PROBE_BYTES) + ALIGNMENT)
+            given = max(0, len(buffer) - ID_AREA_BYTES) if given_bytes is None else given_bytes
+            among = f" among {num_stagings} pairs of ranks" if num_stagings > 1 else ""
             raise ConfigError(
-                f"transfer_staging_bytes is {max(0, len(buffer) - ID_AREA_BYTES)}, too little for blocks of "
-                f"{self.bytes_per_block} bytes a layer; it must be at least {least}"
+                f"transfer_staging_bytes is {given}{among}, too little for blocks of {self.bytes_per_block} bytes a "
+                f"layer; it must be at least {num_stagings * least}"
             )
         self._probes = torch.zeros(PROBE_ROWS, PROBE_BYTES, dtype=torch.uint8, pin_memory=buffer.is_cuda)
         self._num_probes = 0
@@ -191,10 +205,29 @@ class Staging:
 
     def _packed(self, slot: Slot, piece: Piece, span: Span, ids: Region) -> PackedBlocks:
         offset, first_id = slot.offset // self._elements.itemsize, ids.offset // ID_BYTES + piece.start - span.start
-        return PackedBlocks(self._elements, offset, self._block_ids, first_id, piece.stop - piece.start)
+        return PackedBlocks(self._elements, offset, self._block_ids, first_id, piece.stop - piece.start, self._heads)
 
     def _bytes(self, start: int, num_bytes: int) -> torch.Tensor:
         return self.buffer[start : start + num_bytes]
+
+
+def share_buffer(pool: KVPool, buffer: torch.Tensor, num_bytes: int, heads: list[HeadRange]) -> list[Staging]:
+    """A staging for each of these heads, over equal parts of the buffer.
+
+    Args:
+        buffer: see Staging, with ID_AREA_BYTES for each of them. num_bytes: the rest.
+
+    Raises:
+        ConfigError: they are too small for this pool's blocks.
+    """
+    number = len(heads)
+    if number < 2:
+        return [Staging(pool, buffer[: ID_AREA_BYTES + num_bytes], each) for each in heads]
+    size = ID_AREA_BYTES + num_bytes // number // ALIGNMENT * ALIGNMENT
+    return [
+        Staging(pool, buffer[i * size : (i + 1) * size], each, num_stagings=number, given_bytes=num_bytes)
+        for i, each in enumerate(heads)
+    ]
 
 
 def _probe(epoch: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Python imports this by itself, in every process whose PYTHONPATH names this folder: ranks on CPU write into each
-other's pools by the cuda_ipc channel, over files in memory in place of GPUs. Kernels are the torch references.
+other's pools by the cuda_ipc channel, over files in memory in place of GPUs, and send to each other by nccl, over TCP.
+Kernels are the torch references.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from pdray.testing.patched_import import patch_when_loaded
 
-KIND, POOL = "pdray.transfer.cuda_ipc.kind", "pdray.engine.kv.pool"
+KIND, POOL, NCCL_KIND = "pdray.transfer.cuda_ipc.kind", "pdray.engine.kv.pool", "pdray.transfer.nccl.kind"
+TESTS = Path(__file__).parents[2]
 
 
 class Mapped:
@@ -77,19 +79,38 @@ def in_files(allocate: Any) -> Any:
     return classmethod(allocate_file)
 
 
+def over_tcp(init: Callable[..., None]) -> Callable[..., None]:
+    """NcclKind.__init__ with such a transport."""
+    tcp = load("two_hosts_site", TESTS / "chaos" / "two_hosts_site" / "sitecustomize.py")
+
+    @wraps(init)
+    def with_transport(self: Any, site: Any, transport: Any = None) -> None:
+        init(self, site, transport or tcp.TcpTransport())
+
+    return with_transport
+
+
 def fake_stream() -> Callable[[], Any]:
-    if "fake_device" not in sys.modules:
-        path = Path(__file__).parents[2] / "transfer" / "fake_device.py"
-        spec = importlib.util.spec_from_file_location("fake_device", path)
-        assert spec is not None and spec.loader is not None
-        sys.modules["fake_device"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["fake_device"])
-    stream: Callable[[], Any] = sys.modules["fake_device"].HostStream
+    stream: Callable[[], Any] = load("fake_device", TESTS / "transfer" / "fake_device.py").HostStream
     return stream
+
+
+def load(name: str, path: Path) -> Any:
+    """That file, once, under this name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def _patch_kind(module: ModuleType) -> None:
     module.CudaIpcKind.__init__ = with_files(module.CudaIpcKind.__init__)
+
+
+def _patch_nccl_kind(module: ModuleType) -> None:
+    module.NcclKind.__init__ = over_tcp(module.NcclKind.__init__)
 
 
 def _patch_pool(module: ModuleType) -> None:
@@ -99,3 +120,4 @@ def _patch_pool(module: ModuleType) -> None:
 if __name__ == "sitecustomize":
     patch_when_loaded(POOL, _patch_pool)
     patch_when_loaded(KIND, _patch_kind)
+    patch_when_loaded(NCCL_KIND, _patch_nccl_kind)

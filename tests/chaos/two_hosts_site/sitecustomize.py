@@ -7,6 +7,7 @@ that is not the loopback device. So it shows whether the two ends agree on a net
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -20,6 +21,7 @@ from pdray.testing.patched_import import patch_when_loaded
 
 KIND = "pdray.transfer.nccl.kind"
 PATIENCE_S = 30.0
+JOINED = b"!"
 
 
 def nccl_address() -> str:
@@ -105,30 +107,45 @@ class TcpCommunicator:
         self._connection.close()
 
 
+def join_two(listener: socket.socket) -> None:
+    """Relay what the first two that connect send, once both are there."""
+    with listener:
+        ends = [listener.accept()[0] for _ in range(2)]
+    for end in ends:
+        end.sendall(JOINED)
+    for pair in (ends, ends[::-1]):
+        threading.Thread(target=relay, args=pair, daemon=True).start()
+
+
+def relay(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # one of them is gone
+        while data := source.recv(2**16):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
+
+
 class TcpTransport:
     """A Transport of the nccl channel."""
 
     version = "tcp"
 
     def __init__(self) -> None:
-        self.gpu = f"cpu of {os.getpid()}"
-        self._listening: dict[tuple[str, int], socket.socket] = {}
+        self.gpu = f"cpu {id(self)} of {os.getpid()}"
 
-    def make_unique_id(self) -> tuple[str, int]:
+    def make_unique_id(self) -> bytes:
+        """Any two processes that connect with it are joined, by way of this one."""
         listener = socket.create_server((nccl_address(), 0))
-        where = listener.getsockname()[:2]
-        self._listening[where] = listener
-        return where  # type: ignore[no-any-return]
+        listener.settimeout(PATIENCE_S)
+        threading.Thread(target=join_two, args=(listener,), daemon=True).start()
+        host, port = listener.getsockname()[:2]
+        return f"{host}:{port}".encode()
 
-    def connect(self, unique_id: Any, rank: int) -> TcpCommunicator:
-        where = unique_id[0], unique_id[1]
-        if rank:
-            listener = self._listening.pop(where)
-            listener.settimeout(PATIENCE_S)
-            connection, _ = listener.accept()
-            listener.close()
-        else:
-            connection = socket.create_connection(where, PATIENCE_S)
+    def connect(self, unique_id: bytes, rank: int) -> TcpCommunicator:
+        host, port = unique_id.decode().rsplit(":", 1)
+        connection = socket.create_connection((host, int(port)), PATIENCE_S)
+        if connection.recv(1) != JOINED:
+            raise ConnectionError("the other rank has not come")
         return TcpCommunicator(connection)
 
     def new_stream(self) -> HostStream:
@@ -140,4 +157,5 @@ def patch(module: ModuleType) -> None:
     module.NcclKind.__init__ = lambda kind, site, transport=None: make(kind, site, transport or TcpTransport())
 
 
-patch_when_loaded(KIND, patch)
+if __name__ == "sitecustomize":
+    patch_when_loaded(KIND, patch)

@@ -13,8 +13,9 @@ import torch
 from cuda_ipc_world import ALL_LAYERS, CPU, LAYOUT, NUM_BLOCKS, PrefillEnd, World, fake_device
 from waits import result, until
 
-from pdray.errors import ConfigError, TransferError
+from pdray.errors import ConfigError, HandshakeError, TransferError
 from pdray.testing.patience import PATIENCE_S
+from pdray.transfer.channel import Link
 from pdray.transfer.cuda_ipc.block_ids import BlockIds
 from pdray.transfer.cuda_ipc.rank_orders import CloseLink, WriteBlocks, encode
 from pdray.transfer.cuda_ipc.writer import pack_ids
@@ -149,6 +150,41 @@ async def test_a_pool_that_another_rank_cannot_map(world_of: Callable[[int, int]
         await end.channel.check()
     assert "peer access" in (world.receiver.take_failure("a") or "")
     assert all(mapping.closed for mapping in end.mappings) and end.mappings
+
+
+@pytest.mark.parametrize("number", [0, 3])
+async def test_an_offer_of_ranks_that_share_no_heads_evenly_is_refused(
+    number: int, world_of: Callable[[int, int], World]
+) -> None:
+    """Nothing is mapped for it."""
+    end = PrefillEnd(world_of(4, 1), "a", 5.0, 2)
+    offer = (await end.world.receiver.accept("a", 1))._replace(handles=(b"?",) * number)
+    with pytest.raises(HandshakeError, match=f"d offers the memory of {number} ranks, by which the 4 heads"):
+        await end.kind.open(Link("d", 1, print, print, print), offer)
+    assert not end.mappings
+    end.worker.close()
+
+
+async def test_an_opening_that_is_cancelled_leaves_nothing_mapped(
+    world_of: Callable[[int, int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread maps on, and so do the other ranks."""
+    end = PrefillEnd(world_of(4, 2), "a", 5.0, 2)
+    begun, gate, transport = threading.Event(), threading.Event(), end.worker.transports[0]
+    borrow = transport.borrow
+    monkeypatch.setattr(transport, "borrow", lambda handle: (begun.set(), gate.wait(PATIENCE_S), borrow(handle))[-1])
+    opening = asyncio.ensure_future(end.open())
+    await until(begun.is_set)
+    opening.cancel()
+    await asyncio.sleep(0.01)
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert len(end.mappings) == 1 and all(mapping.closed for mapping in end.mappings)
+    monkeypatch.undo()
+    end.world.ends.append(end)
+    await end.connect()
+    assert (await result(end.put(end.lease("0", [5]), ALL_LAYERS, [3]))).accepted
 
 
 async def test_a_rank_that_cannot_write_fails_the_channel(world_of: Callable[[int, int], World]) -> None:
