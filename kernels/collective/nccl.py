@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdray.kernels.collective.group import RankGroup
+from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.kernels.collective.one_shot import OneShot, open_one_shot
 from pdray.kernels.crossover import ONE_SHOT_MAX_BYTES
 
@@ -47,6 +47,8 @@ class NcclGroup(RankGroup):
         self.rank, self.size = rank, size
         self._grouped = nccl.groupStart, nccl.groupEnd
         self._inner: Any = nccl.NcclCommunicator(size, unique_id, rank)
+        # Its kernels come before those that run beside them: a product would fill the device.
+        self._beside = torch.cuda.Stream(device, priority=-1)
         self._one_shot: OneShot | None = None
         if one_shot_bytes and size > 1:
             opened = open_one_shot(self, one_shot_bytes // (size - 1), device)
@@ -61,9 +63,27 @@ class NcclGroup(RankGroup):
         if self._one_shot is not None and self._one_shot.takes(x):
             self._one_shot.sum(x)
         elif x.numel():
-            pointer = x.data_ptr()
-            self._inner.allReduce(pointer, pointer, x.numel(), TYPES[x.dtype], SUM, _stream())
+            self._all_reduce(x, _stream())
         return x
+
+    def begin_sum(self, x: Tensor) -> PendingSum:
+        """See RankGroup."""
+        assert x.is_contiguous()
+        if not x.numel():
+            return PendingSum.made(x)
+        self._beside.wait_stream(torch.cuda.current_stream())
+        self._all_reduce(x, int(self._beside.cuda_stream))
+        summed = self._beside.record_event()
+
+        def finish() -> Tensor:
+            torch.cuda.current_stream().wait_event(summed)
+            return x
+
+        return PendingSum(finish)
+
+    def _all_reduce(self, x: Tensor, stream: int) -> None:
+        pointer = x.data_ptr()
+        self._inner.allReduce(pointer, pointer, x.numel(), TYPES[x.dtype], SUM, stream)
 
     def broadcast(self, x: Tensor) -> None:
         """See RankGroup."""

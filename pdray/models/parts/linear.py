@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pdray.kernels.collective.group import RankGroup
+from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.kernels.linear.linear import linear, pack_weight
 from pdray.kernels.linear.norm_linear import norm_linear
 from pdray.models.parts.norm import RMSNorm
@@ -39,9 +39,15 @@ class Linear(Part):
         """[M, in_features] -> [M, sum of out_features]; see pdray.kernels.linear.linear."""
         return linear(x, self.weight, self.bias, residual)
 
-    def of_normed(self, x: torch.Tensor, norm: RMSNorm, *, gated: bool = False) -> torch.Tensor:
+    def begin(self, x: torch.Tensor, residual: torch.Tensor) -> PendingSum:
+        """The same, of which other ranks may have their part to add; see RankGroup.begin_sum."""
+        return PendingSum.made(self(x, residual))
+
+    def of_normed(
+        self, x: torch.Tensor, norm: RMSNorm, *, gated: bool = False, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The product with norm(x), and the gated activation of that; see norm_linear()."""
-        return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, gated=gated)
+        return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, gated=gated, out=out)
 
     def own_weights(self) -> dict[str, torch.Tensor]:
         """See Part."""
@@ -83,8 +89,14 @@ class SummedLinear(Linear):
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """See Linear; the same on every rank. Bias and residual are rank 0's to add."""
-        part = super().__call__(x, residual) if self._group.rank == 0 else linear(x, self.weight)
-        return self._group.sum(part)
+        return self._group.sum(self._part(x, residual))
+
+    def begin(self, x: torch.Tensor, residual: torch.Tensor) -> PendingSum:
+        """See Linear."""
+        return self._group.begin_sum(self._part(x, residual))
+
+    def _part(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        return super().__call__(x, residual) if self._group.rank == 0 else linear(x, self.weight)
 
 
 def summed_linear(

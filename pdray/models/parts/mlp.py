@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pdray.kernels.collective.group import PendingSum
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.linear import Linear, summed_linear
 from pdray.models.parts.norm import RMSNorm
@@ -25,3 +26,7 @@ class GatedMLP(Part):
     def __call__(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """hidden + mlp(norm(hidden)), [M, hidden_size]. The memory of ``hidden`` may be used for the result."""
         return self.down(self.gate_up.of_normed(hidden, norm, gated=True), residual=hidden)
+
+    def begin(self, hidden: torch.Tensor, norm: RMSNorm) -> PendingSum:
+        """The same, while ranks add up what each has of it."""
+        return self.down.begin(self.gate_up.of_normed(hidden, norm, gated=True), residual=hidden)

@@ -1,0 +1,64 @@
+"""Layers of a large step in two halves of its rows: ranks compute one half while the other half's sums are made.
+
+Half a step of 8,192 tokens still fills a GPU, whose link and whose multiprocessors would otherwise take turns. Only
+attention needs all rows, whose keys and values it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from pdray.kernels.attention.paged import AttentionMetadata
+from pdray.kernels.collective.group import PendingSum, RankGroup
+
+if TYPE_CHECKING:
+    from pdray.models.decoder import DecoderLayer
+
+
+def is_worth_halves(hidden: torch.Tensor, group: RankGroup | None) -> bool:
+    """Whether this step is that large; the same on all ranks."""
+    if group is None or group.size == 1 or len(hidden) < 2:
+        return False
+    return hidden.numel() * hidden.element_size() >= group.halves_bytes
+
+
+def run_in_halves(
+    layers: list[DecoderLayer],
+    order: list[int],
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    kv: torch.Tensor,
+    meta: AttentionMetadata,
+    on_layer: Callable[[int], None] | None,
+) -> torch.Tensor:
+    """What the layers named by ``order`` make of all rows, [T, hidden_size], one after the other; see Decoder.forward.
+
+    All ranks begin the same sums in the same order, and each is waited for on the stream that it was begun from.
+    """
+    halves = [PendingSum.made(half) for half in hidden.chunk(2)]
+    for i in order:
+        halves = _attend(layers[i], halves, positions, kv[i], meta)
+        if on_layer is not None:
+            halves[0].wait()  # only when all ranks have stored this layer's KV and attended to it, is a sum made
+            on_layer(i)
+        halves = [layers[i].mlp.begin(half.wait(), layers[i].post_attention_norm) for half in halves]
+    return torch.cat([half.wait() for half in halves])
+
+
+def _attend(
+    layer: DecoderLayer,
+    halves: list[PendingSum],
+    positions: torch.Tensor,
+    kv_layer: torch.Tensor,
+    meta: AttentionMetadata,
+) -> list[PendingSum]:
+    attention = layer.attention
+    num_features = sum(span.size for span in attention.qkv.out_features.values())
+    qkv = halves[0].wait().new_empty(len(positions), num_features)
+    for half, out in zip(halves, qkv.chunk(2), strict=True):
+        attention.qkv.of_normed(half.wait(), layer.input_norm, out=out)
+    attended = attention.of_projected(qkv, positions, kv_layer, meta)
+    return [attention.o.begin(rows, residual=half.wait()) for rows, half in zip(attended.chunk(2), halves, strict=True)]
