@@ -19,7 +19,7 @@ from pdray.kernels.collective.peer_memory import PeerMemory, map_everywhere
 
 NUM_PLACES = 2  # sums that have begun and were not waited for, at most
 WAIT_EQUAL, WRITE_DEFAULT = 1, 0  # of cuda.h: CU_STREAM_WAIT_VALUE_EQ, CU_STREAM_WRITE_VALUE_DEFAULT
-WORD, DEFAULT_COPY = 4, 4  # bytes; cudaMemcpyDefault
+WORD = 4  # bytes
 
 
 class CopiedSums:
@@ -33,9 +33,7 @@ class CopiedSums:
     """
 
     def __init__(self, driver: Any, places: Tensor, flags: int, their_places: int, their_flags: int) -> None:
-        from cupy.cuda import runtime
-
-        self._driver, self._copy = driver, runtime.memcpyAsync
+        self._driver = driver
         self._places = places
         self._flags = flags
         self._their_places, self._their_flags = their_places, their_flags
@@ -55,7 +53,7 @@ class CopiedSums:
         stream.wait_stream(torch.cuda.current_stream())
         self._await(stream, self._flags + free)
         theirs = self._their_places + place * self._places.shape[1]
-        self._copy(theirs, x.data_ptr(), num_bytes, DEFAULT_COPY, stream.cuda_stream)
+        _check(self._driver.cuMemcpyAsync(theirs, x.data_ptr(), num_bytes, stream.cuda_stream))
         self._write(stream, self._their_flags + full, 1)
         self._await(stream, self._flags + full)
         arrived = stream.record_event()

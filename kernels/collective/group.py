@@ -54,6 +54,9 @@ class RankGroup(ABC):
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x``, the same bits on each. The memory of ``x``, contiguous, may hold the result."""
 
+    def reserve(self, num_bytes: int) -> None:  # noqa: B027
+        """Prepare for begin_sum() of so many bytes; for all ranks at once, before the first. May take device memory."""
+
     def begin_sum(self, x: Tensor) -> PendingSum:
         """sum(), of which the current stream has only the beginning: what is launched next runs beside it."""
         return PendingSum.made(self.sum(x))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdray.kernels.collective.copied_sums import CopiedSums, open_copied_sums
 from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.kernels.collective.one_shot import OneShot, open_one_shot
 from pdray.kernels.crossover import ONE_SHOT_MAX_BYTES
@@ -50,6 +51,8 @@ class NcclGroup(RankGroup):
         # Its kernels come before those that run beside them: a product would fill the device.
         self._beside = torch.cuda.Stream(device, priority=-1)
         self._one_shot: OneShot | None = None
+        self._copied: CopiedSums | None = None
+        self._device = device
         if one_shot_bytes and size > 1:
             opened = open_one_shot(self, one_shot_bytes // (size - 1), device)
             if isinstance(opened, str):
@@ -66,9 +69,19 @@ class NcclGroup(RankGroup):
             self._all_reduce(x, _stream())
         return x
 
+    def reserve(self, num_bytes: int) -> None:
+        """See RankGroup."""
+        opened = open_copied_sums(self, num_bytes, self._device)
+        if isinstance(opened, str):
+            logger.info("rank %d: sums beside other work are NCCL's: %s", self.rank, opened)
+        else:
+            self._copied = opened
+
     def begin_sum(self, x: Tensor) -> PendingSum:
         """See RankGroup."""
         assert x.is_contiguous()
+        if self._copied is not None and self._copied.takes(x):
+            return self._copied.begin(x)
         if not x.numel():
             return PendingSum.made(x)
         self._beside.wait_stream(torch.cuda.current_stream())

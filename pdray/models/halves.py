@@ -25,6 +25,12 @@ def is_worth_halves(hidden: torch.Tensor, group: RankGroup | None) -> bool:
     return hidden.numel() * hidden.element_size() >= group.halves_bytes
 
 
+def reserve_halves(group: RankGroup, num_tokens: int, row_bytes: int) -> None:
+    """Prepare for steps of so many tokens at most, if they are that large; all ranks at once."""
+    if group.size > 1 and num_tokens * row_bytes >= group.halves_bytes:
+        group.reserve(-(-num_tokens // 2) * row_bytes)
+
+
 def run_in_halves(
     layers: list[DecoderLayer],
     order: list[int],
