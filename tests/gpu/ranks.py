@@ -62,6 +62,8 @@ def check_ranks(names: tuple[str, ...] = DIVISIBLE) -> Iterator[Row]:
                 what = f"two ranks, {name}, {how}{', in halves' if name == IN_HALVES else ''}"
                 yield from compare(what, pair, alone)
                 yield blocks_of_all_ranks(what, leader.open_pools(pair.pool, model.config), pair)
+            why = leader._members[0]._why_killed or "by itself"
+            yield Row(f"{what}: the other rank ends", why, "by itself", why == "by itself")
             del pair, alone, model
     crossover.HALVES_MIN_BYTES = usual
 
