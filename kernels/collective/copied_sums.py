@@ -9,6 +9,7 @@ a word to be 1 and sets it to 0; the other rank sets it to 1.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,41 @@ from torch import Tensor
 
 from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.kernels.collective.peer_memory import PeerMemory, map_everywhere
+from pdray.kernels.elementwise.rms_norm import rms_norm
 
 NUM_PLACES = 2  # sums that have begun and were not waited for, at most
 WAIT_EQUAL, WRITE_DEFAULT = 1, 0  # of cuda.h: CU_STREAM_WAIT_VALUE_EQ, CU_STREAM_WRITE_VALUE_DEFAULT
 WORD = 4  # bytes
+
+
+class _CopiedSum(PendingSum):
+    """Both ranks' parts, the other's on its way.
+
+    Args:
+        arrive: makes the current stream wait for the other rank's part, and returns it. release: lets its place go.
+    """
+
+    def __init__(self, own: Tensor, arrive: Callable[[], Tensor], release: Callable[[], None]) -> None:
+        super().__init__(self._add)
+        self._own, self._arrive, self._release = own, arrive, release
+
+    def _add(self) -> Tensor:
+        self._own.add_(self._arrive())
+        self._release()
+        return self._own
+
+    def arrive(self) -> None:
+        """See PendingSum."""
+        self._arrive()
+
+    def normed(self, weight: Tensor, eps: float) -> Tensor:
+        """See PendingSum."""
+        if self._total is not None:
+            return rms_norm(self._total, weight, eps)
+        normed = rms_norm(self._own, weight, eps, self._arrive())
+        self._release()
+        self._total = self._own
+        return normed
 
 
 class CopiedSums:
@@ -59,14 +91,14 @@ class CopiedSums:
         arrived = stream.record_event()
         part = self._places[place, :num_bytes].view(x.dtype).view(x.shape)
 
-        def finish() -> Tensor:
-            current = torch.cuda.current_stream()
-            current.wait_event(arrived)
-            x.add_(part)
-            self._write(current, self._their_flags + free, 1)
-            return x
+        def arrive() -> Tensor:
+            torch.cuda.current_stream().wait_event(arrived)
+            return part
 
-        return PendingSum(finish)
+        def release() -> None:
+            self._write(torch.cuda.current_stream(), self._their_flags + free, 1)
+
+        return _CopiedSum(x, arrive, release)
 
     def _await(self, stream: torch.cuda.Stream, address: int) -> None:
         _check(self._driver.cuStreamWaitValue32(stream.cuda_stream, address, 1, WAIT_EQUAL))

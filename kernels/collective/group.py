@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pdray.kernels.crossover import HALVES_MIN_BYTES
+from pdray.kernels.elementwise.rms_norm import rms_norm
 
 
 class PendingSum:
@@ -31,6 +32,14 @@ class PendingSum:
         if self._total is None:
             self._total = self._finish()
         return self._total
+
+    def arrive(self) -> None:
+        """Launch nothing more before all ranks have made their parts."""
+        self.wait()
+
+    def normed(self, weight: Tensor, eps: float) -> Tensor:
+        """rms_norm() of the sum, which the first one to wait may make in the same go."""
+        return rms_norm(self.wait(), weight, eps)
 
 
 class RankGroup(ABC):

@@ -20,19 +20,16 @@ def norm_linear(
     bias: Tensor | None = None,
     *,
     gated: bool = False,
-    out: Tensor | None = None,
 ) -> Tensor:
     """linear(rms_norm(x)), and silu_and_mul of that if ``gated``; rounded as those are one by one, or less often.
 
     Args:
         x: [M, K]. weight: [N, K]; gated: gate above up. bias: [N].
-        out: [M, N], where the result is to lie; not gated.
 
     Returns:
         [M, N], gated [M, N / 2].
     """
     if (kernels := streaming_kernels(x, weight)) is not None:
-        y = kernels.norm_linear(x, norm_weight, eps, weight, bias, gated=gated)
-        return y if out is None else out.copy_(y)
-    y = linear(rms_norm(x, norm_weight, eps), weight, bias, out=out)
-    return silu_and_mul(y) if gated else y
+        return kernels.norm_linear(x, norm_weight, eps, weight, bias, gated=gated)
+    out = linear(rms_norm(x, norm_weight, eps), weight, bias)
+    return silu_and_mul(out) if gated else out

@@ -46,11 +46,12 @@ def run_in_halves(
     """
     halves = [PendingSum.made(half) for half in hidden.chunk(2)]
     for i in order:
-        halves = _attend(layers[i], halves, positions, kv[i], meta)
+        layer = layers[i]
+        halves = _attend(layer, halves, positions, kv[i], meta)
         if on_layer is not None:
-            halves[0].wait()  # only when all ranks have stored this layer's KV and attended to it, is a sum made
+            halves[0].arrive()  # of any sum all ranks' parts come after they stored this layer's KV and attended to it
             on_layer(i)
-        halves = [layers[i].mlp.begin(half.wait(), layers[i].post_attention_norm) for half in halves]
+        halves = [layer.mlp.begin(half, layer.post_attention_norm) for half in halves]
     return torch.cat([half.wait() for half in halves])
 
 
@@ -61,10 +62,11 @@ def _attend(
     kv_layer: torch.Tensor,
     meta: AttentionMetadata,
 ) -> list[PendingSum]:
-    attention = layer.attention
-    num_features = sum(span.size for span in attention.qkv.out_features.values())
-    qkv = halves[0].wait().new_empty(len(positions), num_features)
-    for half, out in zip(halves, qkv.chunk(2), strict=True):
-        attention.qkv.of_normed(half.wait(), layer.input_norm, out=out)
+    attention, norm = layer.attention, layer.input_norm
+    first = halves[0].normed(norm.weight, norm.eps)
+    qkv = first.new_empty(len(positions), sum(span.size for span in attention.qkv.out_features.values()))
+    rows = qkv.chunk(2)
+    attention.qkv(first, out=rows[0])
+    attention.qkv(halves[1].normed(norm.weight, norm.eps), out=rows[1])
     attended = attention.of_projected(qkv, positions, kv_layer, meta)
-    return [attention.o.begin(rows, residual=half.wait()) for rows, half in zip(attended.chunk(2), halves, strict=True)]
+    return [attention.o.begin(part, residual=half.wait()) for part, half in zip(attended.chunk(2), halves, strict=True)]

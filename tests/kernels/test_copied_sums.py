@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from pdray.kernels.collective.copied_sums import NUM_PLACES, CopiedSums
+from pdray.kernels.collective.group import PendingSum
+from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.testing.patience import PATIENCE_S
 
 NUM_SUMS, MAX_NUMBERS = 60, 500
@@ -114,9 +116,16 @@ def test_sums_are_the_same_on_both_ranks(pair: list[CopiedSums]) -> None:
 
     def run(rank: int) -> list[torch.Tensor]:
         late = random.Random(rank)
-        pending, totals = [], []
+        pending, totals = list[PendingSum](), list[torch.Tensor]()
         for part in parts[rank]:
             pending.append(pair[rank].begin(part.clone()))
+            if late.random() < 0.2:
+                pending[0].arrive()
+            if late.random() < 0.3:  # before anybody waits, and after
+                first = len(totals)
+                weight = torch.ones(sizes[first])
+                assert torch.equal(pending[0].normed(weight, 1e-6), rms_norm(expected[first], weight, 1e-6))
+                assert torch.equal(pending[0].normed(weight, 1e-6), rms_norm(expected[first], weight, 1e-6))
             if late.random() < 0.2:
                 time.sleep(0.003)
             if len(pending) == NUM_PLACES:

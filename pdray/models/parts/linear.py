@@ -35,19 +35,19 @@ class Linear(Part):
         self.weight = placement.empty(total, self.in_features)
         self.bias = placement.empty(total) if bias else None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[M, in_features] -> [M, sum of out_features]; see pdray.kernels.linear.linear."""
-        return linear(x, self.weight, self.bias, residual)
+        return linear(x, self.weight, self.bias, residual, out)
 
     def begin(self, x: torch.Tensor, residual: torch.Tensor) -> PendingSum:
         """The same, of which other ranks may have their part to add; see RankGroup.begin_sum."""
         return PendingSum.made(self(x, residual))
 
-    def of_normed(
-        self, x: torch.Tensor, norm: RMSNorm, *, gated: bool = False, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def of_normed(self, x: torch.Tensor, norm: RMSNorm, *, gated: bool = False) -> torch.Tensor:
         """The product with norm(x), and the gated activation of that; see norm_linear()."""
-        return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, gated=gated, out=out)
+        return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, gated=gated)
 
     def own_weights(self) -> dict[str, torch.Tensor]:
         """See Part."""
@@ -87,9 +87,12 @@ class SummedLinear(Linear):
         super().__init__(out_features, in_features, placement, bias=bias)
         self._group = group
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See Linear; the same on every rank. Bias and residual are rank 0's to add."""
-        return self._group.sum(self._part(x, residual))
+        total = self._group.sum(self._part(x, residual))
+        return total if out is None else out.copy_(total)
 
     def begin(self, x: torch.Tensor, residual: torch.Tensor) -> PendingSum:
         """See Linear."""
