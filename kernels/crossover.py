@@ -24,5 +24,8 @@ ROTARY_PAIRS, ROTARY_MANY_PAIRS, ROTARY_MANY_TOKENS = 256, 512, 1024
 # no barrier to skip tiles; the latter from so many programs on.
 DRAW_SHORT_SPAN, DRAW_LONG_SPAN, DRAW_MANY_PROGRAMS = 1024, 4096, 4096
 
+# Rows whose sums over ranks have so many bytes are computed in two halves, each while the other's sum is made.
+HALVES_MIN_BYTES = 32 << 20
+
 # Sums for which a rank sends so much at most are made by one kernel, in one trip over the link; others by NCCL.
 ONE_SHOT_MAX_BYTES = 1 << 20  # the largest that was measured: 9 us for 25 to 36 by NCCL

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, FileStore, GatherOptions, ProcessGroupGloo
 
-from pdray.kernels.collective.group import RankGroup
+from pdray.kernels.collective.group import PendingSum, RankGroup
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT_S = 600.0  # of one operation: a rank that is gone closes its connections, which is an error at once
@@ -37,14 +37,23 @@ class GlooGroup(RankGroup):
 
     def sum(self, x: Tensor) -> Tensor:
         """See RankGroup."""
-        if not x.numel():
-            return x
+        return self.begin_sum(x).wait()
+
+    def begin_sum(self, x: Tensor) -> PendingSum:
+        """See RankGroup."""
+        if not x.numel() or self.size == 1:
+            return PendingSum.made(x)
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._group.allgather([parts], [x]).wait()
-        total = torch.add(parts[0], parts[1], out=x) if self.size > 1 else x
-        for part in parts[2:]:
-            total += part
-        return total
+        exchange = self._group.allgather([parts], [x])
+
+        def finish() -> Tensor:
+            exchange.wait()
+            total = torch.add(parts[0], parts[1], out=x)
+            for part in parts[2:]:
+                total += part
+            return total
+
+        return PendingSum(finish)
 
     def broadcast(self, x: Tensor) -> None:
         """See RankGroup."""

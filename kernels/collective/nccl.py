@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdray.kernels.collective.group import RankGroup
+from pdray.kernels.collective.copied_sums import CopiedSums, open_copied_sums
+from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.kernels.collective.one_shot import OneShot, open_one_shot
 from pdray.kernels.crossover import ONE_SHOT_MAX_BYTES
 
@@ -47,7 +48,11 @@ class NcclGroup(RankGroup):
         self.rank, self.size = rank, size
         self._grouped = nccl.groupStart, nccl.groupEnd
         self._inner: Any = nccl.NcclCommunicator(size, unique_id, rank)
+        # Its kernels come before those that run beside them: a product would fill the device.
+        self._beside = torch.cuda.Stream(device, priority=-1)
         self._one_shot: OneShot | None = None
+        self._copied: CopiedSums | None = None
+        self._device = device
         if one_shot_bytes and size > 1:
             opened = open_one_shot(self, one_shot_bytes // (size - 1), device)
             if isinstance(opened, str):
@@ -61,9 +66,37 @@ class NcclGroup(RankGroup):
         if self._one_shot is not None and self._one_shot.takes(x):
             self._one_shot.sum(x)
         elif x.numel():
-            pointer = x.data_ptr()
-            self._inner.allReduce(pointer, pointer, x.numel(), TYPES[x.dtype], SUM, _stream())
+            self._all_reduce(x, _stream())
         return x
+
+    def reserve(self, num_bytes: int) -> None:
+        """See RankGroup."""
+        opened = open_copied_sums(self, num_bytes, self._device)
+        if isinstance(opened, str):
+            logger.info("rank %d: sums beside other work are NCCL's: %s", self.rank, opened)
+        else:
+            self._copied = opened
+
+    def begin_sum(self, x: Tensor) -> PendingSum:
+        """See RankGroup."""
+        assert x.is_contiguous()
+        if self._copied is not None and self._copied.takes(x):
+            return self._copied.begin(x)
+        if not x.numel():
+            return PendingSum.made(x)
+        self._beside.wait_stream(torch.cuda.current_stream())
+        self._all_reduce(x, int(self._beside.cuda_stream))
+        summed = self._beside.record_event()
+
+        def finish() -> Tensor:
+            torch.cuda.current_stream().wait_event(summed)
+            return x
+
+        return PendingSum(finish)
+
+    def _all_reduce(self, x: Tensor, stream: int) -> None:
+        pointer = x.data_ptr()
+        self._inner.allReduce(pointer, pointer, x.numel(), TYPES[x.dtype], SUM, stream)
 
     def broadcast(self, x: Tensor) -> None:
         """See RankGroup."""

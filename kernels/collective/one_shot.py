@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pdray.kernels.collective.group import RankGroup
-
-HANDLE = "8q"  # of CUDA IPC: 64 bytes
+from pdray.kernels.collective.peer_memory import PeerMemory, map_everywhere
 
 
 class OneShot:
@@ -49,55 +44,9 @@ def open_one_shot(group: RankGroup, max_bytes: int, device: torch.device) -> One
     from pdray.kernels.collective.one_shot_triton import WORDS, inbox_packets
 
     max_programs = -(-max_bytes // (4 * WORDS))
-    mine = _Memory(inbox_packets(group.size, max_programs) * 8, device)
-    rows = _gather_all(group, mine.row.to(device))
-    if len({int(row[8]) for row in rows}) < group.size:
-        addresses: list[int] | str = "several ranks are on one GPU"
-    else:
-        addresses = mine.map_all([struct.pack(HANDLE, *row[:8].tolist()) for row in rows], group.rank)
-    failed = torch.tensor([int(isinstance(addresses, str))], dtype=torch.int64, device=device)
-    if int(group.sum(failed).item()):
-        return addresses if isinstance(addresses, str) else "another rank cannot write this one's memory"
-    inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
+    mine = PeerMemory(inbox_packets(group.size, max_programs) * 8, device)
+    addresses = map_everywhere(group, [mine])
+    if isinstance(addresses, str):
+        return addresses
+    inboxes = torch.tensor(addresses[0], dtype=torch.int64, device=device)
     return OneShot(group.rank, inboxes, torch.zeros(max_programs, dtype=torch.int32, device=device))
-
-
-class _Memory:
-    """Zeros of this process's GPU that others can map. They last as long as the process: others may still write there.
-
-    Attributes:
-        row: [9] int64 on the host: its handle, and which GPU it is on.
-    """
-
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        from cupy.cuda import runtime
-
-        index = torch.cuda.current_device() if device.index is None else device.index
-        runtime.setDevice(index)
-        self._runtime: Any = runtime
-        self.address: int = runtime.malloc(num_bytes)
-        runtime.memset(self.address, 0, num_bytes)
-        runtime.deviceSynchronize()
-        gpu = hashlib.sha256(str(torch.cuda.get_device_properties(index).uuid).encode()).digest()[:8]
-        handle = bytes(runtime.ipcGetMemHandle(self.address))
-        self.row = torch.tensor([*struct.unpack(HANDLE, handle), *struct.unpack("q", gpu)], dtype=torch.int64)
-
-    def map_all(self, handles: list[bytes], rank: int) -> list[int] | str:
-        """Where each rank's memory lies in this process; this one's own is ``rank``'s. Else, what the driver says."""
-        try:
-            return [
-                self.address if number == rank else int(self._runtime.ipcOpenMemHandle(handle))
-                for number, handle in enumerate(handles)
-            ]
-        except self._runtime.CUDARuntimeError as error:
-            return f"memory of another rank cannot be mapped: {error}"
-
-
-def _gather_all(group: RankGroup, row: Tensor) -> Tensor:
-    """[size, n] on the host: every rank's row."""
-    rows = row.new_zeros(group.size, len(row))
-    parts = group.gather(row)
-    if parts is not None:
-        rows.copy_(torch.stack(parts))
-    group.broadcast(rows)
-    return rows.cpu()

@@ -14,6 +14,7 @@ from pdray.kernels.dependent_launch import begin, dependent_launch
 @triton.jit
 def rms_norm_kernel(
     x_ptr,
+    addend_ptr,
     weight_ptr,
     out_ptr,
     stride_outer,
@@ -22,6 +23,7 @@ def rms_norm_kernel(
     eps,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
+    ADDS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Every value is rounded to x's type where torch would."""
@@ -33,12 +35,17 @@ def rms_norm_kernel(
     weight = tl.load(weight_ptr + element, mask=mask, other=0.0).to(tl.float32)
     begin(DEPENDENT)
     x = tl.load(x_ptr + start + element, mask=mask, other=0.0).to(tl.float32)
+    if ADDS:
+        x = (x + tl.load(addend_ptr + start + element, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(x_ptr + start + element, x, mask=mask)
+        x = x.to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
     tl.store(out_ptr + row * WIDTH + element, (normed.to(dtype).to(tl.float32) * weight).to(dtype), mask=mask)
 
 
-def triton_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See layernorm.rms_norm. x: [T, H], or [T, heads, H] with heads and rows anywhere but H contiguous."""
+def triton_rms_norm(x: Tensor, weight: Tensor, eps: float, addend: Tensor | None = None) -> Tensor:
+    """See rms_norm(). x: [T, H], or [T, heads, H] with heads and rows anywhere but H contiguous."""
+    assert addend is None or (addend.is_contiguous() and x.is_contiguous() and addend.shape == x.shape)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     is_heads = x.dim() == 3
     width = x.shape[-1]
@@ -46,7 +53,8 @@ def triton_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     padded = triton.next_power_of_2(width)
     if num_rows:
         rms_norm_kernel[(num_rows,)](
-            x, weight, out, x.stride(0), x.stride(1) if is_heads else 0, x.shape[1] if is_heads else 1, eps,
-            WIDTH=width, PADDED_WIDTH=padded, num_warps=4 if padded <= 2048 else 8, **dependent_launch(x.device),
+            x, addend, weight, out, x.stride(0), x.stride(1) if is_heads else 0, x.shape[1] if is_heads else 1, eps,
+            WIDTH=width, PADDED_WIDTH=padded, ADDS=addend is not None, num_warps=4 if padded <= 2048 else 8,
+            **dependent_launch(x.device),
         )  # fmt: skip
     return out

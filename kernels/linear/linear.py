@@ -27,7 +27,11 @@ class StreamingKernels(NamedTuple):
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [M, K] @ weight [N, K]^T + bias [N], + residual -> [M, N]; ``weight`` may come from pack_weight.
 
@@ -36,25 +40,35 @@ def linear(
 
     Args:
         residual: [M, N], contiguous. Its memory may be used for the result: it must not be read afterwards.
+        out: [M, N], where the result is to lie; without a residual.
     """
     if x.is_cuda:
-        return _cuda_linear(x, weight, bias, residual)
+        return _cuda_linear(x, weight, bias, residual, out)
     rows = x.shape[0]
     packed = weight.is_mkldnn
     padding = -rows % (PACKED_ROW_MULTIPLE if packed else ROW_MULTIPLE)
     if padding:
         x = F.pad(x, (0, 0, 0, padding))
-    out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if packed else F.linear(x, weight, bias)
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if packed else F.linear(x, weight, bias)
     if padding:
-        out = out[:rows]
-    return out if residual is None else out.add_(residual)
+        y = y[:rows]
+    if out is not None:
+        return out.copy_(y)
+    return y if residual is None else y.add_(residual)
 
 
 def _cuda_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     if (kernels := streaming_kernels(x, weight)) is not None:
-        return kernels.linear(x, weight, bias, residual)
+        y = kernels.linear(x, weight, bias, residual)
+        return y if out is None else out.copy_(y)
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if residual is None:
         return F.linear(x, weight, bias)
     if bias is not None:

@@ -53,14 +53,13 @@ class Waiting(Generic[T]):
     """A place in the line, kept for as long as the request lives. Lower priority values go first; then who came first.
 
     Attributes:
-        left: it does not wait now.
+        item: who waits here; None: nobody does now.
     """
 
     priority: int
     order: int
-    item: T = field(compare=False)
     since: float = field(compare=False)
-    left: bool = field(default=True, compare=False)
+    item: T | None = field(default=None, compare=False)
 
 
 class AdmissionQueue(Generic[T]):
@@ -83,11 +82,11 @@ class AdmissionQueue(Generic[T]):
     def __len__(self) -> int:
         return len(self._line)
 
-    def ticket(self, now: float, item: T, priority: int, order: int | None = None) -> Waiting[T]:
-        """A place behind those who came before, or where `order` stood; it does not wait yet."""
-        return Waiting(priority, next(self._order) if order is None else order, item, now)
+    def ticket(self, now: float, priority: int, order: int | None = None) -> Waiting[T]:
+        """A place behind those who came before, or where `order` stood; nobody waits there yet."""
+        return Waiting(priority, next(self._order) if order is None else order, now)
 
-    def push(self, now: float, entry: Waiting[T]) -> None:
+    def push(self, now: float, entry: Waiting[T], item: T) -> None:
         """Wait.
 
         Raises:
@@ -106,7 +105,7 @@ class AdmissionQueue(Generic[T]):
                 f"max_queue_wait_s ({self.max_wait_s:g} s); try again later",
                 self.retry_after_s(now),
             )
-        self.push_back(entry)
+        self.push_back(entry, item)
 
     def _line_text(self) -> str:
         """Describe the queue for an error. Requests that come back after a denial or a loss are not bounded."""
@@ -128,20 +127,20 @@ class AdmissionQueue(Generic[T]):
             return None
         return len(self) * congested_s / max(self._num_admitted, 1)
 
-    def push_back(self, entry: Waiting[T]) -> None:
+    def push_back(self, entry: Waiting[T], item: T) -> None:
         """Wait again, in one's old place: one who was let out already is not refused."""
-        assert entry.left
-        entry.left = False
+        assert entry.item is None
+        entry.item = item
         bisect.insort(self._line, entry)
 
-    def peek(self, position: int = 0) -> Waiting[T] | None:
-        """The entry that is next, or so many places behind it."""
-        return self._line[position] if position < len(self._line) else None
+    def peek(self, position: int = 0) -> T | None:
+        """Who is next, or so many places behind that."""
+        return self._line[position].item if position < len(self._line) else None
 
     def remove(self, entry: Waiting[T]) -> None:
         """Take an entry out, wherever it stands. Idempotent."""
-        if not entry.left:
-            entry.left = True
+        if entry.item is not None:
+            entry.item = None
             place = bisect.bisect_left(self._line, entry)
             while self._line[place] is not entry:  # legs that replay one leg stand in the same place
                 place += 1
@@ -149,12 +148,12 @@ class AdmissionQueue(Generic[T]):
             if not self._line:
                 self._congested_since = None
 
-    def expired(self, now: float) -> list[Waiting[T]]:
+    def expired(self, now: float) -> list[T]:
         """Take out and return those who have waited longer than max_wait_s."""
-        late = [entry for entry in self._line if now - entry.since >= self.max_wait_s]
-        for entry in late:
+        late = [(entry, entry.item) for entry in self._line if now - entry.since >= self.max_wait_s]
+        for entry, _ in late:
             self.remove(entry)
-        return late
+        return [item for _, item in late if item is not None]
 
     def retry_after_s(self, now: float) -> float:
         """Seconds until a request that came now would have its turn, from the measured drain rate."""

@@ -19,6 +19,7 @@ from pdray.engine.ranks.orders import LaneRanks
 from pdray.engine.step.profile import profile_model
 from pdray.kernels.collective.group import RankGroup
 from pdray.kernels.green_context import open_splits
+from pdray.models.halves import reserve_halves
 from pdray.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ def make_pool(config: Config, model: LoadedModel, device: torch.device, place: P
         OutOfMemoryError: the measured pool cannot hold one sequence of max_model_len.
     """
     config = config.for_device(device.type)
+    if model.decoder.group is not None:  # before what is free is measured
+        row_bytes = model.config.hidden_size * model.dtype.itemsize
+        reserve_halves(model.decoder.group, config.max_num_batched_tokens, row_bytes)
     layout = KVLayout.of(model.config, config.block_size, model.dtype, model.decoder.num_ranks)
     num_blocks = choose_num_blocks(
         config,

@@ -9,6 +9,7 @@ import torch
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.collective.group import RankGroup
 from pdray.models.arena import Arena
+from pdray.models.halves import is_worth_halves, run_in_halves
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.attention import Attention
 from pdray.models.parts.embedding import make_embedding, make_head
@@ -143,7 +144,11 @@ class Decoder(Part):
         """
         hidden = self.embed_tokens(input_ids, sampled)
         last = len(self.layers) - 1
-        for i in sorted({0, last}) if is_rehearsal else range(last + 1):
+        order = sorted({0, last}) if is_rehearsal else list(range(last + 1))
+        if is_worth_halves(hidden, self.group):
+            hidden = run_in_halves(self.layers, order[:-1], hidden, positions, kv, meta, on_layer)
+            order = [last]
+        for i in order:
             layer = self.layers[i]
             hidden = layer.attend(hidden, positions, kv[i], meta, rows if i == last else None)
             if i == last and self.group is not None and not len(hidden):
@@ -156,9 +161,11 @@ class Decoder(Part):
     @torch.inference_mode()
     def run_products(self, num_tokens: int) -> None:
         """One layer's matrix products over so many zeros: loads the kernels that the library picks for this size."""
-        self.layers[0].run_products(
-            torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        )
+        hidden = torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        self.layers[0].run_products(hidden)
+        if is_worth_halves(hidden, self.group):
+            for half in hidden.chunk(2):
+                self.layers[0].run_products(half)
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[M, hidden_size] -> [M, vocab_size] in the model's dtype, into ``out`` where it is given (CUDA).

@@ -18,6 +18,7 @@ from pdray.engine.ranks.orders import LaneRanks, StepOrder
 from pdray.engine.ranks.orders import encode as encode_order
 from pdray.engine.ranks.shared_memory import SharedMemory
 from pdray.errors import RankDiedError
+from pdray.kernels import crossover
 from pdray.ranks.channel_orders import AskedRank
 from pdray.ranks.facts import PULSE_S, RankFacts, RankState
 from pdray.ranks.member import Member, check_visible, member_environment
@@ -122,13 +123,15 @@ class Leader:
         self.close()
 
     def _join(self, config: Config, device: torch.device, site: RankSite | None) -> RankGroup:
-        unique_id = None
+        unique_id, halves = None, crossover.HALVES_MIN_BYTES
         if device.type == "cuda":
             from pdray.kernels.collective.nccl import make_unique_id
 
             unique_id = make_unique_id()
         with tempfile.TemporaryDirectory(prefix="pdray-") as folder:
-            setup = Setup(settings_of(config), 0, config.tensor_parallel_size, unique_id, f"{folder}/ranks", site)
+            setup = Setup(
+                settings_of(config), 0, config.tensor_parallel_size, unique_id, f"{folder}/ranks", halves, site
+            )
             for member in self._members:
                 member.send(encode(msgspec.structs.replace(setup, rank=member.rank)))
             return join(setup, device)

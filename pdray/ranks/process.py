@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -46,22 +46,28 @@ PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
 def main(parent: int, pipe: int, inputs: int, kv_orders: int, channels: int) -> None:
-    """Run until rank 0 says so, or is gone. Does not return: CUDA and Gloo might wait for other ranks."""
+    """Run until rank 0 says so, or is gone. Does not return, nor destroy anything of the rank before the process ends:
+    CUDA, Gloo and NCCL might wait for other ranks, and NCCL waits for the graphs that have its sums."""
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
     log_to_stderr()
     connection = Connection(pipe)
-    status = 0
     try:
         setup = decode(connection.recv_bytes())
-        follow(make_rank(setup, inputs, Connection(kv_orders), Connection(channels)), connection)
+        rank = make_rank(setup, inputs, Connection(kv_orders), Connection(channels))
+        follow(rank, connection)
     except EOFError:
         pass  # rank 0 is gone
     except BaseException as error:
-        status = 1
         traceback.print_exc()
         with contextlib.suppress(OSError):  # rank 0 is gone
             connection.send_bytes(describe_error(error).encode())
+        end(1)  # while the error still has what it came from
+    end(0)
+
+
+def end(status: int) -> NoReturn:
+    """End this process without another word."""
     sys.stderr.flush()
     os._exit(status)
 

@@ -35,6 +35,7 @@ class Setup(msgspec.Struct, frozen=True):
     settings: fields of the Config that were given, as JSON; no API key is among them.
     unique_id: of the NCCL communicator, as cupy has it; None: the ranks run on CPU.
     store_file: by which they find each other then: a path where nothing is yet.
+    halves_bytes: see RankGroup.
     site: of its channel kinds; None: there are none.
     """
 
@@ -43,6 +44,7 @@ class Setup(msgspec.Struct, frozen=True):
     size: int
     unique_id: bytes | tuple[int, ...] | None
     store_file: str
+    halves_bytes: int
     site: RankSite | None = None
 
     @property
@@ -61,6 +63,12 @@ def settings_of(config: Config) -> str:
 
 def join(setup: Setup, device: torch.device) -> RankGroup:
     """This process as a rank of its group. Blocks until all are there; rank 0, until none needs the file any more."""
+    group = _join(setup, device)
+    group.halves_bytes = setup.halves_bytes
+    return group
+
+
+def _join(setup: Setup, device: torch.device) -> RankGroup:
     if setup.unique_id is not None:
         from pdray.kernels.collective.nccl import NcclGroup
         from pdray.kernels.crossover import ONE_SHOT_MAX_BYTES

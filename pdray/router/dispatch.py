@@ -68,22 +68,22 @@ class Dispatch:
         if (error := self._placement.refusal(leg)) is not None:
             raise error
         self._hash(leg)
-        leg.entry = self.queue.ticket(leg.request.arrival, leg, leg.request.priority)
+        leg.entry = self.queue.ticket(leg.request.arrival, leg.request.priority)
         if len(self.queue) or not self._ask(now, leg):
-            self.queue.push(now, leg.entry)
+            self.queue.push(now, leg.entry, leg)
         self.legs[leg.key] = leg
 
     def enter_again(self, now: float, leg: Leg, predecessor: Leg, delay_s: float) -> None:
         """Take the leg that goes on where a lost one was: in its predecessor's place, and never refused."""
         self._hash(leg)
-        leg.entry = self.queue.ticket(now, leg, leg.request.priority, order=predecessor.entry.order)
+        leg.entry = self.queue.ticket(now, leg.request.priority, order=predecessor.entry.order)
         self.legs[leg.key] = leg
         if delay_s:
             leg.state = LegState.RESTING
             heapq.heappush(self._resting, (now + delay_s, leg.key))
             self._out.append(TickAt(now + delay_s))
         else:
-            self.queue.push_back(leg.entry)
+            self.queue.push_back(leg.entry, leg)
 
     def _hash(self, leg: Leg) -> None:
         if self._config.enable_prefix_caching:
@@ -99,7 +99,7 @@ class Dispatch:
             leg = self.legs.get(heapq.heappop(self._resting)[1])
             if leg is not None:
                 leg.state = LegState.WAITING
-                self.queue.push_back(leg.entry)
+                self.queue.push_back(leg.entry, leg)
 
     def pump(self, now: float) -> list[Refused]:
         """Ask for leases for those who wait, in order, while there is credit.
@@ -109,14 +109,14 @@ class Dispatch:
         """
         position = 0
         impossible: list[Leg] = []
-        while (entry := self.queue.peek(position)) is not None:
-            if self._ask(now, entry.item):
-                self.queue.remove(entry)
-            elif self._placement.fits(entry.item, self._workers.open_links(*WORKER_ROLES)):
-                self._await_credit(entry.item)
+        while (leg := self.queue.peek(position)) is not None:
+            if self._ask(now, leg):
+                self.queue.remove(leg.entry)
+            elif self._placement.fits(leg, self._workers.open_links(*WORKER_ROLES)):
+                self._await_credit(leg)
                 break
             else:
-                impossible.append(entry.item)
+                impossible.append(leg)
                 position += 1
         refusals = ((leg, self._placement.refusal(leg)) for leg in impossible)
         return [Refused(leg, error) for leg, error in refusals if error is not None]
@@ -212,7 +212,7 @@ class Dispatch:
         assert leg.choice is not None
         self._end_prefill(leg)
         leg.choice, leg.state, leg.is_ahead, leg.first_tokens = None, LegState.WAITING, False, None
-        self.queue.push_back(leg.entry)
+        self.queue.push_back(leg.entry, leg)
         return None
 
     def _answered(self, link: WorkerLink, message: LeaseGranted | LeaseDenied) -> Leg | None:

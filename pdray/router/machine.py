@@ -164,8 +164,8 @@ class RouterMachine:
     def tick(self, now: float) -> list[RouterEffect]:
         """End what waits or runs for too long, and let go on what was to rest. To be called often."""
         self._dispatch.wake(now)
-        for entry in self._dispatch.queue.expired(now):
-            self._requests.refuse(now, entry.item.request, self._waited_too_long(now))
+        for leg in self._dispatch.queue.expired(now):
+            self._requests.refuse(now, leg.request, self._waited_too_long(now))
         self._requests.end_late(now)
         if (reason := self._drain.due(now)) is not None:
             self._requests.end_all(now, reason)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pdray.kernels.collective.group import RankGroup
+from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.testing.patience import PATIENCE_S
 
 T = TypeVar("T")
@@ -27,6 +27,12 @@ class ThreadGroup(RankGroup):
     def sum(self, x: Tensor) -> Tensor:
         """See RankGroup."""
         return torch.stack(self._exchange(x)).sum(0)
+
+    def begin_sum(self, x: Tensor) -> PendingSum:
+        """See RankGroup. Nothing is there before somebody waits."""
+        part = x.clone()
+        x.fill_(torch.nan)
+        return PendingSum(lambda: self.sum(part))
 
     def broadcast(self, x: Tensor) -> None:
         """See RankGroup."""

@@ -46,13 +46,13 @@ def kill_two(role: str) -> Disturbance:
     return disturb
 
 
-def kill_rank(name: str) -> Disturbance:
+def kill_rank(name: str, signal_number: signal.Signals = signal.SIGKILL) -> Disturbance:
     """The last of the processes that share a worker's model, which ends with it."""
 
     async def disturb(app: Application) -> set[int]:
         worker = (await app.workers())[name]
         rank: int = worker["ranks"][-1]["pid"]
-        os.kill(rank, signal.SIGKILL)
+        os.kill(rank, signal_number)
         return {rank, worker["pid"]}
 
     return disturb
@@ -72,6 +72,7 @@ def disturbances(config: Config) -> dict[str, Disturbance]:
             found[f"{both} {role} workers killed, one after the other"] = kill_two(role)
         if number and num_ranks(config, role) > 1:
             found[f"rank of a {role} worker killed"] = kill_rank(f"{role}-0")
+            found[f"rank of a {role} worker stopped"] = kill_rank(f"{role}-0", signal.SIGSTOP)
     return found
 
 

@@ -20,36 +20,34 @@ class QueueMachine(RuleBasedStateMachine):
         super().__init__()
         self.queue: AdmissionQueue[int] = AdmissionQueue(MAX_SIZE, MAX_WAIT_S)
         self.now = 0.0
-        self.count = 0
         self.waiting: list[Waiting[int]] = []  # in order
         self.let_out: list[Waiting[int]] = []
 
     def sort(self) -> None:
-        self.waiting.sort(key=lambda entry: (entry.priority, entry.item))
+        self.waiting.sort(key=lambda entry: (entry.priority, entry.order))
 
     @rule(priority=st.integers(-1, 1))
     def push(self, priority: int) -> None:
-        entry = self.queue.ticket(self.now, self.count, priority)
-        self.count += 1
+        entry = self.queue.ticket(self.now, priority)
         if len(self.waiting) >= MAX_SIZE:
             with pytest.raises(QueueFullError, match="max_queue_size is 5") as caught:
-                self.queue.push(self.now, entry)
+                self.queue.push(self.now, entry, entry.order)
             assert 1.0 <= caught.value.retry_after_s <= MAX_WAIT_S
             return
         wait = self.queue.expected_wait_s(self.now)
         if wait is not None and wait > MAX_WAIT_S:
             with pytest.raises(QueueFullError, match="max_queue_wait_s"):
-                self.queue.push(self.now, entry)
+                self.queue.push(self.now, entry, entry.order)
         else:
-            self.queue.push(self.now, entry)
+            self.queue.push(self.now, entry, entry.order)
             self.waiting.append(entry)
             self.sort()
 
     @precondition(lambda self: self.waiting)
     @rule()
     def let_first_out(self) -> None:
-        entry = self.queue.peek()
-        assert entry is self.waiting.pop(0)
+        entry = self.waiting.pop(0)
+        assert self.queue.peek() == entry.order
         self.queue.remove(entry)
         self.queue.admitted(self.now)
         self.let_out.append(entry)
@@ -59,7 +57,7 @@ class QueueMachine(RuleBasedStateMachine):
     def push_back(self, data: st.DataObject) -> None:
         """A denied request stands where it stood before, even in a full queue."""
         entry = self.let_out.pop(data.draw(st.integers(0, len(self.let_out) - 1)))
-        self.queue.push_back(entry)
+        self.queue.push_back(entry, entry.order)
         self.waiting.append(entry)
         self.sort()
 
@@ -74,13 +72,13 @@ class QueueMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
         late = [entry for entry in self.waiting if self.now - entry.since >= MAX_WAIT_S]
-        assert sorted(e.item for e in self.queue.expired(self.now)) == sorted(e.item for e in late)
+        assert sorted(self.queue.expired(self.now)) == sorted(entry.order for entry in late)
         self.waiting = [entry for entry in self.waiting if entry not in late]
 
     @invariant()
     def agrees(self) -> None:
         assert len(self.queue) == len(self.waiting)
-        assert self.queue.peek() is (self.waiting[0] if self.waiting else None)
+        assert self.queue.peek() == (self.waiting[0].order if self.waiting else None)
 
 
 TestQueue = QueueMachine.TestCase
@@ -89,7 +87,7 @@ TestQueue = QueueMachine.TestCase
 def test_a_bound_of_zero_lets_nobody_wait() -> None:
     queue: AdmissionQueue[str] = AdmissionQueue(0, 60.0)
     with pytest.raises(QueueFullError) as caught:
-        queue.push(0.0, queue.ticket(0.0, "a", 0))
+        queue.push(0.0, queue.ticket(0.0, 0), "a")
     assert caught.value.retry_after_s == FIRST_GUESS_S and len(queue) == 0
 
 
@@ -97,16 +95,16 @@ def test_a_bound_of_zero_lets_nobody_wait() -> None:
 def test_who_could_not_be_served_in_time_is_refused_at_once(rate: float) -> None:
     """After 20 s of congestion with 60 s of patience: as many may wait as the rate seen lets through in that time."""
     queue: AdmissionQueue[int] = AdmissionQueue(1000, 60.0)
-    entries = [queue.ticket(0.0, number, 0) for number in range(30)]
-    for entry in entries:
-        queue.push(0.0, entry)  # a burst: nothing is known of the rate yet
+    entries = [queue.ticket(0.0, 0) for _ in range(30)]
+    for number, entry in enumerate(entries):
+        queue.push(0.0, entry, number)  # a burst: nothing is known of the rate yet
     for number in range(int(20 * rate)):
         queue.admitted(number / rate)
         queue.remove(entries[number])
     count = 0
     with pytest.raises(QueueFullError, match="max_queue_wait_s") as caught:
         for count in range(1000):  # noqa: B007
-            queue.push(20.0, queue.ticket(20.0, count, 0))
+            queue.push(20.0, queue.ticket(20.0, 0), count)
     assert len(queue) == max(30 - int(20 * rate), int(60 * rate) + 1)
     assert 1.0 <= caught.value.retry_after_s <= 60.0
 
@@ -134,7 +132,7 @@ def test_retry_after_is_the_time_to_drain() -> None:
     for number in range(400):
         queue.drain_rate.admitted(number / 4)  # 4 a second
     for number in range(39):
-        queue.push(100.0, queue.ticket(100.0, number, 0))
+        queue.push(100.0, queue.ticket(100.0, 0), number)
     assert queue.retry_after_s(100.0) == pytest.approx(10.0, rel=0.1)
 
 
@@ -146,7 +144,7 @@ def test_retry_after_is_always_sensible(gaps: list[float], waiting: int, later: 
         now += gap
         queue.drain_rate.admitted(now)
     for number in range(waiting):
-        queue.push(now, queue.ticket(now, number, 0))
+        queue.push(now, queue.ticket(now, 0), number)
     assert 1.0 <= queue.retry_after_s(now + later) <= 60.0
 
 
@@ -154,27 +152,26 @@ def test_a_full_queue_tells_who_waits_beyond_its_bound() -> None:
     """Who was let out and came back takes no newcomer's place, and is never refused."""
     queue: AdmissionQueue[int] = AdmissionQueue(max_size=2, max_wait_s=60.0)
     for item in range(2):
-        queue.push(0.0, queue.ticket(0.0, item, 0))
+        queue.push(0.0, queue.ticket(0.0, 0), item)
     with pytest.raises(QueueFullError, match=r"max_queue_size is 2, and 2 requests are waiting; try again"):
-        queue.push(0.0, queue.ticket(0.0, 2, 0))
+        queue.push(0.0, queue.ticket(0.0, 0), 2)
     for item in (3, 4):
-        queue.push_back(queue.ticket(0.0, item, 0))
+        queue.push_back(queue.ticket(0.0, 0), item)
     with pytest.raises(QueueFullError, match=r"is 2, and 4 requests are waiting, 2 of them back from a worker; try"):
-        queue.push(0.0, queue.ticket(0.0, 5, 0))
+        queue.push(0.0, queue.ticket(0.0, 0), 5)
 
 
 @pytest.mark.parametrize("leaves", [0, 1, 2])
 def test_of_several_in_one_place_the_one_that_is_meant_leaves(leaves: int) -> None:
     """The legs that take over a lost one all stand where it stood."""
     queue: AdmissionQueue[int] = AdmissionQueue(max_size=10, max_wait_s=60.0)
-    first = queue.ticket(0.0, 99, 0)
-    entries = [queue.ticket(0.0, item, 0, order=first.order) for item in range(3)]
-    for entry in entries:
-        queue.push_back(entry)
+    first = queue.ticket(0.0, 0)
+    entries = [queue.ticket(0.0, 0, order=first.order) for _ in range(3)]
+    for item, entry in enumerate(entries):
+        queue.push_back(entry, item)
     queue.remove(entries[leaves])
-    stay = [entry for entry in entries if not entry.left]
+    stay = [item for item in range(3) if item != leaves]
     assert [queue.peek(position) for position in range(3)] == [*stay, None]
-    assert all(queue.peek(position) is entry for position, entry in enumerate(stay))
-    for entry in stay:
-        queue.remove(entry)
+    for item in stay:
+        queue.remove(entries[item])
     assert not len(queue)

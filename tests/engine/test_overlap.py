@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from pdray.engine.request import EngineRequest
+from pdray.engine.schedule.sequence import LiveRequest, Sequence
 from pdray.engine.step.graphs import StepGraphs
 from pdray.testing.every_draw import EVERY_DRAW, requests_of
 
@@ -46,3 +49,32 @@ def test_disaggregated_engines_that_plan_ahead_give_the_same_tokens(llama: Any, 
     decode = pair.run(*requests())
     assert answers(decode) == answers(whole)
     decode.assert_empty()
+
+
+def live_objects() -> list[Any]:
+    return [each for each in gc.get_objects() if type(each) in (LiveRequest, Sequence)]
+
+
+@pytest.fixture
+def before() -> Iterator[list[Any]]:
+    """Without the garbage collector; gives what is alive already, of other tests."""
+    gc.collect()
+    gc.disable()
+    yield live_objects()
+    gc.enable()
+
+
+def test_nothing_that_has_ended_waits_for_the_garbage_collector(
+    llama: Any, disaggregated: Any, before: list[Any]
+) -> None:
+    pair = disaggregated(llama.engine(async_scheduling=True), llama.engine(async_scheduling=True, max_num_seqs=16))
+    pair.run(*requests())
+    whole = llama.engine(async_scheduling=True)
+    for request in requests():
+        whole.add(request)
+    for request in requests()[::2]:  # each time, a step is in flight
+        whole.step()
+        whole.release(request.key)
+    whole.run()
+    whole.assert_empty()
+    assert len(live_objects()) == len(before)

@@ -1,4 +1,4 @@
-"""Two processes that share a model in float32, with graphs, against one that has all of it.
+"""Two processes that share a model in float32, with graphs, against one that has all of it; also in halves of steps.
 
 With one GPU both are on it, and NCCL takes them for two hosts: slow, and the same calls.
 """
@@ -16,6 +16,7 @@ from models import FLOAT32_TOLERANCE, GPU, SHAPES, build, engine, engine_conftes
 from rows import Row
 
 import pdray.ranks.leader
+from pdray.kernels import crossover
 from pdray.models import load_model
 from pdray.ranks.engine import end_process
 from pdray.ranks.leader import Leader
@@ -28,6 +29,7 @@ from pdray.testing.one_gpu import one_gpu_environment
 DRAWS = EVERY_DRAW | {"scores": SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, prompt_logprobs=2)}
 FEW_DRAWS = {name: DRAWS[name] for name in ("greedy", "three", "filters", "scores")}
 DIVISIBLE = ("Qwen3 16/8 d128", "Qwen2 14/2 d64", "Llama 8/1 d96")
+IN_HALVES = DIVISIBLE[1]  # whose steps of two rows and more are all computed in halves
 SETTINGS: dict[str, Any] = {"mode": "colocated", "max_num_seqs": 16, "seed": 0}
 
 
@@ -44,6 +46,7 @@ def check_ranks(names: tuple[str, ...] = DIVISIBLE) -> Iterator[Row]:
     if torch.cuda.device_count() < 2:
         share_one_gpu()
         how = "one GPU"
+    usual = crossover.HALVES_MIN_BYTES
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             requests = requests_of(DRAWS if name == names[0] else FEW_DRAWS)
@@ -51,13 +54,18 @@ def check_ranks(names: tuple[str, ...] = DIVISIBLE) -> Iterator[Row]:
             torch.cuda.empty_cache()
             alone = engine(Path(folder), "float32", **SETTINGS).run(*requests)
             config = alone.config.model_copy(update={"tensor_parallel_size": 2, "mode": "disaggregated"})
+            crossover.HALVES_MIN_BYTES = 1 if name == IN_HALVES else usual
             with Leader(config, GPU, end_process) as leader:
                 model = load_model(config, GPU, group=leader.group)
                 pair = engine_conftest.RecordingEngine(config, model, GPU, ranks=leader.ranks)
                 pair.run(*requests)
-                yield from compare(f"two ranks, {name}, {how}", pair, alone)
-                yield blocks_of_all_ranks(f"two ranks, {name}, {how}", leader.open_pools(pair.pool, model.config), pair)
+                what = f"two ranks, {name}, {how}{', in halves' if name == IN_HALVES else ''}"
+                yield from compare(what, pair, alone)
+                yield blocks_of_all_ranks(what, leader.open_pools(pair.pool, model.config), pair)
+            why = leader._members[0]._why_killed or "by itself"
+            yield Row(f"{what}: the other rank ends", why, "by itself", why == "by itself")
             del pair, alone, model
+    crossover.HALVES_MIN_BYTES = usual
 
 
 def blocks_of_all_ranks(name: str, pools: RankPools, pair: Any) -> Row:

@@ -171,6 +171,12 @@ def check_norms() -> None:
             normed = triton_rms_norm(x.to(DEVICE)[:, heads], weight.to(DEVICE), 1e-6)
             expected = rms_norm(x[:, heads], weight, 1e-6)
             torch.testing.assert_close(normed.cpu(), expected, atol=TOLERANCE[dtype], rtol=2e-2)
+        x, addend = (torch.randn(6, width).to(dtype) for _ in range(2))
+        summed = x.clone().to(DEVICE)
+        normed = triton_rms_norm(summed, weight.to(DEVICE), 1e-6, addend.to(DEVICE))
+        expected = rms_norm(x, weight, 1e-6, addend)
+        torch.testing.assert_close(normed.cpu(), expected, atol=TOLERANCE[dtype], rtol=2e-2)
+        torch.testing.assert_close(summed.cpu(), x, atol=TOLERANCE[dtype], rtol=1e-2)
     assert triton_rms_norm(torch.empty(0, 64).to(DEVICE), torch.ones(64).to(DEVICE), 1e-6).shape == (0, 64)
 
 

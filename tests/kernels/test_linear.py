@@ -52,6 +52,15 @@ def test_the_residual_is_added_last(packed: bool, rows: int) -> None:
     assert torch.equal(linear(x, used, bias, residual.clone()), linear(x, used, bias) + residual)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_result_lies_where_it_is_asked_for(packed: bool) -> None:
+    weight, bias, x = torch.randn(24, 40), torch.randn(24), torch.randn(5, 40)
+    used, whole = pack_weight(weight) if packed else weight, torch.full((8, 24), torch.nan)
+    out = linear(x, used, bias, out=whole[3:])
+    assert out.data_ptr() == whole[3:].data_ptr() and whole[:3].isnan().all()
+    assert torch.equal(out, linear(x, used, bias))
+
+
 def test_packing_keeps_the_values_and_leaves_other_dtypes_alone() -> None:
     weight = torch.randn(33, 47)
     assert torch.equal(pack_weight(weight).to_dense(), weight)

@@ -40,6 +40,14 @@ def test_extreme_rows_stay_finite(scale: float) -> None:
     assert torch.isfinite(rms_norm(x, torch.ones(16), 1e-6)).all()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_is_added_first_stays(dtype: torch.dtype) -> None:
+    x, addend, weight = (torch.randn(7, 48).to(dtype) for _ in range(3))
+    total = x + addend
+    assert torch.equal(rms_norm(x, weight[0], 1e-5, addend), rms_norm(total, weight[0], 1e-5))
+    assert torch.equal(x, total)
+
+
 def test_rows_are_independent() -> None:
     x, weight = torch.randn(33, 576), torch.rand(576)
     whole = rms_norm(x, weight, 1e-5)

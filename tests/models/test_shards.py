@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pdray.config import Config
 from pdray.errors import ConfigError
-from pdray.kernels.collective.group import RankGroup
+from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.models import load_model
 from pdray.models.decoder import Decoder
 from pdray.models.load import LoadedModel
@@ -61,6 +62,53 @@ def test_ranks_compute_what_one_alone_does(
     torch.testing.assert_close(first, expected[[29, 3]], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rest, expected[30:], atol=1e-4, rtol=1e-4)
     assert all(logits.shape == (0, 211) for each in others for logits in each)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2", "qwen3"])
+def test_halves_of_a_step_are_the_whole(
+    name: str, size: int, hf_model: Any, decoder_of: Any, paged: Any, tokens: Any
+) -> None:
+    """Not a bit differs, whatever rows are asked for."""
+    architecture, overrides = MODELS[name]
+    whole, prompt = decoder_of(hf_model(architecture, **FOUR | overrides)), tokens(45)
+    steps: list[tuple[int, int, list[int] | None]] = [(0, 31, [30, 2]), (31, 44, None), (44, 45, None)]
+
+    def run(halves_bytes: int, group: RankGroup) -> list[torch.Tensor]:
+        group.halves_bytes = halves_bytes
+        sequence = paged(shard_of(group, whole))
+        return [sequence.run(prompt[start:end], rows=rows) for start, end, rows in steps]
+
+    plain, halved = (run_ranks(size, partial(run, halves_bytes))[0] for halves_bytes in (1 << 40, 1))
+    for one, other in zip(plain, halved, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_step_is_halved_from_that_size_on(hf_model: Any, decoder_of: Any, paged: Any, tokens: Any) -> None:
+    """By the bytes of its sums, all ranks alike: others would wait for ever."""
+    whole = decoder_of(hf_model("LlamaForCausalLM", **FOUR))
+    num_layers, row_bytes = len(whole.layers), whole.config.hidden_size * 4
+
+    def run(group: RankGroup) -> list[list[int]]:
+        group.halves_bytes = 20 * row_bytes
+        begin_sum, begun = group.begin_sum, list[int]()
+
+        def note(x: torch.Tensor) -> PendingSum:
+            begun.append(len(x))
+            return begin_sum(x)
+
+        group.begin_sum = note  # type: ignore[method-assign]
+        sequence = paged(shard_of(group, whole))
+        seen = []
+        for num_tokens in (19, 20, 21):
+            sequence.run(tokens(num_tokens))
+            seen.append(list(begun))
+            begun.clear()
+        return seen
+
+    sums = 2 * (num_layers - 1)
+    for seen in run_ranks(2, run):
+        assert seen == [[], [10, 10] * sums, [11, 10] * sums]
 
 
 def test_a_step_that_draws_nothing(hf_model: Any, decoder_of: Any, paged: Any, tokens: Any) -> None:
@@ -167,30 +215,35 @@ def test_a_fingerprint_is_of_all_ranks_weights(name: str, tmp_path: Path, hf_mod
         assert {each.fingerprint for each in loaded} != {whole}
 
 
-def test_on_layer_speaks_for_every_rank(hf_model: Any, decoder_of: Any, paged: Any, tokens: Any) -> None:
-    """Also in the last layer of a step that draws nothing, whose output nobody needs."""
+@pytest.mark.parametrize(("layer_index", "halves_bytes"), [(-1, 1 << 40), (0, 1)])
+def test_on_layer_speaks_for_every_rank(
+    layer_index: int, halves_bytes: int, hf_model: Any, decoder_of: Any, paged: Any, tokens: Any
+) -> None:
+    """Also in the last layer of a step that draws nothing, whose output nobody needs, and in halves."""
     whole, told = decoder_of(hf_model("LlamaForCausalLM", **FOUR)), threading.Event()
     sequences: dict[int, Any] = {}
     seen: list[torch.Tensor] = []
 
     def run(group: RankGroup) -> None:
+        group.halves_bytes = halves_bytes
         sequence = sequences[group.rank] = paged(shard_of(group, whole))
-        last = sequence.decoder.layers[-1]
+        layers = sequence.decoder.layers
+        attention = layers[layer_index].attention
         if group.rank == 1:
-            attend = last.attend
+            attend = attention.of_projected
 
             def late(*args: Any) -> torch.Tensor:
                 told.wait(0.5)
                 return attend(*args)  # type: ignore[no-any-return]
 
-            last.attend = late
+            attention.of_projected = late
 
         def on_layer(layer: int) -> None:
-            if group.rank == 0 and layer == len(sequence.decoder.layers) - 1:
+            if group.rank == 0 and layer == layer_index % len(layers):
                 told.set()
                 seen.append(sequences[1].kv[layer].clone())
 
         sequence.run(tokens(20), on_layer, rows=[])
 
     run_ranks(2, run)
-    assert torch.equal(seen[0], sequences[1].kv[-1])
+    assert torch.equal(seen[0], sequences[1].kv[layer_index])

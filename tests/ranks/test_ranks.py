@@ -23,6 +23,7 @@ from pdray.engine.build import build_engine
 from pdray.engine.engine import Engine
 from pdray.engine.request import EngineRequest
 from pdray.errors import ConfigError, RankDiedError, StepFailedError
+from pdray.kernels import crossover
 from pdray.models import load_model
 from pdray.ranks.leader import Leader, check_model
 from pdray.ranks.member import process_name
@@ -139,7 +140,9 @@ def test_two_ranks_draw_what_one_does(pair: Ranks) -> None:
     assert not pair.ends
 
 
-def test_four_ranks_of_which_pairs_have_the_same_keys(tmp_path: Path) -> None:
+def test_four_ranks_of_which_pairs_have_the_same_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In halves, as large steps are computed: the other ranks hear of their size from rank 0."""
+    monkeypatch.setattr(crossover, "HALVES_MIN_BYTES", 1)
     config = make_config(tmp_path, 4)
     requests = requests_of({name: DRAWS[name] for name in ("three", "scores")})
     ranks = Ranks(config)

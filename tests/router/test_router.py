@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from pdray.errors import InvalidRequestError
 from pdray.router.completion import CompletionDelta
+from pdray.router.leg import Leg
+from pdray.router.request import Request
 from pdray.router.routed import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
@@ -60,6 +63,23 @@ async def test_streaming_in_order(make_cluster: MakeCluster) -> None:
     assert "CloseLease" not in cluster.decode.about("r")  # the worker has ended it by itself
     assert cluster.metrics.outcomes == [("stop", output)] and len(cluster.metrics.first_tokens) == 1
     cluster.assert_clean()
+
+
+async def test_what_has_ended_does_not_wait_for_the_garbage_collector(make_cluster: MakeCluster) -> None:
+    cluster = await make_cluster()
+    gc.collect()
+    gc.disable()
+    before = [each for each in gc.get_objects() if type(each) in (Leg, Request)]
+    try:
+        request = await start(cluster, "r")
+        cluster.prefill.first("r", "a")
+        cluster.decode.tokens("r", 1, "b", finish="length")
+        assert (await asyncio.wait_for(request.wait(), PATIENCE_S)).outputs[0].text == "ab"
+        del request
+        await asyncio.sleep(0)
+        assert len([each for each in gc.get_objects() if type(each) in (Leg, Request)]) == len(before)
+    finally:
+        gc.enable()
 
 
 async def test_a_consumer_may_wait_for_the_whole_answer(make_cluster: MakeCluster) -> None:

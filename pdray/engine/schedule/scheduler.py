@@ -104,8 +104,7 @@ class Scheduler:
         lead = live.lead
         if any(s.preempted for s in self.waiting) or not self._has_places(live):
             return None
-        num_tokens = self.limits.num_reserved_tokens(live.request)
-        if not self.allocator.allocate(self.allocator.owners(lead), num_tokens):
+        if not self.allocator.allocate(self.allocator.owners(lead), self.limits.num_reserved_tokens(live.request)):
             return None
         self._enter(live)
         self._take_places(live)
@@ -182,6 +181,7 @@ class Scheduler:
             self.leaving.append(sequence)
         else:
             self.allocator.free(sequence)
+            sequence.request.let_go()
 
     # the step
 
@@ -242,11 +242,11 @@ class Scheduler:
             self.booked(chunk.sequence)
 
     def booked(self, sequence: Sequence) -> None:
-        """One of the steps that compute the sequence is through."""
-        sequence.num_in_flight -= 1
+        sequence.num_in_flight -= 1  # one of the steps that compute it is through
         if sequence.status is SequenceStatus.FINISHED and not sequence.num_in_flight:
             self.leaving.remove(sequence)
             self.allocator.free(sequence)
+            sequence.request.let_go()
 
     def _schedule_prefills(self, plan: StepPlan, share: Share, admit: bool, may_overtake: bool) -> None:
         """Spend what is left of the token budget on prompts: those begun, then, if ``admit``, queued ones."""

@@ -185,7 +185,8 @@ class LiveRequest:
 
     Attributes:
         arrival: rank among the engine's requests, from 0.
-        sequences: one per index; the first one computes the prompt for all.
+        sequences: one per index; the first one computes the prompt for all. None once all have ended, and no step in
+            flight computes any.
         end_token_ids: end-of-sequence and stop token ids, masked before min_tokens.
         prompt_array: prompt_token_ids as int32, if its draws look at them; else empty.
         forked: every sequence runs on its own.
@@ -254,6 +255,12 @@ class LiveRequest:
     def make_rules(self, output_token_ids: list[int]) -> list[Rule]:
         """New rules for a sequence that has these outputs."""
         return make_rules(History(self.params, output_token_ids, self.end_token_ids, self.grammar))
+
+    def let_go(self) -> None:
+        """Forget the sequences if all have ended: they know the request, too, and would wait with their grammars'
+        states for the garbage collector, which comes rarely."""
+        if not self.is_live and not any(s.num_in_flight for s in self.sequences):
+            self.sequences = []
 
     def num_scores_between(self, start: int, end: int) -> int:
         """How many tokens of these positions a prompt token follows that is to be scored."""

@@ -55,9 +55,15 @@ class Attention(Part):
         Returns:
             [T, num_heads * head_dim], of this rank's heads.
         """
+        return self.of_projected(self.qkv.of_normed(hidden, norm), positions, kv_layer, meta)
+
+    def of_projected(
+        self, qkv: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor, meta: AttentionMetadata
+    ) -> torch.Tensor:
+        """The same, of heads of queries, keys and values, [T, all of them * head_dim], before their norms."""
         q_norm, k_norm = (None if each is None else each.weight for each in (self.q_norm, self.k_norm))
         q, k, v = rotate_and_store(
-            self.qkv.of_normed(hidden, norm),
+            qkv,
             q_norm,
             k_norm,
             self._eps,
@@ -67,4 +73,4 @@ class Attention(Part):
             meta.slot_mapping,
             self._num_heads,
         )
-        return paged_attention(q, kv_layer, meta, self._scale, k, v).reshape(len(hidden), self.o.in_features)
+        return paged_attention(q, kv_layer, meta, self._scale, k, v).reshape(len(qkv), self.o.in_features)

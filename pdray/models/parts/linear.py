@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pdray.kernels.collective.group import RankGroup
+from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.kernels.linear.linear import linear, pack_weight
 from pdray.kernels.linear.norm_linear import norm_linear
 from pdray.models.parts.norm import RMSNorm
@@ -35,9 +35,15 @@ class Linear(Part):
         self.weight = placement.empty(total, self.in_features)
         self.bias = placement.empty(total) if bias else None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[M, in_features] -> [M, sum of out_features]; see pdray.kernels.linear.linear."""
-        return linear(x, self.weight, self.bias, residual)
+        return linear(x, self.weight, self.bias, residual, out)
+
+    def begin(self, x: torch.Tensor, residual: torch.Tensor) -> PendingSum:
+        """The same, of which other ranks may have their part to add; see RankGroup.begin_sum."""
+        return PendingSum.made(self(x, residual))
 
     def of_normed(self, x: torch.Tensor, norm: RMSNorm, *, gated: bool = False) -> torch.Tensor:
         """The product with norm(x), and the gated activation of that; see norm_linear()."""
@@ -81,10 +87,19 @@ class SummedLinear(Linear):
         super().__init__(out_features, in_features, placement, bias=bias)
         self._group = group
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See Linear; the same on every rank. Bias and residual are rank 0's to add."""
-        part = super().__call__(x, residual) if self._group.rank == 0 else linear(x, self.weight)
-        return self._group.sum(part)
+        total = self._group.sum(self._part(x, residual))
+        return total if out is None else out.copy_(total)
+
+    def begin(self, x: torch.Tensor, residual: torch.Tensor) -> PendingSum:
+        """See Linear."""
+        return self._group.begin_sum(self._part(x, residual))
+
+    def _part(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        return super().__call__(x, residual) if self._group.rank == 0 else linear(x, self.weight)
 
 
 def summed_linear(

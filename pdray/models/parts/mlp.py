@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pdray.kernels.collective.group import PendingSum
+from pdray.kernels.elementwise.activation import silu_and_mul
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.linear import Linear, summed_linear
 from pdray.models.parts.norm import RMSNorm
@@ -25,3 +27,8 @@ class GatedMLP(Part):
     def __call__(self, hidden: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """hidden + mlp(norm(hidden)), [M, hidden_size]. The memory of ``hidden`` may be used for the result."""
         return self.down(self.gate_up.of_normed(hidden, norm, gated=True), residual=hidden)
+
+    def begin(self, hidden: PendingSum, norm: RMSNorm) -> PendingSum:
+        """The same of a sum that the ranks are making, while they add up what comes of it."""
+        normed = hidden.normed(norm.weight, norm.eps)
+        return self.down.begin(silu_and_mul(self.gate_up(normed)), residual=hidden.wait())

@@ -1,0 +1,147 @@
+"""Sums by copies between two ranks: threads stand for the streams of each, and the host's memory for the device's."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+
+from pdray.kernels.collective.copied_sums import NUM_PLACES, CopiedSums
+from pdray.kernels.collective.group import PendingSum
+from pdray.kernels.elementwise.rms_norm import rms_norm
+from pdray.testing.patience import PATIENCE_S
+
+NUM_SUMS, MAX_NUMBERS = 60, 500
+
+
+class Stream:
+    """Runs what is launched on it in order, on a thread of its own, some of it late."""
+
+    def __init__(self, device: object = None) -> None:
+        self._executor = ThreadPoolExecutor(1)
+        self._rng = random.Random(id(self))
+        self.cuda_stream = self
+
+    def launch(self, run: partial[None]) -> Future[None]:
+        def late() -> None:
+            if self._rng.random() < 0.2:
+                time.sleep(0.001)
+            run()
+
+        return self._executor.submit(late)
+
+    def record_event(self) -> Future[None]:
+        return self.launch(partial(int))
+
+    def wait_event(self, event: Future[None]) -> None:
+        self.launch(partial(event.result, PATIENCE_S))
+
+    def wait_stream(self, stream: Current) -> None:
+        pass  # whose work is done when the host has launched it
+
+
+class Current:
+    """The stream that ranks compute on, which the host runs itself."""
+
+    cuda_stream: Current
+
+    def __init__(self) -> None:
+        self.cuda_stream = self
+
+    def launch(self, run: partial[None]) -> None:
+        run()
+
+    def wait_event(self, event: Future[None]) -> None:
+        event.result(PATIENCE_S)
+
+
+class Driver:
+    """cuda.bindings.driver, over addresses of the host."""
+
+    @staticmethod
+    def cuMemcpyAsync(target: int, source: int, num_bytes: int, stream: Stream) -> tuple[int]:  # noqa: N802
+        stream.launch(partial(ctypes.memmove, target, source, num_bytes))
+        return (0,)
+
+    @staticmethod
+    def cuStreamWriteValue32(stream: Stream, address: int, value: int, flags: int) -> tuple[int]:  # noqa: N802
+        assert flags == 0
+        stream.launch(partial(setattr, ctypes.c_int32.from_address(address), "value", value))
+        return (0,)
+
+    @staticmethod
+    def cuStreamWaitValue32(stream: Stream, address: int, value: int, flags: int) -> tuple[int]:  # noqa: N802
+        assert flags == 1, "equal"
+        word = ctypes.c_int32.from_address(address)
+
+        def wait() -> None:
+            deadline = time.monotonic() + PATIENCE_S
+            while word.value != value:
+                assert time.monotonic() < deadline, "the other rank does not come"
+                time.sleep(0)
+
+        stream.launch(partial(wait))
+        return (0,)
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CopiedSums]]:
+    current = Current()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    places = [torch.zeros(NUM_PLACES, MAX_NUMBERS * 4, dtype=torch.uint8) for _ in range(2)]
+    flags = [torch.tensor([0] * NUM_PLACES + [1] * NUM_PLACES, dtype=torch.int32) for _ in range(2)]
+    yield [
+        CopiedSums(
+            Driver, places[rank], flags[rank].data_ptr(), places[1 - rank].data_ptr(), flags[1 - rank].data_ptr()
+        )
+        for rank in range(2)
+    ]
+    assert [each.tolist() for each in flags] == [[0] * NUM_PLACES + [1] * NUM_PLACES] * 2, "every place is free again"
+
+
+def test_sums_are_the_same_on_both_ranks(pair: list[CopiedSums]) -> None:
+    """Of many sizes, two pending at a time as for the halves of a step; one rank is now and then far behind."""
+    rng = random.Random(1)
+    sizes = [rng.randint(1, MAX_NUMBERS) for _ in range(NUM_SUMS)]
+    parts = [[torch.randn(size) for size in sizes] for _ in range(2)]
+    expected = [one + other for one, other in zip(*parts, strict=True)]
+
+    def run(rank: int) -> list[torch.Tensor]:
+        late = random.Random(rank)
+        pending, totals = list[PendingSum](), list[torch.Tensor]()
+        for part in parts[rank]:
+            pending.append(pair[rank].begin(part.clone()))
+            if late.random() < 0.2:
+                pending[0].arrive()
+            if late.random() < 0.3:  # before anybody waits, and after
+                first = len(totals)
+                weight = torch.ones(sizes[first])
+                assert torch.equal(pending[0].normed(weight, 1e-6), rms_norm(expected[first], weight, 1e-6))
+                assert torch.equal(pending[0].normed(weight, 1e-6), rms_norm(expected[first], weight, 1e-6))
+            if late.random() < 0.2:
+                time.sleep(0.003)
+            if len(pending) == NUM_PLACES:
+                totals.append(pending.pop(0).wait())
+        return totals + [each.wait() for each in pending]
+
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(run, range(2)))
+    for totals in found:
+        assert len(totals) == NUM_SUMS and all(map(torch.equal, totals, expected))
+
+
+def test_what_fits_no_place_is_left_to_others(pair: list[CopiedSums], monkeypatch: pytest.MonkeyPatch) -> None:
+    is_capturing = threading.Event()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing.is_set)
+    assert pair[0].takes(torch.zeros(MAX_NUMBERS)) and pair[0].takes(torch.zeros(2 * MAX_NUMBERS).bfloat16())
+    assert not pair[0].takes(torch.zeros(MAX_NUMBERS + 1)) and not pair[0].takes(torch.zeros(0))
+    is_capturing.set()
+    assert not pair[0].takes(torch.zeros(1))
