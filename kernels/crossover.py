@@ -16,6 +16,9 @@ DECODE_MIN_TOKENS_PER_SPLIT = 128
 
 # Prompts by FlashAttention-3: tokens of the sequence that an average token is in; below it Triton is as fast.
 FLASH_MIN_MEAN_LENGTH = 256
+# The same behind a prefix, whose keys must be copied together first: query tokens that an average key is read for, and
+# the most keys that are copied (of 8 heads of 128 4 KiB each).
+FLASH_MIN_QUERIES_PER_KEY, FLASH_MAX_GATHERED_KEYS = 512, 65536
 
 # Rotary embedding: pairs of elements that a program rotates, enough for one token, or to keep the memory busy.
 ROTARY_PAIRS, ROTARY_MANY_PAIRS, ROTARY_MANY_TOKENS = 256, 512, 1024
