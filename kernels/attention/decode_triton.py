@@ -118,16 +118,16 @@ def merge(
     total = tl.sum(tl.exp2(lse - largest[:, None]), 1)
     acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
     for start in range(0, num_splits, AT_ONCE):
-        split = start + tl.arange(0, AT_ONCE)
-        mask = (head < GROUP)[:, None] & (split < num_splits)[None, :]
-        at = index[:, None] + split[None, :]
-        lse = tl.load(lse_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        weights = tl.exp2(lse - largest[:, None])
-        some = tl.load(
-            partial_ptr + at[:, :, None] * HEAD_DIM + dims[None, None, :],
-            mask=mask[:, :, None] & (dims < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg",
+        some = start + tl.arange(0, AT_ONCE)
+        some_mask = (head < GROUP)[:, None] & (some < num_splits)[None, :]
+        some_index = index[:, None] + some[None, :]
+        some_lse = tl.load(lse_ptr + some_index, mask=some_mask, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.exp2(some_lse - largest[:, None])
+        partial = tl.load(
+            partial_ptr + some_index[:, :, None] * HEAD_DIM + dims[None, None, :],
+            mask=some_mask[:, :, None] & (dims < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
-        acc += tl.sum(some * weights[:, :, None], 1)
+        acc += tl.sum(partial * weights[:, :, None], 1)
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     at = (first_head + head)[:, None] * HEAD_DIM + dims[None, :]
     inside = (head < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
