@@ -24,10 +24,14 @@ from pdray.kernels.processors import device_processors, num_processors
 def first_flash_sequence(q: Tensor, meta: AttentionMetadata) -> int:
     """The sequences from this one on are for flash_prefill(); their number if none is."""
     num_sequences = len(meta.seq_lens)
-    lengths = meta.query_lens[meta.fresh_from :]
-    if sum(n * n for n in lengths) < FLASH_MIN_MEAN_LENGTH * max(1, sum(lengths)):
-        return num_sequences
-    return meta.fresh_from if can_flash(q) else num_sequences
+    if meta.longest_fresh:
+        return 0 if can_flash(q) else num_sequences
+    return meta.fresh_from if are_long(meta.query_lens[meta.fresh_from :]) and can_flash(q) else num_sequences
+
+
+def are_long(lengths: list[int]) -> bool:
+    """Whether FlashAttention is ahead for fresh prompts of these lengths."""
+    return sum(n * n for n in lengths) >= FLASH_MIN_MEAN_LENGTH * max(1, sum(lengths))
 
 
 def is_worth_gathering(meta: AttentionMetadata, end: int) -> bool:
@@ -42,8 +46,13 @@ def is_worth_gathering(meta: AttentionMetadata, end: int) -> bool:
 
 
 def can_flash(q: Tensor) -> bool:
-    """Whether FlashAttention takes such heads here."""
-    return is_available(q.device, q.dtype) and q.shape[2] % 8 == 0
+    """Whether FlashAttention takes such queries, [T, num_heads, d], here."""
+    return takes_heads(q.device, q.dtype, q.shape[2])
+
+
+def takes_heads(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashAttention takes heads of this width here."""
+    return is_available(device, dtype) and head_dim % 8 == 0
 
 
 @lru_cache(maxsize=16)
@@ -65,7 +74,7 @@ def flash_prefill(
     Args:
         q: [T, num_heads, d]. k, v: [T, num_kv_heads, d], of the step's tokens. out: [T, num_heads, d].
     """
-    starts, longest = meta.cu_seqlens_q[first:], max(meta.query_lens[first:])
+    starts, longest = meta.cu_seqlens_q[first:], meta.longest_fresh or max(meta.query_lens[first:])
     _attend(q, k, v, starts, starts, longest, longest, scale, out)
 
 

@@ -82,9 +82,7 @@ def occupancy(tiles: int, num_processors: int) -> float:
     return tiles / (triton.cdiv(tiles, num_processors) * num_processors)
 
 
-def triton_gated_prompt(
-    x: Tensor, weight: Tensor, tiling: Tiling = BEST, num_programs: int | None = None
-) -> Tensor:
+def triton_gated_prompt(x: Tensor, weight: Tensor, tiling: Tiling = BEST, num_programs: int | None = None) -> Tensor:
     """silu_and_mul() of x [M, K] @ weight [2 N, K]^T, rounded as one by one: [M, N]. All contiguous.
 
     Args:

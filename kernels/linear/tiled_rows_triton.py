@@ -180,7 +180,7 @@ def _launch(
 ) -> Tensor:
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     assert x.is_contiguous() and weight.is_contiguous() and (residual is None or residual.is_contiguous())
-    assert 1 <= m and k % 8 == 0, "rows must begin at multiples of 16 bytes"
+    assert m >= 1 and k % 8 == 0, "rows must begin at multiples of 16 bytes"
     assert tiling is not None or m <= TILED_ROWS_MAX
     tiling = tiling or choose_tiling(n, k, gated)
     tiles, row_tiles = triton.cdiv(n, tiling.block_n), triton.cdiv(m, tiling.rows)

@@ -168,7 +168,8 @@ def check_worth_gathering() -> None:
     assert not is_worth_gathering(batch([(1, 900), (500, 800)], 16)[0], 2)
     unknown = AttentionMetadata(meta.slot_mapping, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, [], [])
     assert not is_worth_gathering(unknown, 3)
-    assert is_worth_gathering(batch([(600, 65536)], 32)[0], 1) and not is_worth_gathering(batch([(600, 65537)], 32)[0], 1)
+    for num_keys, is_worth in ((65536, True), (65537, False)):
+        assert is_worth_gathering(batch([(600, num_keys)], 32)[0], 1) == is_worth
 
 
 def check_fresh() -> None:

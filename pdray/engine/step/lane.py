@@ -21,6 +21,7 @@ from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.scores import ScoreInputs, compute_scores, follow_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
+from pdray.kernels.attention.flash import takes_heads
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, make_scratch, report
 from pdray.kernels.sampling.history import remember
@@ -99,7 +100,8 @@ class Lane:
             self._capture()
 
     def _capture(self) -> None:
-        self.graphs = StepGraphs(self._graph_logits(), self.limits.max_num_batched_tokens)
+        has_flash = takes_heads(self.pool.device, self.decoder.dtype, self.decoder.config.head_dim)
+        self.graphs = StepGraphs(self._graph_logits(), self.limits.max_num_batched_tokens, has_flash=has_flash)
         self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups)
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
