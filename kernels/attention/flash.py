@@ -1,4 +1,4 @@
-"""Long prompts and chunks of prompts by FlashAttention-3 (Shah et al., 2024): the optional wheel ``fa3-fwd``, on Hopper.
+"""Long prompts, and chunks of them, by FlashAttention-3 (Shah et al., 2024): the optional wheel ``fa3-fwd``, on Hopper.
 
 It reads contiguous keys and values only. A prompt without a prefix in the cache has all of them at hand: they have just
 been computed. Behind a prefix they are copied together first, one layer at a time. Measured on one H100, 16 query and 8

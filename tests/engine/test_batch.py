@@ -148,9 +148,9 @@ def test_long_prompts_from_their_first_token_on_have_graphs_of_their_own() -> No
         StepShape(256, 4, 4, False, is_fresh=True)
     ]
     graphs, general = StepGraphs(torch.empty(4, 97), 256, has_flash=True), StepShape(256, 4, 4, False)
-    assert graphs.shape_for(prompts((0, 250))) == StepShape(256, 4, 4, False, is_fresh=True)
-    assert StepGraphs(torch.empty(4, 97), 256).shape_for(prompts((0, 250))) == general
-    for others in (prompts((16, 250)), prompts((0, 70), (0, 70), (0, 70)), prompts((9, 1), (0, 250))):
+    assert graphs.shape_for(prompts((0, 256))) == StepShape(256, 4, 4, False, is_fresh=True)
+    assert StepGraphs(torch.empty(4, 97), 256).shape_for(prompts((0, 256))) == general
+    for others in (prompts((16, 256)), prompts((0, 70), (0, 70), (0, 70)), prompts((9, 1), (0, 250))):
         assert graphs.shape_for(others) == general
 
 
