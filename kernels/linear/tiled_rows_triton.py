@@ -110,8 +110,8 @@ def tiled_kernel(
     first_k = part * TILES * BLOCK_K
     if DEPENDENT and AHEAD > 0:
         n = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-        k = tl.minimum(first_k + tl.arange(0, AHEAD) * 64, K - 1)  # 64 elements are a cache line
-        address = weight_ptr + n[:, None] * K + k[None, :]
+        line = tl.minimum(first_k + tl.arange(0, AHEAD) * 64, K - 1)  # 64 elements are a cache line
+        address = weight_ptr + n[:, None] * K + line[None, :]
         ask_for(address.to(tl.int64))
         if GATED:
             ask_for((address + N * K).to(tl.int64))
