@@ -13,8 +13,9 @@ FEW_ROWS_SPLIT_MAX_COLUMNS = 2048  # of the result; a tile for each of 132 SMs n
 # on; the many columns are those of a result whose tiles are wide.
 TILED_ROWS_MAX, TILED_GATED_MANY_COLUMNS = 64, 8192
 TILED_MIN_ROWS, TILED_MIN_WEIGHT_ELEMENTS, TILED_MAX_WEIGHT_ELEMENTS = 33, 3 << 20, 1 << 23
-# Prompts have it there where the tiles keep the processors busy for this share of the time.
-GATED_PROMPT_MIN_OCCUPANCY = 0.8
+# Prompts have it there where the tiles keep the processors busy for this share of the time, and x has at most so many
+# columns: of more, the gate is a small part, and the library's product is ahead of ours by as much.
+GATED_PROMPT_MIN_OCCUPANCY, GATED_PROMPT_MAX_COLUMNS = 0.8, 2048
 
 # Attention of one query token: how finely a long sequence is split among programs.
 DECODE_MAX_SPLITS = 32

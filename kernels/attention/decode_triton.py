@@ -15,10 +15,7 @@ from pdray.kernels.attention.online_softmax_triton import LOG2_E, MIN_DOT_ROWS, 
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.crossover import DECODE_MAX_SPLITS, DECODE_MIN_TOKENS_PER_SPLIT
 from pdray.kernels.dependent_launch import begin, dependent_launch
-from pdray.kernels.linear.few_rows_triton import workspace
 from pdray.kernels.processors import num_processors
-
-FUSED = True
 
 
 @triton.jit
@@ -27,8 +24,6 @@ def decode_kernel(
     kv_ptr,
     partial_ptr,  # [B, Hq, num_splits, HEAD_DIM] float32, normalised; of one split, the result itself
     lse_ptr,  # [B, Hq, num_splits] float32, base 2; -inf for an empty split
-    out_ptr,  # [B, Hq, HEAD_DIM], contiguous
-    counter_ptr,  # int32 [B, KV_HEADS]: splits that have stored their part; 0 between kernels
     table_ptr,
     seq_lens_ptr,
     scale_log2,
@@ -45,8 +40,6 @@ def decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr,
-    SPLITS: tl.constexpr,  # the most that num_splits may be; 0: merge_kernel() follows
-    HEADS: tl.constexpr,  # GROUP, rounded up to a power of 2
     DEPENDENT: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -84,54 +77,6 @@ def decode_kernel(
         index = (sequence.to(tl.int64) * KV_HEADS * GROUP + head) * num_splits + split
         tl.store(lse_ptr + index, lse, mask=rows < GROUP)
         tl.store(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=io_mask)
-        if SPLITS > 0:
-            tl.debug_barrier()  # one thread's release below is for the stores of all
-            if tl.atomic_add(counter_ptr + sequence * KV_HEADS + kv_head, 1, sem="acq_rel") == num_splits - 1:
-                tl.store(counter_ptr + sequence * KV_HEADS + kv_head, 0)
-                first_head = (sequence.to(tl.int64) * KV_HEADS + kv_head) * GROUP
-                merge(first_head, partial_ptr, lse_ptr, out_ptr, num_splits, GROUP, HEADS, SPLITS, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def merge(
-    first_head,
-    partial_ptr,
-    lse_ptr,
-    out_ptr,
-    num_splits,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """GROUP heads of one sequence: the splits' results, weighted by their share of the softmax."""
-    AT_ONCE: tl.constexpr = 32 // HEADS if HEADS <= 32 else 1  # splits; few registers, and few loads one by one
-    head = tl.arange(0, HEADS)
-    dims = tl.arange(0, BLOCK_D)
-    split = tl.arange(0, SPLITS)
-    index = (first_head + head) * num_splits
-    mask = (head < GROUP)[:, None] & (split < num_splits)[None, :]
-    lse = tl.load(lse_ptr + index[:, None] + split[None, :], mask=mask, other=float("-inf"), cache_modifier=".cg")
-    largest = tl.max(lse, 1)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(tl.exp2(lse - largest[:, None]), 1)
-    acc = tl.zeros([HEADS, BLOCK_D], tl.float32)
-    for start in range(0, num_splits, AT_ONCE):
-        some = start + tl.arange(0, AT_ONCE)
-        some_mask = (head < GROUP)[:, None] & (some < num_splits)[None, :]
-        some_index = index[:, None] + some[None, :]
-        some_lse = tl.load(lse_ptr + some_index, mask=some_mask, other=float("-inf"), cache_modifier=".cg")
-        weights = tl.exp2(some_lse - largest[:, None])
-        partial = tl.load(
-            partial_ptr + some_index[:, :, None] * HEAD_DIM + dims[None, None, :],
-            mask=some_mask[:, :, None] & (dims < HEAD_DIM)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        acc += tl.sum(partial * weights[:, :, None], 1)
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    at = (first_head + head)[:, None] * HEAD_DIM + dims[None, :]
-    inside = (head < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -187,25 +132,19 @@ def launch_decode(
     if tiles is None:
         tiles = Tiles(0, 32, 4, 2) if q.element_size() == 4 else Tiles(0, 64, 4, 3)
     whole = num_splits == 1
-    partial, lse, counter = out, None, None
-    if not whole and FUSED:
-        num_rows = batch * num_heads * num_splits
-        scratch, counter = workspace(q.device, batch * num_kv_heads, num_rows * (head_dim + 1))
-        partial, lse = scratch[: num_rows * head_dim], scratch[num_rows * head_dim :]
-    elif not whole:
-        partial = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
+    partial = (
+        out if whole else torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
+    )
+    lse = None if whole else torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
     block_d = max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
     decode_kernel[(num_splits * num_kv_heads * batch,)](
-        q, kv_layer, partial, lse, out, counter, meta.block_tables, meta.seq_lens, scale * LOG2_E,
+        q, kv_layer, partial, lse, meta.block_tables, meta.seq_lens, scale * LOG2_E,
         q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0), num_splits,
         KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
         BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
-        SPLITS=max(DECODE_MAX_SPLITS, triton.next_power_of_2(num_splits)) if FUSED and not whole else 0,
-        HEADS=triton.next_power_of_2(group),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
     )  # fmt: skip
-    if whole or FUSED:
+    if whole:
         return
     merge_kernel[(num_heads * batch,)](
         partial, lse, out, out.stride(0), out.stride(1), num_splits,
@@ -215,8 +154,14 @@ def launch_decode(
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_processors: int) -> int:
-    """Splits that bring a small grid to four programs a processor, none shorter than DECODE_MIN_TOKENS_PER_SPLIT at
-    max_kv_len. By a sweep on one H100: more, or splits of a grid of two a processor, cost more in merging.
+    """How many programs share one sequence's keys, none of them fewer than DECODE_MIN_TOKENS_PER_SPLIT at max_kv_len.
+
+    By sweeps on one H100, 640 to 8,192 tokens a sequence: a small grid is best with nearly four programs a processor,
+    which run at once; a few more than that are a second round of them. From three quarters of a program a processor on
+    two splits are as fast, and merged sooner; from one and a half on whole sequences are.
     """
-    wanted = -(-4 * num_processors // num_programs) if num_programs < 2 * num_processors else 1
+    if 4 * num_programs < 3 * num_processors:
+        wanted = 4 * num_processors // num_programs
+    else:
+        wanted = 2 if 2 * num_programs < 3 * num_processors else 1
     return max(1, min(wanted, DECODE_MAX_SPLITS, max_kv_len // DECODE_MIN_TOKENS_PER_SPLIT))

@@ -182,8 +182,10 @@ def check_fresh() -> None:
 def check_num_splits() -> None:
     assert choose_num_splits(8, 40_960, 132) == 32
     assert choose_num_splits(8, 1024, 132) == 8
-    assert choose_num_splits(64, 40_960, 132) == 9
-    assert choose_num_splits(128, 40_960, 132) == 5
+    assert choose_num_splits(64, 40_960, 132) == 8  # 512 programs of 528 that run at once
+    assert choose_num_splits(96, 40_960, 132) == 5
+    assert choose_num_splits(128, 40_960, 132) == choose_num_splits(192, 40_960, 132) == 2
+    assert choose_num_splits(200, 40_960, 132) == choose_num_splits(256, 40_960, 132) == 1
     assert choose_num_splits(512, 40_960, 132) == 1
     assert choose_num_splits(2048, 40_960, 132) == 1
     assert choose_num_splits(1, 16, 132) == 1
