@@ -48,7 +48,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelLoadError: there is none, or of a kind that cannot be read.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     try:
         if (folder / "tokenizer.json").is_file():
@@ -62,6 +62,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 f"{folder} has a tiktoken vocabulary ({', '.join(found)}) and no tokenizer.json, which pdray needs "
                 "then; add it, or set tokenizer to a folder that has one"
             )
+        from transformers import AutoTokenizer  # imports every model: two seconds
+
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ModelLoadError:
         raise

@@ -55,7 +55,7 @@ def stream_text(client: openai.OpenAI, seed: int, started: threading.Event | Non
     stream = client.completions.create(
         model="smol",
         prompt=f"{seed} children went into the woods",
-        max_tokens=120,
+        max_tokens=80,
         temperature=0.8,
         seed=seed,
         stream=True,
@@ -78,7 +78,7 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-PEOPLE = {"type": "array", "items": PERSON, "minItems": 7, "maxItems": 7}
+PEOPLE = {"type": "array", "items": PERSON, "minItems": 4, "maxItems": 4}
 CALLED = {"type": "object", "properties": {"people": PEOPLE}, "required": ["people"], "additionalProperties": False}
 FORMS: list[dict[str, Any]] = [
     {"extra_body": {"structured_outputs": {"json": PEOPLE, "disable_any_whitespace": True}}},
@@ -96,8 +96,8 @@ def stream_form(client: openai.OpenAI, number: int, started: threading.Event | N
     fields = FORMS[number] | {"extra_body": FORMS[number]["extra_body"] | {"return_token_ids": True}}
     stream = client.chat.completions.create(
         model="smol",
-        messages=[{"role": "user", "content": "Name seven people."}],
-        max_tokens=300,
+        messages=[{"role": "user", "content": "Name four people."}],
+        max_tokens=200,
         temperature=0.8,
         seed=number,
         stream=True,
@@ -112,7 +112,7 @@ def stream_form(client: openai.OpenAI, number: int, started: threading.Event | N
         if started is not None and pieces == 4:
             started.set()
     people = json.loads(text)
-    assert len(people if isinstance(people, list) else people["people"]) == 7 and len(ids) > 60
+    assert len(people if isinstance(people, list) else people["people"]) == 4 and len(ids) > 40
     return f"{text} {ids} {reason}"
 
 

@@ -213,7 +213,8 @@ async def test_disconnect_frees_both_workers(url: str) -> None:
 @pytest.fixture(scope="module")
 def stories(client: openai.OpenAI) -> list[str]:
     """What the streams say undisturbed."""
-    return [stream_story(client, number) for number in range(NUM_STORIES)]
+    with ThreadPoolExecutor(NUM_STORIES) as pool:
+        return list(pool.map(lambda number: stream_story(client, number), range(NUM_STORIES)))
 
 
 @pytest.mark.parametrize(

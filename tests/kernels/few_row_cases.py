@@ -15,7 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
-SHAPES = [(96, 64), (40, 272), (512 + 16, 336) if INTERPRETED else (2048 + 16, 1088)]  # N, K
+SHAPES = [(96, 64), (40, 272), (256 + 16, 336) if INTERPRETED else (2048 + 16, 1088)]  # N, K
 ROWS = [2, 7, 16]
 TILINGS = [
     None,
@@ -35,6 +35,8 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 def check_linear() -> None:
     for dtype, (n, k), rows, with_residual in itertools.product(DTYPES, SHAPES, ROWS, (False, True)):
+        if INTERPRETED and (n, rows) == (SHAPES[-1][0], ROWS[0]):  # the slowest of them
+            continue
         x, weight, bias = (random(*s, dtype=dtype) for s in ((rows, k), (n, k), (n,)))
         residual = random(rows, n, dtype=dtype) if with_residual else None
         expected = x.float() @ weight.float().T + bias.float() + (0.0 if residual is None else residual.float())

@@ -37,6 +37,8 @@ from pdray.kernels.sampling.rows import DrawTable, RowFlag
 
 def check_draw() -> None:
     for dtype, vocab_size in itertools.product(DTYPES, (1, 37, 1030, 4999)):
+        if INTERPRETED and dtype == torch.float16 and vocab_size != 1030:
+            continue
         for num_rows, span in ((1, None), (13, None), (13, 2048)):
             logits = make_logits(num_rows, vocab_size, dtype)
             random, temperature = random_rows(num_rows)
@@ -61,9 +63,11 @@ def check_draw_ties() -> None:
 
 def ways(dtype: torch.dtype, used: int) -> list[int]:
     """Numbers of groups that are looked into; in the interpreter not all of them for every dtype and set of filters."""
-    return (
-        [FEW_GROUPS, SEARCH_ALL] if not INTERPRETED or (dtype == torch.float16 and used in (2, 4, 7)) else [FEW_GROUPS]
-    )
+    if not INTERPRETED:
+        return [FEW_GROUPS, SEARCH_ALL]
+    if dtype == torch.float32:
+        return [FEW_GROUPS]
+    return [FEW_GROUPS, SEARCH_ALL] if used in (2, 4, 7) else []
 
 
 def check_draw_late() -> None:
@@ -81,7 +85,7 @@ def check_draw_late() -> None:
         logits = make_logits(rows, vocab_size, dtype)
         random, temperature = random_rows(rows, *filters)
         table = make_table(vocab_size, temperature, random.seeds, random.positions, *filters)
-        for most_groups in ways(dtype, used) if vocab_size > 37 else (FEW_GROUPS,):
+        for most_groups in ways(dtype, used)[: None if vocab_size > 37 else 1]:
             out = draw_all(logits, table, most_groups)
             case = f"{dtype}, filters {used:03b}, {rows} rows of {vocab_size}, {most_groups} groups"
             assert_drawn(out, logits, random, temperature, case)
@@ -92,25 +96,25 @@ def check_kept_set() -> None:
 
     Five equal tokens of 0.16 each behind one of 0.2; a mass that needs two of them leaves the two lowest ids.
     """
-    num_draws, equals = 22 if INTERPRETED else 60, [20, 1030, 3000, 4099, 4120]
-    logits = torch.full((4200,), float("-inf"))
-    logits[equals], logits[4150] = float(torch.tensor(0.16).log()), float(torch.tensor(0.2).log())
+    num_draws, equals = 22 if INTERPRETED else 60, [20, 1030, 1500, 2060, 2080]
+    logits = torch.full((2100,), float("-inf"))
+    logits[equals], logits[2090] = float(torch.tensor(0.16).log()), float(torch.tensor(0.2).log())
     rows = logits.to(DTYPES[-1]).expand(num_draws, -1)
     positions, ones = torch.arange(num_draws), torch.ones(num_draws)
     for filters, expected in (
-        ((None, None, 0.5), {4150, *equals[:2]}),
-        ((None, None, 0.8), {4150, *equals[:4]}),
-        ((None, 3, None), {4150, *equals}),
-        ((None, 1, None), {4150}),
-        ((0.3, None, None), {4150, *equals}),
-        ((0.9, None, None), {4150}),
-        ((None, 3, 0.25), {4150, equals[0]}),
+        ((None, None, 0.5), {2090, *equals[:2]}),
+        ((None, None, 0.8), {2090, *equals[:4]}),
+        ((None, 3, None), {2090, *equals}),
+        ((None, 1, None), {2090}),
+        ((0.3, None, None), {2090, *equals}),
+        ((0.9, None, None), {2090}),
+        ((None, 3, 0.25), {2090, equals[0]}),
     ):
         types = (torch.float32, torch.int64, torch.float32)
         limits = [
             None if f is None else torch.full((num_draws,), f, dtype=t) for f, t in zip(filters, types, strict=True)
         ]
-        table = make_table(4200, ones, torch.full_like(positions, 9), positions, *limits)
+        table = make_table(2100, ones, torch.full_like(positions, 9), positions, *limits)
         out = draw_all(rows, table)
         assert set(out.tolist()) == expected, f"{filters}: {sorted(set(out.tolist()))}"
         num = 3 if INTERPRETED else num_draws
