@@ -94,6 +94,14 @@ def flash_gathered(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, end: in
     _attend(q, k, v, meta.cu_seqlens_q[first : end + 1], starts, *longest, scale, out)
 
 
+def load_gather(kv_layer: Tensor) -> None:
+    """Compile and load what flash_gathered() needs besides FlashAttention, before a request does. Reads block 0."""
+    from pdray.kernels.attention.gather_triton import triton_gather_kv
+
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=kv_layer.device)
+    triton_gather_kv(kv_layer, starts[None, :1], starts[1:], starts, [1])
+
+
 def gathered_starts(meta: AttentionMetadata, end: int) -> Tensor:
     """[end - num_decodes + 1] int32: where each of these sequences' gathered keys begin, and the end of all."""
     if end not in meta.gathered:

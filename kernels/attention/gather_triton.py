@@ -13,7 +13,9 @@ from pdray.kernels.dependent_launch import begin, dependent_launch
 PIECE = 2048  # elements that a program copies at a time
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "starts_ptr"]
+)
 def gather_kv_kernel(
     kv_ptr,
     k_ptr,

@@ -144,13 +144,12 @@ def test_steps_are_padded_to_a_graphs_shape_or_to_one_whose_kernels_are_loaded()
 
 def test_long_prompts_from_their_first_token_on_have_graphs_of_their_own() -> None:
     """Where FlashAttention takes the model's heads; nothing else may run there, not even the rest of such a prompt."""
-    assert [shape for shape in prefill_shapes(300, 4, has_flash=True) if shape.is_fresh] == [
-        StepShape(256, 4, 4, False, is_fresh=True)
-    ]
-    graphs, general = StepGraphs(torch.empty(4, 97), 256, has_flash=True), StepShape(256, 4, 4, False)
-    assert graphs.shape_for(prompts((0, 256))) == StepShape(256, 4, 4, False, is_fresh=True)
-    assert StepGraphs(torch.empty(4, 97), 256).shape_for(prompts((0, 256))) == general
-    for others in (prompts((16, 256)), prompts((0, 70), (0, 70), (0, 70)), prompts((9, 1), (0, 250))):
+    own = StepShape(1024, 4, 4, False, is_fresh=True)
+    assert [shape for shape in prefill_shapes(1100, 4, has_flash=True) if shape.is_fresh] == [own]
+    graphs, general = StepGraphs(torch.empty(4, 97), 1024, has_flash=True), StepShape(1024, 4, 4, False)
+    assert graphs.shape_for(prompts((0, 1000))) == graphs.shape_for(prompts((0, 500), (0, 400))) == own
+    assert StepGraphs(torch.empty(4, 97), 1024).shape_for(prompts((0, 1000))) == general
+    for others in (prompts((16, 1000)), prompts(*[(0, 200)] * 4), prompts((9, 1), (0, 1000))):
         assert graphs.shape_for(others) == general
 
 

@@ -24,6 +24,7 @@ from pdray.kernels.attention.flash import are_long
 PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 FEW_SEQUENCES = 8
 LAUNCHED_TOKENS = 512
+FLASH_TOKENS = 1024  # from so many on FlashAttention makes a step shorter by more than 3 %
 
 
 class Compute(Protocol):
@@ -60,7 +61,7 @@ def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int, *, has_flash:
     wanted = {(n, few) for n in PREFILL_TOKENS} | {(n, max_num_seqs) for n in STEP_SIZES}
     shapes = []
     for num_tokens, num_seqs in sorted(size for size in wanted if size[0] <= max_num_batched_tokens):
-        if has_flash and num_seqs == few and num_tokens in PREFILL_TOKENS and are_long([num_tokens]):
+        if has_flash and num_seqs == few and num_tokens in PREFILL_TOKENS and num_tokens >= FLASH_TOKENS:
             shapes.append(StepShape(num_tokens, num_seqs, num_seqs, False, is_fresh=True))
         shapes.append(StepShape(num_tokens, num_seqs, num_seqs, False))
     return shapes
