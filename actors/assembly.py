@@ -11,6 +11,7 @@ from pdray.actors.placement import listen_address
 from pdray.config import Config
 from pdray.control.guests import KIND, plan_guests
 from pdray.errors import RankDiedError
+from pdray.gpu_settings import has_ranks, of_role, ranks_setting
 from pdray.transfer.registry import allowed_kinds, load_kind
 from pdray.wire.cluster_view import Lent, WorkerInfo
 from pdray.wire.peers import Role
@@ -69,6 +70,8 @@ def assemble(
     device = select_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
+    side = "prefill" if role is Role.PREFILL else "decode"
+    setting, config = ranks_setting(config, side), of_role(config, side)
     if role is Role.PREFILL:
         config = config.model_copy(update={"decode_pipeline": "off"})  # it decodes nothing
     site = _site(config, role, worker_id, device, on_fatal)
@@ -82,24 +85,37 @@ def assemble(
         kinds = _make_kinds([KIND] if only_guests else allowed_kinds(config.channel), site)
         engine, lent = build_lender(config, worker_id, device, _spare_bytes(kinds))
     else:
-        kinds = {} if config.mode == "colocated" else _make_kinds(allowed_kinds(config.channel), site)
+        names = [] if config.mode == "colocated" else allowed_kinds(config.channel, has_ranks=has_ranks(config))
+        kinds = _make_kinds(names, site)
         share = config.prefill_num_gpus if role is Role.PREFILL else config.decode_num_gpus
         spare_bytes = _spare_bytes(kinds) if role is Role.DECODE else 0
         place = PoolPlace(spare_bytes, room=GpuRoom(share))
-        leader = _make_leader(config, device, on_rank_end)
+        leader = _make_leader(config, device, on_rank_end, setting)
         group, ranks = (None, None) if leader is None else (leader.group, leader.ranks)
         engine = build_engine(config, load_model(config, device, group=group), device, place, ranks)
-    for kind in kinds.values():
-        kind.attach(engine.pool)
+    _attach(kinds, engine, leader)
     return Assembly(device, kinds, engine, lent, leader)
 
 
-def _make_leader(config: Config, device: torch.device, on_rank_end: Callable[[RankDiedError], object]) -> Leader | None:
+def _attach(kinds: dict[str, Kind], engine: Engine, leader: Leader | None) -> None:
+    pool, blocks = engine.pool, None
+    if leader is not None and kinds:
+        blocks = leader.open_pools(pool, engine.model.config)
+    for kind in kinds.values():
+        if blocks is None:
+            kind.attach(pool)
+        else:
+            kind.attach_ranks(blocks, pool.layout.dtype)
+
+
+def _make_leader(
+    config: Config, device: torch.device, on_rank_end: Callable[[RankDiedError], object], setting: str
+) -> Leader | None:
     if config.tensor_parallel_size == 1:
         return None
     from pdray.ranks.leader import Leader, check_model
 
-    check_model(config)
+    check_model(config, setting)
     return Leader(config, device, on_rank_end)
 
 

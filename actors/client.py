@@ -58,8 +58,22 @@ class CoordinatorClient:
             PdrayError: the cluster's processes cannot import pdray, or the Coordinator of that name is ending, and does
                 not come to an end.
         """
-        if not detached and (problem := await why_not_importable()) is not None:
-            raise PdrayError(problem)
+        if detached:  # a process of the cluster calls, and has imported it
+            return await cls._open(config, app_name, detached=True)
+        opening = asyncio.ensure_future(cls._open(config, app_name, detached=False))
+        asking = asyncio.ensure_future(why_not_importable())
+        try:
+            await asyncio.wait({opening, asking}, return_when=asyncio.FIRST_COMPLETED)
+            has_opened = opening.done() and opening.exception() is None
+            if not has_opened and (problem := await asking) is not None:
+                raise PdrayError(problem)
+            return await opening
+        finally:
+            opening.cancel()
+            asking.cancel()
+
+    @classmethod
+    async def _open(cls, config: Config, app_name: str, *, detached: bool) -> Self:
         options: dict[str, Any] = {
             "num_cpus": 0,
             "max_concurrency": 1000,

@@ -62,14 +62,14 @@ class DecodeWorker(Worker):
         await super().stop()
 
     def _credit(self) -> Credit:
-        stats = self.engine.stats()
-        grants = not stats.preempted  # see Engine.reserve()
+        room = self.engine.room()
+        grants = not room.preempted  # see Engine.reserve()
         return Credit(
-            free_blocks=stats.free_blocks if grants else 0,
-            free_places=stats.free_places if grants else 0,
-            running=stats.running,
-            waiting=stats.waiting,
-            leases=stats.running + stats.waiting + stats.reserved,
+            free_blocks=room.free_blocks if grants else 0,
+            free_places=room.free_places if grants else 0,
+            running=room.running,
+            waiting=room.waiting,
+            leases=len(self.leases.keys()),
         )
 
     async def _expire_leases(self) -> None:
@@ -234,7 +234,8 @@ class DecodeWorker(Worker):
         """One message to each router that this step has news for."""
         by_router: dict[str, list[LegTokens]] = {}
         for update in updates:
-            key = LegKey(*update.key)  # type: ignore[misc]
+            key = update.key
+            assert isinstance(key, LegKey)
             router_id = self.leases.router_of(key)
             if router_id is not None and update.tokens:
                 by_router.setdefault(router_id, []).append(self._leg_tokens(key, update))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ray
 from ray.exceptions import RayTaskError
 
+from pdray.actors.answer import answer_of
 from pdray.actors.placement import OUTSIDE_PLACEMENT_GROUPS
 
 
@@ -25,7 +26,7 @@ async def why_not_importable(module: str = "pdray") -> str | None:
 
     task = ray.remote(probe).options(num_cpus=0, max_retries=0, scheduling_strategy=OUTSIDE_PLACEMENT_GROUPS)
     try:
-        problem: str = await task.remote()
+        problem: str = await answer_of(task.remote())
     except RayTaskError as error:
         problem = str(error)
     if not problem:

@@ -1,8 +1,7 @@
 """The base of prefill and decode workers: an engine on its thread, and sessions on the event loop.
 
-A worker is a plain class: the Coordinator makes it a Ray actor, tests make it an object. Threads:
-the event loop's (everything public here), and the engine's (steps only). Updates cross from the
-engine's thread to the loop by call_soon_threadsafe, in order.
+A worker is a plain class: the Coordinator makes it a Ray actor, tests make it an object. Threads: the event loop's
+(everything public here), and the engine's (steps only). Updates cross to the loop by call_soon_threadsafe, in order.
 
 The Coordinator imports this module only to name the class: what needs torch is imported where a worker uses it.
 """
@@ -24,16 +23,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pdray.actors.assembly import Assembly, assemble, log_start
-from pdray.actors.engine_watch import check_when_idle, describe_engine, report_metrics, wait_until_hung
+from pdray.actors.engine_thread import start_engine
+from pdray.actors.engine_watch import check_when_idle, describe_engine, fingerprint, report_metrics, wait_until_hung
 from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
 from pdray.actors.prefix_news import PrefixNews
+from pdray.actors.untraced import without_tracing
 from pdray.background import BackgroundTasks, LoopFailures, unless_ended
 from pdray.config import Config
 from pdray.control.effects import Send
-from pdray.engine.loop import EngineLoop
 from pdray.engine.request import LayerGroupReady, RequestUpdate
-from pdray.errors import StepFailedError, describe_error
+from pdray.errors import RankDiedError, StepFailedError, describe_error
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.logs import log_to_stderr
 from pdray.metrics import LoopMetrics, WorkerMetrics
@@ -75,6 +75,7 @@ class Worker(ABC):
     def __init__(
         self, config: Config, worker_id: str, incarnation: str, secret: bytes, *, app_name: str = "local"
     ) -> None:
+        without_tracing(type(self))
         self.config = config
         self.app_name = app_name
         self.worker_id = worker_id
@@ -123,8 +124,7 @@ class Worker(ABC):
         self.device, self.kinds, self.engine, lent, self._leader = assembly
         is_guest = self.engine.pool.borrowed
         self.engine.on_layer_group = None if is_guest else self._layer_group_from_engine
-        self._engine_loop = EngineLoop(self.engine, self._updates_from_engine, self._engine_failed)
-        self._engine_loop.start()
+        self._engine_loop = start_engine(self.engine, self._loop, self._updates_from_engine, self._engine_failed)
         address = listen_address(self.config)
         self._server = SessionServer(
             PeerName(self.worker_id, self.incarnation, self.role),
@@ -145,7 +145,7 @@ class Worker(ABC):
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id() if in_ray else "",
             device=str(self.device),
-            fingerprint=f"{self.engine.model.fingerprint}-{self.engine.pool.layout}",
+            fingerprint=fingerprint(self.engine),
             num_blocks=self.engine.num_blocks,
             block_size=self.engine.block_size,
             max_model_len=self.engine.max_model_len,
@@ -155,6 +155,7 @@ class Worker(ABC):
             vocab_size=self.engine.model.config.vocab_size,
             lends=lent,
             lender=self.lender.incarnation if is_guest and self.lender is not None else "",
+            num_ranks=self.engine.model.decoder.num_ranks,
         )
         self._start_loops(self.engine.config.step_timeout_s, in_ray=in_ray)
         self._started = True
@@ -172,7 +173,7 @@ class Worker(ABC):
                 self.worker_id, self.role, application=self.app_name, model=self.config.model_name
             )
             self._failures.on_failure = LoopMetrics(self.worker_id, self.app_name).on_failure
-            self._tasks.keep_running("report metrics", partial(report_metrics, self.engine, metrics))
+            self._tasks.keep_running("report metrics", partial(report_metrics, self.engine, metrics, self._leader))
             check = partial(check_when_idle, self.engine, self.check_integrity, metrics, self.worker_id)
             self._tasks.keep_running("check when idle", check)
             self._tasks.keep_running("end if orphaned", self._orphan_watch.run)
@@ -206,7 +207,6 @@ class Worker(ABC):
         return Heartbeat(self._epochs(), self._router_ids(), self._failures.describe())
 
     def _routers(self) -> list[Session]:
-        """Open sessions to routers."""
         return [session for session in self.sessions.values() if session.peer.role is Role.ROUTER]
 
     def _router_ids(self) -> list[str]:
@@ -248,9 +248,8 @@ class Worker(ABC):
             "device": self.info.device,
             "pid": self.info.pid,
             "address": f"{self.info.host}:{self.info.port}",
-            "rank_pids": [] if self._leader is None else self._leader.pids,
             "routers": self._router_ids(),
-        } | describe_engine(self.engine)
+        } | describe_engine(self.engine, self._leader)
 
     # engine's thread
 
@@ -280,8 +279,9 @@ class Worker(ABC):
         self._loop.call_soon_threadsafe(self._on_layer_group, ready)
 
     def _engine_failed(self, error: BaseException) -> None:
-        keys = error.keys if isinstance(error, StepFailedError) else ()
-        self._loop.call_soon_threadsafe(self._end_with_step, error, keys)
+        cause = error if self._leader is None else self._leader.cause_of(error)
+        keys = cause.keys if isinstance(cause, StepFailedError) else ()
+        self._loop.call_soon_threadsafe(self._end_with_step, cause, keys)
 
     # event loop's thread
 
@@ -289,11 +289,11 @@ class Worker(ABC):
         self._end_with_step(await wait_until_hung(self._engine_loop, step_timeout_s))
 
     def _end_with_step(self, error: BaseException, keys: Iterable[Hashable] | None = None) -> None:
-        """A step has broken the engine: routers hear, once, which legs it computed, and then the worker ends."""
-        if not self._started:
-            return self._fail(error)
+        """A step has broken the engine: routers hear which legs it computed. A killed rank is a process's death."""
         if self._ending:
             return
+        if not self._started or (isinstance(error, RankDiedError) and error.was_killed):
+            return self._fail(error)
         self._ending = True
         suspects = [LegKey(*key) for key in (self.engine.suspects() if keys is None else keys)]  # type: ignore[misc]
         logger.error("%s: the engine failed in a step of %s", self.worker_id, suspects)

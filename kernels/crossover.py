@@ -33,3 +33,6 @@ ROTARY_PAIRS, ROTARY_MANY_PAIRS, ROTARY_MANY_TOKENS = 256, 512, 1024
 # The draw: token ids of a program of four warps, which take them at once (short latency), or of one warp, which needs
 # no barrier to skip tiles; the latter from so many programs on.
 DRAW_SHORT_SPAN, DRAW_LONG_SPAN, DRAW_MANY_PROGRAMS = 1024, 4096, 4096
+
+# Sums for which a rank sends so much at most are made by one kernel, in one trip over the link; others by NCCL.
+ONE_SHOT_MAX_BYTES = 0  # NCCL makes them all: it is not measured yet

@@ -91,7 +91,7 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
         )
         if error := application.get("error"):
             lines.append(f"error: {error}")
-        lines += [f"ranks of {row['worker_id']}: processes {_ranks(row)}" for row in workers if row.get("rank_pids")]
+        lines += [line for worker in workers for line in _rank_lines(worker)]
         lines += [f"trouble: {row['worker_id']}: {row['trouble']}" for row in workers if row.get("trouble")]
         lines += [line for worker in workers for line in _channel_lines(worker)]
         lines += [_split_line(worker["worker_id"], worker["split"]) for worker in workers if worker.get("split")]
@@ -113,9 +113,13 @@ def format_status(states: list[dict[str, Any]], *, leases: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def _ranks(worker: dict[str, Any]) -> str:
-    """The processes that share a worker's model, rank 0 first."""
-    return ", ".join(map(str, (worker["pid"], *worker["rank_pids"])))
+def _rank_lines(worker: dict[str, Any]) -> list[str]:
+    """The processes that share a worker's model, rank 0 first; fields of RankState."""
+    return [
+        f"rank {rank['rank']} of {worker['worker_id']}: process {rank['pid']}, {rank['num_steps']} steps, "
+        f"{rank['memory_bytes'] / 2**30:.2f} GiB"
+        for rank in worker.get("ranks", [])
+    ]
 
 
 def _channel_lines(worker: dict[str, Any]) -> list[str]:

@@ -128,8 +128,10 @@ class Config(BaseModel):
     num_prefill_workers: Positive = 1
     num_decode_workers: Positive = 1
     tensor_parallel_size: Positive = Field(
-        1, description="processes that share each worker's model, on a GPU of one host each; needs mode colocated"
+        1, description="processes that share each worker's model, on a GPU of one host each"
     )
+    prefill_tensor_parallel_size: Positive | None = Field(None, description="the same of prefill workers alone")
+    decode_tensor_parallel_size: Positive | None = Field(None, description="the same of decode workers alone")
     prefill_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each prefill worker (CUDA)")
     decode_num_gpus: float = Field(1.0, gt=0, description="GPUs, or a share of one, for each decode worker (CUDA)")
     prefill_device_id: NonNegative | list[NonNegative] | None = Field(

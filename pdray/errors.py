@@ -93,7 +93,15 @@ class EngineHungError(PdrayError):
 
 
 class RankDiedError(PdrayError):
-    """One of the processes that share a worker's model has ended, and so the worker cannot go on."""
+    """One of the processes that share a worker's model has ended, and so the worker cannot go on.
+
+    Attributes:
+        was_killed: by a signal, as a worker of one process might be: nothing that it computed is to blame.
+    """
+
+    def __init__(self, message: str, *, was_killed: bool = False) -> None:
+        super().__init__(message)
+        self.was_killed = was_killed
 
 
 class TransferError(PdrayError):

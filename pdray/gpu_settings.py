@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pdray.transfer.registry import ranks_obstacle
+
 if TYPE_CHECKING:
     from pdray.config import Config
+
+ROLES = ("prefill", "decode")
 
 
 def check_device_ids(config: Config) -> None:
@@ -31,35 +35,68 @@ def check_device_ids(config: Config) -> None:
             )
 
 
+def num_ranks(config: Config, role: str) -> int:
+    """Processes that share the model of each "prefill" or "decode" worker; the latter is any that is colocated."""
+    return int(getattr(config, ranks_setting(config, role)))
+
+
+def ranks_setting(config: Config, role: str) -> str:
+    """The setting that num_ranks() comes from."""
+    own = f"{role}_tensor_parallel_size"
+    return "tensor_parallel_size" if getattr(config, own) is None else own
+
+
+def has_ranks(config: Config) -> bool:
+    """Whether prefill or decode workers have several."""
+    return any(num_ranks(config, role) > 1 for role in _roles(config))
+
+
+def of_role(config: Config, role: str) -> Config:
+    """What a worker of that role runs with: the same, but that tensor_parallel_size is its own."""
+    if config.mode == "colocated":
+        return config
+    others = {f"{each}_tensor_parallel_size": num_ranks(config, each) for each in ROLES if each != role}
+    own = {"tensor_parallel_size": num_ranks(config, role), f"{role}_tensor_parallel_size": None}
+    return config.model_copy(update=others | own)
+
+
 def check_ranks(config: Config) -> None:
     """Raises:
     ValueError: something else is asked for that workers of several ranks do not do.
     """
-    size = config.tensor_parallel_size
-    if size == 1:
-        return
-    if config.mode != "colocated":
-        raise ValueError(
-            f"tensor_parallel_size is {size}, but mode is {config.mode}, and KV is not yet handed over between workers "
-            "of several ranks; set mode to colocated or tensor_parallel_size to 1"
-        )
+    if config.mode == "colocated":
+        for role in ROLES:
+            if (setting := ranks_setting(config, role)) != "tensor_parallel_size":
+                raise ValueError(
+                    f"{setting} is {num_ranks(config, role)}, but mode is colocated, and every worker does both; set "
+                    "tensor_parallel_size"
+                )
+    elif has_ranks(config) and (obstacle := ranks_obstacle(config.channel)) is not None:
+        sizes = ", ".join(f"{ranks_setting(config, role)} is {num_ranks(config, role)}" for role in ROLES)
+        raise ValueError(f"channel is {config.channel}, but {obstacle}, and {sizes}; set channel to auto")
+    for role in _roles(config):
+        if (size := num_ranks(config, role)) > 1:
+            _check_role(config, role, f"{ranks_setting(config, role)} is {size}")
+
+
+def _roles(config: Config) -> tuple[str, ...]:
+    return ("decode",) if config.mode == "colocated" else ROLES
+
+
+def _check_role(config: Config, role: str, asked: str) -> None:
     if config.sm_partition != "off":
         raise ValueError(
-            f"sm_partition is {config.sm_partition}, which divides one GPU, but tensor_parallel_size is {size}; "
-            "set sm_partition to off"
+            f"sm_partition is {config.sm_partition}, which divides one GPU, but {asked}; set sm_partition to off"
         )
-    if config.decode_pipeline != "off":
+    if role == "decode" and config.decode_pipeline != "off":
         raise ValueError(
-            f"decode_pipeline is {config.decode_pipeline}, but tensor_parallel_size is {size}, whose ranks run plain "
-            "steps; set decode_pipeline to off"
+            f"decode_pipeline is {config.decode_pipeline}, but {asked}, and ranks run plain steps; set decode_pipeline "
+            "to off"
         )
-    if config.decode_device_id is not None:
+    if getattr(config, f"{role}_device_id") is not None:
         raise ValueError(
-            f"decode_device_id names one GPU for each worker, but tensor_parallel_size is {size}; remove it, and start "
-            "Ray with the GPUs that workers may use in CUDA_VISIBLE_DEVICES"
+            f"{role}_device_id names one GPU for each worker, but {asked}; remove it, and start Ray with the GPUs that "
+            "workers may use in CUDA_VISIBLE_DEVICES"
         )
-    if config.decode_num_gpus != 1:
-        raise ValueError(
-            f"decode_num_gpus is {config.decode_num_gpus}, but tensor_parallel_size is {size}, which takes whole GPUs; "
-            "remove decode_num_gpus"
-        )
+    if (share := getattr(config, f"{role}_num_gpus")) != 1:
+        raise ValueError(f"{role}_num_gpus is {share}, but {asked}, which takes whole GPUs; remove {role}_num_gpus")

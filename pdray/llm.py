@@ -22,6 +22,7 @@ from pdray.models import load_tokenizer
 from pdray.models.generation_config import SamplingDefaults, load_sampling_defaults
 from pdray.outputs import RequestOutput
 from pdray.ray_hold import hold_ray
+from pdray.router.batch import Batch, answer
 from pdray.router.chat_template import ChatOptions, ChatTemplate
 from pdray.router.conversation import parse_messages
 from pdray.router.router import Router
@@ -110,7 +111,7 @@ class LLM:
             await ready
         finally:
             ready.cancel()
-        # A batch job waits its turn: _generate_all() bounds what waits, and nothing is refused.
+        # A batch job waits its turn: answer() bounds what waits, and nothing is refused.
         self._router = Router(
             self.config.model_copy(update={"max_queue_size": sys.maxsize}),
             self.tokenizer,
@@ -186,7 +187,7 @@ class LLM:
             raise InvalidRequestError(
                 f"{len(params)} sampling_params for {len(many)} prompts; give one, or one for each"
             )
-        return self._run(self._generate_all(many, params, default_max_tokens, use_tqdm))
+        return self._run(self._answer(Batch(many, params, default_max_tokens), use_tqdm))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Parameters that generate() and chat() use by default: the model's, see Config.generation_config."""
@@ -230,67 +231,12 @@ class LLM:
             error.param = "messages" if error.param == "prompt" else error.param
             raise
 
-    async def _generate_all(
-        self,
-        prompts: list[str | list[int]],
-        params: list[SamplingParams],
-        default_max_tokens: int | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+    async def _answer(self, batch: Batch, use_tqdm: bool) -> list[RequestOutput]:
         assert self._router is not None
-        token_ids = await self._check_all(prompts, params, default_max_tokens)
-        places = asyncio.Semaphore(max(1, self.config.max_queue_size))  # for each call: none waits for another's
-        with tqdm(total=len(prompts), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as progress:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [
-                        group.create_task(self._generate_one(prompt, ids, p, default_max_tokens, places, progress))
-                        for prompt, ids, p in zip(prompts, token_ids, params, strict=True)
-                    ]
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None  # the first; the group has ended the others
-        return [task.result() for task in tasks]
-
-    async def _check_all(
-        self, prompts: list[str | list[int]], params: list[SamplingParams], default_max_tokens: int | None
-    ) -> list[list[int]]:
-        """Every prompt's token ids. A mistake in the last prompt is told before the first one is computed."""
-        assert self._router is not None
-        token_ids = []
-        for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
-            try:
-                token_ids.append((await self._router.check(prompt, each, default_max_tokens))[0])
-            except InvalidRequestError as error:
-                if len(prompts) == 1:
-                    raise
-                raise InvalidRequestError(f"prompts[{index}]: {error}", error.param) from error
-            await asyncio.sleep(0)  # other calls' tokens come on this loop
-        return token_ids
-
-    async def _generate_one(
-        self,
-        prompt: str | list[int],
-        token_ids: list[int],
-        params: SamplingParams,
-        default_max_tokens: int | None,
-        places: asyncio.Semaphore,
-        progress: tqdm[Any],
-    ) -> RequestOutput:
-        assert self._router is not None
-        async with places:
-            request = await self._router.submit(
-                token_ids,
-                params,
-                request_id=f"cmpl-{uuid.uuid4().hex}",
-                default_max_tokens=default_max_tokens,
-                text=prompt if isinstance(prompt, str) else None,
-            )
-        try:
-            output = await request.wait()
-        finally:
-            request.abort()
-        progress.update(1)
-        return output
+        with tqdm(
+            total=len(batch.prompts), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True
+        ) as progress:
+            return await answer(batch, self._router, self.config.max_queue_size, lambda: progress.update(1))
 
     def status(self) -> dict[str, Any]:
         """Workers, roles, devices, queue depth, free blocks, leases: what `pdray status` prints."""

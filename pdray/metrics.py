@@ -36,6 +36,8 @@ Worker (tags `worker`, `role`):
     pdray_prompt_pieces                      counter, of prompts, computed beside decodes
     pdray_pipelined_steps                    counter, decode steps in micro-batches; the others are plain
     pdray_integrity_problems                 gauge, found by the last check of the block accounting at rest
+    pdray_rank_steps                         gauge, tag `rank`: launched since its start; of workers of several ranks
+    pdray_rank_memory_bytes                  gauge, tag `rank`: of its GPU that torch holds; on CPU, of the process
     pdray_transfers                          counter, completed puts of this worker
     pdray_transfer_bytes                     counter, KV that they pushed
     pdray_transfer_seconds                   counter, time that they took
@@ -47,7 +49,8 @@ Every process (tag `process`: coordinator, or the router or worker):
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -55,6 +58,9 @@ from pdray.engine.request import EngineStats
 from pdray.exposition import Exposition
 from pdray.metric_table import LATENCY_BOUNDARIES_S, TABLE, Metric
 from pdray.outputs import Outcome, RequestOutput, RequestTimings
+
+if TYPE_CHECKING:
+    from pdray.ranks.facts import RankState
 
 FIRST_TOKEN_PARTS = ("queue", "lease_wait", "prefill_queue", "prefill", "ttft_unexplained")
 FIRST_GAP_PARTS = ("transfer_wait", "first_decode_step", "first_gap_unexplained")
@@ -195,12 +201,18 @@ class WorkerMetrics:
         }
         self._counted = dict.fromkeys(self._COUNTERS, 0)
         self._integrity_problems = _gauge("pdray_integrity_problems", "Found by the last check at rest", tags)
+        self._rank_steps = _gauge("pdray_rank_steps", "Steps of a rank since its start", tags, ("rank",))
+        self._rank_memory = _gauge("pdray_rank_memory_bytes", "Memory that a rank holds", tags, ("rank",))
         self._transfers = _counter("pdray_transfers", "Completed puts", tags)
         self._transfer_bytes = _counter("pdray_transfer_bytes", "KV bytes pushed", tags)
         self._transfer_seconds = _counter("pdray_transfer_seconds", "Time that puts took", tags)
 
-    def update(self, stats: EngineStats) -> None:
-        """Publish the engine's state; counters grow by what was added since the last call."""
+    def update(self, stats: EngineStats, ranks: Iterable[RankState] = ()) -> None:
+        """Publish the state of the engine and of its ranks; counters grow by what was added since the last call."""
+        for rank in ranks:
+            rank_tag = {"rank": str(rank.rank)}
+            self._rank_steps.set(rank.num_steps, rank_tag)
+            self._rank_memory.set(rank.memory_bytes, rank_tag)
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(1.0 - stats.free_blocks / stats.num_blocks)
@@ -240,8 +252,8 @@ class LoopMetrics:
         self._failures.inc(tags={"loop": loop})
 
 
-def _gauge(name: str, description: str, tags: dict[str, str]) -> Gauge:
-    metric = Gauge(name, description, tag_keys=tuple(tags))
+def _gauge(name: str, description: str, tags: dict[str, str], more_keys: tuple[str, ...] = ()) -> Gauge:
+    metric = Gauge(name, description, tag_keys=(*tags, *more_keys))
     metric.set_default_tags(tags)
     return metric
 

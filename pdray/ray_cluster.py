@@ -21,6 +21,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from pdray.cache import cache_folder, make_folder
 from pdray.errors import PdrayError
 from pdray.interrupts import interrupts_held
+from pdray.quick_ray import quick_start
 from pdray.reachable import CLIENT_SCHEME, is_reachable, require_reachable, split_address
 
 LOCAL = "local"
@@ -115,7 +116,7 @@ def start_local(*, shared: bool = False, **options: Any) -> None:
 
     Args:
         shared: let this user's other processes join() it.
-        options: of ray.init().
+        options: of ray.init(). Without a dashboard it starts as quick_start() says.
 
     Raises:
         PdrayError: it did not start, or the cache's folder, where others find it, cannot be written.
@@ -126,7 +127,9 @@ def start_local(*, shared: bool = False, **options: Any) -> None:
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
     try:
-        _init(address=LOCAL, hold=True, **options)
+        is_quick = options.get("include_dashboard") is False
+        with quick_start() if is_quick else contextlib.nullcontext():
+            _init(address=LOCAL, hold=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise PdrayError(f"Ray could not be started: {error}") from error
     if shared:

@@ -11,6 +11,7 @@ import yaml
 
 from pdray.config import Config
 from pdray.errors import ConfigError
+from pdray.gpu_settings import ROLES, num_ranks, of_role
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,6 @@ def test_a_pipeline_that_cannot_be_is_refused(given: dict[str, object], text: st
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mode": "disaggregated"}, "mode is disaggregated.* set mode to colocated or tensor_parallel_size to 1"),
         ({"sm_partition": "auto"}, "sm_partition is auto.* set sm_partition to off"),
         ({"decode_pipeline": "auto"}, "decode_pipeline is auto.* set decode_pipeline to off"),
         ({"decode_device_id": 0}, "decode_device_id names one GPU.* remove it"),
@@ -123,6 +123,40 @@ def test_a_pipeline_that_cannot_be_is_refused(given: dict[str, object], text: st
 def test_what_workers_of_several_ranks_do_not_do_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**{"mode": "colocated", "tensor_parallel_size": 2} | given)
+
+
+DECODE, PREFILL = {"decode_tensor_parallel_size": 2}, {"prefill_tensor_parallel_size": 2}
+ALL_ONE = {"tensor_parallel_size": 2, "prefill_tensor_parallel_size": 1, "decode_tensor_parallel_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (DECODE | {"mode": "colocated"}, "decode_tensor_parallel_size is 2, but mode is colocated.*set tensor_par"),
+        (DECODE | {"channel": "nccl"}, "nccl joins workers of one rank each, and tensor_parallel_size is 1, decode_te"),
+        (PREFILL | {"channel": "cuda_ipc"}, "channel is cuda_ipc, but .* set channel to auto"),
+        (
+            {"tensor_parallel_size": 2, "channel": "shared", "device": "cpu"},
+            "channel is shared, but .* channel to auto",
+        ),
+        (DECODE | {"decode_pipeline": "auto"}, "decode_pipeline is auto, but decode_tensor_parallel_size is 2"),
+        (PREFILL | {"prefill_device_id": 0}, "prefill_device_id names one GPU.*prefill_tensor_parallel_size is 2"),
+        (PREFILL | {"prefill_num_gpus": 0.5}, "prefill_num_gpus is 0.5.*remove prefill_num_gpus"),
+        (PREFILL | {"decode_num_gpus": 0.5, "decode_device_id": 0, "decode_pipeline": "auto"}, None),
+        (DECODE | {"prefill_num_gpus": 0.5, "prefill_device_id": 0, "channel": "object_store"}, None),
+        (ALL_ONE | {"channel": "nccl", "decode_pipeline": "on"}, None),
+    ],
+)
+def test_ranks_of_either_side(given: dict[str, Any], message: str | None) -> None:
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            Config(**given)
+        return
+    config = Config(**given)
+    for role in ROLES:  # what its processes are started with is taken, too, and means the same
+        own = Config.model_validate_json(of_role(config, role).model_dump_json(exclude_unset=True))
+        assert own.tensor_parallel_size == num_ranks(config, role)
+        assert [num_ranks(own, each) for each in ROLES] == [num_ranks(config, each) for each in ROLES]
 
 
 @pytest.mark.parametrize("word", ["on", "off", "auto"])

@@ -27,7 +27,7 @@ GIT_LS_FILES = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
 
 # What each part of pdray may import from the others; the engine knows no Ray, no HTTP and no peers.
 VALUES = {"pdray", "pdray.config", "pdray.errors", "pdray.outputs", "pdray.prompt_scores", "pdray.sampling_params"}
-VALUES |= {"pdray.partition_settings", "pdray.structured_outputs", "pdray.thinking"}
+VALUES |= {"pdray.gpu_settings", "pdray.partition_settings", "pdray.structured_outputs", "pdray.thinking"}
 MODELS = VALUES | {"pdray.cache", "pdray.kernels", "pdray.models"}
 ENGINE = MODELS | {"pdray.engine"}
 WIRE = VALUES | {"pdray.background", "pdray.wire"}

@@ -14,10 +14,12 @@ from pdray.engine.request import EngineStats
 from pdray.metric_table import OUTCOMES
 from pdray.metrics import LoopMetrics, RouterMetrics, WorkerMetrics
 from pdray.outputs import CompletionOutput, Outcome, RequestOutput, RequestTimings
+from pdray.ranks.facts import RankState
 
 pytestmark = pytest.mark.ray
 EXPORT_DEADLINE_S = 120.0
-OWN_TAGS = ("application", "model", "router", "worker", "role", "part", "outcome", "le", "process", "loop")
+OWN_TAGS = ("application", "model", "router", "worker", "role", "part", "outcome", "le", "process", "loop", "rank")
+ROLE = "role=decode,worker=decode-0"
 NAMED = {"application": "app", "model": "tiny"}
 
 
@@ -128,10 +130,11 @@ def test_worker_counters_grow_by_the_difference(metrics_url: str) -> None:
     metrics.update(stats(free_blocks=75, running=2, waiting=1, prefix_cache_queries=64, prefix_cache_hits=32))
     metrics.update(stats(free_blocks=25, running=4, prefix_cache_queries=96, prefix_cache_hits=32, num_preemptions=1))
     metrics.update(stats(free_blocks=25, running=4, decode_sms=48, num_split_changes=3, num_prompt_pieces=70))
-    metrics.update(stats(free_blocks=25, running=4, decode_sms=48, num_pipelined_steps=7))
+    ranks = [RankState(0, 41, 6, 2000), RankState(1, 42, 7, 3000)]
+    metrics.update(stats(free_blocks=25, running=4, decode_sms=48, num_pipelined_steps=7), ranks)
     metrics.on_transfer(1024, 0.004)
     metrics.on_transfer(1024, 0.002)
-    tags = "application=app,model=tiny,role=decode,worker=decode-0"
+    tags = f"application=app,model=tiny,{ROLE}"
     wait_for(
         metrics_url,
         {
@@ -145,6 +148,8 @@ def test_worker_counters_grow_by_the_difference(metrics_url: str) -> None:
             ("ray_pdray_split_changes_total", tags): 3,
             ("ray_pdray_prompt_pieces_total", tags): 70,
             ("ray_pdray_pipelined_steps_total", tags): 7,
+            ("ray_pdray_rank_steps", f"application=app,model=tiny,rank=1,{ROLE}"): 7,
+            ("ray_pdray_rank_memory_bytes", f"application=app,model=tiny,rank=0,{ROLE}"): 2000,
             ("ray_pdray_transfer_bytes_total", tags): 2048,
             ("ray_pdray_transfers_total", tags): 2,
             ("ray_pdray_transfer_seconds_total", tags): 0.006,

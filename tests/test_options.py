@@ -49,7 +49,6 @@ def another_value(field: str) -> Any:
 NEEDED = {  # fields that are refused without others
     "sm_partition": {"mode": "colocated"},
     "decode_sms": {"mode": "colocated", "sm_partition": "on"},
-    "tensor_parallel_size": {"mode": "colocated"},
     "target_ttft_ms": {"mode": "colocated", "sm_partition": "auto"},
     **dict.fromkeys(("decode_attention_sm", "decode_ffn_sm", "decode_micro_batches"), {"decode_pipeline": "on"}),
 }

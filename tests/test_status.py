@@ -9,6 +9,7 @@ import pytest
 from pdray.cluster_commands import format_status
 from pdray.engine.pipeline.pipeline import PipelineState
 from pdray.engine.request import SplitState
+from pdray.ranks.facts import RankState
 
 
 def test_status_table() -> None:
@@ -39,6 +40,16 @@ def test_status_table() -> None:
     assert listed[:2] == ["integrity decode-0: ok", "integrity prefill-0: block 3 is lost"]
     assert listed[-1].split() == ["r1", "2", "quarantine", "router-a", "prefill-0", "3", "decode-0", "4.2", "s"]
     assert format_status([]) == "no pdray application is running"
+
+
+def test_status_says_what_each_rank_holds() -> None:
+    ranks = [RankState(0, 41, 7, 3 << 30)._asdict(), RankState(1, 42, 6, 1 << 29)._asdict()]
+    workers = [{"worker_id": "decode-0", "ranks": ranks}, {"worker_id": "prefill-0", "ranks": []}]
+    lines = format_status([{"name": "pdray", "workers": workers}]).splitlines()
+    assert [line for line in lines if line.startswith("rank")] == [
+        "rank 0 of decode-0: process 41, 7 steps, 3.00 GiB",
+        "rank 1 of decode-0: process 42, 6 steps, 0.50 GiB",
+    ]
 
 
 def test_status_says_which_channel_a_pair_has_and_why() -> None:

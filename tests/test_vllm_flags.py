@@ -19,6 +19,9 @@ def parse(*words: str) -> Config:
     return config_from_args(args)
 
 
+TWO = {"tensor_parallel_size": 2}
+
+
 @pytest.mark.parametrize(
     "words,expected",
     [
@@ -40,6 +43,7 @@ def parse(*words: str) -> Config:
         (["m", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"], {"tool_call_parser": "hermes"}),
         (["-tp", "1", "m", "--no-trust-remote-code"], {"tensor_parallel_size": 1}),
         (["--tp-size", "2", "m", "--mode", "colocated"], {"tensor_parallel_size": 2, "mode": "colocated"}),
+        (["-tp", "2", "m", "--prefill-tensor-parallel-size", "4"], {"prefill_tensor_parallel_size": 4} | TWO),
         (["--tensor-parallel-size", "1", "m", "--uvicorn-log-level", "info", "--disable-log-requests"], {}),
         (["m", "--enable-chunked-prefill", "--quantization", "None", "--distributed-executor-backend", "ray"], {}),
     ],
@@ -52,8 +56,8 @@ def test_what_is_taken(words: list[str], expected: dict[str, Any]) -> None:
     "words,named",
     [
         (
-            ["--tensor-parallel-size", "2"],
-            "tensor_parallel_size is 2, but mode is disaggregated.* set mode to colocated",
+            ["--tensor-parallel-size", "2", "--channel", "nccl"],
+            "channel is nccl, but nccl joins workers of one rank each.* set channel to auto",
         ),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported: .*--tensor-parallel-size"),
         (["--trust-remote-code"], "--trust-remote-code is not supported"),

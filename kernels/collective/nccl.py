@@ -1,13 +1,18 @@
-"""Collective operations of processes with a GPU each, by NCCL."""
+"""Collective operations of processes with a GPU each: by NCCL, and small sums by a kernel of ours."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pdray.kernels.collective.group import RankGroup
+from pdray.kernels.collective.one_shot import OneShot, open_one_shot
+from pdray.kernels.crossover import ONE_SHOT_MAX_BYTES
+
+logger = logging.getLogger(__name__)
 
 TYPES = {torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # of nccl.h; cupy does not name all
 SUM = 0
@@ -21,20 +26,41 @@ def make_unique_id() -> Any:
 
 
 class NcclGroup(RankGroup):
-    """See RankGroup. The constructor blocks until all ranks are there, forever if one never comes."""
+    """See RankGroup. The constructor blocks until all ranks are there, forever if one never comes.
 
-    def __init__(self, rank: int, size: int, unique_id: Any, device: torch.device) -> None:
+    Args:
+        one_shot_bytes: what a rank sends for a sum that is made by one kernel, at most, where the ranks can write each
+            other's memory.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        unique_id: Any,
+        device: torch.device,
+        one_shot_bytes: int = ONE_SHOT_MAX_BYTES,
+    ) -> None:
         from cupy.cuda import nccl
 
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
         self.rank, self.size = rank, size
         self._grouped = nccl.groupStart, nccl.groupEnd
         self._inner: Any = nccl.NcclCommunicator(size, unique_id, rank)
+        self._one_shot: OneShot | None = None
+        if one_shot_bytes and size > 1:
+            opened = open_one_shot(self, one_shot_bytes // (size - 1), device)
+            if isinstance(opened, str):
+                logger.warning("rank %d: all sums are NCCL's: %s", rank, opened)
+            else:
+                self._one_shot = opened
 
     def sum(self, x: Tensor) -> Tensor:
         """See RankGroup."""
         assert x.is_contiguous()
-        if x.numel():
+        if self._one_shot is not None and self._one_shot.takes(x):
+            self._one_shot.sum(x)
+        elif x.numel():
             pointer = x.data_ptr()
             self._inner.allReduce(pointer, pointer, x.numel(), TYPES[x.dtype], SUM, _stream())
         return x

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from pdray.config import Config
+from pdray.gpu_settings import num_ranks
 
 UNITS = 10_000  # of a GPU, as Ray counts
 
@@ -47,14 +48,13 @@ def plan_gpus(config: Config) -> list[GpuBundle]:
 
 def _workers(config: Config) -> list[tuple[str, float, int | None]]:
     """Name, share and device id of each."""
-    num_ranks = config.tensor_parallel_size
     roles = [("decode", config.num_decode_workers, config.decode_num_gpus, config.decode_device_ids)]
     if config.mode == "disaggregated":
         roles.insert(0, ("prefill", config.num_prefill_workers, config.prefill_num_gpus, config.prefill_device_ids))
     return [
         (
             f"{role}-{index}",
-            num_ranks * math.floor(share * UNITS + 1e-6) / UNITS,
+            num_ranks(config, role) * math.floor(share * UNITS + 1e-6) / UNITS,
             None if device_ids is None else device_ids[index],
         )
         for role, count, share, device_ids in roles

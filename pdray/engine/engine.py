@@ -24,7 +24,7 @@ from pdray.engine.schedule.make import make_scheduler
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
 from pdray.engine.schedule.refusals import give_up, grammar_compiled, preparing, refuse
 from pdray.engine.schedule.sequence import LiveRequest
-from pdray.engine.schedule.stats import engine_stats
+from pdray.engine.schedule.stats import engine_room, engine_stats
 from pdray.engine.step.flight import Flight, Launched, Settled, Undrawn
 from pdray.engine.step.inputs import StepInputs
 from pdray.engine.step.lane import Lane
@@ -73,7 +73,7 @@ class Engine:
         self.overlap = device.type == "cuda" if wanted is None else wanted
         capture = device.type == "cuda" and not config.enforce_eager
         self._scheduler = make_scheduler(config, model.config, pool, self.max_model_len, padded=capture)
-        limits = self._scheduler.limits
+        self.room, limits = partial(engine_room, self._scheduler), self._scheduler.limits  # from any thread
         self.lane, self.pipeline = open_lane(config, model.decoder, pool, limits, ranks)
         self._bookkeeper = Bookkeeper(self._scheduler)
         self._in_flight: Flight | None = None  # launched by the last step(), not yet read
@@ -240,7 +240,7 @@ class Engine:
             launching = True
             self._before_launch(lane, inputs)
             if isinstance(launched := lane.launch(inputs, on_group), Undrawn):
-                self._mask_filler.expect(plan, lane.masks.host)
+                self._mask_filler.expect(plan, lane.masks)
             return launched if isinstance(launched, Undrawn) else Flight(plan, launched)
         except Exception as error:
             if (self.device.type != "cpu" or self.lane.is_shared) and (launching or isinstance(error, RuntimeError)):

@@ -131,6 +131,16 @@ class EngineStats:
     num_pipelined_steps: int = 0  # decode steps in micro-batches
 
 
+class EngineRoom(NamedTuple):
+    """What an engine could still take, and how busy it is. The attributes are those of EngineStats."""
+
+    free_blocks: int
+    free_places: int
+    running: int
+    waiting: int
+    preempted: int
+
+
 class SplitState(NamedTuple):
     """How prompts and decodes share an engine's device.
 

@@ -122,6 +122,8 @@ class Decoder(Part):
         on_layer: Callable[[int], None] | None = None,
         sampled: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
+        *,
+        is_rehearsal: bool = False,
     ) -> torch.Tensor:
         """Hidden states after the final norm, of every token or of ``rows``; writes the tokens' KV into kv.
 
@@ -129,17 +131,23 @@ class Decoder(Part):
             input_ids: [T] int64; -1 - i stands for sampled[i].
             positions: [T] int64, below max_len.
             kv: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim], of this rank's heads.
-            on_layer: called with i as soon as layer i's KV is stored and its attention done (on CUDA: enqueued).
+            on_layer: called with i as soon as layer i's KV is stored, on every rank, and its attention done (on CUDA:
+                enqueued).
             sampled: [R] int64; needed where an id is below 0.
             rows: [S] int64, tokens. The last layer computes nothing but KV for others.
+            is_rehearsal: run the first and the last layer alone, which load every kernel that the others use. The
+                result means nothing.
 
         Returns:
             [T, hidden_size], or [S, hidden_size].
         """
         hidden = self.embed_tokens(input_ids, sampled)
-        for i, layer in enumerate(self.layers):
-            is_last = i == len(self.layers) - 1
-            hidden = layer.attend(hidden, positions, kv[i], meta, rows if is_last else None)
+        last = len(self.layers) - 1
+        for i in sorted({0, last}) if is_rehearsal else range(last + 1):
+            layer = self.layers[i]
+            hidden = layer.attend(hidden, positions, kv[i], meta, rows if i == last else None)
+            if i == last and self.group is not None and not len(hidden):
+                self.group.sum(hidden.new_zeros(1))  # of no rows there was no sum: on_layer speaks for all ranks
             if on_layer is not None:
                 on_layer(i)
             hidden = layer.feed_forward(hidden)

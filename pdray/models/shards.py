@@ -104,14 +104,17 @@ def vocabulary_of(vocab_size: int, rows: int, rank: int) -> Span:
     return Span(min(rank * rows, vocab_size), min((rank + 1) * rows, vocab_size), vocab_size)
 
 
-def check_divisible(model: ModelConfig, num_ranks: int) -> None:
-    """Raises:
+def check_divisible(model: ModelConfig, num_ranks: int, setting: str = "tensor_parallel_size") -> None:
+    """Args:
+        setting: that the number comes from.
+
+    Raises:
     ConfigError: the model cannot be divided by so many.
     """
     if reasons := _obstacles(model, num_ranks):
         fitting = [n for n in range(1, model.num_heads + 1) if not _obstacles(model, n)]
         raise ConfigError(
-            f"tensor_parallel_size is {num_ranks}, by which the model's {' and '.join(reasons)} cannot be divided; "
+            f"{setting} is {num_ranks}, by which the model's {' and '.join(reasons)} cannot be divided; "
             f"set it to {' or '.join(map(str, fitting))}"
         )
 

@@ -26,6 +26,9 @@ class Member:
     Args:
         environment: of the process. inputs: descriptor of the memory that steps' inputs lie in.
         on_end: called on a thread of its own, once, with why the process has ended, unless close() came first.
+
+    Attributes:
+        kv_orders: its end of what KV orders and their answers go by; see RankPools.
     """
 
     def __init__(
@@ -34,18 +37,22 @@ class Member:
         self.rank = rank
         self._on_end = on_end
         self._connection, theirs = multiprocessing.Pipe()
+        self.kv_orders, their_orders = multiprocessing.Pipe()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._why_killed = ""
         self._closing = threading.Event()
         self._started: Future[int] = Future()
 
         def watch() -> None:
-            inherited = theirs.fileno(), inputs
+            inherited = theirs.fileno(), inputs, their_orders.fileno()
             module = [sys.executable, "-m", "pdray.ranks.process"]
             command = [*module, *map(str, (os.getpid(), *inherited))]
             try:
-                with theirs:
+                with theirs, their_orders:
                     process = subprocess.Popen(command, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL)
             except BaseException as error:
                 return self._started.set_exception(error)
+            self._process = process
             self._started.set_result(process.pid)
             self._watch(process)
 
@@ -66,6 +73,12 @@ class Member:
         except OSError as error:
             raise RankDiedError(f"rank {self.rank} (process {self.pid}) has ended: {error}") from error
 
+    def kill(self, why: str) -> None:
+        """End it, because it hangs. What follows is as when it is killed by somebody else."""
+        self._why_killed = self._why_killed or why
+        if self._process is not None:
+            self._process.kill()
+
     def close(self) -> None:
         """End it, and see it gone. Idempotent."""
         if not self._closing.is_set():
@@ -74,6 +87,7 @@ class Member:
                 with contextlib.suppress(RankDiedError):  # the thread sees to the rest
                     self.send(b"")
         self._thread.join()
+        self.kv_orders.close()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Return when it has ended."""
@@ -89,8 +103,10 @@ class Member:
             process.kill()
             status = process.wait()
         if not self._closing.is_set():
-            what = reason or (f"signal {-status}" if status < 0 else f"status {status}")
-            self._on_end(RankDiedError(f"rank {self.rank} (process {process.pid}) has ended: {what}"))
+            was_killed = status < 0 and not reason
+            what = reason or self._why_killed or (f"signal {-status}" if was_killed else f"status {status}")
+            text = f"rank {self.rank} (process {process.pid}) has ended: {what}"
+            self._on_end(RankDiedError(text, was_killed=was_killed))
 
     def _failed(self, error: BaseException) -> None:
         self._on_end(RankDiedError(f"rank {self.rank} is not watched any more: {error!r}"))

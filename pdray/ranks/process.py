@@ -1,4 +1,4 @@
-"""The process of a rank other than 0: `python -m pdray.ranks.process PARENT PIPE INPUTS`.
+"""The process of a rank other than 0: `python -m pdray.ranks.process PARENT PIPE INPUTS KV_ORDERS`.
 
 It loads its shard, makes its pool and its lane, and then does its part of every step that rank 0 tells it of.
 """
@@ -11,10 +11,14 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import torch
 
+from pdray.background import start_thread
 from pdray.engine.build import make_pool
 from pdray.engine.device import select_device
 from pdray.engine.kv.sizing import usable_model_len
@@ -28,12 +32,14 @@ from pdray.errors import describe_error
 from pdray.garbage_collection import quiet_garbage_collection
 from pdray.logs import log_to_stderr
 from pdray.models.load import load_model
+from pdray.ranks.facts import RankFacts
+from pdray.ranks.kv_orders import KVFollower, Staging
 from pdray.ranks.setup import Setup, decode, join
 
 PR_SET_PDEATHSIG = 1
 
 
-def main(parent: int, pipe: int, inputs: int) -> None:
+def main(parent: int, pipe: int, inputs: int, kv_orders: int) -> None:
     """Run until rank 0 says so, or is gone. Does not return: CUDA and Gloo might wait for other ranks."""
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
@@ -41,7 +47,7 @@ def main(parent: int, pipe: int, inputs: int) -> None:
     connection = Connection(pipe)
     status = 0
     try:
-        follow(make_rank(decode(connection.recv_bytes()), inputs), connection)
+        follow(make_rank(decode(connection.recv_bytes()), inputs, Connection(kv_orders)), connection)
     except EOFError:
         pass  # rank 0 is gone
     except BaseException as error:
@@ -60,8 +66,19 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def make_rank(setup: Setup, inputs: int) -> Lane:
-    """What rank 0 makes, too, in the same order."""
+class Rank(NamedTuple):
+    """What follows rank 0.
+
+    Attributes:
+        note_step: to be called after each step.
+    """
+
+    lane: Lane
+    note_step: Callable[[], None]
+
+
+def make_rank(setup: Setup, inputs: int, kv_orders: Connection) -> Rank:
+    """What rank 0 makes, too, in the same order; in mode disaggregated it follows KV orders from now on."""
     config = setup.config
     device = select_device(config)
     if device.type == "cpu":
@@ -72,16 +89,21 @@ def make_rank(setup: Setup, inputs: int) -> Lane:
     pool = make_pool(config, model, device)
     max_model_len = usable_model_len(model.decoder.max_len, pool.num_blocks, config.block_size)
     limits = EngineLimits.of(config, model.config, pool, max_model_len)
-    ranks = LaneRanks(SharedMemory(inputs, pinned=device.type == "cuda"))
-    lane, _ = open_lane(config, model.decoder, pool, limits, ranks)
+    memory = SharedMemory(inputs, pinned=device.type == "cuda")
+    facts = RankFacts(memory, setup.size)
+    lane, _ = open_lane(config, model.decoder, pool, limits, LaneRanks(memory))
+    if config.mode == "disaggregated":
+        KVFollower(setup.rank, pool, Staging(memory, pool.layout, setup.size), kv_orders)
     quiet_garbage_collection()
-    return lane
+    start_thread("pulse", partial(facts.beat, setup.rank), print)
+    return Rank(lane, facts.writer(setup.rank, device))
 
 
-def follow(lane: Lane, connection: Connection) -> None:
+def follow(rank: Rank, connection: Connection) -> None:
     """Do this rank's part of every step. Returns when rank 0 says that there are no more."""
     while order := connection.recv_bytes():
-        lane.follow(decode_order(order))
+        rank.lane.follow(decode_order(order))
+        rank.note_step()
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Dispatch:
             assert prefill_id is not None
             epoch = self._workers.pairs[prefill_id, decode_id]
             self._send(prefill_id, leg.prefill_request(decode_id, epoch, 0, has_lease=False))
-        self._workers.links[decode_id].asked[leg.key] = (demand.blocks, demand.places)
+        self._workers.links[decode_id].ask(leg.key, demand)
         self._send(decode_id, leg.lease_request(prefill_id))
         return True
 
@@ -216,7 +216,7 @@ class Dispatch:
         return None
 
     def _answered(self, link: WorkerLink, message: LeaseGranted | LeaseDenied) -> Leg | None:
-        link.asked.pop(message.key, None)
+        link.answered(message.key)
         link.update_credit(message.credit)
         return self.legs.get(message.key)
 
@@ -236,7 +236,7 @@ class Dispatch:
         decode_id = leg.choice.decode_worker_id
         if decode_id is not None:
             if (decode := self._workers.links.get(decode_id)) is not None:
-                decode.asked.pop(leg.key, None)
+                decode.answered(leg.key)
             if tell:
                 if leg.granted:
                     self.expect_credit(leg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,6 +19,13 @@ from pdray.wire.worker_news import PrefixUpdate, unpack_hashes
 NO_CREDIT = Credit(free_blocks=0, free_places=0, running=0, waiting=0, leases=0)
 
 
+class Asked(NamedTuple):
+    """What leases take of a decode worker."""
+
+    blocks: int
+    places: int
+
+
 class WorkerLink:
     """Attributes:
     opened: its session is open.
@@ -25,7 +33,7 @@ class WorkerLink:
     broken: it does prefill and decode, and has not served a probe: it gets no new requests.
     denied: it refused a lease, and has told no new credit since.
     wanted: it is to tell when it has this much credit, and has not.
-    asked: blocks and places of leases asked for and not answered, by leg.
+    asked: blocks and places of leases asked for and not answered, by leg; changed by ask() and answered() alone.
     prefixes: short hashes of the blocks in its prefix cache, as it told last.
     failed: its engine has failed, and its process is about to end.
     queued: tokens for a prefill worker whose first token has not come back, by leg; from when the lease is asked for.
@@ -39,7 +47,8 @@ class WorkerLink:
         self.failed = False
         self.wanted: CreditWanted | None = None
         self.broken = False
-        self.asked: dict[LegKey, tuple[int, int]] = {}
+        self.asked: dict[LegKey, Asked] = {}
+        self._all_asked = Asked(0, 0)  # their sum
         self.queued: dict[LegKey, int] = {}
         self.told_queued_tokens = 0
         self.prefixes: set[int] = set()
@@ -85,6 +94,17 @@ class WorkerLink:
         self.wanted = wanted
         return True
 
+    def ask(self, key: LegKey, demand: Demand) -> None:
+        """A lease of so much is asked for."""
+        self.answered(key)
+        asked = self.asked[key] = Asked(demand.blocks, demand.places)
+        self._all_asked = Asked(self._all_asked.blocks + asked.blocks, self._all_asked.places + asked.places)
+
+    def answered(self, key: LegKey) -> None:
+        """It is granted or denied, or nobody waits for it any more. Unknown ones are ignored."""
+        if (asked := self.asked.pop(key, None)) is not None:
+            self._all_asked = Asked(self._all_asked.blocks - asked.blocks, self._all_asked.places - asked.places)
+
     def expect_credit(self, blocks: int, places: int) -> None:
         """A lease ends without the worker saying so in its next step: count on what it held. If that is too early,
         the worker denies the next lease, and tells when it can grant one."""
@@ -113,8 +133,8 @@ class WorkerLink:
             self.info.role == Role.BOTH,
             NO_CREDIT if self.denied else self.credit,
             self.info.num_blocks,
-            asked_blocks=sum(blocks for blocks, _ in self.asked.values()),
-            asked_places=sum(places for _, places in self.asked.values()),
+            asked_blocks=self._all_asked.blocks,
+            asked_places=self._all_asked.places,
             cached_tokens=self.num_cached(hashes) * self.info.block_size,
         )
 

@@ -16,7 +16,7 @@ from pdray.background import BackgroundTasks, LoopFailures
 from pdray.config import Config
 from pdray.control.effects import Send
 from pdray.control.pair_health import BrokenPair
-from pdray.errors import ConfigError, InvalidRequestError, NoWorkerError, PdrayError
+from pdray.errors import ConfigError, NoWorkerError, PdrayError
 from pdray.models.generation_config import NEUTRAL, SamplingDefaults
 from pdray.outputs import Outcome
 from pdray.router.connections import Connections
@@ -32,21 +32,13 @@ from pdray.router.effects import (
     RouterEffect,
     TickAt,
 )
-from pdray.router.grammars import check_grammar
 from pdray.router.link import NO_CREDIT
 from pdray.router.machine import RouterMachine
 from pdray.router.request import Request
 from pdray.router.requests import Metrics
 from pdray.router.routed import RoutedRequest
 from pdray.router.tokenization import encoder_of
-from pdray.router.validation import (
-    check_tokenizer,
-    complete_params,
-    note_thoughts,
-    tokenize,
-    tokenize_all,
-    tokenize_bad_words,
-)
+from pdray.router.validation import WorkerLimits, check_request, tokenize_all
 from pdray.sampling_params import SamplingParams
 from pdray.wire.cluster_view import ClusterView
 from pdray.wire.messages import AnyMessage
@@ -201,18 +193,9 @@ class Router:
         Raises:
             InvalidRequestError: it can never be served. NoWorkerError: nobody is there.
         """
-        max_model_len = self._context_length()
-        max_num_seqs = self.machine.workers.max_num_seqs
-        if params.n > max_num_seqs:
-            raise InvalidRequestError(
-                f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
-            )
-        check_tokenizer(params, self.tokenizer)
-        await check_grammar(params, self.tokenizer)
-        params = tokenize_bad_words(params, self.tokenizer, self.vocab_size)
-        ids = await tokenize(self.tokenizer, prompt, max_model_len, self.vocab_size)
-        params = note_thoughts(params, ids, self.tokenizer, self.config.reasoning_parser)
-        return ids, complete_params(params, len(ids), max_model_len, default_max_tokens)
+        limits = WorkerLimits(self._context_length(), self.machine.workers.max_num_seqs, self.vocab_size)
+        parser = self.config.reasoning_parser
+        return await check_request(prompt, params, self.tokenizer, limits, parser, default_max_tokens)
 
     async def submit(
         self,
@@ -224,6 +207,7 @@ class Router:
         default_max_tokens: int | None = None,
         text: str | None = None,
         arrival: float | None = None,
+        is_checked: bool = False,
     ) -> RoutedRequest:
         """Take a request; returns once it has its lease. Cancelling this call gives the request up.
 
@@ -232,6 +216,7 @@ class Router:
             default_max_tokens: stands in for params.max_tokens where that is None, as far as the context allows.
             text: what a prompt of token ids was made from.
             arrival: when it came (time.monotonic()), if not now.
+            is_checked: prompt and params are what check() has returned. If nobody is there now, it waits.
 
         Raises:
             InvalidRequestError: it can never be served. QueueFullError: not now. NoWorkerError: nobody is there.
@@ -241,8 +226,10 @@ class Router:
         arrival = time.monotonic() if arrival is None else arrival
         text = prompt if isinstance(prompt, str) else text
         try:
-            ids, params = await self.check(prompt, params, default_max_tokens)
-            request = Request(request_id, text, ids, params, priority, self.tokenizer, arrival)
+            if not is_checked:
+                prompt, params = await self.check(prompt, params, default_max_tokens)
+            assert not isinstance(prompt, str)
+            request = Request(request_id, text, prompt, params, priority, self.tokenizer, arrival)
             effects = self.machine.submit(time.monotonic(), request)
         except PdrayError:
             self._note_rejected()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 
 from pdray.engine.schedule.limits import check_token_ids
 from pdray.errors import InvalidRequestError
 from pdray.prompt_scores import check_size
+from pdray.router.grammars import check_grammar
 from pdray.router.prompt import CompleteText
 from pdray.router.tokenization import beside_loop, encoder_of, over_context
 from pdray.sampling_params import SamplingParams
@@ -30,6 +32,45 @@ NEED_TOKENIZER = {
     "bad_words": "use bad_words_token_ids",
     "thinking_token_budget": "leave it out",
 }
+
+
+class WorkerLimits(NamedTuple):
+    """Attributes:
+    max_model_len: tokens of prompt and output. max_num_seqs: of one worker. vocab_size: None where it is not known.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int | None
+
+
+async def check_request(
+    prompt: str | list[int],
+    params: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase | None,
+    limits: WorkerLimits,
+    reasoning_parser: str,
+    default_max_tokens: int | None = None,
+) -> tuple[list[int], SamplingParams]:
+    """A prompt's token ids, and the parameters with nothing left open.
+
+    Args:
+        reasoning_parser: see Config. default_max_tokens: see complete_params().
+
+    Raises:
+        InvalidRequestError: it can never be served.
+    """
+    max_model_len, max_num_seqs, vocab_size = limits
+    if params.n > max_num_seqs:
+        raise InvalidRequestError(
+            f"n is {params.n}, but a worker runs {max_num_seqs} sequences (max_num_seqs); lower n", "n"
+        )
+    check_tokenizer(params, tokenizer)
+    await check_grammar(params, tokenizer)
+    params = tokenize_bad_words(params, tokenizer, vocab_size)
+    ids = await tokenize(tokenizer, prompt, max_model_len, vocab_size)
+    params = note_thoughts(params, ids, tokenizer, reasoning_parser)
+    return ids, complete_params(params, len(ids), max_model_len, default_max_tokens)
 
 
 async def tokenize(
@@ -101,11 +142,20 @@ async def tokenize_all(
     return result
 
 
+@functools.lru_cache(maxsize=4)
+def _ids_below(limit: int) -> Any:
+    return list[Annotated[int, msgspec.Meta(ge=0, lt=limit)]]
+
+
 def _check_ids(ids: list[int], limit: int, max_model_len: int | None) -> None:
     if max_model_len is not None and len(ids) >= max_model_len:
         raise over_context(len(ids), max_model_len)
-    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < limit:
-        return  # without a step of Python's for each of many thousand ids
+    try:
+        msgspec.convert(ids, _ids_below(limit))  # without a step of Python's for each of many thousand ids
+    except msgspec.ValidationError:
+        pass  # the first of them is named below
+    else:
+        return
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
             raise InvalidRequestError(

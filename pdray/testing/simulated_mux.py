@@ -23,9 +23,9 @@ from pdray.testing.simulated_load import H100_8B, MAX_TOKENS, Costs, Simulated, 
 
 HALF_CONTEXT = 16_000.0
 TTFT_MS = 1000.0
-# What fits the medians of `pdray bench mux` on an H100: mixed steps at 3.5 and 8 requests/s of 2,048, and 1.2 of 8,192.
-FITTED = Costs(weights=6.75, seqs=0.04, token=0.018, knee=171, prompts=1.12, kv=0.0297, prefix=0.0046)
-PICTURES = ((15.0, (4, 6, 8, 9, 10, 11, 12)), (8.0, (1, 2, 2.5, 3, 3.5, 4, 5)))
+# What fits today's steps on an H100: plain ones of `pdray bench pipeline`, and mixed ones of 14 requests/s of 2,048.
+FITTED = Costs(weights=6.35, seqs=0.25, token=0.0225, knee=188, prompts=1.0, kv=0.049, prefix=0.003)
+PICTURES = ((15.0, (4, 6, 7, 8, 9, 10, 12)), (8.0, (1, 2, 2.5, 3, 3.5, 4, 5)))
 ROWS = ((2048, 15, (6, 7, 8, 9)), (2048, 8, (2, 3, 4)), (8192, 15, (1, 1.4)), (8192, 8, (0.4, 0.7)))
 SPLITS = {32: (1.58, 24_000.0), 48: (1.41, 17_000.0)}  # slowdown of decodes, and tokens of prompts a second, measured
 

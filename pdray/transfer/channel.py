@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from pdray.engine.kv.pool import KVPool
     from pdray.transfer.pending_writes import PendingWrites
+    from pdray.transfer.pool_blocks import WholeBlocks
 
 
 class Put(NamedTuple):
@@ -225,6 +226,10 @@ class Kind(ABC):
     @abstractmethod
     def attach(self, pool: KVPool) -> None:
         """Take the worker's pool; warm up."""
+
+    def attach_ranks(self, blocks: WholeBlocks, dtype: torch.dtype) -> None:
+        """Take the pools of a worker of several ranks, of which each has some of the heads, in place of attach()."""
+        raise TypeError(f"a channel of kind {self.name} joins no workers of several ranks")
 
     @abstractmethod
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> Receiver:

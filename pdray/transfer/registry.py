@@ -20,6 +20,8 @@ KINDS = {
     "object_store": "pdray.transfer.object_store.kind:ObjectStoreKind",
 }
 
+OF_RANKS = ("object_store",)  # that join workers of several ranks, whose heads lie in several processes
+
 
 def load_kind(name: str) -> type[Kind]:
     """The kind's class; imports it, and what it needs."""
@@ -28,9 +30,28 @@ def load_kind(name: str) -> type[Kind]:
     return kind
 
 
-def allowed_kinds(channel: str) -> list[str]:
-    """Kinds that a configured ``channel`` allows."""
-    return list(KINDS) if channel == "auto" else [channel]
+def allowed_kinds(channel: str, *, has_ranks: bool = False) -> list[str]:
+    """Kinds that a configured ``channel`` allows.
+
+    Args:
+        has_ranks: prefill or decode workers have several; see ranks_obstacle().
+    """
+    kinds = list(KINDS) if channel == "auto" else [channel]
+    return [kind for kind in kinds if kind in OF_RANKS] if has_ranks else kinds
+
+
+def ranks_obstacle(channel: str) -> str | None:
+    """Why a configured ``channel`` cannot join workers of which some have several ranks; None if it can."""
+    if channel == "auto" or channel in OF_RANKS:
+        return None
+    return f"{channel} joins workers of one rank each"
+
+
+def _obstacle(kind: str, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
+    for info in (prefill, decode):
+        if info.num_ranks > 1 and kind not in OF_RANKS:
+            return f"{info.worker_id} has {info.num_ranks} ranks, and {kind} joins workers of one"
+    return load_kind(kind).obstacle(prefill, decode)
 
 
 class Choice(NamedTuple):
@@ -53,7 +74,7 @@ def choose_kind(
     """
     passed_over: dict[str, str] = {}
     for name in allowed_kinds(channel):
-        obstacle = load_kind(name).obstacle(prefill, decode) or (failures or {}).get(name)
+        obstacle = _obstacle(name, prefill, decode) or (failures or {}).get(name)
         if obstacle is None:
             return Choice(name, passed_over)
         passed_over[name] = obstacle

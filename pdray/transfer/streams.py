@@ -65,6 +65,10 @@ class CudaStream:
         event.record(self._stream)
         return event
 
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued is done."""
+        self._stream.synchronize()
+
 
 def drain(streams: list[Stream], name: str) -> None:
     """Return once the streams are empty; polls, so that no thread hangs in the driver.

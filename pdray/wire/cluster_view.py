@@ -33,6 +33,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
         fingerprint: of weights, dtype, block size and KV layout; peers must agree.
         channels: what each channel kind of this worker must be known by; see pdray.transfer.channel.Kind.facts.
         vocab_size: the model's; token ids are below it. None is not known.
+        num_ranks: processes that share its model; each has some of the heads of every block.
         lends: what guests can map of its memory. lender: of a guest, the incarnation whose memory it computes in; it
             has no blocks of its own, and computes nothing without a lease.
     """
@@ -55,6 +56,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     vocab_size: int | None = None
     lends: Lent | None = None
     lender: str = ""
+    num_ranks: int = 1
 
 
 class ChannelOffer(msgspec.Struct, frozen=True):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import ray
 
+from pdray.quick_ray import quick_start
+
 for _name in ("worker_pairs", "smol_application"):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
     assert _spec is not None and _spec.loader is not None
@@ -22,7 +24,8 @@ worker_pairs = sys.modules["worker_pairs"]
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of its own, with two CPUs whatever the machine has."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    with quick_start():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
     yield
     ray.shutdown()
 

@@ -14,7 +14,9 @@ from pdray.actors.prefill_worker import PrefillWorker
 from pdray.config import Config
 from pdray.control.prefixes import PART
 from pdray.engine.kv.block_pool import PrefixChanges
+from pdray.engine.request import EngineRoom
 from pdray.testing.patience import PATIENCE_S
+from pdray.wire.message import LegKey
 from pdray.wire.peers import PeerName, Role
 from pdray.wire.worker_news import PrefixUpdate, unpack_hashes
 
@@ -84,8 +86,9 @@ async def test_prefixes_are_told_in_parts_to_old_routers_and_new_ones() -> None:
 def test_credit_is_what_a_lease_can_get(preempted: int) -> None:
     """While a preempted sequence waits, every lease is denied."""
     worker = DecodeWorker(CONFIG, "decode-0", "1", b"secret")
-    stats = SimpleNamespace(free_blocks=9, free_places=3, running=2, waiting=1, preempted=preempted, reserved=4)
-    worker.engine = cast(Any, SimpleNamespace(stats=lambda: stats))
+    room = EngineRoom(free_blocks=9, free_places=3, running=2, waiting=1, preempted=preempted)
+    worker.engine = cast(Any, SimpleNamespace(room=lambda: room))
+    worker.leases = cast(Any, SimpleNamespace(keys=lambda: [LegKey(str(i), 0) for i in range(7)]))
     credit = worker._credit()
     assert (credit.free_blocks, credit.free_places) == ((0, 0) if preempted else (9, 3))
     assert (credit.running, credit.waiting, credit.leases) == (2, 1, 7)

@@ -273,7 +273,7 @@ async def test_a_worker_ends_with_one_of_its_ranks(tmp_path: Path) -> None:
     )
     worker = DecodeWorker(config, "decode-0", "d1", SECRET)
     await worker.start()
-    (rank,) = (await worker.describe())["rank_pids"]
+    rank = (await worker.describe())["ranks"][1]["pid"]
     os.kill(rank, signal.SIGKILL)
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(RankDiedError, match=r"rank 1 \(process \d+\) has ended: signal 9"):

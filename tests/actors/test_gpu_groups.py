@@ -17,6 +17,7 @@ from pdray import LLM, SamplingParams
 from pdray.actors.gpu_groups import GpuGroups
 from pdray.config import Config
 from pdray.errors import ModelLoadError, PdrayError, PlacementError, StartTimeoutError
+from pdray.quick_ray import quick_start
 from pdray.testing.patience import PATIENCE_S
 
 pytestmark = pytest.mark.ray
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module", autouse=True)
 def two_gpus() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    with quick_start():
+        ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

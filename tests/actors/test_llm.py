@@ -161,12 +161,12 @@ def test_two_ranks_equal_one_and_one_of_them_may_die(ray_cluster: None, tiny: di
         while not worker.get("running"):
             assert not outputs.done()
             (worker,) = llm.status()["workers"]
-        (rank,) = worker["rank_pids"]
+        rank = worker["ranks"][1]["pid"]
         os.kill(rank, signal.SIGKILL)
         assert not outputs.done()
         assert [output.outputs[0].token_ids for output in outputs.result(PATIENCE_S)] == expected
         (replaced,) = llm.status()["workers"]
-        assert replaced["pid"] != worker["pid"] and replaced["rank_pids"] != [rank]
+        assert replaced["pid"] != worker["pid"] and replaced["ranks"][1]["pid"] != rank
         assert not psutil.pid_exists(worker["pid"])
         wait_until_at_rest(llm)
 

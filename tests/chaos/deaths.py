@@ -14,6 +14,7 @@ from scale import Scale
 from streams import Answer, Body, Clients, new_session, story
 
 from pdray.config import Config
+from pdray.gpu_settings import num_ranks
 
 BACK_TIMEOUT_S = 120.0
 
@@ -45,6 +46,18 @@ def kill_two(role: str) -> Disturbance:
     return disturb
 
 
+def kill_rank(name: str) -> Disturbance:
+    """The last of the processes that share a worker's model, which ends with it."""
+
+    async def disturb(app: Application) -> set[int]:
+        worker = (await app.workers())[name]
+        rank: int = worker["ranks"][-1]["pid"]
+        os.kill(rank, signal.SIGKILL)
+        return {rank, worker["pid"]}
+
+    return disturb
+
+
 def disturbances(config: Config) -> dict[str, Disturbance]:
     """By the name of their rows: those that the number of workers allows."""
     num_prefill_workers = 0 if config.mode == "colocated" else config.num_prefill_workers
@@ -57,6 +70,8 @@ def disturbances(config: Config) -> dict[str, Disturbance]:
         if number > 1:
             both = "both" if number == 2 else f"two of {number}"
             found[f"{both} {role} workers killed, one after the other"] = kill_two(role)
+        if number and num_ranks(config, role) > 1:
+            found[f"rank of a {role} worker killed"] = kill_rank(f"{role}-0")
     return found
 
 

@@ -36,6 +36,11 @@ def test_a_worker_of_several_ranks_has_a_bundle_of_its_own() -> None:
         (["decode-0"], 4.0),
         (["decode-1"], 4.0),
     ]
+    config = Config(prefill_tensor_parallel_size=2, num_decode_workers=2, decode_num_gpus=0.5)
+    assert [(list(bundle.shares), bundle.num_gpus) for bundle in plan_gpus(config)] == [
+        (["prefill-0"], 2.0),
+        (["decode-0", "decode-1"], 1.0),
+    ]
 
 
 def test_named_devices() -> None:

@@ -185,6 +185,14 @@ def test_while_streams_are_too_slow_prompts_that_have_time_wait() -> None:
     assert all(rate > 0 for _, _, rate in gpu.last(5)), "they have 0.1 s left"
 
 
+def test_late_prompts_do_not_slow_streams_beyond_their_target() -> None:
+    """Their first tokens are late whatever happens; the streams need not be."""
+    gpu = SimulatedGpu(Targets(0.0125, 1.0), splits=())
+    gpu.run(4.0, waiting(*([2.0] * 8)))
+    assert sum(rate > 0 for _, _, rate in gpu.last()) >= 95, "some measure plain steps"
+    assert gpu.mean_ms() <= 12.5
+
+
 def test_what_arrives_is_kept_up_with() -> None:
     """One prompt after the other, none of which is in a hurry, but 11 a second."""
     gpu = SimulatedGpu(Targets(0.060, 1.0), splits=())

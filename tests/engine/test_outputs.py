@@ -3,6 +3,7 @@ do not depend, to the bit, on what else is in the batch."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,8 @@ def test_prefix_hits(llama: Any) -> None:
     assert cached == {"first": 0, "same": 32, "longer": 32, "whole": 16}
     stats = engine.stats()
     assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (40 + 40 + 53 + 32, 80)
+    with engine._lock:  # whoever asks for room does not wait for a step that is planned or booked
+        assert engine.room()._asdict().items() <= dataclasses.asdict(stats).items()
     answer = greedy("continued", shared + engine.ids("first") + [7])
     engine.run(answer)
     assert engine.updates["continued"][0].num_cached_tokens == 48, "outputs are cached too"

@@ -20,6 +20,7 @@ from pdray.models import load_model
 from pdray.ranks.engine import end_process
 from pdray.ranks.leader import Leader
 from pdray.ranks.member import member_environment
+from pdray.ranks.pools import RankPools
 from pdray.sampling_params import SamplingParams
 from pdray.testing.every_draw import EVERY_DRAW, requests_of
 from pdray.testing.one_gpu import one_gpu_environment
@@ -47,13 +48,29 @@ def check_ranks(names: tuple[str, ...] = DIVISIBLE) -> Iterator[Row]:
             build(*SHAPES[name], Path(folder))
             torch.cuda.empty_cache()
             alone = engine(Path(folder), "float32", **SETTINGS).run(*requests_of(DRAWS))
-            config = alone.config.model_copy(update={"tensor_parallel_size": 2})
+            config = alone.config.model_copy(update={"tensor_parallel_size": 2, "mode": "disaggregated"})
             with Leader(config, GPU, end_process) as leader:
                 model = load_model(config, GPU, group=leader.group)
                 pair = engine_conftest.RecordingEngine(config, model, GPU, ranks=leader.ranks)
                 pair.run(*requests_of(DRAWS))
                 yield from compare(f"two ranks, {name}, {how}", pair, alone)
+                yield blocks_of_all_ranks(f"two ranks, {name}, {how}", leader.open_pools(pair.pool, model.config), pair)
             del pair, alone, model
+
+
+def blocks_of_all_ranks(name: str, pools: RankPools, pair: Any) -> Row:
+    """What a channel writes into the pools of all ranks it reads from them again, in pieces; each has its own heads."""
+    layout, model = pair.pool.layout, pair.model.config
+    layers, ids = range(1, layout.num_layers), list(range(pair.num_blocks - 1, 0, -3))
+    shape = len(layers), len(ids), 2, layout.block_size, model.num_kv_heads, layout.head_dim
+    data = torch.randn(shape, dtype=layout.dtype)
+    pools.write(layers, ids, data)
+    ready = torch.cuda.Event()
+    ready.record()
+    same = torch.equal(pools.read(layers, ids, ready), data)
+    own = pair.pool.tensor[1:, ids].cpu()
+    same = same and torch.equal(own, data[..., : layout.num_kv_heads, :])
+    return Row(f"{name}: {len(ids)} blocks in and out", "equal" if same else "other bytes", "equal", same)
 
 
 def ids(engine: Any, key: str) -> dict[int, list[int]]:

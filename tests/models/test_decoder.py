@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROPE = {
     "linear": {"rope_type": "linear", "factor": 2.0},
@@ -119,6 +121,36 @@ def test_on_layer_is_called_once_a_layer_when_its_kv_is_stored(
 
     sequence.run(tokens(5), on_layer)
     assert stored == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+class Operations(TorchDispatchMode):
+    """What was computed, and on which shapes: that is what a kernel is chosen by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [getattr(each, "shape", None) for each in args]
+        self.seen.add((str(function), str(shapes)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_layers", [1, 4])
+@pytest.mark.parametrize("rows", [None, [6]])
+def test_a_rehearsal_computes_whatever_a_step_computes(
+    num_layers: int, rows: list[int] | None, hf_model: Any, decoder_of: Any, paged: Any, tokens: Any
+) -> None:
+    """What it leaves out would be loaded while a graph is captured."""
+    decoder = decoder_of(hf_model("Qwen3ForCausalLM", head_dim=8, num_hidden_layers=num_layers))
+    whole, rehearsed, layers = Operations(), Operations(), []
+    with whole:
+        paged(decoder).run(tokens(7), rows=rows)
+    decoder.forward = functools.partial(decoder.forward, is_rehearsal=True)
+    with rehearsed:
+        paged(decoder).run(tokens(7), layers.append, rows)
+    assert whole.seen == rehearsed.seen and len(whole.seen) > 10
+    assert layers == sorted({0, num_layers - 1})
 
 
 def test_packing_keeps_every_parameter(hf_model: Any, decoder_of: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pdray.errors import ConfigError
 from pdray.kernels.collective.group import RankGroup
 from pdray.models import load_model
 from pdray.models.decoder import Decoder
+from pdray.models.load import LoadedModel
 from pdray.models.shards import Span, kv_heads_of, vocabulary_of
 from pdray.testing.rank_threads import run_ranks
 
@@ -145,3 +147,50 @@ def test_every_token_is_some_ranks(vocab_size: int, rows: int) -> None:
     spans = [vocabulary_of(vocab_size, rows, rank) for rank in range(-(-vocab_size // rows) + 2)]
     assert [token for span in spans for token in range(span.start, span.stop)] == list(range(vocab_size))
     assert all(span.size <= rows for span in spans)
+
+
+@pytest.mark.parametrize("name", ["llama-one-kv-head-tied", "qwen3"])
+def test_a_fingerprint_is_of_all_ranks_weights(name: str, tmp_path: Path, hf_model: Any) -> None:
+    architecture, overrides = MODELS[name]
+    config = save_dummy(hf_model(architecture, **FOUR | overrides), tmp_path)
+    whole = load_model(config, CPU).fingerprint
+    for size in (2, 4):
+        ranks = run_ranks(size, lambda group: load_model(config, CPU, group=group))
+        assert [each.fingerprint for each in ranks] == [whole] * size
+    other = config.model_copy(update={"seed": 1})
+    for odd in range(4):  # has another model's weights, and so have fewer than all parameters
+
+        def load(group: RankGroup, odd: int = odd) -> LoadedModel:
+            return load_model(other if group.rank == odd else config, CPU, group=group)
+
+        loaded = run_ranks(4, load)
+        assert {each.fingerprint for each in loaded} != {whole}
+
+
+def test_on_layer_speaks_for_every_rank(hf_model: Any, decoder_of: Any, paged: Any, tokens: Any) -> None:
+    """Also in the last layer of a step that draws nothing, whose output nobody needs."""
+    whole, told = decoder_of(hf_model("LlamaForCausalLM", **FOUR)), threading.Event()
+    sequences: dict[int, Any] = {}
+    seen: list[torch.Tensor] = []
+
+    def run(group: RankGroup) -> None:
+        sequence = sequences[group.rank] = paged(shard_of(group, whole))
+        last = sequence.decoder.layers[-1]
+        if group.rank == 1:
+            attend = last.attend
+
+            def late(*args: Any) -> torch.Tensor:
+                told.wait(0.5)
+                return attend(*args)  # type: ignore[no-any-return]
+
+            last.attend = late
+
+        def on_layer(layer: int) -> None:
+            if group.rank == 0 and layer == len(sequence.decoder.layers) - 1:
+                told.set()
+                seen.append(sequences[1].kv[layer].clone())
+
+        sequence.run(tokens(20), on_layer, rows=[])
+
+    run_ranks(2, run)
+    assert torch.equal(seen[0], sequences[1].kv[-1])

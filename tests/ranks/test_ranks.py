@@ -72,7 +72,7 @@ class Ranks:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Ranks]:
-    ranks = Ranks(make_config(tmp_path, 2))
+    ranks = Ranks(make_config(tmp_path, 2, worker_timeout_s=0.5))
     yield ranks
     ranks.leader.close()
     assert not any(psutil.pid_exists(pid) for pid in ranks.leader.pids)
@@ -148,15 +148,19 @@ def test_four_ranks_of_which_pairs_have_the_same_keys(tmp_path: Path) -> None:
         ranks.leader.close()
 
 
-def test_a_rank_that_dies_ends_the_step_and_is_told_of(pair: Ranks) -> None:
+@pytest.mark.parametrize(
+    ("signal_number", "why"), [(signal.SIGKILL, "signal 9"), (signal.SIGSTOP, r"it was silent for \d+\.\d s .*")]
+)
+def test_a_rank_that_dies_or_hangs_ends_the_step_and_is_told_of(pair: Ranks, signal_number: int, why: str) -> None:
     run(pair.engine, requests_of({"one": DRAWS["one"]}))
-    os.kill(pair.leader.pids[0], signal.SIGKILL)
+    os.kill(pair.leader.pids[0], signal_number)
     assert pair.ended.wait(PATIENCE_S)
-    assert re.fullmatch(r"rank 1 \(process \d+\) has ended: signal 9", str(pair.ends[0]))
+    assert re.fullmatch(rf"rank 1 \(process \d+\) has ended: {why}", str(pair.ends[0]))
     pair.engine.add(requests_of({"greedy": DRAWS["greedy"]})[0])
     with pytest.raises(StepFailedError) as failure:
         run(pair.engine, [])
     assert list(failure.value.keys) == ["greedy"]
+    assert pair.leader.cause_of(failure.value) is pair.ends[0] and pair.ends[0].was_killed
     assert len(pair.ends) == 1
 
 
@@ -166,7 +170,7 @@ def test_what_keeps_a_rank_from_starting_is_told(tmp_path: Path) -> None:
     ends: list[RankDiedError] = []
     with Leader(config, CPU, ends.append) as leader:
         leader._members[0]._thread.join(PATIENCE_S)
-        assert re.search("rank 1 .* has ended: ModelLoadError: .*gone.json", str(ends[0]))
+        assert re.search("rank 1 .* has ended: ModelLoadError: .*gone.json", str(ends[0])) and not ends[0].was_killed
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pdray.transfer.object_store import kind
+from pdray.transfer import pool_blocks
 from pdray.transfer.object_store.kind import ArrayHeader, ObjectStoreReceiver, blocks_to_array, encode
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.message import LegKey
@@ -40,18 +40,20 @@ class World:
         self.leases = conftest.Leases()
         self.leases.open[KEY] = BLOCKS
         self.writes = PendingWrites()
-        self.receiver = ObjectStoreReceiver(self.pool, self.leases, self.writes)
+        self.receiver = ObjectStoreReceiver(
+            pool_blocks.PoolBlocks(self.pool), self.pool.dtype, self.leases, self.writes
+        )
         self.data = torch.randn(len(LAYERS), 2, *conftest.BLOCK)
         self.gate, self.writing = threading.Event(), threading.Event()
         self.gate.set()
-        scatter = kind.scatter_blocks
+        scatter = pool_blocks.scatter_blocks
 
         def gated(*args: Any) -> None:
             self.writing.set()
             assert self.gate.wait(20)
             scatter(*args)
 
-        monkeypatch.setattr(kind, "scatter_blocks", gated)
+        monkeypatch.setattr(pool_blocks, "scatter_blocks", gated)
 
     def receive(self) -> asyncio.Task[bool]:
         array = blocks_to_array(self.data)

@@ -13,7 +13,7 @@ from pdray.config import Config
 from pdray.errors import ConfigError
 from pdray.testing.one_gpu import one_gpu_environment
 from pdray.transfer.nccl.transport import nccl_version
-from pdray.transfer.registry import KINDS, Choice, choose_kind, load_kind
+from pdray.transfer.registry import KINDS, Choice, allowed_kinds, choose_kind, load_kind
 from pdray.wire.cluster_view import WorkerInfo
 
 
@@ -26,6 +26,19 @@ def worker(name: str, gpu: str = "", nccl: str = "22809", host: str = "", **chan
 def lender(name: str, gpu: str, peers: str = "", machine: str = "here") -> WorkerInfo:
     """A worker that can lend and borrow memory, too."""
     return worker(name, gpu, cuda_ipc={"gpu": gpu, "host": machine, "peers": peers})
+
+
+def test_workers_of_several_ranks_are_joined_by_what_goes_by_the_host() -> None:
+    """Also where only one of the two has several; what was asked for and cannot be is named."""
+    one, two = lender("p", "A", "B"), msgspec.structs.replace(lender("d", "B"), num_ranks=2)
+    for prefill, decode in ((one, two), (two, one), (two, two)):
+        choice = choose_kind("auto", prefill, decode)
+        assert choice.kind == "object_store" and set(choice.passed_over) == {"shared", "cuda_ipc", "nccl"}
+        reason = r"[pd] has 2 ranks, and nccl joins workers of one"
+        assert re.fullmatch(reason, choice.passed_over["nccl"])
+        with pytest.raises(ConfigError, match=reason):
+            choose_kind("nccl", prefill, decode)
+    assert allowed_kinds("auto", has_ranks=True) == ["object_store"]
 
 
 OWN = {"shared": "p has memory of its own (it is no guest)"}

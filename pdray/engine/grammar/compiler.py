@@ -19,11 +19,13 @@ import llguidance
 import msgspec
 
 from pdray.engine.grammar.formats import write_out_formats
+from pdray.engine.grammar.free_strings import find_runs
 from pdray.engine.grammar.keywords import check_keywords, has_only_exclusive_one_of
 from pdray.engine.grammar.lark import check_lark
 from pdray.engine.grammar.matcher import Grammar, GrammarError, num_words
 from pdray.engine.grammar.multiples import check_multiples
 from pdray.engine.grammar.pieces import TokenPieces
+from pdray.engine.grammar.runs import Runs
 from pdray.engine.grammar.spelling import Spelling
 from pdray.engine.grammar.starts import Start, Starts
 from pdray.errors import InvalidRequestError
@@ -62,6 +64,7 @@ class _Vocabulary(NamedTuple):
     tokens: TokenPieces
     trie: llguidance.LLTokenizer
     spelling: Spelling
+    runs: Runs
 
 
 class GrammarCompiler:
@@ -114,10 +117,11 @@ class GrammarCompiler:
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         if self._vocabulary is None:
             tokens = self._load()
+            size = num_words(len(tokens.pieces) + 1)
             self._vocabulary = _Vocabulary(
-                tokens, tokens.trie(), Spelling(tokens.pieces, num_words(len(tokens.pieces) + 1))
+                tokens, tokens.trie(), Spelling(tokens.pieces, size), Runs(tokens.pieces, tokens.special, size)
             )
-        tokens, _, spelling = self._vocabulary
+        tokens, _, spelling, runs = self._vocabulary
         try:
             text = to_grammar(params)
         except InvalidRequestError:
@@ -136,7 +140,9 @@ class GrammarCompiler:
                 raise refusal(params, first.get_error())
         starts = Starts(first, compile_one, 0 if is_expensive else self._most_starts)
         is_json = params.kind in ("json", "json_object")
-        grammar = Grammar(starts, len(tokens.pieces), tokens.special, spelling if is_json else None)
+        grammar = Grammar(
+            starts, len(tokens.pieces), tokens.special, spelling if is_json else None, find_runs(runs, params)
+        )
         try:
             if not grammar.has_text():
                 raise refusal(params, "it allows no text but the empty one")

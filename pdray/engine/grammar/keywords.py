@@ -113,14 +113,14 @@ def has_only_exclusive_one_of(schema: Schema) -> bool:
 def _are_exclusive(root: Schema, branches: Any) -> bool:
     if not isinstance(branches, list):
         return False
-    resolved = [_resolve(root, branch) for branch in branches]
+    resolved = [resolve(root, branch) for branch in branches]
     if len(resolved) < 2 or _are_disjoint([_values(branch) for branch in resolved]):
         return True
     if not all(isinstance(branch, dict) and branch.get("type") == "object" for branch in resolved):
         return False
     common = set.intersection(*(_tags(branch) for branch in resolved))
     return any(
-        _are_disjoint([_values(_resolve(root, branch["properties"][name])) for branch in resolved])
+        _are_disjoint([_values(resolve(root, branch["properties"][name])) for branch in resolved])
         for name in sorted(common)
     )
 
@@ -159,7 +159,7 @@ def _are_disjoint(groups: list[list[str] | None]) -> bool:
     return True
 
 
-def _resolve(root: Schema, schema: Any) -> Any:
+def resolve(root: Schema, schema: Any) -> Any:
     """What a $ref into the same schema stands for, if nothing stands beside it; others as they are."""
     for _ in range(16):
         if not isinstance(schema, dict) or set(schema) - ANNOTATIONS != {"$ref"}:

@@ -3,7 +3,7 @@
 Each token of a prompt delays every stream a little, the least in small steps, which hide it behind the reading of the
 weights. So prompts get no more than what has each of them done within the TTFT, and no less than what arrives: a queue
 that grows in small steps must be computed in large ones later. While streams are slower than the TPOT, prompts that
-have time wait.
+have time wait, and late ones do not hurry: otherwise both targets are missed where only one can be held.
 
 Pure: no clock, no device.
 """
@@ -19,11 +19,11 @@ from pdray.engine.mux.load import Load
 from pdray.engine.schedule.token_budget import GROWTH, LEAST_STRETCH, MAX_STRETCH, AdaptiveBudget
 
 TTFT_MARGIN = 0.8  # of the target, which is for all prompts and counts from before they are queued
-TPOT_MARGIN = 0.95  # of the target, which is for all streams and not for their mean
+TPOT_MARGIN = 0.96  # of the target, which is for all streams and not for their mean
 ARRIVALS_S = 3.0  # of arrivals that say how many come
-ARRIVALS_MARGIN = 1.1
+ARRIVALS_MARGIN = 1.3
 PACE_STEPS = 64  # that say how fast streams are
-HURRIED_STRETCH = 2.5  # of steps to plain ones, where prompts need it
+HURRIED_STRETCH = 3.5  # of steps to plain ones, where prompts need it
 HOLD_SHARE = 0.9  # of the rate in the smallest steps: prompts that need more do not wait
 
 
@@ -47,11 +47,6 @@ class Pace(NamedTuple):
     needed: float
     wanted: float
     is_slow: bool
-
-    @property
-    def is_late(self) -> bool:
-        """A prompt has waited too long already."""
-        return math.isinf(self.needed)
 
 
 class Pacer:
@@ -134,7 +129,7 @@ class PacedBudget(AdaptiveBudget):
         """
         if self.target_s is None or self.pace is None:
             return plain_s * MAX_STRETCH
-        stretch = HURRIED_STRETCH if self.pace.is_late or not self.pace.is_slow else LEAST_STRETCH
+        stretch = LEAST_STRETCH if self.pace.is_slow else HURRIED_STRETCH
         return max(self.target_s * TPOT_MARGIN, plain_s * stretch)
 
     def _choose(self, sizes: list[int], num_streams: int, num_queued: int, context: int) -> int:

@@ -63,16 +63,26 @@ class GrammarRule(Rule):
         return self._matcher
 
     @property
+    def follower(self) -> GrammarMatcher | None:
+        """The matcher that says which token may come next; None where that is one of the thoughts.
+
+        Raises:
+            GrammarError: see matcher.
+        """
+        return None if self.is_thinking else self.matcher
+
+    @property
     def taker(self) -> GrammarMatcher | None:
         """The matcher, if the next token is one that told() will hand on to it, and no thought."""
         return None if self._failure or self._thoughts is not None else self._matcher
 
     def told(self, token_id: int) -> None:
         """See Rule. A token that the grammar does not take (all logits were -inf) ends the request at its next draw."""
-        if not self._is_answer(token_id):
+        matcher = self.taker
+        if matcher is None and not self._is_answer(token_id):
             return
         try:
-            self.matcher.take(token_id)
+            (matcher or self.matcher).take(token_id)
         except GrammarError as error:
             self._failure = str(error)
 

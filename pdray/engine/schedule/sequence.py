@@ -136,11 +136,12 @@ class Sequence:
 
     def tell(self, token_id: int) -> bool:
         """Tell its rules of a token that was drawn; returns whether nothing may follow it."""
-        if not self._rules:
+        rules = self._rules
+        if not rules:
             return False
-        for rule in self._rules:
+        for rule in rules:
             rule.told(token_id)
-        return any([rule.ended for rule in self._rules])
+        return rules[0].ended if len(rules) == 1 else any([rule.ended for rule in rules])
 
     def extend_blocks(self, blocks: list[int]) -> None:
         """Append to the block table."""

@@ -113,39 +113,52 @@ class StepGraphs:
         decode_buffers: InputBuffers,
         buffers: InputBuffers,
         groups: Callable[[StepShape], list[range]],
+        rehearse: Compute,
     ) -> None:
         """Make all graphs; the buffers hold the inputs of decode steps, and of all others, from now on.
 
         Args:
             groups: layers of a step with prompts that get an event when their KV is stored.
+            rehearse: see capture_one_by_one().
         """
         for shape in self._prefill_shapes:
             self._stored[shape] = [Stored(layers, torch.cuda.Event(external=True)) for layers in groups(shape)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        for _ in self.capture_one_by_one(compute, decode_buffers, buffers, stream):
+        for _ in self.capture_one_by_one(compute, decode_buffers, buffers, stream, rehearse):
             pass
         torch.cuda.current_stream().wait_stream(stream)
 
     def capture_one_by_one(
-        self, compute: Compute, decode_buffers: InputBuffers, buffers: InputBuffers, stream: torch.cuda.Stream
+        self,
+        compute: Compute,
+        decode_buffers: InputBuffers,
+        buffers: InputBuffers,
+        stream: torch.cuda.Stream,
+        rehearse: Compute,
     ) -> Iterator[StepShape]:
         """Make another graph before each value, on ``stream``: on its SMs if it has some of its own.
 
         Nothing may be in flight that uses the buffers or the stream; the inputs that they hold are computed, so their
         slots must be the dummy block's.
+
+        Args:
+            rehearse: runs before each capture. Launches every kernel of ``compute`` at least once: kernels cannot be
+                compiled, nor libraries loaded, while a graph is captured.
         """
         pool = torch.cuda.graph_pool_handle()
         decodes = [StepShape(n, n, n, True) for n in self._decode_sizes]
         for shapes, inputs in ((self._prefill_shapes, buffers), (decodes, decode_buffers)):
             for shape in reversed(shapes):  # the largest first: smaller ones fit into its memory
-                self._capture(compute, inputs.views(shape, Spans([], [])), stream, pool)
+                self._capture(compute, inputs.views(shape, Spans([], [])), stream, pool, rehearse)
                 yield shape
 
-    def _capture(self, compute: Compute, inputs: StepInputs, stream: torch.cuda.Stream, pool: Any) -> None:
+    def _capture(
+        self, compute: Compute, inputs: StepInputs, stream: torch.cuda.Stream, pool: Any, rehearse: Compute
+    ) -> None:
         shape = inputs.shape
         with torch.cuda.stream(stream):
-            compute(inputs, logits_out=self.logits[: shape.num_draws])  # compiles kernels and loads libraries
+            rehearse(inputs, logits_out=self.logits[: shape.num_draws])
             graph = torch.cuda.CUDAGraph()
             # A partition's graphs are made while other threads run, which may free what CUDA gave them.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")

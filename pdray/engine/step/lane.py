@@ -104,7 +104,7 @@ class Lane:
 
     def _capture(self) -> None:
         self.graphs = StepGraphs(self._graph_logits(), self.limits.max_num_batched_tokens, has_flash=self._has_flash)
-        self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups)
+        self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups, self._rehearse)
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
 
@@ -126,7 +126,8 @@ class Lane:
         """
         assert place.graphs is not None and place.stream is not None
         buffers = self._decode_buffers, self._buffers
-        captures = place.graphs.capture_one_by_one(compute or self.compute, *buffers, place.stream)
+        rehearse = self._rehearse if compute is None else compute
+        captures = place.graphs.capture_one_by_one(compute or self.compute, *buffers, place.stream, rehearse)
         while True:
             self._decode_buffers.clear()
             self._buffers.clear()
@@ -241,7 +242,7 @@ class Lane:
     def draw(self, undrawn: Undrawn) -> Draws:
         """Launch the late draws of the step launched last, by what ``masks`` hold; nothing here waits."""
         with self._on_stream():
-            self.masks.send(undrawn.inputs.needs.num_masks)
+            self.masks.send()
             return self._end(*undrawn)
 
     def _on_layer(self, shape: StepShape, on_group: OnGroup) -> Callable[[int], None]:
@@ -275,13 +276,25 @@ class Lane:
         inputs: StepInputs,
         on_layer: Callable[[int], None] | None = None,
         logits_out: torch.Tensor | None = None,
+        *,
+        is_rehearsal: bool = False,
     ) -> torch.Tensor:
-        """Logits of the step's draws, which go to ``sampled`` but for late ones. Can be captured."""
+        """Logits of the step's draws, which go to ``sampled`` but for late ones. Can be captured.
+
+        Args:
+            is_rehearsal: compute just enough to load the step's kernels; see Decoder.forward.
+        """
         self._share_sampled()
         tokens = inputs.input_ids, inputs.positions
         rows = None if inputs.shape.is_decode else inputs.logit_rows
-        hidden = self.decoder.forward(*tokens, self.pool.tensor, inputs.attention, on_layer, self.sampled, rows)
+        kv, meta = self.pool.tensor, inputs.attention
+        hidden = self.decoder.forward(*tokens, kv, meta, on_layer, self.sampled, rows, is_rehearsal=is_rehearsal)
         return self._draw(hidden, inputs, logits_out)
+
+    def _rehearse(
+        self, inputs: StepInputs, on_layer: Callable[[int], None] | None = None, *, logits_out: torch.Tensor
+    ) -> torch.Tensor:
+        return self.compute(inputs, on_layer, logits_out, is_rehearsal=True)
 
     def _compute_scored(
         self, inputs: StepInputs, scores: ScoreInputs, on_layer: Callable[[int], None] | None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Rows
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -24,9 +24,12 @@ from pdray.engine.schedule.bookkeeping import GOES_ON, find_stop
 from pdray.engine.schedule.masks import NOTHING_LEFT, GrammarRule
 from pdray.engine.schedule.plan import Draw, SampledRow, StepPlan
 from pdray.engine.schedule.sequence import Sequence, SequenceStatus
+from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.kernels.sampling.mask import num_mask_words
 
-MAX_THREADS = 12  # of those that have work for 64 outputs
+MAX_THREADS = 4  # more only wake each other: on a host of 16 cores 12 walk for 64 outputs no faster than one
+FEW = 8  # outputs: to walk for so many takes less time than to wake another thread
+
 
 Job = Callable[[], None]
 
@@ -35,15 +38,19 @@ class Filling(NamedTuple):
     """Masks that are being filled.
 
     Attributes:
-        draws: whose masks they are, by place. matchers: likewise, of those that follow a grammar.
+        draws: whose masks are filled, by place. matchers: likewise, of those that follow a grammar.
+        rows: likewise, of the buffer's ``words``.
         failures: see MaskFiller.fill().
+        is_beside: whether another thread walks the vocabulary.
     """
 
     draws: list[Draw]
-    words: Words
+    rows: list[int]
+    masks: MaskBuffer
     matchers: dict[int, GrammarMatcher]
     failures: dict[Hashable, str]
     fill: Fill
+    is_beside: bool
 
 
 class MaskFiller:
@@ -60,17 +67,14 @@ class MaskFiller:
         self._everything = np.full(num_mask_words(vocab_size), -1, dtype=np.int32)
         self._everything[self._last_word] = self._last_bits
         self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
-        self._expected: tuple[StepPlan, Words] | None = None
+        self._expected: tuple[StepPlan, MaskBuffer] | None = None
         self._filling: Filling | None = None
+        self._takers: dict[Sequence, GrammarMatcher] = {}  # by sequence of the step to be told of, its rule's taker
         self._thread = None if self._executor is None else _Thread()
 
-    def expect(self, plan: StepPlan, words: Words) -> None:
-        """A step was launched whose masks fill() is to fill next.
-
-        Args:
-            words: [at least their number, num_mask_words(vocab_size)].
-        """
-        self._expected = plan, words
+    def expect(self, plan: StepPlan, masks: MaskBuffer) -> None:
+        """A step was launched whose masks fill() is to fill next, in this buffer."""
+        self._expected = plan, masks
 
     def take(self, plan: StepPlan, rows: Rows[SampledRow]) -> None:
         """Tell the grammars what a step has drawn, before it is booked; their rules will be told the same.
@@ -79,37 +83,58 @@ class MaskFiller:
         """
         if self._executor is None:
             return
-        matchers, token_ids, must_be_told = [], [], False
-        for (sequence, _, _), row in zip(plan.draws, rows, strict=True):
-            live, token_id = sequence.request, row.token_id
-            if live.grammar is None or sequence.status is SequenceStatus.FINISHED:
+        matchers, token_ids, must_be_told = list[GrammarMatcher](), list[int](), False
+        known, self._takers = self._takers, {}
+        finished = SequenceStatus.FINISHED
+        for (sequence, _, _), (token_id, _) in zip(plan.draws, rows, strict=True):
+            live = sequence.request
+            if live.grammar is None or sequence.status is finished:
                 continue
             if token_id in live.end_token_ids and find_stop(live.params, self._eos_token_ids, token_id) is not GOES_ON:
                 continue
-            if (matcher := _rule(sequence).taker) is None:
-                must_be_told = True
-                continue
+            matcher = known.get(sequence)
+            if matcher is None or matcher.error:
+                if (matcher := _rule(sequence).taker) is None:
+                    must_be_told = True
+                    continue
+                known[sequence] = matcher
             matchers.append(matcher)
             token_ids.append(token_id)
-        take_all(matchers, token_ids, self._executor)
+        take_all(matchers, token_ids)
         if self._expected is not None and not must_be_told:
-            self._begin(*self._expected)
+            self._begin(*self._expected, known)
 
-    def _begin(self, plan: StepPlan, words: Words) -> None:
-        draws = [draw for draw in plan.draws if draw.sequence.request.has_rules]
+    def _begin(self, plan: StepPlan, masks: MaskBuffer, known: Mapping[Sequence, GrammarMatcher]) -> None:
+        draws, rows, row = list[Draw](), list[int](), -1
+        kept, takers, finished = masks.kept, self._takers, SequenceStatus.FINISHED
         matchers: dict[int, GrammarMatcher] = {}
         failures: dict[Hashable, str] = {}
-        for i, (sequence, _, _) in enumerate(draws):
-            if sequence.request.grammar is None or sequence.status is SequenceStatus.FINISHED:
+        for draw in plan.draws:
+            sequence = draw.sequence
+            live = sequence.request
+            if not live.has_rules:
                 continue
-            if not (rule := _rule(sequence)).is_thinking:
-                try:
-                    matchers[i] = rule.matcher
-                except GrammarError as error:
-                    failures[sequence.request.key] = str(error)
-        fill = Fill.of(list(matchers.values()), words, self._executor, list(matchers))
-        self._expected, self._filling = None, Filling(draws, words, matchers, failures, fill)
-        if self._thread is not None and matchers:
+            row += 1
+            if live.grammar is not None and sequence.status is not finished:
+                matcher = known.get(sequence)
+                if matcher is not None:
+                    takers[sequence] = matcher
+                else:
+                    try:
+                        matcher = _rule(sequence).follower
+                    except GrammarError as error:
+                        failures[live.key] = str(error)
+                if matcher is not None:
+                    same = matcher.same_mask
+                    if same is not None and same is kept[row]:
+                        continue
+                    matchers[len(draws)] = matcher
+            draws.append(draw)
+            rows.append(row)
+        fill = Fill.of(list(matchers.values()), masks.host, self._executor, list(matchers))
+        is_beside = self._thread is not None and len(fill.walked) > FEW
+        self._expected, self._filling = None, Filling(draws, rows, masks, matchers, failures, fill, is_beside)
+        if self._thread is not None and is_beside:
             self._thread.start(fill.run)
 
     def fill(self) -> dict[Hashable, str]:
@@ -120,42 +145,50 @@ class MaskFiller:
         """
         if self._filling is None:
             assert self._expected is not None, "no step waits for masks"
-            self._begin(*self._expected)
+            self._begin(*self._expected, {})
         assert self._filling is not None
         filling, self._filling = self._filling, None
-        draws, words, matchers, failures, fill = filling
+        draws, rows, masks, matchers, failures, fill, is_beside = filling
+        words = fill.words
         if len(matchers) < len(draws):
             words[[i for i in range(len(draws)) if i not in matchers]] = self._everything
-        if self._thread is None:
+        if not is_beside:
             fill.run()
-        elif matchers:
+        fill.derive()
+        if self._thread is not None and is_beside:
             self._thread.wait()
         fill.finish()
         settled = self._settled(filling)
-        for i, draw in enumerate(draws):
-            if i in settled or draw.sequence.status is SequenceStatus.FINISHED:
-                continue
+        changes: list[tuple[int, object | None]] = []
+        for i, (draw, row) in enumerate(zip(draws, rows, strict=True)):
             matcher = matchers.get(i)
+            if i in settled:
+                changes.append((row, None if matcher is None else matcher.same_mask))
+                continue
+            changes.append((row, None))
+            if draw.sequence.status is SequenceStatus.FINISHED:
+                continue
             reason = (matcher.error if matcher is not None else "") or self._narrow(draw, words[i])
             if reason:
                 failures.setdefault(draw.sequence.request.key, reason)
+        masks.change(changes)
         return failures
 
     def _settled(self, filling: Filling) -> set[int]:
         """Masks that no rule narrows: of outputs that follow a grammar and nothing else, and cannot end here."""
-        may_end = (filling.words[: len(filling.draws), self._last_word] & ~self._last_bits) != 0
+        may_end = (filling.fill.words[: len(filling.draws), self._last_word] & ~self._last_bits).tolist()
         settled, spelled, spelling = set(), [], None
         for i, matcher in filling.matchers.items():
             sequence = filling.draws[i].sequence
             if matcher.error or may_end[i] or len(sequence.rules) > 1 or _rule(sequence).taker is None:
                 continue
-            if matcher.spelling is None:
+            if matcher.spelling is None or matcher.is_within:
                 settled.add(i)
             elif matcher.spelling_state == PLAIN:
                 spelled.append(i)
                 spelling = matcher.spelling  # the vocabulary's
         if spelling is not None:
-            breaks = spelling.breaks(filling.words, spelled)
+            breaks = spelling.breaks(filling.fill.words, spelled)
             settled.update(i for i, is_broken in zip(spelled, breaks.tolist(), strict=True) if not is_broken)
         return settled
 

@@ -4,16 +4,16 @@ The sender copies a put's blocks out of its pool into one array and passes it to
 argument of an actor call: Ray places it in the object store, owns the reference for exactly as long as
 the call needs it, and shows the receiver a read-only array in shared memory, which it copies into its
 pool. Copies run on a thread at either end, and on CUDA on a stream of their own: an event loop must not
-wait for a device that has steps to do first.
+wait for a device that has steps to do first. What travels has all heads, whoever of a worker's ranks holds them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,10 +22,9 @@ import torch
 
 from pdray.engine.kv.pool import KVPool
 from pdray.errors import TransferError
-from pdray.kernels.kv.blocks import gather_blocks, scatter_blocks
 from pdray.transfer.channel import Kind, Link, Put, PutResult, Receiver, Sender, Sink, Site
 from pdray.transfer.pending_writes import PendingWrites
-from pdray.transfer.streams import CudaStream
+from pdray.transfer.pool_blocks import PoolBlocks, WholeBlocks
 from pdray.wire.cluster_view import WorkerInfo
 from pdray.wire.message import LegKey
 
@@ -59,20 +58,19 @@ class ObjectStoreSender(Sender):
     """A Sender through Ray's object store.
 
     Contract: put() returns at once; one thread copies and submits in order, so puts arrive in the
-    order they were made; the future completes on a Ray thread when the receiver has answered. Copies
-    from a GPU have a stream of their own. No staging beyond Ray's object store.
+    order they were made; the future completes on a Ray thread when the receiver has answered. No
+    staging beyond Ray's object store.
 
     Args:
-        kv: the sender's pool [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim].
+        blocks: of the sender's pool.
     """
 
     kind = "object_store"
 
-    def __init__(self, kv: torch.Tensor, link: Link) -> None:
+    def __init__(self, blocks: WholeBlocks, link: Link) -> None:
         self.epoch = link.epoch
-        self._kv = kv
+        self._blocks = blocks
         self._call = link.call
-        self._stream = CudaStream(kv.device) if kv.is_cuda else None
         self._closed = False
         self._pending: set[Future[PutResult]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"channel-{link.peer}-{link.epoch}")
@@ -92,23 +90,13 @@ class ObjectStoreSender(Sender):
         try:
             if self._closed:
                 raise TransferError(f"channel of epoch {self.epoch} is closed")
-            array = blocks_to_array(self._read(put))
+            array = blocks_to_array(self._blocks.read(put.layers, put.source_blocks, put.ready))
             key = LegKey(*put.key)  # type: ignore[misc]
             where = put.layers.start, put.layers.stop, put.first_position, len(put.source_blocks)
             call = self._call(encode(ArrayHeader(*key, *where)), array)
             call.future().add_done_callback(lambda reply: self._settle(future, reply, array.nbytes, started))
         except Exception as error:
             self._resolve(future.set_exception, TransferError(f"put failed: {error}"))
-
-    def _read(self, put: Put) -> torch.Tensor:
-        """The put's blocks on the host."""
-        if self._stream is None:
-            return gather_blocks(self._kv, put.layers, put.source_blocks)
-        if put.ready is not None:
-            self._stream.wait(put.ready)
-        blocks: list[torch.Tensor] = []
-        self._stream.run(lambda: blocks.append(gather_blocks(self._kv, put.layers, put.source_blocks).cpu()))
-        return blocks[0]
 
     def _settle(self, future: Future[PutResult], reply: Future[bool], num_bytes: int, started: float) -> None:
         error = reply.exception()
@@ -137,18 +125,18 @@ class ObjectStoreReceiver(Receiver):
     """A Receiver of arrays.
 
     Args:
-        kv: the pool.
+        blocks: of the pool. dtype: theirs.
         sink: asked before a put is written, and told when it is.
         writes: is told of each put that is being written.
     """
 
     kind = "object_store"
 
-    def __init__(self, kv: torch.Tensor, sink: Sink, writes: PendingWrites) -> None:
-        self._kv = kv
+    def __init__(self, blocks: WholeBlocks, dtype: torch.dtype, sink: Sink, writes: PendingWrites) -> None:
+        self._blocks = blocks
+        self._dtype = dtype
         self._sink = sink
         self._writes = writes
-        self._stream = torch.cuda.Stream(kv.device) if kv.is_cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="object-store-receiver")
 
     async def accept(self, worker_id: str, epoch: int) -> None:
@@ -177,10 +165,7 @@ class ObjectStoreReceiver(Receiver):
             self._writes.end(key)
 
     def _write(self, layers: range, blocks: list[int], array: np.ndarray[Any, Any]) -> None:
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            scatter_blocks(self._kv, layers, blocks, array_to_blocks(array, self._kv.dtype))
-        if self._stream is not None:
-            self._stream.synchronize()
+        self._blocks.write(layers, blocks, array_to_blocks(array, self._dtype))
 
     async def close(self) -> None:
         """See Receiver."""
@@ -192,6 +177,9 @@ class ObjectStoreKind(Kind):
 
     name = "object_store"
 
+    _dtype: torch.dtype
+    _open: Callable[[], WholeBlocks]  # on CUDA with a stream of its own for each end
+
     def __init__(self, site: Site) -> None: ...
 
     @classmethod
@@ -201,12 +189,18 @@ class ObjectStoreKind(Kind):
 
     def attach(self, pool: KVPool) -> None:
         """See Kind."""
-        self._kv = pool.tensor
+        self._dtype = pool.layout.dtype
+        self._open = partial(PoolBlocks, pool.tensor)
+
+    def attach_ranks(self, blocks: WholeBlocks, dtype: torch.dtype) -> None:
+        """See Kind."""
+        self._dtype = dtype
+        self._open = lambda: blocks
 
     def make_receiver(self, sink: Sink, writes: PendingWrites) -> ObjectStoreReceiver:
         """See Kind."""
-        return ObjectStoreReceiver(self._kv, sink, writes)
+        return ObjectStoreReceiver(self._open(), self._dtype, sink, writes)
 
     async def open(self, link: Link, offer: Any) -> ObjectStoreSender:
         """See Kind."""
-        return ObjectStoreSender(self._kv, link)
+        return ObjectStoreSender(self._open(), link)
