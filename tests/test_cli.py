@@ -147,7 +147,7 @@ def test_advice_names_options_that_exist() -> None:
     }
     package = Path(cli.__file__).parent
     for path in (*package.glob("*.py"), *(package / "serve").glob("*.py")):
-        if path.name == "options.py":
+        if path.name in ("options.py", "quick_ray.py"):  # whose options are none of the command line's, or a raylet's
             continue
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text()):
             assert option in options, f"{path.name} names {option}"

@@ -38,8 +38,8 @@ KV_TIMEOUT_S = 60.0  # for a piece of blocks, where nothing is said of steps
 class Leader:
     """Starts the other ranks and joins them. They load the model and make pools and lanes when this process does.
 
-    A rank that ends takes the whole worker with it: what the others compute without it means nothing, and on CUDA they
-    wait for it for ever.
+    A rank that ends takes the whole worker with it: what the others compute without it means nothing, and they may wait
+    for it for ever, so that they are ended at once.
 
     Args:
         device: of this process; other ranks have GPUs of their own.
@@ -59,6 +59,7 @@ class Leader:
         self._ended = threading.Lock()  # taken by the first rank that ends
         self._killed: list[RankDiedError] = []
         self._was_killed = threading.Event()  # one of them, and is in the list
+        self._ending = threading.Event()  # the others end with it
         self._closing = threading.Event()
         self._inputs: int | None = os.memfd_create("pdray-inputs")
         self._members = [
@@ -148,12 +149,17 @@ class Leader:
         self._member_ended(RankDiedError(f"ranks are not watched any more: {error!r}"))
 
     def _member_ended(self, error: RankDiedError) -> None:
+        if self._ending.is_set():
+            return  # one of the others
         if error.was_killed:
             self._killed.append(error)
             self._was_killed.set()
         cause = self.cause_of(error)
         if self._ended.acquire(blocking=False):
             assert isinstance(cause, RankDiedError)
+            self._ending.set()
+            for member in self._members:
+                member.kill("another rank has ended")
             self._on_end(cause)
 
 

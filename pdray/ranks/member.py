@@ -86,7 +86,10 @@ class Member:
             if self._thread.is_alive():
                 with contextlib.suppress(RankDiedError):  # the thread sees to the rest
                     self.send(b"")
-        self._thread.join()
+        self._thread.join(EXIT_TIMEOUT_S)
+        if self._thread.is_alive():
+            self.kill("it does not end")
+            self._thread.join()
         self.kv_orders.close()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:

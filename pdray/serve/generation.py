@@ -197,16 +197,25 @@ class Generation(ABC):
                 value["usage"] = usage(outputs) if continuous else None
             return sse(value)
 
+        def first_chunks(p: int) -> list[bytes]:
+            fields = self.prompt_fields(outputs[p])
+            indices = range(p * self.params.n, (p + 1) * self.params.n)
+            return [chunk([choice], **fields) for i in indices for choice in self.first_choices(i, outputs[p])]
+
         try:
-            for p, output in enumerate(outputs):
-                for i in range(self.params.n):
-                    for choice in self.first_choices(p * self.params.n + i, output):
-                        yield chunk([choice], **self.prompt_fields(output))
+            silent = set(range(len(outputs)))
             async with contextlib.aclosing(merged(requests)) as arriving:
                 async for p, deltas in arriving:
+                    if p in silent:  # not before: clients take the first chunk for the first token
+                        silent.remove(p)
+                        for first in first_chunks(p):
+                            yield first
                     for delta in deltas:
                         for choice in self.delta_choices(p * self.params.n + delta.index, delta):
                             yield chunk([choice])
+            for p in sorted(silent):
+                for first in first_chunks(p):
+                    yield first
             if with_usage:
                 yield sse(wrap([]) | {"usage": usage(outputs), "timings": timings_ms(outputs[0].timings)})
             yield SSE_DONE

@@ -44,6 +44,16 @@ async def test_newer_name_of_max_tokens_wins(client: openai.AsyncOpenAI, router:
     assert router.requests[0].params.max_tokens == 5
 
 
+async def test_the_role_comes_with_the_first_token(client: openai.AsyncOpenAI, router: Any) -> None:
+    """Clients that measure take the first chunk for it."""
+    router.die_after = 0
+    chunks = []
+    with pytest.raises(openai.APIError):
+        async for chunk in await client.chat.completions.create(model="smol", messages=ASK, stream=True):
+            chunks.append(chunk)
+    assert not chunks
+
+
 async def test_stream(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model="smol", messages=ASK, n=2, stream=True, stream_options={"include_usage": True}

@@ -53,6 +53,24 @@ async def test_a_hanging_transfer_fails_alone_and_the_pair_connects_again(hasty:
     assert torch.equal(hasty.pool[:, 1:4], lost.pool[:, 1:4])
 
 
+async def test_while_others_wait_a_hanging_transfer_is_given_up_sooner(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receiver's own deadline is far away; alone, a sender would have all of it."""
+    monkeypatch.setattr("pdray.transfer.nccl.receive_thread.CROWDED_TIMEOUT_S", 0.3)
+    lost, other = await world.sender("lost", timeout_s=20.0), await world.sender("other", timeout_s=20.0)
+    lost.wire.faults = lambda number: False
+    lost.lease(0)
+    other.lease(0)
+    hanging = lost.put(0, ALL_LAYERS, [1], [1])
+    await until(lambda: world.receiver._granted is not None)
+    assert (await result(other.put(0, ALL_LAYERS, [11], [11]))).accepted
+    with pytest.raises(TransferError, match="gave up.*did not get on for 0.3 s .others waited"):
+        await result(hanging)
+    await until(lambda: len(lost.failures) == 1)
+    assert not world.receiver._thread.others_wait
+
+
 async def test_the_senders_own_deadline(world: Any) -> None:
     """The receiver has granted and does not receive; its deadline is longer."""
     sender = await world.sender("a", timeout_s=0.3)

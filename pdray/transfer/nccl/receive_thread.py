@@ -23,6 +23,8 @@ from pdray.transfer.ring import Region
 from pdray.transfer.streams import DRAIN_TIMEOUT_S, Event, Stream
 from pdray.wire.message import LegKey
 
+CROWDED_TIMEOUT_S = 1.0  # an event loop that is busy with other things answers a grant within a fifth of that
+
 
 @dataclass(eq=False, slots=True)
 class Link:
@@ -97,6 +99,10 @@ class ReceiveThread:
         staging: this thread's alone. Unpacking runs on a stream of its own, receives run on their links'.
         timeout_s: a link whose granted pieces do not get on for so long is given up.
         call_soon: runs a call on the event loop's thread; in order.
+
+    Attributes:
+        others_wait: another link's puts wait for the grant's end, so that it is given up after CROWDED_TIMEOUT_S. Its
+            sender may be dead, or may have lost its puts; if it was only slow it connects again.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class ReceiveThread:
         self._unpack_stream = unpack_stream
         self._events = events
         self._timeout_s = timeout_s
+        self.others_wait = False
         self._call_soon = call_soon
         self._lock = threading.Lock()  # of links' errors
         self._active: Link | None = None  # whose receives are under way; for the watchdog
@@ -226,9 +233,13 @@ class ReceiveThread:
         if link is not None and link.error is not None and now > link.failed_at + DRAIN_TIMEOUT_S:
             raise TransferError(f"{link.name}: its stream has not drained {DRAIN_TIMEOUT_S:g} s after the abort")
         self._active = link if link is not None and link.error is None else None
-        self._watchdog.set(None if self._active is None else self._progress_at + self._timeout_s)
+        self._watchdog.set(None if self._active is None else self._progress_at + self._patience_s)
 
     # failures
+
+    @property
+    def _patience_s(self) -> float:
+        return min(self._timeout_s, CROWDED_TIMEOUT_S) if self.others_wait else self._timeout_s
 
     def _fail(self, link: Link, reason: str) -> None:
         if self.give_up(link, reason):
@@ -236,9 +247,10 @@ class ReceiveThread:
 
     def _expired(self) -> None:
         """The watchdog's thread."""
-        link = self._active
-        if link is not None and time.monotonic() >= self._progress_at + self._timeout_s:
-            self._fail(link, f"a transfer did not get on for {self._timeout_s:g} s (worker_timeout_s)")
+        link, patience_s = self._active, self._patience_s
+        if link is not None and time.monotonic() >= self._progress_at + patience_s:
+            why = "worker_timeout_s" if patience_s == self._timeout_s else "others waited"
+            self._fail(link, f"a transfer did not get on for {patience_s:g} s ({why})")
 
     def _thread_failed(self, error: BaseException) -> None:
         self._call_soon(lambda: self._events.failed(error))

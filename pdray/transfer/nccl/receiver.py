@@ -206,6 +206,12 @@ class NcclReceiver(Receiver):
 
     def _grant_next(self) -> None:
         """Grant the puts of the sender whose turn it is, or more of the one that has its turn while no other waits."""
+        self._grant_to_next()
+        self._thread.others_wait = any(
+            s.waiting and s.link not in (None, self._granted) for s in self._senders.values()
+        )
+
+    def _grant_to_next(self) -> None:
         for _ in range(len(self._turns)):
             sender = self._senders[self._turns[0]]
             if self._granted is not None and (sender.link is not self._granted or self._others_wait(sender)):
