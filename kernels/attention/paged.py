@@ -108,6 +108,9 @@ class AttentionMetadata:
         query_lens, kv_lens: host copies; each query_len is between 1 and its kv_len.
         num_decodes: the first so many sequences have one query token each.
         fresh_from: the sequences from this one on have no KV but that of this step's tokens; see find_fresh.
+        longest_fresh: of a graph of prompts that are all fresh, whose lengths the host does not know: no sequence has
+            more tokens; else 0.
+        gathered: what pdray.kernels.attention.flash derives from the others once for all layers.
     """
 
     slot_mapping: Tensor
@@ -118,7 +121,9 @@ class AttentionMetadata:
     kv_lens: list[int]
     num_decodes: int = 0
     fresh_from: int = sys.maxsize
+    longest_fresh: int = 0
     _cpu_plans: dict[KvShape, CpuPlan] = field(default_factory=dict, init=False, repr=False)
+    gathered: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
 
 def find_fresh(query_lens: list[int], kv_lens: list[int], num_decodes: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -10,7 +10,7 @@ from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.schedule.plan import SampledRow, StepPlan
+from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.token_budget import STEP_SIZES
 from pdray.engine.step.graphs import StepGraphs, decode_sizes, launched_sizes, prefill_shapes
@@ -159,6 +159,23 @@ def test_steps_are_padded_to_a_graphs_shape_or_to_one_whose_kernels_are_loaded()
     steps = Steps()
     steps.add("a", list(range(9)))
     assert none.shape_for(steps.plan()) == StepShape(15, 1, 1, False)
+
+
+def test_long_prompts_from_their_first_token_on_have_graphs_of_their_own() -> None:
+    """Where FlashAttention takes the model's heads; nothing else may run there, not even the rest of such a prompt."""
+    own = StepShape(1024, 4, 4, False, is_fresh=True)
+    assert [shape for shape in prefill_shapes(1100, 4, has_flash=True) if shape.is_fresh] == [own]
+    graphs, general = StepGraphs(torch.empty(4, 97), 1024, has_flash=True), StepShape(1024, 4, 4, False)
+    assert graphs.shape_for(prompts((0, 1000))) == graphs.shape_for(prompts((0, 500), (0, 400))) == own
+    assert StepGraphs(torch.empty(4, 97), 1024).shape_for(prompts((0, 1000))) == general
+    for others in (prompts((16, 1000)), prompts(*[(0, 200)] * 4), prompts((9, 1), (0, 1000))):
+        assert graphs.shape_for(others) == general
+
+
+def prompts(*chunks: tuple[int, int]) -> StepPlan:
+    """A step of chunks that begin at the first number and have as many tokens as the second says."""
+    made = [Chunk(cast(Any, None), start, num_tokens, []) for start, num_tokens in chunks]
+    return StepPlan(made, num_tokens=sum(num for _, num in chunks), is_decode=False)
 
 
 def test_chosen_graphs_pad_launched_steps_to_their_own_sizes() -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pdray.kernels.attention.decode_triton import choose_num_splits
-from pdray.kernels.attention.flash import first_flash_sequence, is_available
+from pdray.kernels.attention.flash import first_flash_sequence, gathered_starts, is_available, is_worth_gathering
+from pdray.kernels.attention.gather_triton import triton_gather_kv
 from pdray.kernels.attention.paged import AttentionMetadata, find_fresh, torch_paged_attention
 from pdray.kernels.attention.paged_triton import triton_paged_attention
 from pdray.kernels.elementwise.rms_norm import rms_norm
@@ -119,12 +120,14 @@ def check_all_attention() -> None:
 
 
 def check_flash_attention() -> None:
-    """Long prompts without a prefix, behind decodes and a prompt with one, against the kernel that reads the cache."""
-    lengths = [(1, 300), (100, 900), (2048, 2048), (77, 77), (1500, 1500)]
-    for num_heads, num_kv_heads, head_dim in ((16, 8, 128), (9, 3, 64), (14, 2, 64), (4, 2, 80), (8, 2, 96)):
+    """Long prompts without a prefix, behind decodes and prompts with one, against the kernel that reads the cache."""
+    heads = (16, 8, 128), (9, 3, 64), (14, 2, 64), (4, 2, 80), (8, 2, 96)
+    for prefixed, (num_heads, num_kv_heads, head_dim) in itertools.product((100, 1100), heads):
+        lengths = [(1, 300), (prefixed, 1900), (2048, 2048), (77, 77), (1500, 1500)]
         meta, num_blocks = batch(lengths, 16)
         starts, tables = meta.cu_seqlens_q.tolist(), meta.block_tables
         assert find_fresh(meta.query_lens, meta.kv_lens, 1) == 2
+        assert is_worth_gathering(meta, 2) == (prefixed == 1100)
         shape = sum(meta.query_lens), num_heads + 2 * num_kv_heads, head_dim
         heads = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
@@ -142,6 +145,33 @@ def check_flash_attention() -> None:
         torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
+def check_gathered_kv() -> None:
+    """Keys and values of some sequences, of whole blocks and not, into one row of tokens."""
+    for block_size, width in ((16, 3), (32, 2)):
+        meta, num_blocks = batch([(1, 30), (3, 40), (2, 64), (5, 5)], block_size)
+        kv_layer = torch.randn(num_blocks, 2, block_size, width, 48)
+        expected = []
+        for table, kv_len in zip(meta.block_tables[1:3], meta.kv_lens[1:3], strict=True):
+            blocks = kv_layer[table[: -(-kv_len // block_size)].long()]
+            expected.append(blocks.transpose(0, 1).flatten(1, 2)[:, :kv_len])
+        starts = gathered_starts(meta, 3)
+        assert starts.tolist() == [0, 40, 104] and gathered_starts(meta, 3) is starts
+        moved = [t.to(DEVICE) for t in (kv_layer, meta.block_tables[1:3], meta.seq_lens[1:3], starts)]
+        k, v = triton_gather_kv(*moved, meta.kv_lens[1:3])
+        assert torch.equal(torch.stack((k, v)).cpu(), torch.cat(expected, 1))
+
+
+def check_worth_gathering() -> None:
+    """Chunks of some size alone, and not where lengths are unknown, as in a graph, or the keys are too many."""
+    meta, _ = batch([(1, 900), (600, 800), (600, 600)], 16)
+    assert is_worth_gathering(meta, 2) and is_worth_gathering(meta, 3) and not is_worth_gathering(meta, 1)
+    assert not is_worth_gathering(batch([(1, 900), (500, 800)], 16)[0], 2)
+    unknown = AttentionMetadata(meta.slot_mapping, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, [], [])
+    assert not is_worth_gathering(unknown, 3)
+    for num_keys, is_worth in ((65536, True), (65537, False)):
+        assert is_worth_gathering(batch([(600, num_keys)], 32)[0], 1) == is_worth
+
+
 def check_fresh() -> None:
     assert find_fresh([1, 5, 9], [30, 5, 9], 1) == 1
     assert find_fresh([1, 5, 9], [30, 5, 12], 1) == 3
@@ -152,8 +182,10 @@ def check_fresh() -> None:
 def check_num_splits() -> None:
     assert choose_num_splits(8, 40_960, 132) == 32
     assert choose_num_splits(8, 1024, 132) == 8
-    assert choose_num_splits(64, 40_960, 132) == 9
-    assert choose_num_splits(128, 40_960, 132) == 5
+    assert choose_num_splits(64, 40_960, 132) == 8  # 512 programs of 528 that run at once
+    assert choose_num_splits(96, 40_960, 132) == 5
+    assert choose_num_splits(128, 40_960, 132) == choose_num_splits(192, 40_960, 132) == 2
+    assert choose_num_splits(200, 40_960, 132) == choose_num_splits(256, 40_960, 132) == 1
     assert choose_num_splits(512, 40_960, 132) == 1
     assert choose_num_splits(2048, 40_960, 132) == 1
     assert choose_num_splits(1, 16, 132) == 1
@@ -204,6 +236,8 @@ def check_packing() -> None:
 
 CHECKS = {
     "fresh": check_fresh,
+    "gathered_kv": check_gathered_kv,
+    "worth_gathering": check_worth_gathering,
     "attention": check_all_attention,
     "num_splits": check_num_splits,
     "norms": check_norms,

@@ -17,12 +17,14 @@ import torch
 from pdray.engine.schedule.plan import StepPlan
 from pdray.engine.schedule.token_budget import STEP_SIZES
 from pdray.engine.step.inputs import InputBuffers, Spans, StepInputs, StepShape
+from pdray.kernels.attention.flash import are_long
 
 # Launched one by one, a step's kernels take 12 ms of the host's time, and ten times that while another thread of the
 # process is busy: more than a GPU needs for 4,096 tokens of a small model.
 PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 FEW_SEQUENCES = 8
 LAUNCHED_TOKENS = 512
+FLASH_TOKENS = 1024  # from so many on FlashAttention makes a step shorter by more than 3 %
 
 
 class Compute(Protocol):
@@ -49,12 +51,20 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size <= max_num_seqs})
 
 
-def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepShape]:
-    """Steps with prompts that get a graph, the smallest first; longer ones keep the device busy while launched."""
+def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int, *, has_flash: bool = False) -> list[StepShape]:
+    """Steps with prompts that get a graph, the smallest first; longer ones keep the device busy while launched.
+
+    Args:
+        has_flash: long prompts from their first token on get graphs of their own, ahead of others of their size.
+    """
     few = min(FEW_SEQUENCES, max_num_seqs)
     wanted = {(n, few) for n in PREFILL_TOKENS} | {(n, max_num_seqs) for n in STEP_SIZES}
-    sizes = sorted(size for size in wanted if size[0] <= max_num_batched_tokens)
-    return [StepShape(num_tokens, num_seqs, num_seqs, False) for num_tokens, num_seqs in sizes]
+    shapes = []
+    for num_tokens, num_seqs in sorted(size for size in wanted if size[0] <= max_num_batched_tokens):
+        if has_flash and num_seqs == few and num_tokens in PREFILL_TOKENS and num_tokens >= FLASH_TOKENS:
+            shapes.append(StepShape(num_tokens, num_seqs, num_seqs, False, is_fresh=True))
+        shapes.append(StepShape(num_tokens, num_seqs, num_seqs, False))
+    return shapes
 
 
 def launched_sizes(max_num_batched_tokens: int) -> list[int]:
@@ -70,6 +80,7 @@ class StepGraphs:
     Args:
         logits: [max_num_seqs, vocab_size], which all graphs write to.
         decode: batch sizes in order; default: decode_sizes(). with_prompts: default: prefill_shapes().
+        has_flash: FlashAttention takes the model's heads; see prefill_shapes().
 
     Attributes:
         launched_sizes: numbers of tokens that launched steps are padded to; of chosen graphs, those of the graphs.
@@ -82,11 +93,12 @@ class StepGraphs:
         *,
         decode: list[int] | None = None,
         with_prompts: list[StepShape] | None = None,
+        has_flash: bool = False,
     ) -> None:
         self.logits = logits
         self._decode_sizes = decode_sizes(len(logits)) if decode is None else decode
         if with_prompts is None:
-            shapes = prefill_shapes(max_num_batched_tokens, len(logits))
+            shapes = prefill_shapes(max_num_batched_tokens, len(logits), has_flash=has_flash)
             self.launched_sizes = launched_sizes(max_num_batched_tokens)
         else:
             shapes = with_prompts
@@ -183,7 +195,12 @@ class StepGraphs:
             size = self._padded_draws(plan.num_draws)
             return StepShape(size, size, size, True)
         num_seqs = max(len(plan.chunks), plan.num_draws)
-        fitting = (s for s in self._prefill_shapes if s.num_tokens >= plan.num_tokens and s.num_seqs >= num_seqs)
+        is_fresh = not any(chunk.start for chunk in plan.chunks) and are_long([c.num_tokens for c in plan.chunks])
+        fitting = (
+            shape
+            for shape in self._prefill_shapes
+            if shape.num_tokens >= plan.num_tokens and shape.num_seqs >= num_seqs and is_fresh >= shape.is_fresh
+        )
         launched = next((size for size in self.launched_sizes if size >= plan.num_tokens), plan.num_tokens)
         return next(fitting, StepShape(launched, len(plan.chunks), self._padded_draws(plan.num_draws), False))
 

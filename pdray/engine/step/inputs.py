@@ -26,12 +26,14 @@ class StepShape(NamedTuple):
 
     Attributes:
         is_decode: one token and one draw for each sequence, in the same order.
+        is_fresh: of a graph: every sequence is a prompt from its first token on, and most are long.
     """
 
     num_tokens: int
     num_seqs: int
     num_draws: int
     is_decode: bool
+    is_fresh: bool = False
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepShape:
@@ -302,7 +304,7 @@ class InputBuffers:
         if not on_gpu:
             max_blocks = -(-max(spans.kv_lens, default=1) // self.block_size)
             tables = tables[:, :max_blocks]
-        num_tokens, num_seqs, num_draws, is_decode = shape
+        num_tokens, num_seqs, num_draws, is_decode, is_fresh = shape
         attention = AttentionMetadata(
             slot_mapping=part["slots"][:num_tokens],
             block_tables=tables[:num_seqs],
@@ -312,6 +314,7 @@ class InputBuffers:
             kv_lens=spans.kv_lens,
             num_decodes=num_seqs if is_decode else spans.num_decodes,
             fresh_from=find_fresh(*spans),
+            longest_fresh=num_tokens if is_fresh else 0,
         )
         return StepInputs(
             copies=[],
