@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pdray.kernels.attention.online_softmax_triton import LOG2_E, MIN_DOT_ROWS, Tiles, attend
 from pdray.kernels.attention.paged import AttentionMetadata
-from pdray.kernels.dependent_launch import begin, dependent_launch
+from pdray.kernels.dependent_launch import begin
+from pdray.kernels.direct_launch import DirectKernel
 
 
 @triton.jit(do_not_specialize=["num_decodes", "num_sequences"])
@@ -91,6 +92,9 @@ def prefill_kernel(
         tl.store(out_ptr + out_row[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=io_mask)
 
 
+_prefill = DirectKernel(prefill_kernel)
+
+
 def launch_prefill(
     q: Tensor,
     kv_layer: Tensor,
@@ -109,12 +113,14 @@ def launch_prefill(
     tokens = rows // group
     is_all = num_sequences == len(meta.seq_lens)
     num_tokens = len(q) - meta.num_decodes if is_all else sum(meta.query_lens[meta.num_decodes : num_sequences])
-    grid = (num_tokens // tokens + num_sequences - meta.num_decodes, num_kv_heads)
-    prefill_kernel[grid](
-        q, kv_layer, out, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, meta.num_decodes, num_sequences,
-        scale * LOG2_E, q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv_layer.stride(2),
-        meta.block_tables.stride(0),
-        GROUP=group, ROWS=rows, BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim,
-        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
-    )  # fmt: skip
+    grid = (num_tokens // tokens + num_sequences - meta.num_decodes, num_kv_heads, 1)
+    places = meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, meta.num_decodes, num_sequences
+    strides = q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv_layer.stride(2), meta.block_tables.stride(0)
+    block_d = max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
+    _prefill.launch(
+        grid,
+        (q, kv_layer, out, *places, scale * LOG2_E, *strides),
+        (group, rows, block_size, tiles.block_n, head_dim, block_d),
+        tiles.num_warps,
+        tiles.num_stages,
+    )

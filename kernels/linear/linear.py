@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -97,8 +98,14 @@ def can_copy_tiles(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and len(weight) % 16 == 0
         and x.is_contiguous()
         and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and is_hopper(x.device)
     )
+
+
+@lru_cache(maxsize=16)
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def streaming_kernels(x: torch.Tensor, weight: torch.Tensor) -> StreamingKernels | None:
