@@ -87,7 +87,7 @@ def describe(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Hashable, ...]]:
             elif isinstance(arg, TensorDescriptor):
                 kinds.append((arg.base.dtype, *arg.block_shape))
             else:
-                kinds.append(type(arg))  # float, or None, which is a constant
+                kinds.append(type(arg).__name__)  # float, or None, which is a constant
     return values, tuple(kinds)
 
 
