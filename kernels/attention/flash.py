@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pdray.kernels.attention.paged import AttentionMetadata
+from pdray.kernels.attention.paged import AttentionMetadata, FreshSplit
 from pdray.kernels.crossover import FLASH_MAX_GATHERED_KEYS, FLASH_MIN_MEAN_LENGTH, FLASH_MIN_QUERIES_PER_KEY
 from pdray.kernels.processors import device_processors, num_processors
 
@@ -24,8 +24,6 @@ from pdray.kernels.processors import device_processors, num_processors
 def first_flash_sequence(q: Tensor, meta: AttentionMetadata) -> int:
     """The sequences from this one on are for flash_prefill(); their number if none is."""
     num_sequences = len(meta.seq_lens)
-    if meta.longest_fresh:
-        return 0 if can_flash(q) else num_sequences
     return meta.fresh_from if are_long(meta.query_lens[meta.fresh_from :]) and can_flash(q) else num_sequences
 
 
@@ -35,11 +33,15 @@ def are_long(lengths: list[int]) -> bool:
 
 
 def is_worth_gathering(meta: AttentionMetadata, end: int) -> bool:
-    """Whether the sequences between the decodes and ``end`` have so many queries that their keys are worth a copy.
+    """are_worth_gathering() of the sequences between the decodes and ``end``.
 
     False where the host does not know their lengths: in a graph.
     """
-    query_lens, kv_lens = meta.query_lens[meta.num_decodes : end], meta.kv_lens[meta.num_decodes : end]
+    return are_worth_gathering(meta.query_lens[meta.num_decodes : end], meta.kv_lens[meta.num_decodes : end])
+
+
+def are_worth_gathering(query_lens: list[int], kv_lens: list[int]) -> bool:
+    """Whether sequences behind prefixes have so many queries that their keys are worth a copy."""
     num_keys = sum(kv_lens)
     pairs = sum(n * kv_len for n, kv_len in zip(query_lens, kv_lens, strict=True))
     return 0 < FLASH_MIN_QUERIES_PER_KEY * num_keys <= pairs and num_keys <= FLASH_MAX_GATHERED_KEYS
@@ -74,8 +76,13 @@ def flash_prefill(
     Args:
         q: [T, num_heads, d]. k, v: [T, num_kv_heads, d], of the step's tokens. out: [T, num_heads, d].
     """
-    starts, longest = meta.cu_seqlens_q[first:], meta.longest_fresh or max(meta.query_lens[first:])
+    starts, longest = meta.cu_seqlens_q[first:], max(meta.query_lens[first:])
     _attend(q, k, v, starts, starts, longest, longest, scale, out)
+
+
+def flash_fresh(q: Tensor, k: Tensor, v: Tensor, split: FreshSplit, scale: float, out: Tensor) -> None:
+    """flash_prefill() of the sequences that the device knows to be fresh; others' rows of ``out`` stay as they are."""
+    _attend(q, k, v, split.fresh_starts, split.fresh_starts, len(q), len(q), scale, out)
 
 
 def flash_gathered(q: Tensor, kv_layer: Tensor, meta: AttentionMetadata, end: int, scale: float, out: Tensor) -> None:

@@ -136,7 +136,7 @@ class LegTokens(LegMessage, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """One step's new tokens for one router, those of earlier steps that could wait, and the worker's credit after it."""
+    """One step's new tokens for one router, earlier ones that could wait, and the credit after it."""
 
     updates: list[LegTokens]
     credit: Credit

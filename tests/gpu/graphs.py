@@ -91,8 +91,8 @@ def check_graphs() -> Iterator[Row]:
             while running.has_work():
                 running.step()
         kinds = Counter("decode" if shape.is_decode else "with prompts" for shape in comparison.shapes)
-        flash = sum(shape.is_fresh for shape in comparison.shapes)
-        shapes = f"{dict(kinds)} shapes, {flash} of long prompts alone"
+        split = sum(shape.is_split for shape in comparison.shapes)
+        shapes = f"{dict(kinds)} shapes, {split} of them split"
         figure = f"{sum(comparison.shapes.values())} steps of {shapes}; differ: {comparison.differing[:3]}"
         ok = not comparison.differing and min(kinds["decode"], kinds["with prompts"]) >= 3
         yield Row(f"graphs, {name}", figure, "all equal", ok)

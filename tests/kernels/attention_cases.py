@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch import Tensor
 from pdray.kernels.attention.decode_triton import choose_num_splits
 from pdray.kernels.attention.flash import first_flash_sequence, gathered_starts, is_available, is_worth_gathering
 from pdray.kernels.attention.gather_triton import triton_gather_kv
-from pdray.kernels.attention.paged import AttentionMetadata, find_fresh, torch_paged_attention
+from pdray.kernels.attention.paged import AttentionMetadata, FreshSplit, find_fresh, torch_paged_attention
 from pdray.kernels.attention.paged_triton import triton_paged_attention
+from pdray.kernels.attention.prefill_triton import launch_prefill
 from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.kernels.elementwise.rms_norm_triton import triton_rms_norm
 from pdray.kernels.kv.blocks_triton import copy_pieces, triton_gather_blocks, triton_scatter_blocks
@@ -143,6 +145,34 @@ def check_flash_attention() -> None:
         out = triton_paged_attention(q, kv_layer, meta, head_dim**-0.5, k, v)
         expected = triton_paged_attention(q, kv_layer, meta, head_dim**-0.5)
         torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
+        split = AttentionMetadata(*moved, [], [], split=split_at(meta.cu_seqlens_q, 2))  # as a graph knows it
+        out = triton_paged_attention(q, kv_layer, split, head_dim**-0.5, k, v)
+        torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def split_at(starts: Tensor, num_older: int) -> FreshSplit:
+    """See FreshSplit."""
+    end = starts[num_older]
+    count = torch.tensor([num_older], dtype=torch.int32, device=starts.device)
+    return FreshSplit(count, torch.minimum(starts, end), torch.maximum(starts, end))
+
+
+def check_split() -> None:
+    """The kernel that reads the cache leaves the rows of fresh sequences, and of none, as they are."""
+    for num_older in (0, 3, 4):
+        lengths = [(1, 40), (37, 50), (2, 7), (9, 9)] + [(0, 0)] * 2
+        meta, num_blocks = batch([pair for pair in lengths if pair[0]], 16)
+        q, kv_layer = torch.randn(49, 4, 32), torch.randn(num_blocks, 2, 16, 2, 32)
+        expected = torch_paged_attention(q, kv_layer, meta, 0.2)
+        end = int(meta.cu_seqlens_q[num_older])
+        expected[end:] = 7.0
+        padded = replace(to_device(meta), num_decodes=0)
+        out = torch.full((60, 4, 32), 7.0, device=DEVICE)
+        wide = torch.cat((q, q.new_zeros(11, 4, 32))).to(DEVICE)
+        split = split_at(padded.cu_seqlens_q, num_older)
+        launch_prefill(wide, kv_layer.to(DEVICE), padded, len(lengths), 0.2, out, None, split)
+        torch.testing.assert_close(out[:49].cpu(), expected, rtol=2e-5, atol=2e-5)
+        assert bool((out[49:] == 7.0).all())
 
 
 def check_gathered_kv() -> None:
@@ -236,6 +266,7 @@ def check_packing() -> None:
 
 CHECKS = {
     "fresh": check_fresh,
+    "split": check_split,
     "gathered_kv": check_gathered_kv,
     "worth_gathering": check_worth_gathering,
     "attention": check_all_attention,
