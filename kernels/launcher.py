@@ -55,7 +55,7 @@ class Launcher:
         if (recorded := self._recorded.get(key)) is None:
             self._recording = []
             return False
-        stream = current_stream()
+        stream = _current_stream()
         for launch in recorded:
             launch.launch(stream)
         return True
@@ -86,12 +86,11 @@ class Launcher:
             compiled = self._compiled[kernel.fn, key] = Compiled(made.run, made.function, made.packed_metadata)
         pointers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
         recorded = Recorded(compiled, grid, pointers)
-        recorded.launch(current_stream())
+        recorded.launch(_current_stream())
         self._recording.append(recorded)
 
 
-def current_stream() -> int:
-    """Of the current device, as the driver names it."""
+def _current_stream() -> int:
     driver = triton.runtime.driver.active
     stream: int = driver.get_current_stream(driver.get_current_device())
     return stream

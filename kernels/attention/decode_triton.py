@@ -14,8 +14,7 @@ from torch import Tensor
 from pdray.kernels.attention.online_softmax_triton import LOG2_E, MIN_DOT_ROWS, Tiles, attend
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.crossover import DECODE_MAX_SPLITS, DECODE_MIN_TOKENS_PER_SPLIT
-from pdray.kernels.dependent_launch import begin
-from pdray.kernels.direct_launch import DirectKernel
+from pdray.kernels.dependent_launch import begin, dependent_launch
 from pdray.kernels.processors import num_processors
 
 
@@ -112,9 +111,6 @@ def merge_kernel(
     tl.store(out_ptr + out_row + dims, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-_decode, _merge = DirectKernel(decode_kernel), DirectKernel(merge_kernel)
-
-
 def launch_decode(
     q: Tensor,
     kv_layer: Tensor,
@@ -141,22 +137,20 @@ def launch_decode(
     )
     lse = None if whole else torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
     block_d = max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
-    strides = q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0)
-    rows = max(MIN_DOT_ROWS, triton.next_power_of_2(group))
-    _decode.launch(
-        (num_splits * num_kv_heads * batch, 1, 1),
-        (q, kv_layer, partial, lse, meta.block_tables, meta.seq_lens, scale * LOG2_E, *strides, num_splits),
-        (num_kv_heads, group, rows, block_size, tiles.block_n, head_dim, block_d, whole),
-        tiles.num_warps,
-        tiles.num_stages,
-    )
-    if not whole:
-        _merge.launch(
-            (num_heads * batch, 1, 1),
-            (partial, lse, out, out.stride(0), out.stride(1), num_splits),
-            (num_heads, triton.next_power_of_2(num_splits), head_dim, block_d),
-            num_warps=4,
-        )
+    decode_kernel[(num_splits * num_kv_heads * batch,)](
+        q, kv_layer, partial, lse, meta.block_tables, meta.seq_lens, scale * LOG2_E,
+        q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0), num_splits,
+        KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
+        BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
+    )  # fmt: skip
+    if whole:
+        return
+    merge_kernel[(num_heads * batch,)](
+        partial, lse, out, out.stride(0), out.stride(1), num_splits,
+        HEADS=num_heads, SPLITS=triton.next_power_of_2(num_splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=4,
+        **dependent_launch(q.device),
+    )  # fmt: skip
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_processors: int) -> int:

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdray.kernels.dependent_launch import begin
-from pdray.kernels.direct_launch import DirectKernel
+from pdray.kernels.dependent_launch import begin, dependent_launch
 
 PIECE = 2048  # elements that a program copies at a time
 
@@ -48,9 +47,6 @@ def gather_kv_kernel(
             tl.store(v_ptr + first * WIDTH + at, values, mask=mask)
 
 
-_gather_kv = DirectKernel(gather_kv_kernel)
-
-
 def triton_gather_kv(
     kv_layer: Tensor, block_tables: Tensor, seq_lens: Tensor, starts: Tensor, kv_lens: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -64,10 +60,9 @@ def triton_gather_kv(
     assert kv_layer.is_contiguous()
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
     k, v = torch.empty(2, sum(kv_lens), num_kv_heads, head_dim, dtype=kv_layer.dtype, device=kv_layer.device)
-    _gather_kv.launch(
-        (triton.cdiv(max(kv_lens), block_size), len(kv_lens), 1),
-        (kv_layer, k, v, block_tables, seq_lens, starts, block_tables.stride(0)),
-        (block_size, num_kv_heads * head_dim, PIECE),
-        num_warps=4,
-    )
+    gather_kv_kernel[(triton.cdiv(max(kv_lens), block_size), len(kv_lens))](
+        kv_layer, k, v, block_tables, seq_lens, starts, block_tables.stride(0),
+        BLOCK_SIZE=block_size, WIDTH=num_kv_heads * head_dim, PIECE=PIECE, num_warps=4,
+        **dependent_launch(kv_layer.device),
+    )  # fmt: skip
     return k, v

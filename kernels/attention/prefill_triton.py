@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pdray.kernels.attention.online_softmax_triton import LOG2_E, MIN_DOT_ROWS, Tiles, attend
 from pdray.kernels.attention.paged import AttentionMetadata, FreshSplit
-from pdray.kernels.dependent_launch import begin
-from pdray.kernels.direct_launch import DirectKernel
+from pdray.kernels.dependent_launch import begin, dependent_launch
 
 
 @triton.jit(do_not_specialize=["num_decodes", "num_sequences"])
@@ -96,9 +95,6 @@ def prefill_kernel(
         tl.store(out_ptr + out_row[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=io_mask)
 
 
-_prefill = DirectKernel(prefill_kernel)
-
-
 def launch_prefill(
     q: Tensor,
     kv_layer: Tensor,
@@ -122,15 +118,13 @@ def launch_prefill(
     tokens = rows // group
     is_all = num_sequences == len(meta.seq_lens)
     num_tokens = len(q) - meta.num_decodes if is_all else sum(meta.query_lens[meta.num_decodes : num_sequences])
-    grid = (num_tokens // tokens + num_sequences - meta.num_decodes, num_kv_heads, 1)
+    grid = (num_tokens // tokens + num_sequences - meta.num_decodes, num_kv_heads)
     starts, count = (meta.cu_seqlens_q, None) if split is None else (split.older_starts, split.num_older)
-    places = meta.block_tables, starts, meta.seq_lens, meta.num_decodes, num_sequences, count
-    strides = q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv_layer.stride(2), meta.block_tables.stride(0)
-    block_d = max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
-    _prefill.launch(
-        grid,
-        (q, kv_layer, out, *places, scale * LOG2_E, *strides),
-        (group, rows, block_size, tiles.block_n, head_dim, block_d, count is not None),
-        tiles.num_warps,
-        tiles.num_stages,
-    )
+    prefill_kernel[grid](
+        q, kv_layer, out, meta.block_tables, starts, meta.seq_lens, meta.num_decodes, num_sequences, count,
+        scale * LOG2_E, q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv_layer.stride(2),
+        meta.block_tables.stride(0),
+        GROUP=group, ROWS=rows, BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim,
+        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)), COUNTED=count is not None,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
+    )  # fmt: skip

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdray.kernels.crossover import ROTARY_MANY_PAIRS, ROTARY_MANY_TOKENS, ROTARY_PAIRS
-from pdray.kernels.dependent_launch import begin
-from pdray.kernels.direct_launch import DirectKernel
+from pdray.kernels.dependent_launch import begin, dependent_launch
 
 
 @triton.jit
@@ -81,9 +80,6 @@ def load_norm(q_norm_ptr, k_norm_ptr, is_query, at, inside):
     return tl.where(is_query, q_norm, k_norm)
 
 
-_rotate_and_store = DirectKernel(rotate_and_store_kernel)
-
-
 def triton_rotate_and_store(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -102,9 +98,9 @@ def triton_rotate_and_store(
     padded_half = triton.next_power_of_2(head_dim // 2)
     heads = max(1, (ROTARY_PAIRS if len(qkv) < ROTARY_MANY_TOKENS else ROTARY_MANY_PAIRS) // padded_half)
     if len(qkv):
-        _rotate_and_store.launch(
-            (len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, heads), 1),
-            (qkv, q_norm, k_norm, cos, sin, positions, kv_layer, slot_mapping, eps),
-            (num_heads, num_kv_heads, head_dim // 2, block_size, heads, padded_half, q_norm is not None),
-            num_warps=1,
-        )
+        rotate_and_store_kernel[(len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
+            qkv, q_norm, k_norm, cos, sin, positions, kv_layer, slot_mapping, eps,
+            NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, BLOCK_SIZE=block_size,
+            HEADS=heads, PADDED_HALF=padded_half, HAS_NORM=q_norm is not None, num_warps=1,
+            **dependent_launch(qkv.device),
+        )  # fmt: skip

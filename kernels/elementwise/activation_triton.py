@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdray.kernels.dependent_launch import begin
-from pdray.kernels.direct_launch import DirectKernel
+from pdray.kernels.dependent_launch import begin, dependent_launch
 
 PIECE = 1024  # elements of a row that one program makes: 8 a thread, 16 bytes of gate and of up
 
@@ -27,14 +26,13 @@ def silu_and_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, PIECE: tl.constexpr
     tl.store(out_ptr + row * WIDTH + element, (activated * up).to(dtype), mask=mask)
 
 
-_silu_and_mul = DirectKernel(silu_and_mul_kernel)
-
-
 def triton_silu_and_mul(x: Tensor) -> Tensor:
     """See activation.silu_and_mul. x: [T, 2 I], contiguous."""
     assert x.is_contiguous()
     num_rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if num_rows:
-        _silu_and_mul.launch((num_rows, triton.cdiv(width, PIECE), 1), (x, out), (width, PIECE), 4)
+        silu_and_mul_kernel[(num_rows, triton.cdiv(width, PIECE))](
+            x, out, WIDTH=width, PIECE=PIECE, num_warps=4, **dependent_launch(x.device)
+        )
     return out

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdray.kernels.dependent_launch import begin
-from pdray.kernels.direct_launch import DirectKernel
+from pdray.kernels.dependent_launch import begin, dependent_launch
 
 
 @triton.jit
@@ -38,9 +37,6 @@ def rms_norm_kernel(
     tl.store(out_ptr + row * WIDTH + element, (normed.to(dtype).to(tl.float32) * weight).to(dtype), mask=mask)
 
 
-_rms_norm = DirectKernel(rms_norm_kernel)
-
-
 def triton_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See layernorm.rms_norm. x: [T, H], or [T, heads, H] with heads and rows anywhere but H contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -49,8 +45,8 @@ def triton_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     num_rows = x.numel() // width
     padded = triton.next_power_of_2(width)
     if num_rows:
-        heads = (x.stride(1), x.shape[1]) if is_heads else (0, 1)
-        _rms_norm.launch(
-            (num_rows, 1, 1), (x, weight, out, x.stride(0), *heads, eps), (width, padded), 4 if padded <= 2048 else 8
-        )
+        rms_norm_kernel[(num_rows,)](
+            x, weight, out, x.stride(0), x.stride(1) if is_heads else 0, x.shape[1] if is_heads else 1, eps,
+            WIDTH=width, PADDED_WIDTH=padded, num_warps=4 if padded <= 2048 else 8, **dependent_launch(x.device),
+        )  # fmt: skip
     return out

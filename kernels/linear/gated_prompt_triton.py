@@ -17,8 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pdray.kernels.crossover import GATED_PROMPT_MAX_COLUMNS, GATED_PROMPT_MIN_OCCUPANCY
-from pdray.kernels.dependent_launch import begin
-from pdray.kernels.direct_launch import DirectKernel
+from pdray.kernels.dependent_launch import begin, dependent_launch
 from pdray.kernels.processors import num_processors
 
 
@@ -85,9 +84,6 @@ def occupancy(tiles: int, num_processors: int) -> float:
     return tiles / (triton.cdiv(tiles, num_processors) * num_processors)
 
 
-_gated_prompt = DirectKernel(gated_prompt_kernel)
-
-
 def triton_gated_prompt(x: Tensor, weight: Tensor, tiling: Tiling = BEST, num_programs: int | None = None) -> Tensor:
     """silu_and_mul() of x [M, K] @ weight [2 N, K]^T, rounded as one by one: [M, N]. All contiguous.
 
@@ -99,16 +95,12 @@ def triton_gated_prompt(x: Tensor, weight: Tensor, tiling: Tiling = BEST, num_pr
     (m, k), n = x.shape, len(weight) // 2
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(m, tiling.block_m) * triton.cdiv(n, tiling.block_n)
-    _gated_prompt.launch(
-        (min(tiles, num_programs or num_processors(x.device)), 1, 1),
-        (
-            TensorDescriptor.from_tensor(x, [tiling.block_m, tiling.block_k]),
-            TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k]),
-            TensorDescriptor.from_tensor(out, [tiling.block_m, tiling.block_n]),
-            m,
-        ),
-        (n, k, tiling.block_m, tiling.block_n, tiling.block_k, tiling.group),
-        tiling.num_warps,
-        tiling.stages,
-    )
+    gated_prompt_kernel[(min(tiles, num_programs or num_processors(x.device)),)](
+        TensorDescriptor.from_tensor(x, [tiling.block_m, tiling.block_k]),
+        TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k]),
+        TensorDescriptor.from_tensor(out, [tiling.block_m, tiling.block_n]),
+        m,
+        N=n, K=k, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, GROUP=tiling.group,
+        num_warps=tiling.num_warps, num_stages=tiling.stages, **dependent_launch(x.device),
+    )  # fmt: skip
     return out
