@@ -56,7 +56,7 @@ def parse_load(text: str) -> OfferedLoad:
     numbers = [each for each in match.group(1, 2, 3) if each is not None] if match is not None else []
     if match is None or any(each.count(".") > 1 or each == "." or not float(each) for each in numbers):
         raise ConfigError(
-            f"--serve {text!r} is not TOKENS@RATE, TOKENS@RATExSECONDS or either with :ROW,ROW, all numbers above 0, "
+            f"--serve {text!r} is not TOKENS@RATE, TOKENS@RATExSECONDS or either with :ROW,ROW, with a rate above 0, "
             "as 2048@3.5:chunk256,controller"
         )
     rows = tuple(match[4].split(",")) if match[4] else ()

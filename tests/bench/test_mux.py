@@ -114,7 +114,7 @@ def test_two_half_gpu_actors_get_the_same_arrivals(words: list[str], capsys: pyt
         (["--serve", "2048@0"], "with a rate above 0"),
         (["--serve", "0@1"], "'0@1' is not TOKENS@RATE"),
         (["--serve", "2048@1.2.3"], "is not TOKENS@RATE"),
-        (["--serve", "2048@3x0:chunk128"], "all numbers above 0"),
+        (["--serve", "2048@3x0:chunk128"], "2048@3x0:chunk128' is not TOKENS@RATE"),
         (["--serve", "2048@3x."], "is not TOKENS@RATE"),
         (["--serve", "2048@3:chunk"], "no row 'chunk'; use chunkN, smsN"),
         (["--no-beside", "--serve", "24@3:sms32"], "has a row sms32, but decodes can have (0,) SMs"),
