@@ -186,6 +186,26 @@ def test_while_streams_are_too_slow_prompts_that_have_time_wait() -> None:
     assert all(rate > 0 for _, _, rate in gpu.last(5)), "they have 0.1 s left"
 
 
+@pytest.mark.parametrize(
+    ("streams", "waits"),
+    [
+        ([], False),
+        ([Stream(0.9, 90, 166)], True),  # 10.0 ms so far, 64 steps of 8.3 to come
+        ([Stream(0.8, 90, 166)], False),  # within the target
+        ([Stream(0.9, 90, 166), Stream(0.64, 80, 176)], False),  # so are they on average
+        ([Stream(1.8, 90, 166)], False),  # lost, whatever comes
+        ([Stream(1.8, 90, 166), Stream(0.9, 90, 166)], True),
+        ([Stream(0.9, 90, 2)], False),  # has no time left to make up for it
+        ([Stream(0.05, 4, 252)], False),  # has only begun
+    ],
+)
+def test_prompts_wait_for_streams_that_are_slow_and_not_lost(streams: list[Stream], waits: bool) -> None:
+    gpu = SimulatedGpu(Targets(0.0095, 2.0), splits=())
+    gpu.controller.choose(0.0, waiting(0.01)._replace(streams=streams))
+    assert gpu.budget.pace is not None and gpu.budget.pace.is_slow == waits
+    assert (gpu.budget.tokens(NUM_DECODES, 2048, 0) == NUM_DECODES) == waits
+
+
 def test_late_prompts_do_not_slow_streams_beyond_their_target() -> None:
     """Their first tokens are late whatever happens; the streams need not be."""
     gpu = SimulatedGpu(Targets(0.0125, 1.0), splits=())
