@@ -134,6 +134,7 @@ class Bookkeeper:
             update.prefill_queue = live.scheduled_at - live.queued_at
             update.prefill = now - live.scheduled_at
             live.queued_at = live.scheduled_at = None
+            live.first_token_at = now
         if live.started_at is not None and live.joined_at is not None:
             update.join_wait = live.joined_at - live.started_at
             update.first_launch = launched_at - live.joined_at
