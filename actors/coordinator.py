@@ -33,7 +33,7 @@ from pdray.control.guests import plan_guests
 from pdray.control.membership import Membership
 from pdray.control.pair_health import BrokenPair, PairHealth
 from pdray.control.room import Held
-from pdray.control.startup import StartState, Startup
+from pdray.control.startup import NO_ROUTER, StartState, Startup
 from pdray.control.wanted import Wanted
 from pdray.metrics import LoopMetrics
 from pdray.wire.cluster_view import ClusterView, Draining, Heartbeat
@@ -192,7 +192,7 @@ class Coordinator:
                 self._succession.generation.router_seen(time.monotonic(), router_id, 0.0)
             state = self._start_state()
             if with_router and state.ready and not self._routers.has_ready(time.monotonic()):
-                state = StartState(False, reason="no router has reached the workers yet")
+                state = StartState(False, reason=NO_ROUTER)
             if state.ready or state.failed or (left := deadline - time.monotonic()) <= 0:
                 return state
             await self._changed(left)

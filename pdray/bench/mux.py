@@ -58,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--serve",
         nargs="*",
         default=[],
-        metavar="IN@RATE[:ROW,…]",
-        help="loads of the second table: prompt tokens, requests a second, rows: chunkN (mixed steps of N tokens), "
-        "smsN (decodes on N SMs; sms0: two plain streams), controller, controllerN (for a TPOT of N ms alone), halves "
-        "(two workers, each with half of the GPU); default: all but halves",
+        metavar="IN@RATE[xSECONDS][:ROW,…]",
+        help="loads of the second table: prompt tokens, requests a second, seconds instead of --serve-seconds, rows: "
+        "chunkN (mixed steps of N tokens), smsN (decodes on N SMs; sms0: two plain streams), controller, controllerN "
+        "(for a TPOT of N ms alone), halves (two workers, each with half of the GPU); default: all but halves",
     )
     parser.add_argument(
         "--serve-seconds", type=float, default=10.0, help="about how long each load is offered: 16 requests or more"

@@ -26,9 +26,9 @@ HEAD = (
     "| in | req/s | TPOT target ms | arrangement | TTFT p50 / p99 ms | TPOT p50 / p90 ms | longest gap ms | in time |\n"
     "|---:|---:|---:|---|---:|---:|---:|---:|"
 )
-LOAD = re.compile(r"(\d+)@([\d.]+)(?::(.+))?")
+LOAD = re.compile(r"(\d+)@([\d.]+)(?:x([\d.]+))?(?::(.+))?")
 ROW = re.compile(r"(chunk|sms)(\d+)|controller(\d*)|halves")
-LEAST_REQUESTS = 16  # of each load
+LEAST_REQUESTS = 16  # of each load whose seconds are not its own
 DEFAULT_CHUNKS = (128, 256, 512, 1024, 2048)
 
 
@@ -37,30 +37,33 @@ class OfferedLoad(NamedTuple):
 
     Attributes:
         rate: requests a second. rows: as they were named; none: all.
+        seconds: about how long requests come; None: see Asked.
     """
 
     input_len: int
     rate: float
     rows: tuple[str, ...]
+    seconds: float | None = None
 
 
 def parse_load(text: str) -> OfferedLoad:
-    """IN@RATE or IN@RATE:ROW,ROW.
+    """IN@RATE, IN@RATExSECONDS, and either with :ROW,ROW.
 
     Raises:
         ConfigError: it is neither, or a row is none.
     """
     match = LOAD.fullmatch(text)
-    if match is None or int(match[1]) < 1 or match[2].count(".") > 1 or not float(match[2]):
+    numbers = [each for each in match.group(1, 2, 3) if each is not None] if match is not None else []
+    if match is None or any(each.count(".") > 1 or each == "." or not float(each) for each in numbers):
         raise ConfigError(
-            f"--serve {text!r} is not TOKENS@RATE or TOKENS@RATE:ROW,ROW with a rate above 0, "
+            f"--serve {text!r} is not TOKENS@RATE, TOKENS@RATExSECONDS or either with :ROW,ROW, with a rate above 0, "
             "as 2048@3.5:chunk256,controller"
         )
-    rows = tuple(match[3].split(",")) if match[3] else ()
+    rows = tuple(match[4].split(",")) if match[4] else ()
     for row in rows:
         if ROW.fullmatch(row) is None:
             raise ConfigError(f"--serve has no row {row!r}; use chunkN, smsN, controller, controllerN or halves")
-    return OfferedLoad(int(match[1]), float(match[2]), rows)
+    return OfferedLoad(int(match[1]), float(match[2]), rows, float(match[3]) if match[3] else None)
 
 
 class Asked(NamedTuple):
@@ -171,9 +174,10 @@ def name_of(row: str, num_sms: int) -> str:
 
 
 def arrival_times(load: OfferedLoad, seconds: float) -> list[float]:
-    """The same for every arrangement."""
-    number = max(LEAST_REQUESTS, round(load.rate * seconds))
-    return poisson_arrivals(number, load.rate, 1.0, np.random.default_rng(7))
+    """The same for every arrangement; those of a load with fewer seconds of its own are the first of them."""
+    usual = max(LEAST_REQUESTS, round(load.rate * seconds))
+    number = usual if load.seconds is None else max(2, round(load.rate * load.seconds))
+    return poisson_arrivals(max(usual, number), load.rate, 1.0, np.random.default_rng(7))[:number]
 
 
 def arrivals(engine: MuxEngine, load: OfferedLoad, asked: Asked) -> Iterator[tuple[float, EngineRequest]]:

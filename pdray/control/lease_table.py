@@ -97,6 +97,7 @@ class LeaseTable:
                     output_token_ids=tuple(message.output_token_ids),
                     priority=message.priority,
                     alone=message.alone,
+                    whole=message.whole,
                 )
             )
         except InvalidRequestError as error:

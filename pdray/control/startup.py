@@ -15,6 +15,7 @@ from pdray.errors import ConfigError, HandshakeError, ModelLoadError, OutOfMemor
 
 PERMANENT = (ConfigError, ModelLoadError, HandshakeError, PlacementError)
 MAX_OUT_OF_MEMORY = 3  # in a row
+NO_ROUTER = "no router has reached the workers yet"
 
 
 class StartState(msgspec.Struct, frozen=True):

@@ -38,6 +38,7 @@ class EngineLoop:
         self._condition = threading.Condition()
         self._stopping = False
         self._may_prepare = True
+        self._has_deferred = False  # something to prepare, until no first step is near
         self._progress_at: float | None = None  # None while it sleeps
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         engine.on_work = self.wake
@@ -79,20 +80,34 @@ class EngineLoop:
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work, once nothing is left to prepare; False once the loop is to stop."""
-        is_near = False
+        is_near, near_s = False, 0.0
         while True:
             with self._condition:
                 # While a first step is near, only wake() ends the wait: what comes together is to start together.
                 while not (self._stopping or self._may_prepare or (not is_near and self.engine.has_work())):
                     self._progress_at = None
-                    if not self._condition.wait(NEAR_POLL_S if is_near else None):
+                    if not self._condition.wait(NEAR_POLL_S if is_near else near_s or None):
                         break
                 may_look = self._may_prepare or not is_near
                 is_idle = not (self._stopping or (may_look and self.engine.has_work()))
                 self._progress_at = None if self._stopping or is_idle else time.monotonic()
                 if not is_idle:
                     return not self._stopping
-                may_prepare, self._may_prepare = self._may_prepare, False
-            if may_prepare and self.engine.prepare_more():
-                self._may_prepare = True
+                may_prepare, self._may_prepare = self._may_prepare or self._has_deferred, False
+            near_s = self._prepare() if may_prepare else 0.0
             is_near = self.engine.first_steps.keep_warm()
+
+    def _prepare(self) -> float:
+        """Prepare something; what takes longer than a first step may wait for is put off until none is near.
+
+        Returns:
+            After how many seconds to call this again; 0: when something has happened.
+        """
+        first_steps = self.engine.first_steps
+        near_s = first_steps.near_s()
+        self._has_deferred = near_s > 0
+        if near_s > 0:
+            first_steps.prepare()
+        elif self.engine.prepare_more():
+            self._may_prepare = True
+        return near_s

@@ -15,9 +15,10 @@ from ray import serve
 
 from pdray.actors.client import CoordinatorClient, failure
 from pdray.config import Config
+from pdray.control.startup import NO_ROUTER
 from pdray.errors import StartTimeoutError, WorkerDiedError
 
-TELL_AFTER_S = 8.0  # that something is waited for
+TELL_AFTER_S = 8.0  # that workers wait for something; or that routers do not come, once the workers are ready
 TELL_TIMES = 2  # Serve gives a deployment of one replica three attempts
 UNABLE_S = 10.0  # without a worker that can serve; a restart of some takes no longer
 RETRY_S = 0.5
@@ -43,6 +44,7 @@ class WorkersReplica:
 
     async def _wait_ready(self) -> None:
         began, logged_at, reason = time.monotonic(), 0.0, ""
+        since, lacks_router = began, False
         while True:
             try:
                 state = await self._coordinator.start_state(with_router=True)
@@ -56,11 +58,13 @@ class WorkersReplica:
                 return
             if state.failed:
                 raise failure(state)
+            if lacks_router != (state.reason == NO_ROUTER):  # loading takes its time, and routers come after it
+                since, lacks_router = now, not lacks_router
             reason = state.reason or reason
             if reason and now - logged_at > LOG_INTERVAL_S:
                 logger.warning("not ready: %s", reason)
                 logged_at = now
-            if reason and now - began > TELL_AFTER_S and await self._coordinator.tell(TELL_TIMES):
+            if reason and now - since > TELL_AFTER_S and await self._coordinator.tell(TELL_TIMES):
                 raise StartTimeoutError(reason)
             if now - began > self._config.start_timeout_s:
                 raise StartTimeoutError(

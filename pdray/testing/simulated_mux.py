@@ -15,7 +15,7 @@ from pdray.bench.mux_served import COLORS
 from pdray.bench.plot import Series, line_plot
 from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
-from pdray.engine.mux.load import Load, Wait
+from pdray.engine.mux.load import Load, Stream, Wait
 from pdray.engine.mux.pace import PacedBudget, Targets
 from pdray.engine.schedule.step_costs import StepWork
 from pdray.engine.schedule.token_budget import STEP_SIZES
@@ -67,7 +67,11 @@ class Gpu:
         if not self.queue or not self.batch:
             return None
         waits = [Wait(each.left, (self.now - each.arrival) / 1000, self.input_len) for each in self.queue]
-        return Load(len(self.batch), waits, self.input_len - self.queue[0].left)
+        streams = [
+            Stream((self.now - each.times[0]) / 1000, len(each.times) - 1, self.output_len - len(each.times))
+            for each in self.batch
+        ]
+        return Load(len(self.batch), waits, self.input_len - self.queue[0].left, streams)
 
     def step(self, num_tokens: int) -> tuple[StepWork, float]:
         """One of so many tokens on every SM; returns what it computed, and how long it took."""
@@ -139,7 +143,6 @@ def serve(
             work, taken = gpu.step(max(tokens, num_streams))
             taken /= 1000
             budget.costs.note(work, taken)
-        controller.pacer.note_step(taken, has_decodes=num_streams > 0)
     return gpu.served()
 
 

@@ -114,6 +114,8 @@ def test_two_half_gpu_actors_get_the_same_arrivals(words: list[str], capsys: pyt
         (["--serve", "2048@0"], "with a rate above 0"),
         (["--serve", "0@1"], "'0@1' is not TOKENS@RATE"),
         (["--serve", "2048@1.2.3"], "is not TOKENS@RATE"),
+        (["--serve", "2048@3x0:chunk128"], "2048@3x0:chunk128' is not TOKENS@RATE"),
+        (["--serve", "2048@3x."], "is not TOKENS@RATE"),
         (["--serve", "2048@3:chunk"], "no row 'chunk'; use chunkN, smsN"),
         (["--no-beside", "--serve", "24@3:sms32"], "has a row sms32, but decodes can have (0,) SMs"),
     ],
@@ -123,6 +125,13 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     assert cli.main([*words, *given]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_load_of_fewer_seconds_is_the_beginning_of_one_of_more() -> None:
+    usual, short, more = (parse_load(text) for text in ("24@4", "24@4x2:chunk32", "24@4x20"))
+    assert (short.rows, short.seconds, usual.seconds) == (("chunk32",), 2.0, None)
+    times = arrival_times(usual, 10)
+    assert len(times) == 40 and arrival_times(short, 10) == times[:8] and len(arrival_times(more, 10)) == 80
 
 
 def test_rows_say_what_was_measured() -> None:

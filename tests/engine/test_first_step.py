@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +193,34 @@ def test_an_engine_that_sleeps_prepares_what_it_expects_and_starts_together_what
     finally:
         loop.stop()
     assert sorted(steps[0]) == ["a", "bb"]
+
+
+def test_graphs_are_captured_once_no_first_step_is_near(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdray.engine.step.first_step.NEAR_S", PATIENCE_S)
+    engine, num_captured = decode_engine(llama), 0
+
+    def capture() -> bool:
+        nonlocal num_captured
+        num_captured += 1
+        return num_captured % 3 > 0
+
+    engine.pipeline = SimpleNamespace(prepare_more=capture)
+    loop = EngineLoop(engine, lambda updates: None)
+    engine.reserve(make("a"))
+    engine.expect("a")
+    loop.start()
+    try:
+        wait_until(lambda: engine.lane.ahead.sequence is not None)
+        loop.wake()
+        assert num_captured == 0
+        engine.start_decode("a", FIRST)
+        wait_until(lambda: not engine.has_work())
+        assert num_captured == 0, "more may come"
+        engine.first_steps._near_until = time.perf_counter() + 0.01
+        loop.wake()
+        wait_until(lambda: num_captured == 3)
+    finally:
+        loop.stop()
 
 
 def test_a_step_that_does_not_come_is_not_waited_for_for_ever(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

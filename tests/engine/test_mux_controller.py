@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pdray.engine.mux.controller import HOLD_S, Controller
 from pdray.engine.mux.costs import FORGET_S, MIXED, Arrangement, SplitCosts
-from pdray.engine.mux.load import Load, Wait
+from pdray.engine.mux.load import Load, Stream, Wait
 from pdray.engine.mux.pace import PacedBudget, Targets
 from pdray.engine.schedule.step_costs import StepWork
 from pdray.engine.schedule.token_budget import LEAST_STRETCH, STEP_SIZES, FixedBudget
@@ -67,11 +67,13 @@ class SimulatedGpu:
         """The same prompts all the time, which grow older; default: prompts without end, each as young as the last."""
         began, until = self.now, self.now + seconds
         while self.now < until:
-            load = ENDLESS
+            newest = [step_s for _, step_s, _ in self.steps[-64:]]
+            load = ENDLESS._replace(streams=[Stream(sum(newest), len(newest), 192)])
             if queued is not None:
                 since = self.now - began
-                load = queued._replace(
-                    prompts=[wait._replace(waited_s=wait.waited_s + since) for wait in queued.prompts]
+                load = load._replace(
+                    prompts=[wait._replace(waited_s=wait.waited_s + since) for wait in queued.prompts],
+                    context=queued.context,
                 )
             before = self.controller.num_changes
             arrangement = self.controller.choose(self.now, load)
@@ -91,7 +93,6 @@ class SimulatedGpu:
                 self.costs.note_step(arrangement.decode_sms, NUM_DECODES, step_s, self.now)
                 self.costs.note_rate(arrangement.decode_sms, load.context, rate, self.now)
             self.now += step_s
-            self.controller.pacer.note_step(step_s, has_decodes=True)
             self.steps.append((arrangement, step_s, rate))
 
     def last(self, number: int = 100) -> list[tuple[Arrangement, float, float]]:
@@ -185,6 +186,26 @@ def test_while_streams_are_too_slow_prompts_that_have_time_wait() -> None:
     assert all(rate > 0 for _, _, rate in gpu.last(5)), "they have 0.1 s left"
 
 
+@pytest.mark.parametrize(
+    ("streams", "waits"),
+    [
+        ([], False),
+        ([Stream(0.9, 90, 166)], True),  # 10.0 ms so far, 64 steps of 8.3 to come
+        ([Stream(0.8, 90, 166)], False),  # within the target
+        ([Stream(0.9, 90, 166), Stream(0.64, 80, 176)], False),  # so are they on average
+        ([Stream(1.8, 90, 166)], False),  # lost, whatever comes
+        ([Stream(1.8, 90, 166), Stream(0.9, 90, 166)], True),
+        ([Stream(0.9, 90, 2)], False),  # has no time left to make up for it
+        ([Stream(0.05, 4, 252)], False),  # has only begun
+    ],
+)
+def test_prompts_wait_for_streams_that_are_slow_and_not_lost(streams: list[Stream], waits: bool) -> None:
+    gpu = SimulatedGpu(Targets(0.0095, 2.0), splits=())
+    gpu.controller.choose(0.0, waiting(0.01)._replace(streams=streams))
+    assert gpu.budget.pace is not None and gpu.budget.pace.is_slow == waits
+    assert (gpu.budget.tokens(NUM_DECODES, 2048, 0) == NUM_DECODES) == waits
+
+
 def test_late_prompts_do_not_slow_streams_beyond_their_target() -> None:
     """Their first tokens are late whatever happens; the streams need not be."""
     gpu = SimulatedGpu(Targets(0.0125, 1.0), splits=())
@@ -253,7 +274,7 @@ def test_whatever_was_measured_predictions_are_finite_and_a_choice_is_made(noted
     now = 0.0
     for kind, value in noted:
         now += value
-        chosen = controller.choose(now, waiting(value))
+        chosen = controller.choose(now, waiting(value)._replace(streams=[Stream(value, round(value), 10)]))
         assert chosen in (MIXED, Arrangement(16), Arrangement(64))
         assert NUM_DECODES <= budget.tokens(NUM_DECODES, 2048, 0) <= 2048
         if kind == "step":
@@ -262,7 +283,6 @@ def test_whatever_was_measured_predictions_are_finite_and_a_choice_is_made(noted
             costs.note_rate(16, 0, value, now)
         else:
             budget.costs.note(StepWork(NUM_DECODES, 0 if kind == "plain" else 512), value)
-        controller.pacer.note_step(value, has_decodes=value > 0.001)
         for prediction in (costs.predict(16, NUM_DECODES, 0, now), budget.predict(NUM_DECODES, 2048, 0)):
             assert prediction is None or (0 < prediction.step_s < 1e9 and 0 < prediction.prompt_rate < 1e12)
 

@@ -34,7 +34,6 @@ class Controller:
     Attributes:
         splits: SMs of the decodes' lane that may be chosen, ascending; grows while graphs are captured.
         targets: to be held from now on.
-        pacer: is told of steps.
         current: what was chosen last. num_changes: of it, so far.
         fixed: chosen whatever is measured, for benchmarks.
     """
@@ -45,7 +44,7 @@ class Controller:
         self.num_changes = 0
         self.fixed: Arrangement | None = None
         self.targets = targets
-        self.pacer = Pacer(costs.costs.half_context * CAUTION)
+        self._pacer = Pacer(costs.costs.half_context * CAUTION)
         self.current = MIXED
         self._budget = budget if isinstance(budget, PacedBudget) else None
         self._may_mix = may_mix
@@ -62,7 +61,9 @@ class Controller:
         budget = self._budget
         if budget is not None:
             is_paced = load is not None and self.targets.ttft_s is not None and self.fixed is None
-            budget.pace = self.pacer.look(now, load, self.targets) if load is not None and is_paced else None
+            budget.pace = None
+            if load is not None and is_paced:
+                budget.pace = self._pacer.look(now, load, self.targets, budget.costs.plain(load.num_decodes))
             budget.target_s = self.targets.tpot_s
         if load is None:
             return None

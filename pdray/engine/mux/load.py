@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pdray.engine.schedule.order import MAX_COUNTED, is_free_for
@@ -21,6 +22,18 @@ class Wait(NamedTuple):
     all_tokens: int
 
 
+class Stream(NamedTuple):
+    """A sequence that decodes.
+
+    Attributes:
+        age_s: since its first token. num_steps: tokens that came after that. num_left: tokens that may still come.
+    """
+
+    age_s: float
+    num_steps: int
+    num_left: int
+
+
 class Load(NamedTuple):
     """What waits.
 
@@ -28,11 +41,13 @@ class Load(NamedTuple):
         num_decodes: sequences that decode.
         prompts: in the order in which they are computed; of many, the first.
         context: tokens of the first prompt that are computed.
+        streams: those of the sequences that decode whose first token came from this engine.
     """
 
     num_decodes: int
     prompts: list[Wait]
     context: int
+    streams: Sequence[Stream] = ()
 
     @property
     def num_queued(self) -> int:
@@ -51,8 +66,14 @@ def measure_load(scheduler: Scheduler, now: float) -> Load | None:
     if not prompts or len(begun) == len(running):
         return None
     in_prompt = {id(sequence) for sequence in begun}
-    num_decodes = sum(id(s) not in in_prompt and is_free_for(s, LaneName.MAIN) for s in running)
-    if not num_decodes:
+    decodes = [s for s in running if id(s) not in in_prompt and is_free_for(s, LaneName.MAIN)]
+    if not decodes:
         return None
     waits = [Wait(s.num_uncomputed_tokens, now - (s.request.queued_at or now), len(s.token_ids)) for s in prompts]
-    return Load(num_decodes, waits, prompts[0].num_computed_tokens)
+    streams = []
+    for s in decodes:
+        began_at, length = s.request.first_token_at, len(s.token_ids)
+        if began_at is not None:
+            num_before = s.num_prompt_tokens + len(s.request.request.output_token_ids) + 1
+            streams.append(Stream(now - began_at, length - num_before, s.max_total_tokens - length))
+    return Load(len(decodes), waits, prompts[0].num_computed_tokens, streams)

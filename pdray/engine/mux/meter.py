@@ -43,7 +43,6 @@ class Meter:
         if seconds <= 0:
             return
         num_decodes, arrangement = step.plan.num_decodes, step.arrangement
-        self._controller.pacer.note_step(seconds, has_decodes=num_decodes > 0)
         is_split = arrangement is not None and arrangement.decode_sms is not None
         if is_split and is_beside and num_decodes == step.plan.num_tokens:
             assert arrangement is not None and arrangement.decode_sms is not None

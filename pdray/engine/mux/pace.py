@@ -11,18 +11,20 @@ Pure: no clock, no device.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pdray.engine.mux.costs import Prediction
-from pdray.engine.mux.load import Load
+from pdray.engine.mux.load import Load, Stream
 from pdray.engine.schedule.token_budget import GROWTH, LEAST_STRETCH, MAX_STRETCH, AdaptiveBudget
 
 TTFT_MARGIN = 0.8  # of the target, which is for all prompts and counts from before they are queued
 TPOT_MARGIN = 0.96  # of the target, which is for all streams and not for their mean
 ARRIVALS_S = 3.0  # of arrivals that say how many come
 ARRIVALS_MARGIN = 1.3
-PACE_STEPS = 64  # that say how fast streams are
+LEAST_STEPS = 8  # of a stream that say how fast it is
+MOST_AHEAD = 64  # steps in which a stream may make up for slow ones
 HURRIED_STRETCH = 3.5  # of steps to plain ones, where prompts need it
 HOLD_SHARE = 0.9  # of the rate in the smallest steps: prompts that need more do not wait
 
@@ -41,7 +43,7 @@ class Targets:
 class Pace(NamedTuple):
     """Attributes:
     needed, wanted: tokens of prompts a second: for the first tokens to be in time, and to keep up with arrivals too.
-    is_slow: streams have been slower than they may be.
+    is_slow: streams have been slower than they may be; those that must miss their TPOT whatever comes do not count.
     """
 
     needed: float
@@ -61,18 +63,13 @@ class Pacer:
         self._arriving = 0.0  # tokens of prompts a second
         self._looked_at = 0.0
         self._seen_until = -math.inf  # prompts that were queued by then are counted
-        self._step_s, self._num_steps = 0.0, 0
 
-    def note_step(self, seconds: float, *, has_decodes: bool) -> None:
-        """A step took so long; without decodes the streams before it do not matter any more."""
-        if not has_decodes:
-            self._step_s, self._num_steps = 0.0, 0
-            return
-        self._num_steps = min(self._num_steps + 1, PACE_STEPS)
-        self._step_s += (seconds - self._step_s) / self._num_steps
+    def look(self, now: float, load: Load, targets: Targets, plain_s: float | None) -> Pace:
+        """Take what has come into account. Rates are of tokens that cost as much as the first prompt's next one.
 
-    def look(self, now: float, load: Load, targets: Targets) -> Pace:
-        """Take what has come into account. Rates are of tokens that cost as much as the first prompt's next one."""
+        Args:
+            plain_s: of a step without prompts, where that is known.
+        """
         assert targets.ttft_s is not None
         each = 1 + load.context / self._half_context
         self._arriving *= math.exp((self._looked_at - now) / ARRIVALS_S)
@@ -87,12 +84,25 @@ class Pacer:
             time_left = targets.ttft_s * TTFT_MARGIN - wait.waited_s
             needed = max(needed, left / each / time_left if time_left > 0 else math.inf)
         self._seen_until = newest
-        limit_s = math.inf if targets.tpot_s is None else targets.tpot_s * TPOT_MARGIN
-        return Pace(needed, max(needed, ARRIVALS_MARGIN * self._arriving / each), self._step_s > limit_s)
+        is_slow = targets.tpot_s is not None and are_slow(load.streams, targets.tpot_s, plain_s or 0.0)
+        return Pace(needed, max(needed, ARRIVALS_MARGIN * self._arriving / each), is_slow)
 
     def _weigh(self, num_tokens: int, end: int) -> float:
         """Tokens without context that cost as much as the last ``num_tokens`` of a prompt of ``end``."""
         return num_tokens * (1 + (end - num_tokens / 2) / self._half_context)
+
+
+def are_slow(streams: Sequence[Stream], tpot_s: float, plain_s: float) -> bool:
+    """Whether streams that can still have their TPOT have been slower so far, on average.
+
+    The others do not count: prompts that wait for their sake would only have their first tokens late, too.
+    """
+    paces = []
+    for age_s, num_steps, num_left in streams:
+        ahead = min(num_left, MOST_AHEAD)
+        if num_steps >= LEAST_STEPS and age_s + ahead * plain_s <= tpot_s * (num_steps + ahead):
+            paces.append(age_s / num_steps)
+    return bool(paces) and sum(paces) / len(paces) > tpot_s * TPOT_MARGIN
 
 
 class PacedBudget(AdaptiveBudget):

@@ -83,7 +83,7 @@ class Bookkeeper:
             if tokens:
                 update = updates.get(live.key)
                 if update is None:
-                    update = updates[live.key] = RequestUpdate(live.key)
+                    update = updates[live.key] = RequestUpdate(live.key, whole=live.request.whole)
                     live.num_alone_steps = max(0, live.num_alone_steps - 1)
                 self._book(chunk, tokens, update)
                 self._note_timings(live, update, plan.launched_at, now)
@@ -134,6 +134,7 @@ class Bookkeeper:
             update.prefill_queue = live.scheduled_at - live.queued_at
             update.prefill = now - live.scheduled_at
             live.queued_at = live.scheduled_at = None
+            live.first_token_at = now
         if live.started_at is not None and live.joined_at is not None:
             update.join_wait = live.joined_at - live.started_at
             update.first_launch = launched_at - live.joined_at

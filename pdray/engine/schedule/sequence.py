@@ -199,11 +199,13 @@ class LiveRequest:
         num_alone_steps: steps that draw for it and compute nothing else, still to come.
         queued_at, scheduled_at: s on the engine's clock: add() or start_prefill(), and the first step.
         started_at, joined_at: the same for start_decode(). All are None again once reported.
+        first_token_at: s on the engine's clock; None until this engine has computed its prompt.
     """
 
     __slots__ = (
         "arrival",
         "end_token_ids",
+        "first_token_at",
         "forked",
         "grammar",
         "has_places",
@@ -251,6 +253,7 @@ class LiveRequest:
         self.scheduled_at: float | None = None
         self.started_at: float | None = None
         self.joined_at: float | None = None
+        self.first_token_at: float | None = None
 
     def make_rules(self, output_token_ids: list[int]) -> list[Rule]:
         """New rules for a sequence that has these outputs."""

@@ -152,6 +152,10 @@ class FirstSteps:
             except Exception:  # the step itself will fail for it, and end what it concerns
                 logger.exception("the first step of %s could not be prepared", key)
 
+    def near_s(self) -> float:
+        """Seconds for which a first step is near, if there is no more news of it; 0: none is."""
+        return max(0.0, self._near_until - time.perf_counter())
+
     def keep_warm(self) -> bool:
         """Do nothing, by way of what comes before the launch of an expected step. The engine's thread.
 

@@ -1,0 +1,32 @@
+"""What the controller of two lanes is told of a real engine's prompts and streams."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pdray.engine.mux.load import measure_load
+from pdray.engine.request import EngineRequest
+from pdray.sampling_params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+TWO = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, n=2)
+
+
+def test_streams_count_from_the_first_token_that_this_engine_drew(llama: Any) -> None:
+    mux = llama.mux(async_scheduling=False)
+    before = time.perf_counter()
+    mux.add(EngineRequest("new", [5, 6, 7, 8], TWO, (0, 1)))
+    mux.add(EngineRequest("resumed", [9, 10, 11], GREEDY, output_token_ids=[12, 13, 14, 15]))
+    while len(mux.tokens["resumed"][0]) < 3:
+        mux.step()
+    now = time.perf_counter()
+    assert measure_load(mux._scheduler, now) is None, "no prompt waits"
+    mux.add(EngineRequest("waits", [5] * 30, GREEDY))
+    load = measure_load(mux._scheduler, now)
+    assert load is not None and load.num_decodes == 3 and load.num_queued == 30
+    num_new, num_resumed = len(mux.tokens["new"][0]) - 1, 2
+    assert sorted((each.num_steps, each.num_left) for each in load.streams) == sorted(
+        [(num_new, 19 - num_new)] * 2 + [(num_resumed, 19 - 4 - num_resumed)]
+    )
+    assert all(0 < each.age_s < now - before for each in load.streams)
