@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from typing import Any
 
@@ -48,6 +49,9 @@ class NcclGroup(RankGroup):
         self.rank, self.size = rank, size
         self._grouped = nccl.groupStart, nccl.groupEnd
         self._inner: Any = nccl.NcclCommunicator(size, unique_id, rank)
+        # It is never destroyed: NCCL would wait for graphs that have its sums, which this thread may have to destroy,
+        # and for ranks that may have ended. The end of the process frees it.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._inner))
         # Its kernels come before those that run beside them: a product would fill the device.
         self._beside = torch.cuda.Stream(device, priority=-1)
         self._one_shot: OneShot | None = None
