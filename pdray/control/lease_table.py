@@ -97,7 +97,6 @@ class LeaseTable:
                     output_token_ids=tuple(message.output_token_ids),
                     priority=message.priority,
                     alone=message.alone,
-                    whole=message.whole,
                 )
             )
         except InvalidRequestError as error:

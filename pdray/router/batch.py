@@ -59,7 +59,6 @@ async def answer(
                 request_id=f"cmpl-{call_id}-{index}",
                 text=prompt if isinstance(prompt, str) else None,
                 is_checked=True,
-                whole=True,
             )
         try:
             output = await request.wait()

@@ -115,7 +115,6 @@ class Leg:
             prefill_worker_id,
             self.request.priority,
             self.alone,
-            self.request.whole,
         )
 
     def prefill_request(
