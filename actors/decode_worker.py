@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pdray.actors.told_late import ToldLate
 from pdray.actors.worker import Worker
 from pdray.config import Config
 from pdray.control.credit import CreditWaiters
@@ -43,6 +44,7 @@ class DecodeWorker(Worker):
     ) -> None:
         super().__init__(config, worker_id, incarnation, secret, app_name=app_name)
         self._waiters = CreditWaiters()
+        self._told_late = ToldLate(lambda key: self.leases.can_wait(key))  # type: ignore[arg-type]
         self._writes = PendingWrites()
         self._receivers: dict[str, Receiver] = {}  # by kind of channel
         self._failures_by_kind: dict[str, dict[str, str]] = {}  # that were seen, by prefill worker's incarnation
@@ -242,6 +244,11 @@ class DecodeWorker(Worker):
         self._announce_credit()
 
     # engine
+
+    def _updates_from_engine(self, updates: list[RequestUpdate]) -> None:
+        told = self._told_late.take(updates)
+        if told is not None:
+            super()._updates_from_engine(told)
 
     def _on_updates(self, updates: list[RequestUpdate]) -> None:
         """One message to each router that this step has news for."""

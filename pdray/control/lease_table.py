@@ -65,6 +65,11 @@ class LeaseTable:
         lease = self._leases.get(key)
         return None if lease is None or lease.state is LeaseState.QUARANTINE else lease.router_id
 
+    def can_wait(self, key: LegKey) -> bool:
+        """Whether this leg's router waits for its whole answer. From any thread."""
+        lease = self._leases.get(key)
+        return lease is not None and lease.request.whole
+
     def transfer_wait(self, key: LegKey) -> float | None:
         """Seconds from the first token's sampling until the leg's last block arrived, as far as the two
         workers saw it; None for a local prefill."""

@@ -59,6 +59,7 @@ async def answer(
                 request_id=f"cmpl-{call_id}-{index}",
                 text=prompt if isinstance(prompt, str) else None,
                 is_checked=True,
+                whole=True,
             )
         try:
             output = await request.wait()

@@ -115,6 +115,7 @@ class Leg:
             prefill_worker_id,
             self.request.priority,
             self.alone,
+            self.request.whole,
         )
 
     def prefill_request(

@@ -40,6 +40,7 @@ class Request:
         legs: the live ones.
         granted: its first lease stood: it is no longer refused, but goes on or fails.
         outruns: completions ended by a stop string that their worker does not know of.
+        whole: its consumer waits for the end, and no stop string has to be seen before.
         prompt_scores: what prompt_logprobs asks for, once it is known.
     """
 
@@ -52,6 +53,8 @@ class Request:
         priority: int,
         tokenizer: PreTrainedTokenizerBase | None,
         arrival: float,
+        *,
+        whole: bool = False,
     ) -> None:
         self.request_id = request_id
         self.tokenizer = tokenizer
@@ -60,6 +63,7 @@ class Request:
         self.prompt_scores: PromptScores | None = None
         self.priority = priority
         self.arrival = arrival
+        self.whole = whole and not params.stop
         self.completions = [GrowingCompletion(i, tokenizer, prompt_token_ids, params) for i in range(params.n)]
         self.output = RequestOutput(request_id, prompt, prompt_token_ids, [each.output for each in self.completions])
         self.legs: dict[LegKey, Leg] = {}

@@ -208,6 +208,7 @@ class Router:
         text: str | None = None,
         arrival: float | None = None,
         is_checked: bool = False,
+        whole: bool = False,
     ) -> RoutedRequest:
         """Take a request; returns once it has its lease. Cancelling this call gives the request up.
 
@@ -217,6 +218,7 @@ class Router:
             text: what a prompt of token ids was made from.
             arrival: when it came (time.monotonic()), if not now.
             is_checked: prompt and params are what check() has returned. If nobody is there now, it waits.
+            whole: nothing will be read before its end; tokens come in fewer messages then.
 
         Raises:
             InvalidRequestError: it can never be served. QueueFullError: not now. NoWorkerError: nobody is there.
@@ -229,7 +231,7 @@ class Router:
             if not is_checked:
                 prompt, params = await self.check(prompt, params, default_max_tokens)
             assert not isinstance(prompt, str)
-            request = Request(request_id, text, prompt, params, priority, self.tokenizer, arrival)
+            request = Request(request_id, text, prompt, params, priority, self.tokenizer, arrival, whole=whole)
             effects = self.machine.submit(time.monotonic(), request)
         except PdrayError:
             self._note_rejected()

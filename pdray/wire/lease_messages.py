@@ -44,6 +44,7 @@ class LeaseRequest(LegMessage, frozen=True):
             allowed with a single index.
         prefill_worker_id: who will fill the lease; None means that the decode worker prefills.
         alone: the leg is under suspicion: its first steps compute nothing else.
+        whole: nobody reads the answer before its end: tokens may come late, those of many steps in one message.
     """
 
     prompt_token_ids: list[int]
@@ -53,6 +54,7 @@ class LeaseRequest(LegMessage, frozen=True):
     prefill_worker_id: str | None
     priority: int = 0
     alone: bool = False
+    whole: bool = False
 
 
 class RenewLeases(Message, frozen=True):
@@ -113,7 +115,7 @@ class LeaseClosed(LegMessage, frozen=True):
 
 
 class LegTokens(LegMessage, frozen=True):
-    """New tokens of one leg. Timings ride on the first message that knows them.
+    """New tokens of one leg, by position for each index. Timings ride on the first message that knows them.
 
     Attributes:
         prefill_queue, prefill: of a local prefill, with position 0.
@@ -134,7 +136,7 @@ class LegTokens(LegMessage, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """All of one step's new tokens for one router, and the worker's credit after it."""
+    """All of one step's new tokens for one router, with those of earlier steps that could wait; and the worker's credit."""
 
     updates: list[LegTokens]
     credit: Credit

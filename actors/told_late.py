@@ -1,0 +1,76 @@
+"""Tokens that a router can wait for: told many steps at once.
+
+A message for each step costs the worker as much as a small part of the step, on an event loop that takes Python's lock
+from the engine's thread; and it costs the router the same for every token. Where somebody streams, or looks for a stop
+string, that is the price of hearing at once. Where the whole answer is wanted nothing is lost by a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+
+from pdray.engine.request import RequestUpdate
+
+TOLD_STEPS = 16
+TOLD_AFTER_S = 0.1
+
+
+class ToldLate:
+    """Joins the updates of some steps into one for each request. For the engine's thread.
+
+    Args:
+        can_wait: whether a request's router waits for its whole answer.
+    """
+
+    def __init__(self, can_wait: Callable[[Hashable], bool]) -> None:
+        self._can_wait = can_wait
+        self._held: dict[Hashable, RequestUpdate] = {}
+        self._num_steps = 0
+        self._since = 0.0
+
+    def take(self, updates: list[RequestUpdate]) -> list[RequestUpdate] | None:
+        """A step's updates have come: what is to be told now, in order for each request; None: nothing yet.
+
+        Everything is told together with the first update that cannot wait: ends, failures, first and second tokens with
+        their durations, and requests of routers that do not wait.
+        """
+        if not updates or not all(map(self._is_plain, updates)):
+            return self._join(updates)
+        if not self._num_steps:
+            self._since = time.monotonic()
+        self._num_steps += 1
+        if self._num_steps >= TOLD_STEPS or time.monotonic() - self._since >= TOLD_AFTER_S:
+            return self._join(updates)
+        held = self._held
+        for update in updates:
+            if (earlier := held.get(update.key)) is None:
+                held[update.key] = update
+            else:
+                earlier.tokens += update.tokens
+        return None
+
+    def _is_plain(self, update: RequestUpdate) -> bool:
+        """Whether it is nothing but tokens, which can wait."""
+        return not (
+            update.finished
+            or update.failure is not None
+            or update.prefill is not None
+            or update.num_cached_tokens is not None
+            or update.join_wait is not None
+            or update.first_decode_step is not None
+            or not update.tokens
+            or update.tokens[0].position <= 1
+            or not self._can_wait(update.key)
+        )
+
+    def _join(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
+        """All that was held, with these."""
+        self._num_steps = 0
+        if not self._held:
+            return updates
+        held, self._held = self._held, {}
+        for update in updates:
+            if (earlier := held.pop(update.key, None)) is not None:
+                update.tokens[:0] = earlier.tokens
+        return [*held.values(), *updates]
