@@ -136,7 +136,10 @@ class LegTokens(LegMessage, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """All of one step's new tokens for one router, with those of earlier steps that could wait; and the worker's credit."""
+    """All of one step's new tokens for one router, with those of earlier steps that could wait, and the worker's credit.
+
+    The credit is that after the step.
+    """
 
     updates: list[LegTokens]
     credit: Credit

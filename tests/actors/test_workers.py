@@ -6,9 +6,11 @@ import asyncio
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from worker_pairs import PROMPT, SECRET, Pair, finish, make_config
 
+from pdray.actors import told_late
 from pdray.actors.decode_worker import DecodeWorker
 from pdray.config import Config
 from pdray.engine.request import RequestUpdate
@@ -58,6 +60,23 @@ async def test_a_worker_that_stops_closes_its_engine_once_no_step_can_come(
     await worker.stop()
     split = worker.engine.split_state()
     assert closed == [False] and split is not None and split.ready == ()
+
+
+async def test_a_whole_answer_comes_in_few_messages(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first two tokens at once, as anybody's; and beside a streamed one every token, in the messages of that."""
+    monkeypatch.setattr(told_late, "TOLD_AFTER_S", 3600.0)
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
+    for name, n, num_messages in (("whole", 1, 4), ("both", 2, 4)):  # positions 0, 1, to 17, and 18 with the end
+        whole = params if n == 1 else msgspec.structs.replace(params, n=n)
+        key = pair.lease(name, PROMPT, whole, prefill_worker_id=None, whole=True)
+        await pair.router.wait(lambda: all(len(pair.router.tokens(key, i)) == 20 for i in range(n)))  # noqa: B023
+        messages = [m for m in pair.router.messages if isinstance(m, Tokens) and key in [u.key for u in m.updates]]
+        assert len(messages) == num_messages
+    streamed = pair.lease("streamed", PROMPT, params, prefill_worker_id=None)
+    await pair.router.wait(lambda: len(pair.router.tokens(streamed)) == 20)
+    assert pair.router.tokens(streamed) == pair.router.tokens(LegKey("whole", 0))
+    assert sum(isinstance(m, Tokens) and streamed in [u.key for u in m.updates] for m in pair.router.messages) == 20
+    await pair.quiet()
 
 
 @pytest.mark.parametrize("n", [1, 3])

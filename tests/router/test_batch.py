@@ -11,6 +11,7 @@ from pdray.engine.schedule.demand import Demand
 from pdray.errors import InvalidRequestError, NoWorkerError
 from pdray.router.batch import SENT_IN_ONE_ROUND, Batch, answer
 from pdray.router.link import WorkerLink
+from pdray.router.request import Request
 from pdray.sampling_params import SamplingParams
 from pdray.wire.message import LegKey
 
@@ -31,8 +32,10 @@ class NotedRouter:
         self.checked.append(prompt)
         return prompt, params
 
-    async def submit(self, prompt: list[int], params: SamplingParams, *, is_checked: bool, **_: object) -> Any:
-        assert is_checked and prompt in self.checked
+    async def submit(
+        self, prompt: list[int], params: SamplingParams, *, is_checked: bool, whole: bool, **_: object
+    ) -> Any:
+        assert is_checked and whole and prompt in self.checked
         self.rounds[-1].append(prompt[0])
 
         class Request:
@@ -93,3 +96,12 @@ async def test_what_is_asked_for_is_the_sum_of_what_was_not_answered(make_cluste
     for number in range(5):
         link.answered(LegKey("r", number))
     assert (link.decode_state().asked_blocks, link.decode_state().asked_places) == (0, 0) and not link.asked
+
+
+def test_a_whole_answer_is_asked_for_late_tokens_unless_a_stop_string_may_end_it() -> None:
+    """Its worker would compute what nobody wants until the router has seen the string."""
+    for stop, whole in (((), True), (("end",), False)):
+        for wanted in (True, False):
+            params = SamplingParams(max_tokens=5, stop=stop)
+            leg = Request("r", None, [1, 2], params, 0, None, 0.0, whole=wanted).start()
+            assert leg.lease_request(None).whole is (whole and wanted)
