@@ -44,7 +44,7 @@ class DecodeWorker(Worker):
     ) -> None:
         super().__init__(config, worker_id, incarnation, secret, app_name=app_name)
         self._waiters = CreditWaiters()
-        self._told_late = ToldLate(lambda key: self.leases.can_wait(key))  # type: ignore[arg-type]
+        self._told_late = ToldLate()
         self._writes = PendingWrites()
         self._receivers: dict[str, Receiver] = {}  # by kind of channel
         self._failures_by_kind: dict[str, dict[str, str]] = {}  # that were seen, by prefill worker's incarnation

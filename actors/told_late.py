@@ -8,7 +8,7 @@ string, that is the price of hearing at once. Where the whole answer is wanted n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 from pdray.engine.request import RequestUpdate
 
@@ -17,14 +17,9 @@ TOLD_AFTER_S = 0.1
 
 
 class ToldLate:
-    """Joins the updates of some steps into one for each request. For the engine's thread.
+    """Joins the updates of some steps into one for each request. For the engine's thread."""
 
-    Args:
-        can_wait: whether a request's router waits for its whole answer.
-    """
-
-    def __init__(self, can_wait: Callable[[Hashable], bool]) -> None:
-        self._can_wait = can_wait
+    def __init__(self) -> None:
         self._held: dict[Hashable, RequestUpdate] = {}
         self._num_steps = 0
         self._since = 0.0
@@ -50,18 +45,19 @@ class ToldLate:
                 earlier.tokens += update.tokens
         return None
 
-    def _is_plain(self, update: RequestUpdate) -> bool:
+    @staticmethod
+    def _is_plain(update: RequestUpdate) -> bool:
         """Whether it is nothing but tokens, which can wait."""
-        return not (
-            update.finished
-            or update.failure is not None
-            or update.prefill is not None
-            or update.num_cached_tokens is not None
-            or update.join_wait is not None
-            or update.first_decode_step is not None
-            or not update.tokens
-            or update.tokens[0].position <= 1
-            or not self._can_wait(update.key)
+        return (
+            update.whole
+            and not update.finished
+            and update.failure is None
+            and update.prefill is None
+            and update.num_cached_tokens is None
+            and update.join_wait is None
+            and update.first_decode_step is None
+            and bool(update.tokens)
+            and update.tokens[0].position > 1
         )
 
     def _join(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:

@@ -65,11 +65,6 @@ class LeaseTable:
         lease = self._leases.get(key)
         return None if lease is None or lease.state is LeaseState.QUARANTINE else lease.router_id
 
-    def can_wait(self, key: LegKey) -> bool:
-        """Whether this leg's router waits for its whole answer. From any thread."""
-        lease = self._leases.get(key)
-        return lease is not None and lease.request.whole
-
     def transfer_wait(self, key: LegKey) -> float | None:
         """Seconds from the first token's sampling until the leg's last block arrived, as far as the two
         workers saw it; None for a local prefill."""
@@ -102,6 +97,7 @@ class LeaseTable:
                     output_token_ids=tuple(message.output_token_ids),
                     priority=message.priority,
                     alone=message.alone,
+                    whole=message.whole,
                 )
             )
         except InvalidRequestError as error:

@@ -36,6 +36,7 @@ class EngineRequest:
         prefill_only: stop after the first token of each index and keep the blocks until release().
         alone: its first steps compute nothing else, so that one that fails says whose fault it is.
         given: the blocks to compute it in, of an engine without blocks of its own; see GivenBlocks.
+        whole: nobody reads the answer before its end. The engine only passes it on to updates.
     """
 
     key: Hashable
@@ -47,6 +48,7 @@ class EngineRequest:
     prefill_only: bool = False
     alone: bool = False
     given: Reservation | None = None
+    whole: bool = False
 
 
 class LayerGroupReady(NamedTuple):
@@ -82,6 +84,7 @@ class RequestUpdate:
         suspects: keys of all requests of the step that failed.
         param: the request's own field that made it fail.
         prompt_scores: with the first tokens, where they are asked for.
+        whole: the request's own.
     """
 
     key: Hashable
@@ -97,6 +100,7 @@ class RequestUpdate:
     suspects: tuple[Hashable, ...] = ()
     param: str | None = None
     prompt_scores: PromptScores | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

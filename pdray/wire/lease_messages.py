@@ -136,10 +136,7 @@ class LegTokens(LegMessage, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """All of one step's new tokens for one router, with those of earlier steps that could wait, and the worker's credit.
-
-    The credit is that after the step.
-    """
+    """One step's new tokens for one router, earlier ones that could wait, and the credit after it."""
 
     updates: list[LegTokens]
     credit: Credit

@@ -13,46 +13,43 @@ from pdray.actors.told_late import TOLD_AFTER_S, TOLD_STEPS, ToldLate
 from pdray.engine.request import RequestUpdate
 from pdray.outputs import SampledToken
 
-PATIENT, EAGER = "whole", "streamed"
+WHOLE, STREAMED = "whole", "streamed"
 
 
 def update(key: str, position: int, **news: object) -> RequestUpdate:
-    return RequestUpdate(key, [SampledToken(0, position, 100 + position)], **news)  # type: ignore[arg-type]
+    tokens = [SampledToken(0, position, 100 + position)]
+    return RequestUpdate(key, tokens, whole=key.startswith(WHOLE), **news)  # type: ignore[arg-type]
 
 
 def positions(updates: list[RequestUpdate]) -> list[int]:
     return [token.position for each in updates for token in each.tokens]
 
 
-def late() -> ToldLate:
-    return ToldLate(lambda key: str(key).startswith(PATIENT))
-
-
 def test_tokens_of_many_steps_are_told_at_once() -> None:
-    told = late()
-    assert positions(told.take([update(PATIENT, 0, prefill=0.1)]) or []) == [0]
-    assert positions(told.take([update(PATIENT, 1, first_decode_step=0.1)]) or []) == [1]
-    taken = [told.take([update(PATIENT, position)]) for position in range(2, 2 + TOLD_STEPS)]
+    told = ToldLate()
+    assert positions(told.take([update(WHOLE, 0, prefill=0.1)]) or []) == [0]
+    assert positions(told.take([update(WHOLE, 1, first_decode_step=0.1)]) or []) == [1]
+    taken = [told.take([update(WHOLE, position)]) for position in range(2, 2 + TOLD_STEPS)]
     assert taken[:-1] == [None] * (TOLD_STEPS - 1)
     (joined,) = taken[-1] or []
     assert positions([joined]) == list(range(2, 2 + TOLD_STEPS))
-    assert told.take([update(PATIENT, 2 + TOLD_STEPS)]) is None  # counted anew
+    assert told.take([update(WHOLE, 2 + TOLD_STEPS)]) is None  # counted anew
 
 
 def test_what_cannot_wait_takes_the_rest_along() -> None:
     for urgent in (
-        update(EAGER, 7),
-        update(PATIENT, 7, finished=True),
-        update(PATIENT + "2", 0, prefill=0.1, prefill_queue=0.1),
-        update(PATIENT + "2", 5, join_wait=0.1, first_decode_step=0.1),
-        update(PATIENT + "2", 3, num_cached_tokens=0),  # of a replayed leg
-        RequestUpdate(PATIENT + "2", failure="lost", suspects=(PATIENT + "2",)),
+        update(STREAMED, 7),
+        update(WHOLE, 7, finished=True),
+        update(WHOLE + "2", 0, prefill=0.1, prefill_queue=0.1),
+        update(WHOLE + "2", 5, join_wait=0.1, first_decode_step=0.1),
+        update(WHOLE + "2", 3, num_cached_tokens=0),  # of a replayed leg
+        RequestUpdate(WHOLE + "2", failure="lost", suspects=(WHOLE + "2",)),
     ):
-        told = late()
-        assert told.take([update(PATIENT, 5), update(PATIENT + "3", 9)]) is None
-        assert told.take([update(PATIENT, 6)]) is None
+        told = ToldLate()
+        assert told.take([update(WHOLE, 5), update(WHOLE + "3", 9)]) is None
+        assert told.take([update(WHOLE, 6)]) is None
         news = told.take([urgent]) or []
-        expected = {PATIENT: [5, 6], PATIENT + "3": [9]}
+        expected = {WHOLE: [5, 6], WHOLE + "3": [9]}
         expected[str(urgent.key)] = expected.get(str(urgent.key), []) + [token.position for token in urgent.tokens[-1:]]
         assert {str(each.key): positions([each]) for each in news} == expected
         assert urgent in news
@@ -62,14 +59,14 @@ def test_what_cannot_wait_takes_the_rest_along() -> None:
 def test_nothing_waits_for_longer_than_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter((0.0, 0.0, TOLD_AFTER_S))
     monkeypatch.setattr(told_late, "time", SimpleNamespace(monotonic=lambda: next(times)))
-    told = late()
-    assert told.take([update(PATIENT, 5)]) is None
-    assert positions(told.take([update(PATIENT, 6)]) or []) == [5, 6]
+    told = ToldLate()
+    assert told.take([update(WHOLE, 5)]) is None
+    assert positions(told.take([update(WHOLE, 6)]) or []) == [5, 6]
 
 
-@given(st.lists(st.lists(st.sampled_from([PATIENT, PATIENT + "2", EAGER]), unique=True), max_size=60))
+@given(st.lists(st.lists(st.sampled_from([WHOLE, WHOLE + "2", STREAMED]), unique=True), max_size=60))
 def test_every_token_is_told_once_and_in_order(steps: list[list[str]]) -> None:
-    told, sent = late(), dict[str, list[int]]()
+    told, sent = ToldLate(), dict[str, list[int]]()
     drawn: dict[str, int] = {}
     for keys in steps:
         updates = []

@@ -83,7 +83,7 @@ class Bookkeeper:
             if tokens:
                 update = updates.get(live.key)
                 if update is None:
-                    update = updates[live.key] = RequestUpdate(live.key)
+                    update = updates[live.key] = RequestUpdate(live.key, whole=live.request.whole)
                     live.num_alone_steps = max(0, live.num_alone_steps - 1)
                 self._book(chunk, tokens, update)
                 self._note_timings(live, update, plan.launched_at, now)
