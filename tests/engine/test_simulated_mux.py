@@ -35,7 +35,7 @@ def test_beyond_the_knee_it_does_not_miss_both_targets() -> None:
 def test_prompts_do_not_wait_for_streams_that_are_lost() -> None:
     """Where half of all streams cannot have their TPOT, steps that are small for their sake make first tokens late."""
     ways: list[Targets | Arrangement] = [Targets(0.008, TTFT_MS / 1000), *(Arrangement(chunk=n) for n in (128, 256))]
-    runs = [[serve(way, 1.0, input_len=8192, costs=FITTED, seed=seed) for seed in range(2)] for way in ways]
+    runs = [[serve(way, 1.0, input_len=8192, costs=FITTED, splits={}, seed=seed) for seed in range(2)] for way in ways]
     mine, *mixed = (sum(in_time(run, 8) for run in each) for each in runs)
     assert mine >= 1.05 * max(mixed)
 
