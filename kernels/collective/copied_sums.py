@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pdray.kernels.collective.group import PendingSum, RankGroup
-from pdray.kernels.collective.peer_memory import PeerMemory, map_everywhere
+from pdray.kernels.collective.peer_memory import PeerMemory, agree, map_everywhere
 from pdray.kernels.elementwise.rms_norm import rms_norm
 
 NUM_PLACES = 2  # sums that have begun and were not waited for, at most
@@ -60,7 +60,7 @@ class CopiedSums:
     Args:
         driver: cuda.bindings.driver, or what stands for it.
         places: [NUM_PLACES, num_bytes] uint8, which the other rank fills. flags: address of this rank's words: "full"
-            of each place, then "free" of each of the other's.
+            of each place, "free" of each of the other's, and two to spare.
         their_places, their_flags: the other rank's, as this one can write them.
     """
 
@@ -100,6 +100,19 @@ class CopiedSums:
 
         return _CopiedSum(x, arrive, release)
 
+    def obstacle(self) -> str:
+        """What the driver says to all that a sum launches; "": nothing. It needs no other rank, and waits."""
+        stream, spare = self._streams[0], WORD * 2 * NUM_PLACES
+        try:
+            self._write(stream, self._their_flags + spare + WORD, 1)
+            self._write(stream, self._flags + spare, 1)
+            self._await(stream, self._flags + spare)
+            _check(self._driver.cuMemcpyAsync(self._their_places, self._places.data_ptr(), WORD, stream.cuda_stream))
+            stream.synchronize()
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
     def _await(self, stream: torch.cuda.Stream, address: int) -> None:
         _check(self._driver.cuStreamWaitValue32(stream.cuda_stream, address, 1, WAIT_EQUAL))
         self._write(stream, address, 0)
@@ -124,15 +137,16 @@ def open_copied_sums(group: RankGroup, num_bytes: int, device: torch.device) -> 
         driver = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         obstacle = f"no cuda.bindings ({error}); install pdray[cuda13] or pdray[cuda12]"
-    places, flags = PeerMemory(NUM_PLACES * num_bytes, device), PeerMemory(2 * NUM_PLACES * WORD, device)
-    words = torch.tensor([0] * NUM_PLACES + [1] * NUM_PLACES, dtype=torch.int32, device=device)
+    words = torch.tensor([0] * NUM_PLACES + [1] * NUM_PLACES + [0, 0], dtype=torch.int32, device=device)
+    places, flags = PeerMemory(NUM_PLACES * num_bytes, device), PeerMemory(len(words) * WORD, device)
     flags.tensor.view(torch.int32).copy_(words)
     mapped = map_everywhere(group, [places, flags], obstacle)
     if isinstance(mapped, str):
         return mapped
     other = 1 - group.rank
     own = places.tensor.view(NUM_PLACES, num_bytes)
-    return CopiedSums(driver, own, flags.address, mapped[0][other], mapped[1][other])
+    sums = CopiedSums(driver, own, flags.address, mapped[0][other], mapped[1][other])
+    return agree(group, sums.obstacle(), device) or sums
 
 
 def _check(result: Any) -> None:

@@ -31,7 +31,7 @@ class NcclGroup(RankGroup):
 
     Args:
         one_shot_bytes: what a rank sends for a sum that is made by one kernel, at most, where the ranks can write each
-            other's memory.
+            other's memory. 0: all sums are NCCL's, those by copies too.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class NcclGroup(RankGroup):
         self._beside = torch.cuda.Stream(device, priority=-1)
         self._one_shot: OneShot | None = None
         self._copied: CopiedSums | None = None
-        self._device = device
+        self._device, self._may_write_others = device, one_shot_bytes > 0
         if one_shot_bytes and size > 1:
             opened = open_one_shot(self, one_shot_bytes // (size - 1), device)
             if isinstance(opened, str):
@@ -71,6 +71,8 @@ class NcclGroup(RankGroup):
 
     def reserve(self, num_bytes: int) -> None:
         """See RankGroup."""
+        if not self._may_write_others:
+            return
         opened = open_copied_sums(self, num_bytes, self._device)
         if isinstance(opened, str):
             logger.info("rank %d: sums beside other work are NCCL's: %s", self.rank, opened)

@@ -74,10 +74,15 @@ def map_everywhere(group: RankGroup, memories: list[PeerMemory], obstacle: str =
                 obstacle = mapped
             else:
                 found.append(mapped)
-    failed = torch.tensor([int(bool(obstacle))], dtype=torch.int64, device=memories[0].tensor.device)
+    return agree(group, obstacle, memories[0].tensor.device) or found
+
+
+def agree(group: RankGroup, obstacle: str, device: torch.device) -> str:
+    """What is in the way of any rank; empty on all of them if nothing is. Waits for the stream."""
+    failed = torch.tensor([int(bool(obstacle))], dtype=torch.int64, device=device)
     if int(group.sum(failed).item()):
         return obstacle or "another rank cannot write this one's memory"
-    return found
+    return ""
 
 
 def _gather_all(group: RankGroup, row: Tensor) -> Tensor:

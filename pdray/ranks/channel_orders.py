@@ -170,7 +170,8 @@ class ChannelFollower:
         try:
             answer = begun.finish()
         except Exception as error:
-            traceback.print_exc()
+            if not isinstance(error, TransferError):  # of a peer's; rank 0 says what becomes of the channel
+                traceback.print_exc()
             return ChannelAnswer(begun.number, b"", describe_error(error))
         return None if answer is None else ChannelAnswer(begun.number, answer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.testing.patience import PATIENCE_S
 
 NUM_SUMS, MAX_NUMBERS = 60, 500
+IDLE = [0] * NUM_PLACES + [1] * NUM_PLACES + [0, 0]  # the words of a rank
 
 
 class Stream:
@@ -42,6 +44,9 @@ class Stream:
 
     def wait_event(self, event: Future[None]) -> None:
         self.launch(partial(event.result, PATIENCE_S))
+
+    def synchronize(self) -> None:
+        self.record_event().result(PATIENCE_S)
 
     def wait_stream(self, stream: Current) -> None:
         pass  # whose work is done when the host has launched it
@@ -97,14 +102,14 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CopiedSums]]:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     places = [torch.zeros(NUM_PLACES, MAX_NUMBERS * 4, dtype=torch.uint8) for _ in range(2)]
-    flags = [torch.tensor([0] * NUM_PLACES + [1] * NUM_PLACES, dtype=torch.int32) for _ in range(2)]
+    flags = [torch.tensor(IDLE, dtype=torch.int32) for _ in range(2)]
     yield [
         CopiedSums(
             Driver, places[rank], flags[rank].data_ptr(), places[1 - rank].data_ptr(), flags[1 - rank].data_ptr()
         )
         for rank in range(2)
     ]
-    assert [each.tolist() for each in flags] == [[0] * NUM_PLACES + [1] * NUM_PLACES] * 2, "every place is free again"
+    assert [each[:-1].tolist() for each in flags] == [IDLE[:-1]] * 2, "every place is free again"
 
 
 def test_sums_are_the_same_on_both_ranks(pair: list[CopiedSums]) -> None:
@@ -115,6 +120,7 @@ def test_sums_are_the_same_on_both_ranks(pair: list[CopiedSums]) -> None:
     expected = [one + other for one, other in zip(*parts, strict=True)]
 
     def run(rank: int) -> list[torch.Tensor]:
+        assert pair[rank].obstacle() == ""
         late = random.Random(rank)
         pending, totals = list[PendingSum](), list[torch.Tensor]()
         for part in parts[rank]:
@@ -145,3 +151,11 @@ def test_what_fits_no_place_is_left_to_others(pair: list[CopiedSums], monkeypatc
     assert not pair[0].takes(torch.zeros(MAX_NUMBERS + 1)) and not pair[0].takes(torch.zeros(0))
     is_capturing.set()
     assert not pair[0].takes(torch.zeros(1))
+
+
+@pytest.mark.parametrize("refused", ["cuStreamWaitValue32", "cuStreamWriteValue32", "cuMemcpyAsync"])
+def test_what_the_driver_does_not_take_is_told(
+    refused: str, pair: list[CopiedSums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Driver, refused, staticmethod(lambda *_: (801,)))
+    assert re.fullmatch("a stream cannot .* another rank's memory: 801", pair[0].obstacle())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,15 @@ def test_small_sums_are_left_to_nccl_where_that_is_asked_for(
 ) -> None:
     """In every rank, by what it is told."""
     joined: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("pdray.kernels.collective.nccl.NcclGroup", lambda *args: joined.append(args))
-    setup = Setup(settings_of(Config(tensor_parallel_size=2, **settings)), rank, 2, b"id", "")
-    join(decode(encode(setup)), torch.device("cuda"))
+
+    def make_group(*args: Any) -> SimpleNamespace:
+        joined.append(args)
+        return SimpleNamespace()
+
+    monkeypatch.setattr("pdray.kernels.collective.nccl.NcclGroup", make_group)
+    setup = Setup(settings_of(Config(tensor_parallel_size=2, **settings)), rank, 2, b"id", "", 1 << 20)
+    group = join(decode(encode(setup)), torch.device("cuda"))
+    assert group.halves_bytes == 1 << 20
     assert joined == [(rank, 2, b"id", torch.device("cuda"), most)]
 
 
@@ -40,7 +47,7 @@ def test_every_rank_knows_of_its_peers_what_rank_0_does(
     config, cpu = Config(num_decode_workers=3, **settings), torch.device("cpu")
     config = assembly.of_role(config, "prefill" if role is Role.PREFILL else "decode")
     site = assembly._site(config, role, "w", cpu, print)
-    setup = Setup(settings_of(config), 1, 2, None, "", assembly._rank_site(site, ["nccl"], 0))
+    setup = Setup(settings_of(config), 1, 2, None, "", 1 << 20, assembly._rank_site(site, ["nccl"], 0))
     told = decode(encode(setup))
     assert told.site is not None
     make_kinds(told.site, told.config, cpu)

@@ -162,6 +162,8 @@ async def test_a_lease_is_not_freed_while_a_piece_is_written(world: Any) -> None
     world.writes.when_done(key, lambda: freed.append("before"))
     future = sender.put(0, ALL_LAYERS, [5], [5])
     await until(lambda: world.writes._number)
+    await until(lambda: sender.wire.num_sends == 2 and world.receiver._group._threads[0]._unpacking)
+    await until(lambda: all(each.done.query() for each in list(world.receiver._group._threads[0]._receiving)))
     world.writes.when_done(key, lambda: freed.append("after"))
     closing = asyncio.create_task(world.receiver.close_link("a"))
     await asyncio.sleep(0.05)
