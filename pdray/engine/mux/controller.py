@@ -3,8 +3,8 @@
 What decodes get is held first: no step should take longer than the target, which mixed steps keep to by their token
 budget; with a TTFT, no token of a prompt should delay streams by more in two lanes than in mixed steps. Of the
 arrangements that hold it and compute prompts fast enough (see pace.py; without a TTFT, as fast as mixed steps would)
-the one that delays streams least is taken. Mixed steps are preferred: two lanes must promise more than they. A change takes a while of the same mind, and comes no sooner than HOLD_S after the last, unless steps are too long
-as it is.
+the one that delays streams least is taken. Mixed steps are preferred: two lanes must promise more than they. A change
+takes a while of the same mind, and comes no sooner than HOLD_S after the last, unless steps are too long as it is.
 
 Pure: no clock, no device.
 """
