@@ -105,11 +105,11 @@ class Controller:
         ):  # a stream's TPOT is the mean of many steps: what each token costs counts
             limit_s = max(limit_s, current.plain_s * HURRIED_STRETCH)
             most = known[MIXED].delay / WORTH_SPLIT
-            known = {a: p for a, p in known.items() if not a.is_split or a == self.current or p.delay <= most}
+            known = {a: p for a, p in known.items() if not a.is_split or p.delay <= most}
         wanted = pace.wanted if pace is not None else known[MIXED].prompt_rate if MIXED in known else float("inf")
         chosen = best_of(known, limit_s, wanted)
         best = known[chosen]
-        is_too_long = current.step_s > limit_s and best.step_s < current.step_s
+        is_too_long = self.current not in known or (current.step_s > limit_s and best.step_s < current.step_s)
         is_faster = current.prompt_rate < wanted and best.prompt_rate > GAIN * current.prompt_rate
         is_smoother = best.delay * GAIN < current.delay and best.prompt_rate >= min(wanted, current.prompt_rate)
         if chosen == self.current or not (is_too_long or is_faster or is_smoother):
