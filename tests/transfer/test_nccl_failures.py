@@ -246,6 +246,20 @@ async def test_an_init_that_fails_or_hangs() -> None:
     await until(lambda: late.num_aborts == 1)
 
 
+async def test_an_init_that_is_cancelled_as_it_returns_is_closed() -> None:
+    """Nobody would have it then, and end it."""
+    communicator = fake_device.HostCommunicator(fake_device.Wire(), print)
+    opening = asyncio.create_task(open_communicator(lambda: communicator))
+    await asyncio.sleep(0)
+    for thread in threading.enumerate():
+        if thread.name == "nccl-init":
+            thread.join(20)
+    asyncio.get_running_loop().call_soon(opening.cancel)  # behind what the thread has called
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await until(lambda: communicator.num_aborts == 1)
+
+
 async def test_a_receiver_that_cannot_join_says_so(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[bytes] = []
 

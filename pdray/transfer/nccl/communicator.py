@@ -206,6 +206,10 @@ async def open_communicator(
     try:
         async with asyncio.timeout(timeout_s):
             return await done
+    except asyncio.CancelledError:
+        if has_opened(done):  # in this very moment
+            close_soon([done.result()])
+        raise
     except TimeoutError:
         text = f"NCCL's init has not returned after {timeout_s:g} s"
         (on_stuck or end_process)(text)
