@@ -26,6 +26,7 @@ class Costs(NamedTuple):
         token, knee: each token of a step beyond so many, which the reading of the weights hides.
         prompts: of every step with prompts.
         kv: to read a thousand tokens of context. prefix: of a thousand pairs of a prompt's token and its context.
+        least_prefix: at least, of a thousand tokens of context before a prompt's, in steps of at most 128 tokens.
     """
 
     weights: float = 5.3
@@ -35,6 +36,7 @@ class Costs(NamedTuple):
     prompts: float = 0.9
     kv: float = 0.052
     prefix: float = 0.0015
+    least_prefix: float = 0.0
 
     def step(self, work: StepWork, kv_tokens: int) -> float:
         """Of a step whose decoding sequences have so much context together."""
@@ -43,8 +45,10 @@ class Costs(NamedTuple):
             return reading
         size = work.num_prompt_tokens + work.num_decodes
         padded = next((each for each in STEP_SIZES if each >= size), -(-size // 512) * 512)
-        pairs = work.num_prompt_tokens * work.context / 1000
-        return reading + self.prompts + self.token * max(0, padded - self.knee) + self.prefix * pairs
+        attending = self.prefix * work.num_prompt_tokens * work.context / 1000
+        if padded <= STEP_SIZES[0]:
+            attending = max(attending, self.least_prefix * work.context / 1000)
+        return reading + self.prompts + self.token * max(0, padded - self.knee) + attending
 
 
 H100_8B = Costs()

@@ -25,6 +25,9 @@ HALF_CONTEXT = 16_000.0
 TTFT_MS = 1000.0
 # What fits today's steps on an H100: plain ones of `pdray bench pipeline`, and mixed ones of 14 requests/s of 2,048.
 FITTED = Costs(weights=6.35, seqs=0.25, token=0.0225, knee=188, prompts=1.0, kv=0.049, prefix=0.003)
+# The same with what steps of 8k showed: 43 us for each token in steps of 128, 23 in 256, 18 on 32 of the SMs.
+FITTED_8K = FITTED._replace(least_prefix=1.07)
+SPLITS_8K = {32: (1.8, 33_000.0)}
 PICTURES = ((15.0, (4, 6, 7, 8, 9, 10, 12)), (8.0, (1, 2, 2.5, 3, 3.5, 4, 5)))
 ROWS = ((2048, 15, (6, 7, 8, 9)), (2048, 8, (2, 3, 4)), (8192, 15, (1, 1.4)), (8192, 8, (0.4, 0.7)))
 SPLITS = {32: (1.58, 24_000.0), 48: (1.41, 17_000.0)}  # slowdown of decodes, and tokens of prompts a second, measured

@@ -161,6 +161,16 @@ def test_it_goes_away_from_what_has_become_slow_and_comes_back() -> None:
     assert gpu.settled() == Arrangement(decode_sms=32)
 
 
+def test_late_prompts_leave_a_split_whose_tokens_have_become_dear() -> None:
+    """As with more streams, although it computes more prompts than mixed steps within the target."""
+    gpu = SimulatedGpu(Targets(0.015, 1.0), noise=0.01, hides=False)
+    gpu.run(5, waiting(*([2.0] * 8)))
+    assert gpu.settled().is_split
+    gpu.slowdown = lambda arrangement: 2.0 if arrangement.is_split else 1.0
+    gpu.run(5, waiting(*([2.0] * 8)))
+    assert gpu.settled() == MIXED and gpu.mean_ms() <= 15
+
+
 def test_prompts_that_have_time_are_computed_in_the_steps_that_delay_streams_least() -> None:
     """224 tokens for 3.6 ms are cheaper than 96 for 2.3 or 352 for 6, and a split delays streams by 15 us for each."""
     gpu = SimulatedGpu(Targets(0.030, 1.0), splits=())

@@ -1,10 +1,10 @@
 """The choice, while prompts and decodes both wait, between one mixed step and two lanes, and of the lanes' sizes.
 
 What decodes get is held first: no step should take longer than the target, which mixed steps keep to by their token
-budget. Of the arrangements that hold it and compute prompts fast enough (see pace.py; without a TTFT, as fast as mixed
-steps would) the one that delays streams least is taken. Mixed steps are preferred: two lanes must promise more than
-they. A change takes a while of the same mind, and comes no sooner than HOLD_S after the last, unless steps are too long
-as it is.
+budget; with a TTFT, no token of a prompt should delay streams by more in two lanes than in mixed steps. Of the
+arrangements that hold it and compute prompts fast enough (see pace.py; without a TTFT, as fast as mixed steps would)
+the one that delays streams least is taken. Mixed steps are preferred: two lanes must promise more than they. A change
+takes a while of the same mind, and comes no sooner than HOLD_S after the last, unless steps are too long as it is.
 
 Pure: no clock, no device.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pdray.engine.mux.costs import MIXED, Arrangement, Prediction, SplitCosts
 from pdray.engine.mux.load import Load
-from pdray.engine.mux.pace import TPOT_MARGIN, PacedBudget, Pacer, Targets
+from pdray.engine.mux.pace import HURRIED_STRETCH, TPOT_MARGIN, PacedBudget, Pacer, Targets
 from pdray.engine.schedule.token_budget import TokenBudget
 
 HOLD_S = 0.5
@@ -100,10 +100,16 @@ class Controller:
         limit_s = self._limit_s(current.plain_s)
         if MIXED in known:  # which take longer than the target where that is too short, or prompts wait for too long
             limit_s = max(limit_s, known[MIXED].step_s)
+        if (
+            MIXED in known and pace is not None
+        ):  # a stream's TPOT is the mean of many steps: what each token costs counts
+            limit_s = max(limit_s, current.plain_s * HURRIED_STRETCH)
+            most = known[MIXED].delay / WORTH_SPLIT
+            known = {a: p for a, p in known.items() if not a.is_split or p.delay <= most}
         wanted = pace.wanted if pace is not None else known[MIXED].prompt_rate if MIXED in known else float("inf")
         chosen = best_of(known, limit_s, wanted)
         best = known[chosen]
-        is_too_long = current.step_s > limit_s and best.step_s < current.step_s
+        is_too_long = self.current not in known or (current.step_s > limit_s and best.step_s < current.step_s)
         is_faster = current.prompt_rate < wanted and best.prompt_rate > GAIN * current.prompt_rate
         is_smoother = best.delay * GAIN < current.delay and best.prompt_rate >= min(wanted, current.prompt_rate)
         if chosen == self.current or not (is_too_long or is_faster or is_smoother):
