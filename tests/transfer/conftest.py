@@ -34,7 +34,7 @@ from pdray.transfer.nccl.staging import ID_AREA_BYTES, NUM_SLOTS, Staging
 from pdray.transfer.pending_writes import PendingWrites
 from pdray.wire.message import LegKey
 
-for _name in ("fake_device", "waits"):
+for _name in ("fake_device", "waits", "worker_of_ranks"):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
     assert _spec is not None and _spec.loader is not None
     _module = sys.modules[_name] = importlib.util.module_from_spec(_spec)

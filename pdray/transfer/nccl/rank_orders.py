@@ -29,8 +29,8 @@ class SetUp(RankOrder, frozen=True):
     num_kv_heads: int
 
 
-class OpenSends(RankOrder, frozen=True):
-    """Answered when this rank is connected with those that it sends to."""
+class OpenLanes(RankOrder, frozen=True):
+    """Answered when this rank is connected with those of the peer that it has heads for."""
 
     link: int
     peer: str
@@ -39,8 +39,8 @@ class OpenSends(RankOrder, frozen=True):
     unique_ids: list[UniqueId]
 
 
-class SendBlocks(RankOrder, frozen=True):
-    """Answered when they are sent. They are final, and the receiver has granted them.
+class MoveBlocks(RankOrder, frozen=True):
+    """Some blocks of some layers.
 
     Attributes:
         ids: see pack_ids(). No blocks: a probe.
@@ -50,6 +50,14 @@ class SendBlocks(RankOrder, frozen=True):
     first_layer: int
     last_layer: int
     ids: bytes
+
+
+class OpenSends(OpenLanes, frozen=True):
+    """To send by."""
+
+
+class SendBlocks(MoveBlocks, frozen=True):
+    """Answered when they are sent. They are final, and the receiver has granted them."""
 
 
 class CloseSends(RankOrder, frozen=True):
@@ -58,27 +66,12 @@ class CloseSends(RankOrder, frozen=True):
     link: int
 
 
-class OpenReceives(RankOrder, frozen=True):
-    """Answered when this rank is connected with those that it receives from."""
-
-    link: int
-    peer: str
-    epoch: int
-    piece_bytes: int
-    unique_ids: list[UniqueId]
+class OpenReceives(OpenLanes, frozen=True):
+    """To receive by."""
 
 
-class ReceiveBlocks(RankOrder, frozen=True):
-    """Answered, when nothing of it is written any more, with whether all of it has come.
-
-    Attributes:
-        ids: see pack_ids(). No blocks: a probe.
-    """
-
-    link: int
-    first_layer: int
-    last_layer: int
-    ids: bytes
+class ReceiveBlocks(MoveBlocks, frozen=True):
+    """Answered, when nothing of it is written any more, with whether all of it has come."""
 
 
 class SetPatience(RankOrder, frozen=True):

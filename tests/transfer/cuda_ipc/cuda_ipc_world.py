@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import multiprocessing
-import socket
 import sys
-import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,8 @@ import torch
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
-from pdray.models.shards import Span, kv_heads_of
-from pdray.ranks.channel_orders import AskedRank, ChannelFollower
-from pdray.transfer.channel import Link, Put, PutResult, Site, WorkerRanks
+from pdray.models.shards import kv_heads_of
+from pdray.transfer.channel import Link, Put, PutResult, Site
 from pdray.transfer.cuda_ipc.kind import CudaIpcKind
 from pdray.transfer.cuda_ipc.messages import Places, Written, decode_to_receiver, decode_to_sender
 from pdray.transfer.cuda_ipc.sender import CudaIpcSender
@@ -31,6 +27,7 @@ assert _spec is not None and _spec.loader is not None
 conftest = sys.modules["transfer_conftest"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(conftest)
 fake_device = sys.modules["fake_device"]  # see conftest.py
+WorkerOfRanks: Any = sys.modules["worker_of_ranks"].WorkerOfRanks
 
 ALL_LAYERS = range(0, 6)
 LAYOUT = KVLayout(6, 4, 2, 8, torch.float32)
@@ -42,67 +39,16 @@ def assert_(condition: bool) -> None:
     assert condition
 
 
-class NoBlocks:
-    """WholeBlocks that nobody asks for."""
-
-    def read(self, layers: range, block_ids: list[int], ready: Any = None) -> torch.Tensor:
-        raise AssertionError
-
-    def write(self, layers: range, block_ids: list[int], data: torch.Tensor) -> None:
-        raise AssertionError
-
-
-class Worker:
-    """The kinds and pools of a worker's ranks, which are threads here. ``dead`` ranks answer no more."""
+class Worker(WorkerOfRanks):
+    """Its ranks' kinds and pools."""
 
     def __init__(self, name: str, num_heads: int, num_ranks: int, num_blocks: int, site: Site, *, lends: bool) -> None:
-        self.num_heads = num_heads
         self.transports = [fake_device.HostMemory(gpu=f"{name}.{rank}") for rank in range(num_ranks)]
         self.kinds = [CudaIpcKind(site, transport) for transport in self.transports]
         heads = kv_heads_of(num_heads, 0, num_ranks).size
         layout, spare = dataclasses.replace(LAYOUT, num_kv_heads=heads), self.kinds[0].spare_bytes if lends else 0
         self.pools = [KVPool.allocate(layout, num_blocks, CPU, spare_bytes=spare) for _ in range(num_ranks)]
-        self.dead = threading.Event()
-        self.asked, self.pipes = [], []
-        for rank in range(1, num_ranks):
-            self.kinds[rank].attach(self.pools[rank])
-            ours, theirs = multiprocessing.Pipe()
-            self.pipes.append(theirs)
-            self.asked.append(AskedRank(rank, ours, self.dead.wait))
-            ChannelFollower({"cuda_ipc": self.kinds[rank]}, theirs)
-        if num_ranks == 1:
-            self.kinds[0].attach(self.pools[0])
-        else:
-            self.kinds[0].attach_ranks(self.pools[0], WorkerRanks(NoBlocks(), num_heads, list(self.asked)))
-
-    @property
-    def spans(self) -> list[Span]:
-        """Heads of each rank."""
-        return [kv_heads_of(self.num_heads, rank, len(self.pools)) for rank in range(len(self.pools))]
-
-    def whole(self) -> torch.Tensor:
-        """What the pools hold together; ranks that have the same heads hold the same."""
-        shape = *self.pools[0].tensor.shape[:4], self.num_heads, LAYOUT.head_dim
-        whole = torch.full(shape, float("nan"))
-        for pool, span in zip(self.pools, self.spans, strict=True):
-            part = whole[..., span.start : span.stop, :]
-            assert part.isnan().all() or torch.equal(part, pool.tensor)
-            part.copy_(pool.tensor)
-        return whole
-
-    def fill(self, whole: torch.Tensor) -> None:
-        for pool, span in zip(self.pools, self.spans, strict=True):
-            pool.tensor.copy_(whole[..., span.start : span.stop, :])
-
-    def kill(self, rank: int) -> None:
-        """Its pipe ends, as a process's does that is killed."""
-        with socket.fromfd(self.pipes[rank - 1].fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as pipe:
-            pipe.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.dead.set()
-        for rank in range(1, len(self.pools)):
-            self.kill(rank)
+        super().__init__(self.kinds, self.pools, num_heads)
 
 
 class PrefillEnd:

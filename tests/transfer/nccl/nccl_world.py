@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
-import multiprocessing
-import socket
 import sys
-import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,9 @@ import torch
 from pdray.config import Config
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
-from pdray.models.shards import Span, kv_heads_of
-from pdray.ranks.channel_orders import AskedRank, ChannelFollower
+from pdray.models.shards import kv_heads_of
 from pdray.testing.patience import PATIENCE_S
-from pdray.transfer.channel import Link, Put, PutResult, Site, WorkerRanks
+from pdray.transfer.channel import Link, Put, PutResult, Site
 from pdray.transfer.nccl.kind import NcclKind
 from pdray.transfer.nccl.messages import decode_to_receiver, decode_to_sender
 from pdray.transfer.nccl.sender import NcclSender
@@ -33,6 +29,7 @@ assert _spec is not None and _spec.loader is not None
 conftest = sys.modules["transfer_conftest"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(conftest)
 fake_device = sys.modules["fake_device"]  # see conftest.py
+WorkerOfRanks: Any = sys.modules["worker_of_ranks"].WorkerOfRanks
 
 ALL_LAYERS = range(0, 6)
 LAYOUT = KVLayout(6, 4, 2, 8, torch.float32)
@@ -41,14 +38,13 @@ STAGING_BYTES = 60_000
 CPU = torch.device("cpu")
 
 
-class Worker:
-    """The kinds and pools of a worker's ranks. ``dead``: once set, those that were killed are seen to be."""
+class Worker(WorkerOfRanks):
+    """Its ranks' kinds and pools."""
 
     def __init__(
         self, name: str, num_heads: int, sizes: tuple[int, int], timeout_s: float, fatal: list[Any], *, sends: bool
     ) -> None:
         num_ranks, num_peer_ranks = sizes
-        self.num_heads = num_heads
         settings: dict[str, Any] = {"worker_timeout_s": timeout_s, "transfer_staging_bytes": STAGING_BYTES}
         config = Config(tensor_parallel_size=num_ranks, **settings)
         site = Site(config, name, CPU, 1, fatal.append, "", sends, num_peer_ranks)
@@ -57,24 +53,7 @@ class Worker:
         heads = kv_heads_of(num_heads, 0, num_ranks).size
         layout = dataclasses.replace(LAYOUT, num_kv_heads=heads)
         self.pools = [KVPool.allocate(layout, NUM_BLOCKS, CPU) for _ in range(num_ranks)]
-        self.dead = threading.Event()
-        self.pipes, asked = [], []
-        for rank in range(1, num_ranks):
-            self.kinds[rank].attach(self.pools[rank])
-            ours, theirs = multiprocessing.Pipe()
-            self.pipes.append(theirs)
-            asked.append(AskedRank(rank, ours, self.dead.wait))
-            ChannelFollower({"nccl": self.kinds[rank]}, theirs)
-        if num_ranks == 1:
-            self.kinds[0].attach(self.pools[0])
-        else:
-            blocks: Any = None  # that nobody asks for
-            self.kinds[0].attach_ranks(self.pools[0], WorkerRanks(blocks, num_heads, list(asked)))
-
-    @property
-    def spans(self) -> list[Span]:
-        """Heads of each rank."""
-        return [kv_heads_of(self.num_heads, rank, len(self.pools)) for rank in range(len(self.pools))]
+        super().__init__(self.kinds, self.pools, num_heads)
 
     @property
     def streams(self) -> list[Any]:
@@ -83,30 +62,6 @@ class Worker:
     @property
     def communicators(self) -> list[Any]:
         return [each for transport in self.transports for each in transport.communicators]
-
-    def whole(self) -> torch.Tensor:
-        """What the pools hold together; ranks that have the same heads hold the same."""
-        shape = *self.pools[0].tensor.shape[:4], self.num_heads, LAYOUT.head_dim
-        whole = torch.full(shape, float("nan"))
-        for pool, span in zip(self.pools, self.spans, strict=True):
-            part = whole[..., span.start : span.stop, :]
-            assert part.isnan().all() or torch.equal(part, pool.tensor)
-            part.copy_(pool.tensor)
-        return whole
-
-    def fill(self, whole: torch.Tensor) -> None:
-        for pool, span in zip(self.pools, self.spans, strict=True):
-            pool.tensor.copy_(whole[..., span.start : span.stop, :])
-
-    def kill(self, rank: int) -> None:
-        """Its pipe ends, as a process's does that is killed."""
-        with socket.fromfd(self.pipes[rank - 1].fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as pipe:
-            pipe.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.dead.set()
-        for rank in range(1, len(self.pools)):
-            self.kill(rank)
 
     def check(self, *, some_died: bool) -> None:
         """What must hold after every test."""
