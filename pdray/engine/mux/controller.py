@@ -100,12 +100,10 @@ class Controller:
         limit_s = self._limit_s(current.plain_s)
         if MIXED in known:  # which take longer than the target where that is too short, or prompts wait for too long
             limit_s = max(limit_s, known[MIXED].step_s)
-        if (
-            MIXED in known and pace is not None
-        ):  # a stream's TPOT is the mean of many steps: what each token costs counts
-            limit_s = max(limit_s, current.plain_s * HURRIED_STRETCH)
-            most = known[MIXED].delay / WORTH_SPLIT
-            known = {a: p for a, p in known.items() if not a.is_split or p.delay <= most}
+            if pace is not None:  # a stream's TPOT is the mean of many steps: what each token costs counts
+                limit_s = max(limit_s, current.plain_s * HURRIED_STRETCH)
+                most = known[MIXED].delay / WORTH_SPLIT
+                known = {a: p for a, p in known.items() if not a.is_split or p.delay <= most}
         wanted = pace.wanted if pace is not None else known[MIXED].prompt_rate if MIXED in known else float("inf")
         chosen = best_of(known, limit_s, wanted)
         best = known[chosen]
