@@ -22,6 +22,7 @@ from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.scores import ScoreInputs, compute_scores, follow_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
+from pdray.kernels.attention.flash import load_gather, takes_heads
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, make_scratch, report
 from pdray.kernels.sampling.history import remember
@@ -94,16 +95,19 @@ class Lane:
             for num in (limits.max_num_seqs, limits.max_num_batched_tokens)
         )
         self._reader, self._scratch = DrawReader(limits.max_num_seqs, device), make_scratch(*draws)
+        self._has_flash = takes_heads(device, decoder.dtype, decoder.config.head_dim)
         if device.type == "cuda":
             self.sampled.fill_(1)  # loads the kernel: see give_token()
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype, self._scratch)
             copy_blocks(pool.tensor, [(0, 0)])  # the dummy block: loads the kernels before the first fork needs them
+        if self._has_flash:
+            load_gather(pool.tensor[0])
         self._logits: torch.Tensor | None = None  # that graphs write
         if capture:
             self._capture()
 
     def _capture(self) -> None:
-        self.graphs = StepGraphs(self._graph_logits(), self.limits.max_num_batched_tokens)
+        self.graphs = StepGraphs(self._graph_logits(), self.limits.max_num_batched_tokens, has_flash=self._has_flash)
         self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups, self._rehearse)
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
