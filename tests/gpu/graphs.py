@@ -85,14 +85,16 @@ def check_graphs() -> Iterator[Row]:
             for request in waiting[: 1 + len(waiting) % 3]:
                 running.add(waiting.pop(waiting.index(request)))
             running.step()
-        for length in (1000, 1500):  # alone: prompts from their first token on
+        for length in (1000, 1500, 1900):  # long prompts, the first alone and the others beside what they decode
             tokens = torch.randint(5, 1024, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-            running.add(EngineRequest(1000 + length, tokens, SamplingParams(seed=1, max_tokens=2, ignore_eos=True)))
-            while running.has_work():
+            running.add(EngineRequest(1000 + length, tokens, SamplingParams(seed=1, max_tokens=20, ignore_eos=True)))
+            for _ in range(5):
                 running.step()
+        while running.has_work():
+            running.step()
         kinds = Counter("decode" if shape.is_decode else "with prompts" for shape in comparison.shapes)
         split = sum(shape.is_split for shape in comparison.shapes)
-        shapes = f"{dict(kinds)} shapes, {split} of them split"
+        shapes = f"{dict(kinds)} shapes, {split} of them split at fresh prompts"
         figure = f"{sum(comparison.shapes.values())} steps of {shapes}; differ: {comparison.differing[:3]}"
         ok = not comparison.differing and min(kinds["decode"], kinds["with prompts"]) >= 3
         yield Row(f"graphs, {name}", figure, "all equal", ok)
