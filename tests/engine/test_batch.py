@@ -143,6 +143,7 @@ def test_graph_sizes_reach_the_largest_batch() -> None:
     shapes = [shape[:2] for shape in prefill_shapes(8192, 256)]
     many = [size for size, num_seqs in shapes if num_seqs == 256]
     assert many == [*STEP_SIZES, *range(4608, 8193, 512)], "what the token budget chooses, and what fills a step"
+    assert max(shape.num_tokens for shape in prefill_shapes(8192, 256, is_shared=True)) == 4096
     assert prefill_shapes(20, 4) == [StepShape(16, 4, 4, False)]
 
 

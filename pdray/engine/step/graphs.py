@@ -53,15 +53,18 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size <= max_num_seqs})
 
 
-def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int, *, has_flash: bool = False) -> list[StepShape]:
+def prefill_shapes(
+    max_num_batched_tokens: int, max_num_seqs: int, *, has_flash: bool = False, is_shared: bool = False
+) -> list[StepShape]:
     """Steps with prompts that get a graph, the smallest first; longer ones keep the device busy while launched.
 
     Args:
         has_flash: FlashAttention takes the model's heads.
+        is_shared: ranks share the model. Their long steps are launched: sums by copies cannot be captured.
     """
     few = min(FEW_SEQUENCES, max_num_seqs)
-    wanted = {(n, few) for n in (*PREFILL_TOKENS, LONG_TOKENS[-1])}
-    wanted |= {(n, max_num_seqs) for n in (*STEP_SIZES, *LONG_TOKENS)}
+    long = () if is_shared else LONG_TOKENS
+    wanted = {(n, few) for n in (*PREFILL_TOKENS, *long[-1:])} | {(n, max_num_seqs) for n in (*STEP_SIZES, *long)}
     return [
         StepShape(num_tokens, num_seqs, num_seqs, False, has_flash and num_tokens >= FLASH_TOKENS)
         for num_tokens, num_seqs in sorted(size for size in wanted if size[0] <= max_num_batched_tokens)
@@ -82,7 +85,7 @@ class StepGraphs:
         logits: [max_num_seqs, vocab_size], which all graphs write to.
         decode: batch sizes in order; default: decode_sizes(). with_prompts: default: prefill_shapes().
         has_flash: FlashAttention takes the model's heads; see prefill_shapes(). What it does behind a prefix it does in
-            launched steps alone.
+            launched steps alone. is_shared: see prefill_shapes().
 
     Attributes:
         launched_sizes: numbers of tokens that launched steps are padded to; of chosen graphs, those of the graphs.
@@ -96,12 +99,13 @@ class StepGraphs:
         decode: list[int] | None = None,
         with_prompts: list[StepShape] | None = None,
         has_flash: bool = False,
+        is_shared: bool = False,
     ) -> None:
         self.logits = logits
         self._has_flash = has_flash
         self._decode_sizes = decode_sizes(len(logits)) if decode is None else decode
         if with_prompts is None:
-            shapes = prefill_shapes(max_num_batched_tokens, len(logits), has_flash=has_flash)
+            shapes = prefill_shapes(max_num_batched_tokens, len(logits), has_flash=has_flash, is_shared=is_shared)
             self.launched_sizes = launched_sizes(max_num_batched_tokens)
         else:
             shapes = with_prompts
