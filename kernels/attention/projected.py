@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pdray.kernels.attention.paged import AttentionMetadata, paged_attention
 from pdray.kernels.attention.rotary_store import HeadOperations, rotate_and_store
+from pdray.kernels.crossover import MERGED_ROW_MAX_WEIGHT_ELEMENTS
 
 
 def projected_attention(
@@ -30,3 +31,39 @@ def projected_attention(
     arguments = q_norm, k_norm, eps, cos, sin, positions, kv_layer, meta.slot_mapping, num_heads
     q, k, v = rotate_and_store(qkv, *arguments)
     return paged_attention(q, kv_layer, meta, scale, k, v)
+
+
+def can_project_row(hidden: Tensor, weight: Tensor, meta: AttentionMetadata) -> bool:
+    """Whether projected_row() takes this step and this output product, whose weight is small."""
+    return (
+        hidden.is_cuda
+        and len(hidden) == meta.num_decodes == len(meta.seq_lens) == 1
+        and hidden.element_size() == 2
+        and weight.numel() <= MERGED_ROW_MAX_WEIGHT_ELEMENTS
+    )
+
+
+def projected_row(
+    qkv: Tensor,
+    heads: HeadOperations,
+    positions: Tensor,
+    kv_layer: Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+) -> Tensor:
+    """linear(projected_attention(...), weight, bias, residual) where can_project_row(); [1, N].
+
+    The product merges what the programs that share the sequence have found, which is a kernel less.
+    """
+    from pdray.kernels.attention.projected_decode_triton import launch_splits, row_plan
+    from pdray.kernels.linear.merged_row_triton import triton_merged_linear
+
+    num_splits, min_tiles = row_plan(meta.block_tables.shape[1] * kv_layer.shape[2])
+    results = launch_splits(
+        qkv, heads, positions, kv_layer, meta, scale, num_splits=num_splits, min_tiles=min_tiles, as_parts=True
+    )
+    assert not isinstance(results, Tensor)
+    return triton_merged_linear(results, weight, bias, residual)
