@@ -23,7 +23,7 @@ def projected_attention(
     Returns:
         [T, num_heads, d].
     """
-    if qkv.is_cuda and meta.num_decodes == len(meta.seq_lens):
+    if qkv.is_cuda and len(qkv) == meta.num_decodes == len(meta.seq_lens):
         from pdray.kernels.attention.projected_decode_triton import triton_projected_decode
 
         return triton_projected_decode(qkv, heads, positions, kv_layer, meta, scale)
