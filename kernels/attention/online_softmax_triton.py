@@ -38,7 +38,7 @@ def load_tile(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Keys and values [BLOCK_N, BLOCK_D] from token ``first`` on; masked: zeros from ``end`` on. Arguments: attend()."""
+    """Keys and values [BLOCK_N, BLOCK_D] from token ``first`` on; masked: zeros from ``end`` on; see attend()."""
     dims = tl.arange(0, BLOCK_D)
     token = first + tl.arange(0, BLOCK_N)
     if MASKED:
@@ -56,9 +56,7 @@ def load_tile(
 
 
 @triton.jit
-def absorb(
-    acc, row_max, row_sum, q, k, v, first, visible, scale_log2, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
-):
+def absorb(acc, row_max, row_sum, q, k, v, first, visible, scale_log2, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """One step of the online softmax, over a tile of keys and values. Arguments: attend()."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     if MASKED:
@@ -95,10 +93,6 @@ def attend(
 ):
     """Continue the online softmax over keys start..end. Unmasked: every row sees them all, whole tiles only."""
     for first in range(start, end, BLOCK_N):
-        k, v = load_tile(
-            kv_ptr, table_ptr, first, end, stride_token, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED
-        )
-        acc, row_max, row_sum = absorb(
-            acc, row_max, row_sum, q, k, v, first, visible, scale_log2, BLOCK_N, MASKED
-        )
+        k, v = load_tile(kv_ptr, table_ptr, first, end, stride_token, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        acc, row_max, row_sum = absorb(acc, row_max, row_sum, q, k, v, first, visible, scale_log2, BLOCK_N, MASKED)
     return acc, row_max, row_sum

@@ -249,8 +249,8 @@ def launch_splits(
         meta.block_tables, meta.seq_lens, heads.eps, scale * LOG2_E, meta.block_tables.stride(0), num_splits,
         KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
         BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim,
-        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)), SPLIT_TOKENS=min_tiles * tiles.block_n, PREFETCH=tiles.prefetch,
-        HAS_NORM=heads.q_norm is not None, WHOLE=whole,
+        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)), SPLIT_TOKENS=min_tiles * tiles.block_n,
+        PREFETCH=tiles.prefetch, HAS_NORM=heads.q_norm is not None, WHOLE=whole,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(qkv.device),
     )  # fmt: skip
     return partial if lse is None else SplitResults(partial, lse, meta.seq_lens, min_tiles * tiles.block_n)
