@@ -15,48 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdray.kernels.attention.decode_triton import choose_num_splits, launch_merge
+from pdray.kernels.attention.decode_triton import launch_merge
 from pdray.kernels.attention.online_softmax_triton import LOG2_E, MIN_DOT_ROWS, absorb, attend, load_tile
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.attention.rotary_store import HeadOperations
+from pdray.kernels.crossover import DECODE_MAX_SPLITS, PROJECTED_MIN_PROGRAMS, PROJECTED_MIN_TOKENS_PER_SPLIT
 from pdray.kernels.dependent_launch import begin, dependent_launch
 from pdray.kernels.processors import num_processors
 
 
-class DecodeTiles(NamedTuple):
-    """block_n: keys at a time. prefetch: tiles that are loaded before the kernel before this one has ended."""
+class DecodePlan(NamedTuple):
+    """num_splits: programs that share one sequence's keys. block_n: keys at a time. prefetch: tiles that are loaded
+    before the kernel before this one has ended.
+    """
 
+    num_splits: int
     block_n: int
     num_warps: int
     num_stages: int
     prefetch: int
-
-
-class RowPlan(NamedTuple):
-    """num_splits: at most so many. min_tiles: of a split, at least."""
-
-    num_splits: int
-    min_tiles: int
-
-
-class SplitResults(NamedTuple):
-    """What the splits of a step's sequences leave to be merged.
-
-    Attributes:
-        partial: [B, Hq, num_splits, d] float32. lse: [B, Hq, num_splits] float32, base 2; -inf of an empty split.
-        seq_lens: [B] int32. split_tokens: a split's earlier tokens are a multiple of these, but for the last one's.
-    """
-
-    partial: Tensor
-    lse: Tensor
-    seq_lens: Tensor
-    split_tokens: int
-
-
-@triton.jit
-def tokens_per_split(num_tokens, num_splits, SPLIT_TOKENS: tl.constexpr):
-    """A multiple of SPLIT_TOKENS, for all splits but the last ones, which have fewer or none."""
-    return tl.maximum(tl.cdiv(tl.cdiv(num_tokens, num_splits), SPLIT_TOKENS), 1) * SPLIT_TOKENS
 
 
 @triton.jit
@@ -110,7 +87,6 @@ def projected_decode_kernel(
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLIT_TOKENS: tl.constexpr,
     PREFETCH: tl.constexpr,
     HAS_NORM: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -126,7 +102,7 @@ def projected_decode_kernel(
     position = tl.load(positions_ptr + sequence)
     slot = tl.load(slot_mapping_ptr + sequence)
     cached = tl.maximum(kv_len - 1, 0)
-    per_split = tokens_per_split(cached, num_splits, SPLIT_TOKENS)
+    per_split = tl.cdiv(tl.cdiv(cached, num_splits), BLOCK_N) * BLOCK_N
     start = split * per_split
     end = tl.minimum(start + per_split, cached)
     table_ptr += sequence * stride_table
@@ -200,67 +176,54 @@ def triton_projected_decode(
     kv_layer: Tensor,
     meta: AttentionMetadata,
     scale: float,
-    *,
-    num_splits: int | None = None,
-    min_tiles: int = 1,
-    tiles: DecodeTiles | None = None,
+    plan: DecodePlan,
 ) -> Tensor:
     """See projected.projected_attention, of a step whose sequences have one query token each."""
-    results = launch_splits(
-        qkv, heads, positions, kv_layer, meta, scale, num_splits=num_splits, min_tiles=min_tiles, tiles=tiles
-    )
-    if isinstance(results, Tensor):
-        return results
-    out = torch.empty(len(qkv), heads.num_heads, kv_layer.shape[-1], dtype=qkv.dtype, device=qkv.device)
-    launch_merge(results.partial, results.lse, out)
-    return out
-
-
-def launch_splits(
-    qkv: Tensor,
-    heads: HeadOperations,
-    positions: Tensor,
-    kv_layer: Tensor,
-    meta: AttentionMetadata,
-    scale: float,
-    *,
-    num_splits: int | None = None,
-    min_tiles: int = 1,
-    tiles: DecodeTiles | None = None,
-    as_parts: bool = False,
-) -> Tensor | SplitResults:
-    """The same before the splits are merged; of one split, its result, unless ``as_parts``."""
     assert qkv.is_contiguous() and kv_layer.is_contiguous() and kv_layer.dtype == qkv.dtype
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
-    group = heads.num_heads // num_kv_heads
-    batch, num_heads = len(qkv), heads.num_heads
-    if num_splits is None:
-        num_splits = choose_num_splits(
-            batch * num_kv_heads, meta.block_tables.shape[1] * block_size, num_processors(qkv.device)
-        )
-    if tiles is None:
-        tiles = choose_tiles(qkv.element_size())
-    whole = num_splits == 1 and not as_parts
-    partial_shape = (batch, num_heads, head_dim) if whole else (batch, num_heads, num_splits, head_dim)
-    partial = torch.empty(partial_shape, dtype=qkv.dtype if whole else torch.float32, device=qkv.device)
-    lse = None if whole else torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=qkv.device)
+    batch, num_heads, num_splits = len(qkv), heads.num_heads, plan.num_splits
+    group = num_heads // num_kv_heads
+    out = torch.empty(batch, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    partial, lse = out, None
+    if num_splits > 1:
+        partial = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=qkv.device)
+        lse = torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=qkv.device)
     projected_decode_kernel[(num_splits * num_kv_heads * batch,)](
         qkv, heads.q_norm, heads.k_norm, heads.cos, heads.sin, positions, kv_layer, meta.slot_mapping, partial, lse,
         meta.block_tables, meta.seq_lens, heads.eps, scale * LOG2_E, meta.block_tables.stride(0), num_splits,
         KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
-        BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim,
-        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)), SPLIT_TOKENS=min_tiles * tiles.block_n,
-        PREFETCH=tiles.prefetch, HAS_NORM=heads.q_norm is not None, WHOLE=whole,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(qkv.device),
+        BLOCK_SIZE=block_size, BLOCK_N=plan.block_n, HEAD_DIM=head_dim,
+        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)), PREFETCH=plan.prefetch,
+        HAS_NORM=heads.q_norm is not None, WHOLE=lse is None,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, **dependent_launch(qkv.device),
     )  # fmt: skip
-    return partial if lse is None else SplitResults(partial, lse, meta.seq_lens, min_tiles * tiles.block_n)
+    if lse is not None:
+        launch_merge(partial, lse, out)
+    return out
 
 
-def choose_tiles(element_size: int) -> DecodeTiles:
-    """Found by sweeps on one H100."""
-    return DecodeTiles(32, 4, 2, 1) if element_size == 4 else DecodeTiles(64, 4, 3, 1)
+def plan_of(qkv: Tensor, kv_layer: Tensor, meta: AttentionMetadata) -> DecodePlan | None:
+    """See choose_plan."""
+    _, _, block_size, num_kv_heads, _ = kv_layer.shape
+    max_kv_len = meta.block_tables.shape[1] * block_size
+    return choose_plan(len(qkv) * num_kv_heads, max_kv_len, num_processors(qkv.device), qkv.element_size())
 
 
-def row_plan(max_kv_len: int) -> RowPlan:
-    """How one sequence is split where the product that follows reads every split's result: into few."""
-    return RowPlan(max(1, min(16, max_kv_len // 128)), 2)
+def choose_plan(num_programs: int, max_kv_len: int, num_processors: int, element_size: int) -> DecodePlan | None:
+    """How so many programs, times the splits, run; None where the kernels one by one are as fast.
+
+    By sweeps on one H100 in the chain of Qwen3-0.6B's and 8B's layers, 600 to 8,192 tokens a sequence. Registers that
+    hold tiles leave room for fewer programs: two a processor are best, and of whole sequences four with short tiles.
+    """
+    if PROJECTED_MIN_PROGRAMS <= num_programs and 2 * num_programs < 3 * num_processors:
+        most = min(DECODE_MAX_SPLITS, max_kv_len // PROJECTED_MIN_TOKENS_PER_SPLIT)
+        wanted = 2 * num_processors // num_programs if num_programs <= num_processors else 2
+        num_splits = max(1, min(wanted, most))
+        if element_size == 4:
+            return DecodePlan(num_splits, 32, 4, 2, 1)
+        if num_splits * num_programs <= num_processors:
+            return DecodePlan(num_splits, 64, 8, 3, 1)
+        return DecodePlan(num_splits, 64, 4, 3, 2)
+    if 3 * num_processors <= num_programs <= 4 * num_processors and element_size < 4:
+        return DecodePlan(1, 32, 4, 3, 3)
+    return None

@@ -40,10 +40,6 @@ class DecoderLayer(Part):
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The first half, [T, hidden_size], or of ``rows`` alone; see Decoder.forward."""
-        if rows is None or len(rows) == len(hidden) == 1:
-            result = self.attention.of_one_row(hidden, self.input_norm, positions, kv_layer, meta)
-            if result is not None:
-                return result
         attended = self.attention(hidden, self.input_norm, positions, kv_layer, meta)
         if rows is not None:
             attended, hidden = attended[rows], hidden[rows]

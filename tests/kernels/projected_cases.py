@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pdray.kernels.attention.paged import AttentionMetadata
-from pdray.kernels.attention.projected import projected_attention, projected_row
-from pdray.kernels.attention.projected_decode_triton import DecodeTiles, triton_projected_decode
+from pdray.kernels.attention.projected import projected_attention
+from pdray.kernels.attention.projected_decode_triton import DecodePlan, choose_plan, triton_projected_decode
 from pdray.kernels.attention.rotary_store import HeadOperations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 HEADS = [(9, 3, 64), (4, 2, 80), (2, 2, 96), (4, 1, 128), (40, 2, 16)]
 LENGTHS = [1, 33, 17, 130]
-TILES = [None, DecodeTiles(32, 4, 2, 0), DecodeTiles(16, 2, 2, 2), DecodeTiles(32, 4, 3, 3)]
+TILES = [(64, 8, 3, 1), (32, 4, 2, 0), (16, 2, 2, 2), (32, 4, 3, 3)]
 
 
 def batch(lengths: list[int], block_size: int) -> tuple[AttentionMetadata, int]:
@@ -65,9 +65,7 @@ def to_device(heads: HeadOperations) -> HeadOperations:
     return HeadOperations(*(each.to(DEVICE) if isinstance(each, Tensor) else each for each in heads))
 
 
-def check_projected(
-    shape: tuple[int, int, int], dtype: torch.dtype, has_norm: bool, num_splits: int | None, tiles: DecodeTiles | None
-) -> None:
+def check_projected(shape: tuple[int, int, int], dtype: torch.dtype, has_norm: bool, plan: DecodePlan) -> None:
     """Results, twice the same bits, stored KV and untouched cache; memory without a token is NaN."""
     num_heads, num_kv_heads, head_dim = shape
     block_size = 16 if num_heads % 2 else 32
@@ -92,8 +90,8 @@ def check_projected(
     for _ in range(1 if INTERPRETED else 2):
         target = cache.to(DEVICE, copy=True)
         arguments = qkv.to(DEVICE), to_device(heads), positions.to(DEVICE), target, padded(meta), scale
-        outs.append(triton_projected_decode(*arguments, num_splits=num_splits, tiles=tiles).cpu())
-    case = f"{shape}, {dtype}, norm {has_norm}, {num_splits} splits, {tiles}"
+        outs.append(triton_projected_decode(*arguments, plan).cpu())
+    case = f"{shape}, {dtype}, norm {has_norm}, {plan}"
     assert outs[0].dtype == dtype and torch.equal(outs[0], outs[-1]), case
     assert not outs[0][-2:].any(), case
     tolerance = TOLERANCE[dtype]
@@ -109,37 +107,21 @@ def check_projected(
 
 def check_all_projected() -> None:
     for i, (shape, dtype) in enumerate(itertools.product(HEADS, DTYPES)):
-        check_projected(shape, dtype, i % 3 != 0, (1, 2, 5)[i % 3], TILES[i % 4])
-    if not INTERPRETED:
-        check_projected((4, 2, 64), torch.float16, True, None, None)
+        check_projected(shape, dtype, i % 3 != 0, DecodePlan((1, 2, 5)[i % 3], *TILES[i % 4]))
 
 
-def check_projected_row() -> None:
-    """Attention and output product of one row, splits without keys among them, against the two one by one."""
-    shapes = ((4, 2, 64), 200), ((9, 3, 64), 1), ((3, 1, 80), 130), ((4, 1, 128), 33)
-    for i, ((num_heads, num_kv_heads, head_dim), length) in enumerate(shapes):
-        dtype = DTYPES[i % len(DTYPES)]
-        meta, num_blocks = batch([length], 16)
-        meta = replace(meta, block_tables=torch.cat((meta.block_tables, torch.zeros(1, 40, dtype=torch.int32)), 1))
-        qkv = torch.randn(1, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
-        angles = torch.randn(length, head_dim // 2)
-        norms = (torch.rand(head_dim) + 0.5).to(dtype), (torch.rand(head_dim) + 0.5).to(dtype)
-        heads = HeadOperations(*norms, 1e-6, angles.cos(), angles.sin(), num_heads)
-        cache = torch.randn(num_blocks, 2, 16, num_kv_heads, head_dim).to(dtype)
-        weight = (torch.randn(50, num_heads * head_dim) * 0.1).to(dtype)
-        bias = torch.randn(50).to(dtype) if i % 2 else None
-        residual, positions = torch.randn(1, 50).to(dtype), torch.tensor([length - 1])
-        moved = [t.to(DEVICE) for t in (meta.slot_mapping, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens)]
-        arguments = qkv.to(DEVICE), to_device(heads), positions.to(DEVICE), cache.to(DEVICE, copy=True)
-        product = weight.to(DEVICE), None if bias is None else bias.to(DEVICE), residual.to(DEVICE)
-        out = projected_row(*arguments, AttentionMetadata(*moved, [], [], 1), 0.1, *product)
-        attended = projected_attention(qkv, heads, positions, cache, meta, 0.1).view(1, -1)
-        expected = torch.nn.functional.linear(attended, weight, bias) + residual
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+def check_plans() -> None:
+    """Of 132 processors: two programs each, whole sequences where these are many, and no plan where none is faster."""
+    assert choose_plan(16, 1024, 132, 2) == DecodePlan(4, 64, 8, 3, 1)
+    assert choose_plan(16, 40_960, 132, 2) == DecodePlan(16, 64, 4, 3, 2)
+    assert [choose_plan(n, 4096, 132, 2) for n in (64, 128, 192)] == [DecodePlan(s, 64, 4, 3, 2) for s in (4, 2, 2)]
+    assert choose_plan(64, 16, 132, 4) == DecodePlan(1, 32, 4, 2, 1)
+    assert choose_plan(512, 4096, 132, 2) == DecodePlan(1, 32, 4, 3, 3)
+    assert [choose_plan(n, 4096, 132, 2) for n in (8, 256, 529, 2048)] == [None] * 4
+    assert choose_plan(512, 4096, 132, 4) is None
 
 
-CHECKS = {"projected decode": check_all_projected, "projected row": check_projected_row}
+CHECKS = {"projected decode": check_all_projected, "plans": check_plans}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

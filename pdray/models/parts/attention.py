@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pdray.kernels.attention.paged import AttentionMetadata
-from pdray.kernels.attention.projected import can_project_row, projected_attention, projected_row
+from pdray.kernels.attention.projected import projected_attention
 from pdray.kernels.attention.rotary_store import HeadOperations
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.linear import Linear, summed_linear
@@ -31,7 +31,6 @@ class Attention(Part):
         self._num_heads = shard.heads.size
         self._scale = head_dim**-0.5
         self._eps = eps
-        self._is_whole = placement.group is None
         self._rotary = rotary
         sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         self.qkv = self.add("", Linear(sizes, hidden, placement, bias=config.qkv_bias))
@@ -63,27 +62,7 @@ class Attention(Part):
         self, qkv: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor, meta: AttentionMetadata
     ) -> torch.Tensor:
         """The same, of heads of queries, keys and values, [T, all of them * head_dim], before their norms."""
-        attended = projected_attention(qkv, self._heads(), positions, kv_layer, meta, self._scale)
-        return attended.reshape(len(qkv), self.o.in_features)
-
-    def of_one_row(
-        self,
-        hidden: torch.Tensor,
-        norm: RMSNorm,
-        positions: torch.Tensor,
-        kv_layer: torch.Tensor,
-        meta: AttentionMetadata,
-    ) -> torch.Tensor | None:
-        """Attention and output product of a decode step of one sequence, added to ``hidden``, [1, hidden_size].
-
-        None where no kernel does both, or several ranks have a part of the product.
-        """
-        if not self._is_whole or not can_project_row(hidden, self.o.weight, meta):
-            return None
-        qkv = self.qkv.of_normed(hidden, norm)
-        arguments = qkv, self._heads(), positions, kv_layer, meta, self._scale
-        return projected_row(*arguments, self.o.weight, self.o.bias, hidden)
-
-    def _heads(self) -> HeadOperations:
         q_norm, k_norm = (None if each is None else each.weight for each in (self.q_norm, self.k_norm))
-        return HeadOperations(q_norm, k_norm, self._eps, *self._rotary, self._num_heads)
+        heads = HeadOperations(q_norm, k_norm, self._eps, *self._rotary, self._num_heads)
+        attended = projected_attention(qkv, heads, positions, kv_layer, meta, self._scale)
+        return attended.reshape(len(qkv), self.o.in_features)
