@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import random
 import re
 import threading
@@ -12,15 +13,24 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from pdray.config import Config
+from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.collective.copied_sums import NUM_PENDING, NUM_PLACES, NUM_WORDS, CopiedSums
-from pdray.kernels.collective.group import PendingSum
+from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.kernels.elementwise.rms_norm import rms_norm
+from pdray.models import load_model
+from pdray.models.decoder import Decoder
 from pdray.testing.patience import PATIENCE_S
+from pdray.testing.rank_threads import run_ranks
 
+CPU = torch.device("cpu")
 NUM_SUMS, MAX_NUMBERS = 60, 500
 
 
@@ -112,6 +122,34 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CopiedSums]]:
     ]
 
 
+@pytest.fixture
+def decoder_config(tmp_path: Path) -> Config:
+    sizes = {"vocab_size": 99, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 9, "head_dim": 8}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rms_norm_eps": 1e-6, "eos_token_id": 2}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(sizes | heads | kind))
+    options: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True, "device": "cpu"}
+    return Config(model=str(path), dtype="float32", mode="colocated", **options)
+
+
+@torch.inference_mode()
+def forward(decoder: Decoder, num_tokens: int) -> Tensor:
+    """One prompt's, over a pool of its own."""
+    positions, blocks = torch.arange(num_tokens), torch.arange(num_tokens, dtype=torch.int32)
+    kv = torch.zeros(decoder.config.num_layers, num_tokens, 2, 1, decoder.shard.kv_heads.size, decoder.config.head_dim)
+    meta = AttentionMetadata(
+        slot_mapping=positions,
+        block_tables=blocks[None],
+        cu_seqlens_q=torch.tensor([0, num_tokens], dtype=torch.int32),
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        query_lens=[num_tokens],
+        kv_lens=[num_tokens],
+        fresh_from=0,
+    )
+    return decoder.forward(positions, positions, kv, meta)
+
+
 def test_sums_are_the_same_on_both_ranks(pair: list[CopiedSums]) -> None:
     """Of many sizes, two pending at a time as for the halves of a step; one rank is now and then far behind."""
     rng = random.Random(1)
@@ -168,6 +206,34 @@ def test_parts_end_with_their_sums(pair: list[CopiedSums]) -> None:
             assert [part() for part in parts] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_step_in_halves_holds_a_few_parts(pair: list[CopiedSums], decoder_config: Config) -> None:
+    """However many layers it has, and with what whole rows compute to the last bit."""
+
+    def run(group: RankGroup) -> tuple[list[Tensor], int]:
+        decoder, most, parts = load_model(decoder_config, CPU, group=group).decoder, 0, list[weakref.ref[Tensor]]()
+
+        def begin(x: Tensor) -> PendingSum:
+            nonlocal most
+            parts.append(weakref.ref(x))
+            most = max(most, sum(part() is not None for part in parts))
+            return pair[group.rank].begin(x)
+
+        group.begin_sum = begin  # type: ignore[method-assign]
+        outs = []
+        for group.halves_bytes in (1 << 40, 1):
+            outs.append(forward(decoder, num_tokens=12))
+        assert len(parts) == 4 * (decoder.config.num_layers - 1)
+        return outs, most
+
+    gc.disable()
+    try:
+        results = run_ranks(2, run)
+    finally:
+        gc.enable()
+    for (whole, halved), most in results:
+        assert torch.equal(whole, halved) and most <= 2 * NUM_PENDING
 
 
 def test_sums_are_added_in_order_and_few_are_pending(pair: list[CopiedSums]) -> None:
