@@ -195,6 +195,8 @@ class SimulatedRouter:
                         self.problems.append(f"{request.request_id} has begun twice")
                     self._begun.add(request.request_id)
                 case Progress(request):
+                    if request.request_id not in self._begun:
+                        self.problems.append(f"{request.request_id} gets on, and has not begun")
                     self._check_tokens(request)
                 case Ended(request, error):
                     self._ended(request, error)
