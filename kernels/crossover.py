@@ -9,6 +9,13 @@ ONE_ROW_MAX_WEIGHT_ROWS = 65536
 FEW_ROWS_MAX = 16  # rows of the input; also the largest that the kernel takes
 FEW_ROWS_MAX_WEIGHT_ELEMENTS = 1 << 23
 FEW_ROWS_SPLIT_MAX_COLUMNS = 2048  # of the result; a tile for each of 132 SMs needs more
+# Up to so many rows the gate is in the product's kernel, and so are small weights between these limits from the former
+# on; the many columns are those of a result whose tiles are wide.
+TILED_ROWS_MAX, TILED_GATED_MANY_COLUMNS = 64, 8192
+TILED_MIN_ROWS, TILED_MIN_WEIGHT_ELEMENTS, TILED_MAX_WEIGHT_ELEMENTS = 33, 3 << 20, 1 << 23
+# Prompts have it there where the tiles keep the processors busy for this share of the time, and x has at most so many
+# columns: of more, the gate is a small part, and the library's product is ahead of ours by as much.
+GATED_PROMPT_MIN_OCCUPANCY, GATED_PROMPT_MAX_COLUMNS = 0.8, 2048
 
 # Attention of one query token: how finely a long sequence is split among programs.
 DECODE_MAX_SPLITS = 32
@@ -16,6 +23,9 @@ DECODE_MIN_TOKENS_PER_SPLIT = 128
 
 # Prompts by FlashAttention-3: tokens of the sequence that an average token is in; below it Triton is as fast.
 FLASH_MIN_MEAN_LENGTH = 256
+# The same behind a prefix, whose keys must be copied together first: query tokens that an average key is read for, and
+# the most keys that are copied (of 8 heads of 128 4 KiB each).
+FLASH_MIN_QUERIES_PER_KEY, FLASH_MAX_GATHERED_KEYS = 512, 65536
 
 # Rotary embedding: pairs of elements that a program rotates, enough for one token, or to keep the memory busy.
 ROTARY_PAIRS, ROTARY_MANY_PAIRS, ROTARY_MANY_TOKENS = 256, 512, 1024

@@ -154,8 +154,14 @@ def launch_decode(
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_processors: int) -> int:
-    """Splits that bring a small grid to four programs a processor, none shorter than DECODE_MIN_TOKENS_PER_SPLIT at
-    max_kv_len. By a sweep on one H100: more, or splits of a grid of two a processor, cost more in merging.
+    """How many programs share one sequence's keys, none of them fewer than DECODE_MIN_TOKENS_PER_SPLIT at max_kv_len.
+
+    By sweeps on one H100, 640 to 8,192 tokens a sequence: a small grid is best with nearly four programs a processor,
+    which run at once; a few more than that are a second round of them. From three quarters of a program a processor on
+    two splits are as fast, and merged sooner; from one and a half on whole sequences are.
     """
-    wanted = -(-4 * num_processors // num_programs) if num_programs < 2 * num_processors else 1
+    if 4 * num_programs < 3 * num_processors:
+        wanted = 4 * num_processors // num_programs
+    else:
+        wanted = 2 if 2 * num_programs < 3 * num_processors else 1
     return max(1, min(wanted, DECODE_MAX_SPLITS, max_kv_len // DECODE_MIN_TOKENS_PER_SPLIT))

@@ -94,6 +94,19 @@ class KvShape(NamedTuple):
     dtype: torch.dtype
 
 
+class FreshSplit(NamedTuple):
+    """Where a step's sequences become fresh, for kernels that take one kind each: the other kind has no rows for them.
+
+    Attributes:
+        num_older: [1] int32, sequences ahead of the fresh ones.
+        older_starts, fresh_starts: [B + 1] int32, cu_seqlens_q of either kind.
+    """
+
+    num_older: Tensor
+    older_starts: Tensor
+    fresh_starts: Tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionMetadata:
     """The layout of a flat batch of T tokens of B sequences, and the location of their KV.
@@ -108,6 +121,8 @@ class AttentionMetadata:
         query_lens, kv_lens: host copies; each query_len is between 1 and its kv_len.
         num_decodes: the first so many sequences have one query token each.
         fresh_from: the sequences from this one on have no KV but that of this step's tokens; see find_fresh.
+        split: of a graph, which runs steps whose lengths the host does not know; None: fresh_from says it.
+        gathered: what pdray.kernels.attention.flash derives from the others once for all layers.
     """
 
     slot_mapping: Tensor
@@ -118,7 +133,9 @@ class AttentionMetadata:
     kv_lens: list[int]
     num_decodes: int = 0
     fresh_from: int = sys.maxsize
+    split: FreshSplit | None = None
     _cpu_plans: dict[KvShape, CpuPlan] = field(default_factory=dict, init=False, repr=False)
+    gathered: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
 
 def find_fresh(query_lens: list[int], kv_lens: list[int], num_decodes: int) -> int:

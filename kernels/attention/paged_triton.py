@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from pdray.kernels.attention.decode_triton import launch_decode
-from pdray.kernels.attention.flash import first_flash_sequence, flash_prefill
+from pdray.kernels.attention.flash import (
+    can_flash,
+    first_flash_sequence,
+    flash_fresh,
+    flash_gathered,
+    flash_prefill,
+    is_worth_gathering,
+)
 from pdray.kernels.attention.online_softmax_triton import Tiles
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.attention.prefill_triton import launch_prefill
@@ -37,8 +44,14 @@ def triton_paged_attention(
     """
     assert q.stride(2) == 1 and kv_layer.is_contiguous(), "q's head_dim and all of kv_layer must be contiguous"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if meta.split is not None and new_k is not None and new_v is not None and can_flash(q):
+        launch_prefill(q, kv_layer, meta, len(meta.seq_lens), scale, out, tiles, meta.split)
+        flash_fresh(q, new_k, new_v, meta.split, scale, out)
+        return out
     flash = first_flash_sequence(q, meta) if new_k is not None else len(meta.seq_lens)
-    if meta.num_decodes < flash:
+    if is_worth_gathering(meta, flash) and can_flash(q):
+        flash_gathered(q, kv_layer, meta, flash, scale, out)
+    elif meta.num_decodes < flash:
         launch_prefill(q, kv_layer, meta, flash, scale, out, tiles)
     if flash < len(meta.seq_lens):
         assert new_k is not None and new_v is not None

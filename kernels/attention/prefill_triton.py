@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdray.kernels.attention.online_softmax_triton import LOG2_E, MIN_DOT_ROWS, Tiles, attend
-from pdray.kernels.attention.paged import AttentionMetadata
+from pdray.kernels.attention.paged import AttentionMetadata, FreshSplit
 from pdray.kernels.dependent_launch import begin, dependent_launch
 
 
@@ -25,6 +25,7 @@ def prefill_kernel(
     seq_lens_ptr,
     num_decodes,
     num_sequences,  # decodes included
+    count_ptr,  # the same, where the device knows it
     scale_log2,
     stride_q_token,
     stride_q_head,
@@ -38,8 +39,11 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    COUNTED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    if COUNTED:
+        num_sequences = tl.load(count_ptr)
     TOKENS: tl.constexpr = ROWS // GROUP
     place = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     kv_head = tl.program_id(1)
@@ -99,8 +103,13 @@ def launch_prefill(
     scale: float,
     out: Tensor,
     tiles: Tiles | None,
+    split: FreshSplit | None = None,
 ) -> None:
-    """Attention of the sequences between the decodes and ``num_sequences``."""
+    """Attention of the sequences between the decodes and ``num_sequences``.
+
+    Args:
+        split: of these, only the older ones.
+    """
     _, _, block_size, num_kv_heads, head_dim = kv_layer.shape
     group = q.shape[1] // num_kv_heads
     if tiles is None:
@@ -110,11 +119,12 @@ def launch_prefill(
     is_all = num_sequences == len(meta.seq_lens)
     num_tokens = len(q) - meta.num_decodes if is_all else sum(meta.query_lens[meta.num_decodes : num_sequences])
     grid = (num_tokens // tokens + num_sequences - meta.num_decodes, num_kv_heads)
+    starts, count = (meta.cu_seqlens_q, None) if split is None else (split.older_starts, split.num_older)
     prefill_kernel[grid](
-        q, kv_layer, out, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, meta.num_decodes, num_sequences,
+        q, kv_layer, out, meta.block_tables, starts, meta.seq_lens, meta.num_decodes, num_sequences, count,
         scale * LOG2_E, q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv_layer.stride(2),
         meta.block_tables.stride(0),
         GROUP=group, ROWS=rows, BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim,
-        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)), COUNTED=count is not None,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
     )  # fmt: skip

@@ -250,7 +250,7 @@ def _launch(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     partial = counter = None
     if tiling.split_k > 1:
-        partial, counter = _workspace(x.device, tiles, tiles * tiling.split_k * rows * (tiling.block_n + 1))
+        partial, counter = workspace(x.device, tiles, tiles * tiling.split_k * rows * (tiling.block_n + 1))
     few_row_kernel[(tiling.split_k, tiles)](
         x, norm_weight, weight, bias, residual, out, partial, counter, m, eps,
         N=n, K=k, ROWS=rows, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, NUM_WARPS=tiling.num_warps,
@@ -264,7 +264,7 @@ def _launch(
 _workspaces: dict[tuple[torch.device, int, int, int], tuple[Tensor, Tensor]] = {}
 
 
-def _workspace(device: torch.device, tiles: int, num_floats: int) -> tuple[Tensor, Tensor]:
+def workspace(device: torch.device, tiles: int, num_floats: int) -> tuple[Tensor, Tensor]:
     """Partial results, and counters at 0. Kernels of one stream share them, because they run one after another; for
     ever, because a graph may hold them.
     """

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from pdray.kernels.crossover import FEW_ROWS_MAX, FEW_ROWS_MAX_WEIGHT_ELEMENTS, ONE_ROW_MAX_WEIGHT_ROWS
+from pdray.kernels.crossover import (
+    FEW_ROWS_MAX,
+    FEW_ROWS_MAX_WEIGHT_ELEMENTS,
+    ONE_ROW_MAX_WEIGHT_ROWS,
+    TILED_MAX_WEIGHT_ELEMENTS,
+    TILED_MIN_ROWS,
+    TILED_MIN_WEIGHT_ELEMENTS,
+    TILED_ROWS_MAX,
+)
+from pdray.kernels.elementwise.activation import silu_and_mul
 
 # torch 2.13, float32 on CPU: below these a row's result depends on the number of rows. Measured with one and two
 # threads, the packed product also with oneDNN held to SSE4.1, AVX2 and AVX-512.
@@ -67,6 +77,12 @@ def _cuda_linear(
     if (kernels := streaming_kernels(x, weight)) is not None:
         y = kernels.linear(x, weight, bias, residual)
         return y if out is None else out.copy_(y)
+    is_between = TILED_MIN_WEIGHT_ELEMENTS <= weight.numel() <= TILED_MAX_WEIGHT_ELEMENTS
+    if is_between and TILED_MIN_ROWS <= len(x) <= TILED_ROWS_MAX and can_copy_tiles(x, weight):
+        from pdray.kernels.linear import tiled_rows_triton
+
+        y = tiled_rows_triton.triton_linear(x, weight, bias, residual)
+        return y if out is None else out.copy_(y)
     if out is not None:
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if residual is None:
@@ -74,6 +90,37 @@ def _cuda_linear(
     if bias is not None:
         residual += bias
     return residual.addmm_(x, weight.t())
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """silu_and_mul(linear(x, weight, bias)), x [M, K] and weight [2 I, K] -> [M, I]; the gate's rows come first."""
+    if x.is_cuda and can_copy_tiles(x, weight):
+        from pdray.kernels.linear import gated_prompt_triton, tiled_rows_triton
+
+        if len(x) <= TILED_ROWS_MAX:
+            return tiled_rows_triton.triton_gated_linear(x, weight, bias)
+        if bias is None and gated_prompt_triton.is_gated_prompt(x, weight):
+            return gated_prompt_triton.triton_gated_prompt(x, weight)
+    return silu_and_mul(linear(x, weight, bias))
+
+
+def can_copy_tiles(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the GPU has an engine that copies tiles of tensors (TMA), and takes these, whose rows are many enough."""
+    return (
+        len(x) > 1
+        and x.element_size() == 2
+        and x.shape[1] % 8 == 0
+        and len(weight) % 16 == 0
+        and x.is_contiguous()
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+        and is_hopper(x.device)
+    )
+
+
+@lru_cache(maxsize=16)
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def streaming_kernels(x: torch.Tensor, weight: torch.Tensor) -> StreamingKernels | None:

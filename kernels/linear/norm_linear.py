@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pdray.kernels.elementwise.activation import silu_and_mul
 from pdray.kernels.elementwise.rms_norm import rms_norm
-from pdray.kernels.linear.linear import linear, streaming_kernels
+from pdray.kernels.linear.linear import gated_linear, linear, streaming_kernels
 
 
 def norm_linear(
@@ -31,5 +30,5 @@ def norm_linear(
     """
     if (kernels := streaming_kernels(x, weight)) is not None:
         return kernels.norm_linear(x, norm_weight, eps, weight, bias, gated=gated)
-    out = linear(rms_norm(x, norm_weight, eps), weight, bias)
-    return silu_and_mul(out) if gated else out
+    normed = rms_norm(x, norm_weight, eps)
+    return gated_linear(normed, weight, bias) if gated else linear(normed, weight, bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -10,7 +10,7 @@ from pdray.engine.kv.block_pool import BlockPool
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.bookkeeping import Bookkeeper
 from pdray.engine.schedule.limits import EngineLimits
-from pdray.engine.schedule.plan import SampledRow, StepPlan
+from pdray.engine.schedule.plan import Chunk, SampledRow, StepPlan
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.token_budget import STEP_SIZES
 from pdray.engine.step.graphs import StepGraphs, decode_sizes, launched_sizes, prefill_shapes
@@ -141,7 +141,9 @@ def test_graph_sizes_reach_the_largest_batch() -> None:
     assert [shape[:2] for shape in prefill_shapes(100, 256)] == [(16, 8), (32, 8), (64, 8)]
     assert [shape[:2] for shape in prefill_shapes(600, 40)][-4:] == [(384, 8), (384, 40), (512, 8), (512, 40)]
     shapes = [shape[:2] for shape in prefill_shapes(8192, 256)]
-    assert [size for size, num_seqs in shapes if num_seqs == 256] == list(STEP_SIZES), "what the token budget chooses"
+    many = [size for size, num_seqs in shapes if num_seqs == 256]
+    assert many == [*STEP_SIZES, *range(4608, 8193, 512)], "what the token budget chooses, and what fills a step"
+    assert max(shape.num_tokens for shape in prefill_shapes(8192, 256, is_shared=True)) == 4096
     assert prefill_shapes(20, 4) == [StepShape(16, 4, 4, False)]
 
 
@@ -159,6 +161,47 @@ def test_steps_are_padded_to_a_graphs_shape_or_to_one_whose_kernels_are_loaded()
     steps = Steps()
     steps.add("a", list(range(9)))
     assert none.shape_for(steps.plan()) == StepShape(15, 1, 1, False)
+
+
+def test_long_steps_with_prompts_are_split_where_flash_attention_can_have_a_part() -> None:
+    split = [shape[:2] for shape in prefill_shapes(8192, 256, has_flash=True) if shape.is_split]
+    assert split[0] == (1024, 8) and split[-1] == (8192, 256)
+    assert split == [shape[:2] for shape in prefill_shapes(8192, 256) if shape.num_tokens >= 1024]
+    assert not any(shape.is_split for shape in prefill_shapes(8192, 256))
+
+
+def test_a_long_chunk_behind_a_long_prefix_is_launched_where_flash_attention_can_take_it() -> None:
+    for chunk, is_launched in (((8000, 5000), True), ((0, 5000), False), ((8000, 400), False), ((8000, 4095), False)):
+        for has_flash in (True, False):
+            graphs = StepGraphs(torch.empty(4, 97), 8192, has_flash=has_flash)
+            shape = graphs.shape_for(prompts((9, 1), chunk, decodes=1))
+            fitting = next(each for each in prefill_shapes(8192, 4, has_flash=has_flash) if each[0] > chunk[1])
+            assert shape == (StepShape(5120, 2, 0, False) if has_flash and is_launched else fitting)
+
+
+def prompts(*chunks: tuple[int, int], decodes: int) -> StepPlan:
+    """A step of chunks that begin at the first number and have as many tokens as the second says."""
+    made = [Chunk(cast(Any, None), start, num_tokens, []) for start, num_tokens in chunks]
+    return StepPlan(made, num_tokens=sum(num for _, num in chunks), is_decode=False, num_decodes=decodes)
+
+
+def test_a_split_step_says_where_its_sequences_become_fresh() -> None:
+    """Of either kind the other's sequences have no rows, nor has padding of either."""
+    steps, buffers = Steps(), make_buffers(32)
+    steps.add("a", list(range(20, 26)))
+    steps.book(steps.plan())
+    steps.add("b", list(range(30, 35)))
+    steps.add("c", list(range(40, 43)))
+    plan = steps.plan()
+    split = buffers.fill(plan, StepShape(16, 4, 4, False, is_split=True)).attention.split
+    assert split is not None and split.num_older.tolist() == [1]
+    assert split.older_starts.tolist() == [0, 1, 1, 1, 1]
+    assert split.fresh_starts.tolist() == [1, 1, 6, 9, 9]
+    assert buffers.fill(plan, StepShape(16, 4, 4, False)).attention.split is None
+    steps.book(plan)
+    split = buffers.fill(steps.plan(), StepShape(16, 4, 4, False, is_split=True)).attention.split  # three that decode
+    assert split is not None and split.num_older.tolist() == [3]
+    assert split.older_starts.tolist() == [0, 1, 2, 3, 3] and split.fresh_starts.tolist() == [3] * 5
 
 
 def test_chosen_graphs_pad_launched_steps_to_their_own_sizes() -> None:

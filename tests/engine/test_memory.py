@@ -13,8 +13,10 @@ from pdray.engine.kv import sizing
 from pdray.engine.kv.layout import KVLayout
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.kv.sizing import GpuRoom, available_host_bytes, choose_num_blocks
+from pdray.engine.step import profile
 from pdray.engine.step.profile import profile_model
 from pdray.errors import ConfigError, OutOfMemoryError
+from pdray.kernels.attention.paged import AttentionMetadata
 
 CPU = torch.device("cpu")
 BLOCK = 2 * 3 * 16 * 2 * 8 * 4  # keys and values, layers, tokens, heads, head_dim, bytes
@@ -70,6 +72,27 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_profile_run_fits_any_token_budget(llama: Any) -> None:
     for budget in (8, 512, 700):
         profile_model(Config(max_num_seqs=8, max_num_batched_tokens=budget), llama.loaded.decoder)
+
+
+def test_the_profile_run_copies_as_many_keys_together_as_a_step_may(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where FlashAttention takes the model's heads, a chunk behind a long prefix needs memory for its keys."""
+    metas: list[AttentionMetadata] = []
+    layer = llama.loaded.decoder.layers[0]
+    attend = layer.attend
+
+    def watched(
+        hidden: torch.Tensor, positions: torch.Tensor, kv: torch.Tensor, meta: AttentionMetadata, *rest: Any
+    ) -> Any:
+        metas.append(meta)
+        return attend(hidden, positions, kv, meta, *rest)
+
+    monkeypatch.setattr(layer, "attend", watched)
+    monkeypatch.setattr(profile, "takes_heads", lambda *_: True)
+    monkeypatch.setattr(profile, "FLASH_MAX_GATHERED_KEYS", 200)
+    profile_model(Config(max_num_seqs=8, max_num_batched_tokens=64), llama.loaded.decoder)
+    assert (metas[-1].query_lens, metas[-1].kv_lens) == ([64], [200]) and len(metas) == 2
 
 
 def test_a_lender_leaves_memory_to_its_guests(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from rows import Row
 from pdray.engine.engine import Engine
 from pdray.engine.request import EngineRequest
 from pdray.engine.step.draws import Draws
-from pdray.engine.step.inputs import StepInputs
+from pdray.engine.step.inputs import StepInputs, StepShape
 from pdray.engine.step.lane import Lane
 from pdray.engine.step.layer_groups import OnGroup
 from pdray.kernels.sampling.sample import SamplingMetadata, SamplingRow, sample
@@ -34,7 +34,7 @@ class Comparison:
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self.shapes: Counter[str] = Counter()
+        self.shapes: Counter[StepShape] = Counter()
         self.differing: list[str] = []
         self.unwrapped = lane.launch
         lane.launch = self.launch  # type: ignore[method-assign]
@@ -53,7 +53,7 @@ class Comparison:
         num = len(inputs.num_logprobs)
         graph = self.lane.graphs.logits
         name = str(tuple(inputs.shape))
-        self.shapes[name] += 1
+        self.shapes[inputs.shape] += 1
         if not (torch.equal(graph[:num], logits[:num]) and torch.equal(self.lane.sampled[:num], drawn[:num])):
             self.differing.append(name)
         return draws
@@ -85,8 +85,17 @@ def check_graphs() -> Iterator[Row]:
             for request in waiting[: 1 + len(waiting) % 3]:
                 running.add(waiting.pop(waiting.index(request)))
             running.step()
-        kinds = Counter("decode" if shape.endswith("True)") else "with prompts" for shape in comparison.shapes)
-        figure = f"{sum(comparison.shapes.values())} steps of {dict(kinds)} shapes; differ: {comparison.differing[:3]}"
+        for length in (1000, 1500, 1900):  # long prompts, the first alone and the others beside what they decode
+            tokens = torch.randint(5, 1024, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+            running.add(EngineRequest(1000 + length, tokens, SamplingParams(seed=1, max_tokens=20, ignore_eos=True)))
+            for _ in range(5):
+                running.step()
+        while running.has_work():
+            running.step()
+        kinds = Counter("decode" if shape.is_decode else "with prompts" for shape in comparison.shapes)
+        split = sum(shape.is_split for shape in comparison.shapes)
+        shapes = f"{dict(kinds)} shapes, {split} of them split at fresh prompts"
+        figure = f"{sum(comparison.shapes.values())} steps of {shapes}; differ: {comparison.differing[:3]}"
         ok = not comparison.differing and min(kinds["decode"], kinds["with prompts"]) >= 3
         yield Row(f"graphs, {name}", figure, "all equal", ok)
         running.lane.launch = comparison.unwrapped  # type: ignore[method-assign]

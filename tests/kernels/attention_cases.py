@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from pdray.kernels.attention.decode_triton import choose_num_splits
-from pdray.kernels.attention.flash import first_flash_sequence, is_available
-from pdray.kernels.attention.paged import AttentionMetadata, find_fresh, torch_paged_attention
+from pdray.kernels.attention.flash import first_flash_sequence, gathered_starts, is_available, is_worth_gathering
+from pdray.kernels.attention.gather_triton import triton_gather_kv
+from pdray.kernels.attention.paged import AttentionMetadata, FreshSplit, find_fresh, torch_paged_attention
 from pdray.kernels.attention.paged_triton import triton_paged_attention
+from pdray.kernels.attention.prefill_triton import launch_prefill
 from pdray.kernels.elementwise.rms_norm import rms_norm
 from pdray.kernels.elementwise.rms_norm_triton import triton_rms_norm
 from pdray.kernels.kv.blocks_triton import copy_pieces, triton_gather_blocks, triton_scatter_blocks
@@ -122,12 +125,14 @@ def check_all_attention() -> None:
 
 
 def check_flash_attention() -> None:
-    """Long prompts without a prefix, behind decodes and a prompt with one, against the kernel that reads the cache."""
-    lengths = [(1, 300), (100, 900), (2048, 2048), (77, 77), (1500, 1500)]
-    for num_heads, num_kv_heads, head_dim in ((16, 8, 128), (9, 3, 64), (14, 2, 64), (4, 2, 80), (8, 2, 96)):
+    """Long prompts without a prefix, behind decodes and prompts with one, against the kernel that reads the cache."""
+    heads = (16, 8, 128), (9, 3, 64), (14, 2, 64), (4, 2, 80), (8, 2, 96)
+    for prefixed, (num_heads, num_kv_heads, head_dim) in itertools.product((100, 1100), heads):
+        lengths = [(1, 300), (prefixed, 1900), (2048, 2048), (77, 77), (1500, 1500)]
         meta, num_blocks = batch(lengths, 16)
         starts, tables = meta.cu_seqlens_q.tolist(), meta.block_tables
         assert find_fresh(meta.query_lens, meta.kv_lens, 1) == 2
+        assert is_worth_gathering(meta, 2) == (prefixed == 1100)
         shape = sum(meta.query_lens), num_heads + 2 * num_kv_heads, head_dim
         heads = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
@@ -143,6 +148,61 @@ def check_flash_attention() -> None:
         out = triton_paged_attention(q, kv_layer, meta, head_dim**-0.5, k, v)
         expected = triton_paged_attention(q, kv_layer, meta, head_dim**-0.5)
         torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
+        split = AttentionMetadata(*moved, [], [], split=split_at(meta.cu_seqlens_q, 2))  # as a graph knows it
+        out = triton_paged_attention(q, kv_layer, split, head_dim**-0.5, k, v)
+        torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def split_at(starts: Tensor, num_older: int) -> FreshSplit:
+    """See FreshSplit."""
+    end = starts[num_older]
+    count = torch.tensor([num_older], dtype=torch.int32, device=starts.device)
+    return FreshSplit(count, torch.minimum(starts, end), torch.maximum(starts, end))
+
+
+def check_split() -> None:
+    """The kernel that reads the cache leaves the rows of fresh sequences, and of none, as they are."""
+    for num_older in (0, 3, 4):
+        lengths = [(1, 40), (37, 50), (2, 7), (9, 9)] + [(0, 0)] * 2
+        meta, num_blocks = batch([pair for pair in lengths if pair[0]], 16)
+        q, kv_layer = torch.randn(49, 4, 32), torch.randn(num_blocks, 2, 16, 2, 32)
+        expected = torch_paged_attention(q, kv_layer, meta, 0.2)
+        end = int(meta.cu_seqlens_q[num_older])
+        expected[end:] = 7.0
+        padded = replace(to_device(meta), num_decodes=0)
+        out = torch.full((60, 4, 32), 7.0, device=DEVICE)
+        wide = torch.cat((q, q.new_zeros(11, 4, 32))).to(DEVICE)
+        split = split_at(padded.cu_seqlens_q, num_older)
+        launch_prefill(wide, kv_layer.to(DEVICE), padded, len(lengths), 0.2, out, None, split)
+        torch.testing.assert_close(out[:49].cpu(), expected, rtol=2e-5, atol=2e-5)
+        assert bool((out[49:] == 7.0).all())
+
+
+def check_gathered_kv() -> None:
+    """Keys and values of some sequences, of whole blocks and not, into one row of tokens."""
+    for block_size, width in ((16, 3), (32, 2)):
+        meta, num_blocks = batch([(1, 30), (3, 40), (2, 64), (5, 5)], block_size)
+        kv_layer = torch.randn(num_blocks, 2, block_size, width, 48)
+        expected = []
+        for table, kv_len in zip(meta.block_tables[1:3], meta.kv_lens[1:3], strict=True):
+            blocks = kv_layer[table[: -(-kv_len // block_size)].long()]
+            expected.append(blocks.transpose(0, 1).flatten(1, 2)[:, :kv_len])
+        starts = gathered_starts(meta, 3)
+        assert starts.tolist() == [0, 40, 104] and gathered_starts(meta, 3) is starts
+        moved = [t.to(DEVICE) for t in (kv_layer, meta.block_tables[1:3], meta.seq_lens[1:3], starts)]
+        k, v = triton_gather_kv(*moved, meta.kv_lens[1:3])
+        assert torch.equal(torch.stack((k, v)).cpu(), torch.cat(expected, 1))
+
+
+def check_worth_gathering() -> None:
+    """Chunks of some size alone, and not where lengths are unknown, as in a graph, or the keys are too many."""
+    meta, _ = batch([(1, 900), (600, 800), (600, 600)], 16)
+    assert is_worth_gathering(meta, 2) and is_worth_gathering(meta, 3) and not is_worth_gathering(meta, 1)
+    assert not is_worth_gathering(batch([(1, 900), (500, 800)], 16)[0], 2)
+    unknown = AttentionMetadata(meta.slot_mapping, meta.block_tables, meta.cu_seqlens_q, meta.seq_lens, [], [])
+    assert not is_worth_gathering(unknown, 3)
+    for num_keys, is_worth in ((65536, True), (65537, False)):
+        assert is_worth_gathering(batch([(600, num_keys)], 32)[0], 1) == is_worth
 
 
 def check_fresh() -> None:
@@ -155,8 +215,10 @@ def check_fresh() -> None:
 def check_num_splits() -> None:
     assert choose_num_splits(8, 40_960, 132) == 32
     assert choose_num_splits(8, 1024, 132) == 8
-    assert choose_num_splits(64, 40_960, 132) == 9
-    assert choose_num_splits(128, 40_960, 132) == 5
+    assert choose_num_splits(64, 40_960, 132) == 8  # 512 programs of 528 that run at once
+    assert choose_num_splits(96, 40_960, 132) == 5
+    assert choose_num_splits(128, 40_960, 132) == choose_num_splits(192, 40_960, 132) == 2
+    assert choose_num_splits(200, 40_960, 132) == choose_num_splits(256, 40_960, 132) == 1
     assert choose_num_splits(512, 40_960, 132) == 1
     assert choose_num_splits(2048, 40_960, 132) == 1
     assert choose_num_splits(1, 16, 132) == 1
@@ -240,6 +302,9 @@ def pack_by_kernel(kv: torch.Tensor, layers: range, packed: PackedBlocks, *, sca
 
 CHECKS = {
     "fresh": check_fresh,
+    "split": check_split,
+    "gathered_kv": check_gathered_kv,
+    "worth_gathering": check_worth_gathering,
     "attention": check_all_attention,
     "num_splits": check_num_splits,
     "norms": check_norms,

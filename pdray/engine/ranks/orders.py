@@ -24,7 +24,7 @@ class StepOrder(msgspec.Struct, frozen=True, array_like=True):
     """
 
     host: int
-    shape: tuple[int, int, int, bool]
+    shape: tuple[int, int, int, bool, bool]
     query_lens: list[int]
     kv_lens: list[int]
     num_decodes: int

@@ -1,8 +1,8 @@
 """CUDA graphs of whole steps, from the embedding to the drawn tokens: one launch instead of hundreds.
 
-Decode steps get a graph for each batch size of a ladder, short prompts one for each number of tokens, with room for a
-few sequences, or for many that decode beside them. What is smaller is padded, with rows and sequences that hold no KV.
-What is larger is launched kernel by kernel, padded to a multiple of LAUNCHED_TOKENS: CUDA loads a kernel when it is
+Decode steps get a graph for each batch size of a ladder, prompts one for each number of tokens, with room for a few
+sequences, or for many that decode beside them. What is smaller is padded, with rows and sequences that hold no KV. What
+is larger is launched kernel by kernel, padded to a multiple of LAUNCHED_TOKENS: CUDA loads a kernel when it is
 first needed, and waits for all work on the device to end; so every size's kernels are loaded at the start.
 """
 
@@ -17,12 +17,16 @@ import torch
 from pdray.engine.schedule.plan import StepPlan
 from pdray.engine.schedule.token_budget import STEP_SIZES
 from pdray.engine.step.inputs import InputBuffers, Spans, StepInputs, StepShape
+from pdray.kernels.attention.flash import are_worth_gathering
 
-# Launched one by one, a step's kernels take 12 ms of the host's time, and ten times that while another thread of the
-# process is busy: more than a GPU needs for 4,096 tokens of a small model.
+# Launched one by one, a step's kernels take 10 ms of the host's time, and three times that while another thread of the
+# process is busy: more than a GPU needs for 8,192 tokens of a small model.
 PREFILL_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 FEW_SEQUENCES = 8
 LAUNCHED_TOKENS = 512
+FLASH_TOKENS = 1024  # from so many on FlashAttention makes a step shorter by more than 3 %
+# Longer steps, with a whole batch: fine enough that padding costs little where the device is slow.
+LONG_TOKENS = tuple(range(4608, 8193, 512))
 
 
 class Compute(Protocol):
@@ -49,16 +53,26 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size <= max_num_seqs})
 
 
-def prefill_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepShape]:
-    """Steps with prompts that get a graph, the smallest first; longer ones keep the device busy while launched."""
+def prefill_shapes(
+    max_num_batched_tokens: int, max_num_seqs: int, *, has_flash: bool = False, is_shared: bool = False
+) -> list[StepShape]:
+    """Steps with prompts that get a graph, the smallest first; longer ones keep the device busy while launched.
+
+    Args:
+        has_flash: FlashAttention takes the model's heads.
+        is_shared: ranks share the model. Their long steps are launched: sums by copies cannot be captured.
+    """
     few = min(FEW_SEQUENCES, max_num_seqs)
-    wanted = {(n, few) for n in PREFILL_TOKENS} | {(n, max_num_seqs) for n in STEP_SIZES}
-    sizes = sorted(size for size in wanted if size[0] <= max_num_batched_tokens)
-    return [StepShape(num_tokens, num_seqs, num_seqs, False) for num_tokens, num_seqs in sizes]
+    long = () if is_shared else LONG_TOKENS
+    wanted = {(n, few) for n in (*PREFILL_TOKENS, *long[-1:])} | {(n, max_num_seqs) for n in (*STEP_SIZES, *long)}
+    return [
+        StepShape(num_tokens, num_seqs, num_seqs, False, has_flash and num_tokens >= FLASH_TOKENS)
+        for num_tokens, num_seqs in sorted(size for size in wanted if size[0] <= max_num_batched_tokens)
+    ]
 
 
 def launched_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Numbers of tokens of the steps that no graph can run."""
+    """Numbers of tokens of long steps that are launched: all that are longer than a graph, and some others."""
     largest = max((n for n in STEP_SIZES if n <= max_num_batched_tokens), default=0)
     sizes = range(largest + LAUNCHED_TOKENS, max_num_batched_tokens, LAUNCHED_TOKENS)
     return [*sizes, max_num_batched_tokens] if largest < max_num_batched_tokens else []
@@ -70,6 +84,8 @@ class StepGraphs:
     Args:
         logits: [max_num_seqs, vocab_size], which all graphs write to.
         decode: batch sizes in order; default: decode_sizes(). with_prompts: default: prefill_shapes().
+        has_flash: FlashAttention takes the model's heads; see prefill_shapes(). What it does behind a prefix it does in
+            launched steps alone. is_shared: see prefill_shapes().
 
     Attributes:
         launched_sizes: numbers of tokens that launched steps are padded to; of chosen graphs, those of the graphs.
@@ -82,11 +98,14 @@ class StepGraphs:
         *,
         decode: list[int] | None = None,
         with_prompts: list[StepShape] | None = None,
+        has_flash: bool = False,
+        is_shared: bool = False,
     ) -> None:
         self.logits = logits
+        self._has_flash = has_flash
         self._decode_sizes = decode_sizes(len(logits)) if decode is None else decode
         if with_prompts is None:
-            shapes = prefill_shapes(max_num_batched_tokens, len(logits))
+            shapes = prefill_shapes(max_num_batched_tokens, len(logits), has_flash=has_flash, is_shared=is_shared)
             self.launched_sizes = launched_sizes(max_num_batched_tokens)
         else:
             shapes = with_prompts
@@ -184,8 +203,17 @@ class StepGraphs:
             return StepShape(size, size, size, True)
         num_seqs = max(len(plan.chunks), plan.num_draws)
         fitting = (s for s in self._prefill_shapes if s.num_tokens >= plan.num_tokens and s.num_seqs >= num_seqs)
+        if (shape := next(fitting, None)) is not None and not self._is_better_launched(plan):
+            return shape
         launched = next((size for size in self.launched_sizes if size >= plan.num_tokens), plan.num_tokens)
-        return next(fitting, StepShape(launched, len(plan.chunks), self._padded_draws(plan.num_draws), False))
+        return StepShape(launched, len(plan.chunks), self._padded_draws(plan.num_draws), False)
+
+    def _is_better_launched(self, plan: StepPlan) -> bool:
+        """A long step with a long chunk behind a long prefix, which FlashAttention halves: the host has time."""
+        if not self._has_flash or plan.num_tokens <= STEP_SIZES[-1]:
+            return False
+        behind = [chunk for chunk in plan.chunks[plan.num_decodes :] if chunk.start]
+        return are_worth_gathering([chunk.num_tokens for chunk in behind], [chunk.end for chunk in behind])
 
     def _padded_draws(self, num_draws: int) -> int:
         sizes = self._decode_sizes

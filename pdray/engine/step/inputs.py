@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +11,14 @@ import torch
 from pdray.engine.ranks.shared_memory import SharedMemory
 from pdray.engine.schedule.limits import EngineLimits
 from pdray.engine.schedule.plan import BlockCopy, StepPlan
-from pdray.engine.schedule.sequence import Sequence
 from pdray.engine.step.draw_inputs import DrawNeeds, LastRecords, fill_records
 from pdray.engine.step.histories import Histories
+from pdray.engine.step.host_inputs import HostInputs, lay_out
 from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.scores import ScoreInputs
-from pdray.kernels.attention.paged import AttentionMetadata, find_fresh
+from pdray.kernels.attention.paged import AttentionMetadata, FreshSplit, find_fresh
 from pdray.kernels.elementwise.embedding import pending_id
-from pdray.kernels.sampling.rows import WORDS, DrawTable
+from pdray.kernels.sampling.rows import DrawTable
 
 
 class StepShape(NamedTuple):
@@ -26,12 +26,14 @@ class StepShape(NamedTuple):
 
     Attributes:
         is_decode: one token and one draw for each sequence, in the same order.
+        is_split: of a graph: FlashAttention computes its fresh sequences; see FreshSplit.
     """
 
     num_tokens: int
     num_seqs: int
     num_draws: int
     is_decode: bool
+    is_split: bool = False
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepShape:
@@ -83,71 +85,6 @@ class StepInputs(NamedTuple):
     spans: Spans
     host: int = 0
     scores: ScoreInputs | None = None
-
-
-class HostInputs:
-    """The host side of a step's inputs: numpy views of one buffer, with the block tables last.
-
-    Attributes:
-        owners: which block_row each row of the block tables was filled from, and with how many blocks.
-    """
-
-    def __init__(self, buffer: torch.Tensor, sections: dict[str, Section]) -> None:
-        self.buffer = buffer
-        arrays = {name: section.of(buffer).numpy() for name, section in sections.items()}
-        self.ids, self.positions, self.slots = arrays["ids"], arrays["positions"], arrays["slots"]
-        self.rows, self.starts, self.lens = arrays["rows"], arrays["starts"], arrays["lens"]
-        self.records = arrays["records"]
-        self.tables = arrays["tables"]
-        self.owners: list[tuple[np.ndarray[Any, Any] | None, int]]
-        self.forget_tables()
-
-    def forget_tables(self) -> None:
-        """The block tables hold something else now."""
-        self.owners = [(None, 0)] * len(self.tables)
-
-    def set_table(self, row: int, sequence: Sequence, num_blocks: int) -> None:
-        """Copy what is new of a sequence's block table; ``owners`` knows what is there already."""
-        owner, known = self.owners[row]
-        if owner is not sequence.block_row:
-            known = 0
-        if known < num_blocks:
-            self.tables[row, known:num_blocks] = sequence.block_row[known:num_blocks]
-            self.owners[row] = (sequence.block_row, num_blocks)
-
-
-class Section(NamedTuple):
-    """A tensor inside a buffer of bytes. start: in bytes."""
-
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def end(self) -> int:
-        return self.start + int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def of(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[self.start : self.end].view(self.dtype).view(self.shape)
-
-
-def lay_out(num_tokens: int, num_seqs: int, max_blocks: int) -> dict[str, Section]:
-    """Sections of a step's buffer, each aligned to 16 bytes."""
-    long, int_ = torch.int64, torch.int32
-    wanted = {
-        **{name: (long, (num_tokens,)) for name in ("ids", "positions", "slots")},
-        "rows": (long, (num_seqs,)),
-        "records": (int_, (num_seqs, WORDS)),
-        "starts": (int_, (num_seqs + 1,)),
-        "lens": (int_, (num_seqs,)),
-        "tables": (int_, (num_seqs, max_blocks)),
-    }
-    sections: dict[str, Section] = {}
-    start = 0
-    for name, (dtype, shape) in wanted.items():
-        sections[name] = Section(start, dtype, shape)
-        start = -(-sections[name].end // 16) * 16
-    return sections
 
 
 class InputBuffers:
@@ -233,11 +170,14 @@ class InputBuffers:
             self._fill_chunks(host, plan)
         if padded is not None:
             _pad(host, plan, padded)
+        spans = Spans.of(plan)
+        if shape.is_split:
+            host.split(find_fresh(*spans), shape.num_seqs)
         draws = [draw for chunk in plan.chunks for draw in chunk.draws]
         needs = fill_records(host.records, draws, shape.num_draws, self._histories, self._last_records)
         self._send(host, shape)
         num_logprobs = [draw.sequence.request.params.logprobs for draw in draws]
-        inputs = self.views(shape, Spans.of(plan))
+        inputs = self.views(shape, spans)
         return inputs._replace(copies=plan.copies, needs=needs, num_logprobs=num_logprobs, host=index)
 
     def take_back(self) -> None:
@@ -302,7 +242,8 @@ class InputBuffers:
         if not on_gpu:
             max_blocks = -(-max(spans.kv_lens, default=1) // self.block_size)
             tables = tables[:, :max_blocks]
-        num_tokens, num_seqs, num_draws, is_decode = shape
+        num_tokens, num_seqs, num_draws, is_decode, is_split = shape
+        split = FreshSplit(part["older"], part["older_starts"][: num_seqs + 1], part["fresh_starts"][: num_seqs + 1])
         attention = AttentionMetadata(
             slot_mapping=part["slots"][:num_tokens],
             block_tables=tables[:num_seqs],
@@ -312,6 +253,7 @@ class InputBuffers:
             kv_lens=spans.kv_lens,
             num_decodes=num_seqs if is_decode else spans.num_decodes,
             fresh_from=find_fresh(*spans),
+            split=split if is_split else None,
         )
         return StepInputs(
             copies=[],

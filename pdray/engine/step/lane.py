@@ -22,6 +22,7 @@ from pdray.engine.step.layer_groups import WORTH_BYTES, OnGroup, layer_groups
 from pdray.engine.step.mask_buffer import MaskBuffer
 from pdray.engine.step.scores import ScoreInputs, compute_scores, follow_scores, make_scores, score_piece
 from pdray.engine.step.warm_up import load_late_draws
+from pdray.kernels.attention.flash import load_gather, takes_heads
 from pdray.kernels.kv.blocks import copy_blocks
 from pdray.kernels.sampling.draw_rows import draw_late, draw_tokens, make_scratch, report
 from pdray.kernels.sampling.history import remember
@@ -83,6 +84,7 @@ class Lane:
         self.stream: torch.cuda.Stream | None = None
         self.on_logits: Callable[[torch.Tensor], None] | None = None
         self._largest_group = largest_group
+        self._has_flash = takes_heads(device, decoder.dtype, decoder.config.head_dim)
         self._score_piece = score_piece(decode_sizes(limits.max_num_seqs))
         self._relay = torch.cuda.Stream(device) if device.type == "cuda" else None
         draws = limits.max_num_seqs, decoder.config.vocab_size, device
@@ -98,12 +100,14 @@ class Lane:
             self.sampled.fill_(1)  # loads the kernel: see give_token()
             load_late_draws(self.histories.words, self.masks.words, decoder.dtype, self._scratch)
             copy_blocks(pool.tensor, [(0, 0)])  # the dummy block: loads the kernels before the first fork needs them
+            load_gather(pool.tensor[0])
         self._logits: torch.Tensor | None = None  # that graphs write
         if capture:
             self._capture()
 
     def _capture(self) -> None:
-        self.graphs = StepGraphs(self._graph_logits(), self.limits.max_num_batched_tokens)
+        logits, num = self._graph_logits(), self.limits.max_num_batched_tokens
+        self.graphs = StepGraphs(logits, num, has_flash=self._has_flash, is_shared=self.is_shared)
         self.graphs.capture(self.compute, self._decode_buffers, self._buffers, self.groups, self._rehearse)
         for num_tokens in self.graphs.launched_sizes:
             self.decoder.run_products(num_tokens)
@@ -116,8 +120,8 @@ class Lane:
 
     def more_graphs(self, decode: list[int], with_prompts: list[StepShape]) -> StepGraphs:
         """Graphs for another place, of these sizes (see StepGraphs); none is captured yet."""
-        tokens = self.limits.max_num_batched_tokens
-        return StepGraphs(self._graph_logits(), tokens, decode=decode, with_prompts=with_prompts)
+        num = self.limits.max_num_batched_tokens
+        return StepGraphs(self._graph_logits(), num, decode=decode, with_prompts=with_prompts)
 
     def capture_one_by_one(self, place: Place, compute: Compute | None = None) -> Iterator[StepShape]:
         """Capture another of the place's graphs before each value; while values are taken, no step is in flight.
