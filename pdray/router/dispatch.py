@@ -136,10 +136,6 @@ class Dispatch:
         choice = self._placement.choose(leg, demand)
         if choice is None:
             return False
-        if leg.asked_at:  # denied before; a denial and a later grant must not be mixed up
-            del self.legs[leg.key]
-            leg.request.renumber(leg)
-            self.legs[leg.key] = leg
         leg.choice, leg.asked_at, leg.state = choice, now, LegState.ASKED
         leg.is_ahead = not leg.alone and self._placement.may_start_ahead(choice, demand)
         prefill_id, decode_id = choice
@@ -199,7 +195,10 @@ class Dispatch:
         self._send(prefill_id, leg.prefill_request(decode_id, epoch, num_cached_tokens))
 
     def denied(self, link: WorkerLink, message: LeaseDenied) -> Refused | None:
-        """A decode worker's no. One that is not final waits in its old place; a final one is returned."""
+        """A decode worker's no. A leg that may ask again waits in its old place, in a new attempt; else it is returned.
+
+        Its prefill worker may have begun, and what it still says is about the former attempt.
+        """
         leg = self._answered(link, message)
         if message.retriable:
             link.denied = True
@@ -212,6 +211,9 @@ class Dispatch:
         assert leg.choice is not None
         self._end_prefill(leg)
         leg.choice, leg.state, leg.is_ahead, leg.first_tokens = None, LegState.WAITING, False, None
+        del self.legs[leg.key]
+        leg.request.renumber(leg)
+        self.legs[leg.key] = leg
         self.queue.push_back(leg.entry, leg)
         return None
 

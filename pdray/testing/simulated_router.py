@@ -64,7 +64,9 @@ class SimulatedRouter:
     send: passes a message on to the process at the other end of a session.
     hang_up: tells that process that the session was closed here.
     token_at: what every worker samples there; what a request has received must agree.
-    poison: ids of requests on which engines fail.
+    poison: ids of requests on which engines fail, in every step or in those of decoding. One of the latter that loses
+        its decode worker after each first token gets on, and may end without a step of decoding.
+    prefilled: tokens that prefill workers have sampled: request id, completion, position.
 
     Attributes:
         wanted: workers to which a session is to be opened; see open().
@@ -82,6 +84,7 @@ class SimulatedRouter:
         hang_up: Callable[[Held], None],
         token_at: TokenAt,
         poison: Container[str] = (),
+        prefilled: Container[tuple[str, int, int]] = (),
     ) -> None:
         self.machine = RouterMachine(config, name)
         self.wanted: dict[str, WorkerInfo] = {}
@@ -95,6 +98,7 @@ class SimulatedRouter:
         self._hang_up = hang_up
         self._token_at = token_at
         self._poison = poison
+        self._prefilled = prefilled
         self._begun: set[str] = set()
         self._num_checked: dict[tuple[str, int], int] = {}  # tokens, by request and completion
         self._aborting: str | None = None
@@ -191,6 +195,8 @@ class SimulatedRouter:
                         self.problems.append(f"{request.request_id} has begun twice")
                     self._begun.add(request.request_id)
                 case Progress(request):
+                    if request.request_id not in self._begun:
+                        self.problems.append(f"{request.request_id} gets on, and has not begun")
                     self._check_tokens(request)
                 case Ended(request, error):
                     self._ended(request, error)
@@ -216,8 +222,8 @@ class SimulatedRouter:
         else:
             outcome = "failed"
         self.outcomes.setdefault(request_id, []).append(outcome)
-        if outcome == ("finished" if request_id in self._poison else "blamed"):
-            self.problems.append(f"{request_id} is {outcome}, poison: {request_id in self._poison}")
+        if outcome == "blamed" and request_id not in self._poison:
+            self.problems.append(f"{request_id} is blamed, and is no poison")
         if len(self.outcomes[request_id]) > 1:
             self.problems.append(f"{request_id} has ended {self.outcomes[request_id]}")
         if (request.ended and request.legs) or request_id in self.machine.requests:
@@ -233,6 +239,8 @@ class SimulatedRouter:
             for position in range(first, len(completion.token_ids)):
                 if completion.token_ids[position] != self._token_at(*place, position):
                     self.problems.append(f"{place}: wrong token at {position} of {completion.token_ids}")
+                if request.request_id in self._poison and (*place, position) not in self._prefilled:
+                    self.problems.append(f"{place}: token {position} of a step that fails: it is poison")
             if first > len(completion.token_ids):
                 self.problems.append(f"{place}: tokens were taken back")
             self._num_checked[place] = len(completion.token_ids)

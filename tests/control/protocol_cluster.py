@@ -82,7 +82,7 @@ class Cluster(Workers):
             if (worker := self._at(held)) is not None:
                 self._session_lost(process, worker)
 
-        process.router = SimulatedRouter(config, name, send, hang_up, token, self.poison)
+        process.router = SimulatedRouter(config, name, send, hang_up, token, self.poison, self.prefilled)
         return process
 
     def _at(self, held: Held) -> Process | None:

@@ -40,6 +40,7 @@ class Workers:
         self.now = 0.0
         self._blame = blame
         self.poison: dict[str, bool] = {}  # whether it breaks prefill workers, too
+        self.prefilled: set[tuple[str, int, int]] = set()  # tokens that these have sampled
         self.num_failures = 0
         self.processes: dict[str, Process] = {}
         self.routers: list[RouterProcess] = []
@@ -176,6 +177,7 @@ class Workers:
             prefill.writes.pop(key, None)
             position = len(leg.output_token_ids)
             tokens = [sampled(leg.request_id, index, position) for index in leg.indices]
+            self.prefilled |= {(leg.request_id, index, position) for index in leg.indices}
             self._ledger_do(prefill, prefill.ledger.computed(self.now, FirstTokens(*key, tokens, 0, 0.0, 0.0)))
 
     def end_step(self, prefill: PrefillProcess, key: LegKey) -> None:

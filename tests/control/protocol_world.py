@@ -32,6 +32,8 @@ from pdray.wire.cluster_view import Draining
 from pdray.wire.message import LegKey
 from pdray.wire.worker_news import StepFailed
 
+RENEW_INTERVAL_S = LEASE_TIMEOUT_S / 3
+SETTLE_ROUNDS = 20  # six times as long as leases stand
 PROGRESS_WEIGHT = 30  # or kills and stops would leave nothing that could get anywhere
 
 
@@ -131,6 +133,25 @@ class World(Cluster):
         result += [lambda r=r: r.router.renew(self.now) for r in self.routers if r.runs and r.router.machine.requests]
         return result * PROGRESS_WEIGHT + self._submissions() + self._disturbances() if self.disturb else result
 
+    def carry_on(self) -> None:
+        """Everything that is under way, and prefills; nothing is decoded, and only routers' timers let time pass."""
+        while True:
+            prefills = self.workers(PrefillProcess)
+            if self.calls:
+                self.carry_out()
+            elif self.notices:
+                self.notices.popleft()()
+            elif self.links:
+                self.deliver(next(iter(self.links)))
+            elif progress := self._progress_of_routers():
+                progress[0]()
+            elif computing := [(prefill, key) for prefill in prefills for key in prefill.computing]:
+                self.compute(*computing[0])
+            elif puts := [(prefill, put) for prefill in prefills for put in prefill.puts]:
+                self.finish_put(*puts[0])
+            else:
+                return
+
     def _is_heard(self, worker: Process) -> bool:
         """Whether every router that runs has its last word."""
         heard = (ends for ends in self.links if ends[0] is worker and ends[1].runs)
@@ -199,7 +220,7 @@ class World(Cluster):
         for process in list(self.processes.values()):
             if not process.alive and not isinstance(process, RouterProcess):
                 self._suspect(process)
-        for _ in range(6):
+        for _ in range(SETTLE_ROUNDS):
             for _ in range(4000):
                 if self._is_idle():
                     break
@@ -208,7 +229,10 @@ class World(Cluster):
                 rng.choice(actions)()
                 if self.violations():
                     return self.problems
-            self.advance(LEASE_TIMEOUT_S + 1)
+            self.advance(RENEW_INTERVAL_S)
+            for process in self.routers:  # or a request that was forgotten would be replayed, as its lease expires
+                if process.runs and process.router.machine.requests:
+                    process.router.renew(self.now)
         if not self.membership.serving:
             self.problems.append(f"never whole again: {self.membership.states()}, {self.membership.troubles()}")
         for router in self.routers:

@@ -2,7 +2,7 @@
 
 The Coordinator dies too, and is started again without a memory.
 
-PDRAY_MODEL_WALKS sets how many random walks are made (default: a few thousand, some seconds).
+PDRAY_MODEL_WALKS sets how many random walks are made (default: a thousand, some seconds).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from msgspec import structs
@@ -62,7 +62,7 @@ def quiet() -> Iterator[None]:
 
 
 class ProtocolMachine(RuleBasedStateMachine):
-    """Hypothesis chooses among whatever can happen next, and shrinks what goes wrong."""
+    """Hypothesis chooses among whatever can happen next."""
 
     @initialize(topology=st.sampled_from(TOPOLOGIES))
     def start(self, topology: dict[str, int]) -> None:
@@ -83,8 +83,46 @@ class ProtocolMachine(RuleBasedStateMachine):
             assert self.world.settle(random.Random(0)) == []
 
 
-ProtocolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=120, deadline=None)
+# Not shrunk: that takes minutes, and what is printed can be replayed action by action as it is.
+ProtocolMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=120, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
 TestProtocol = ProtocolMachine.TestCase
+
+
+def poisoned_in_decoding(**options: Any) -> tuple[Any, Any]:
+    """A world with a request whose first step of decoding is next, and its router."""
+    world = protocol_world.World(**options)
+    process = world.routers[0]
+    world.carry_on()
+    world.submit(process, 1, poison=True)
+    assert world.poison == {"request-0": False}
+    world.carry_on()
+    return world, process.router
+
+
+def test_poison_gets_on_where_no_step_of_decoding_computes_it() -> None:
+    """Its decode worker is lost after each first token: replays go on from there, and nobody decodes the last."""
+    world, router = poisoned_in_decoding()
+    for num_tokens in range(1, protocol_world.OUTPUT_TOKENS):
+        (request,) = router.machine.requests.values()
+        assert len(request.output.outputs[0].token_ids) == num_tokens
+        (leg,) = request.legs.values()
+        world.cut_router(world.routers[0], router.sessions[leg.choice.decode_worker_id])
+        world.carry_on()
+    assert router.outcomes == {"request-0": ["finished"]} and world.num_failures == 0
+    assert world.settle(random.Random(0)) == []
+
+
+def test_a_decoded_token_of_poison_is_a_violation() -> None:
+    """Whoever decodes it without failing, tells."""
+    world, _ = poisoned_in_decoding()
+    (decode,) = (each for each in world.workers(protocol_world.DecodeProcess) if each.pool.running)
+    poison, world.poison = world.poison, {}
+    world.step(decode)
+    world.poison = poison
+    world.carry_on()
+    assert world.violations() == ["('request-0', 0): token 1 of a step that fails: it is poison"]
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=["2P2D", "1P1D", "colocated", "guests"])

@@ -10,12 +10,20 @@ import pytest
 from msgspec import structs
 
 from pdray.errors import InvalidRequestError
-from pdray.outputs import RequestOutput
+from pdray.outputs import RequestOutput, SampledToken
 from pdray.router.routed import RoutedRequest
 from pdray.sampling_params import SamplingParams
 from pdray.testing.patience import PATIENCE_S
 from pdray.wire.lease_messages import CloseLease, CreditUpdate, LeaseRequest
-from pdray.wire.prefill_messages import CancelPrefill, LeaseConfirmed, PrefillFailed, PrefillRequest
+from pdray.wire.messages import AnyMessage
+from pdray.wire.prefill_messages import (
+    CancelPrefill,
+    FirstTokens,
+    LeaseConfirmed,
+    Pong,
+    PrefillFailed,
+    PrefillRequest,
+)
 
 MakeCluster = Callable[..., Awaitable[Any]]
 GREEDY = SamplingParams(temperature=0, max_tokens=3)
@@ -83,6 +91,32 @@ async def test_a_denial_ends_what_was_begun(make_cluster: MakeCluster) -> None:
     await cluster.prefill.expect(LeaseConfirmed, "r", 1)
     cluster.prefill.first("r", "a", attempt=1)
     assert (await finish(cluster, task, 1)).outputs[0].text == "abc"
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        FirstTokens("r", 0, [SampledToken(0, 0, ord("x")), SampledToken(1, 0, ord("y"))], 0, 0.0, 0.0),
+        PrefillFailed("r", 0, "the channel to decode-0 was lost"),
+    ],
+    ids=["first tokens", "failure"],
+)
+async def test_what_comes_late_of_a_denied_attempt_is_dropped(make_cluster: MakeCluster, late: AnyMessage) -> None:
+    """The prefill worker had not heard of the denial; the request waits for its first lease as before."""
+    cluster = await make_cluster(max_replays=0)
+    credit = cluster.decode.credit
+    task = cluster.submit("r", SamplingParams(temperature=0, max_tokens=3, n=2, stop=("x",)))
+    await ask(cluster)
+    cluster.decode.credit = structs.replace(credit, free_blocks=0)
+    cluster.decode.deny("r", "no free blocks or places", retriable=True)
+    await cluster.prefill.expect(CancelPrefill, "r")
+    cluster.prefill.send(late)
+    cluster.prefill.queued_tokens = 7
+    cluster.prefill.send(Pong(7))
+    await cluster.settled(lambda: cluster.router.machine.workers.links["prefill-0"].told_queued_tokens == 7)
+    assert not task.done() and cluster.metrics.first_tokens == [] and cluster.router.machine.queue_depth == 1
+    cluster.decode.send(CreditUpdate(credit))
+    await cluster.decode.expect(LeaseRequest, "r", 1)
 
 
 async def test_a_final_denial_ends_it_for_good(make_cluster: MakeCluster) -> None:
