@@ -215,7 +215,7 @@ def choose_plan(num_programs: int, max_kv_len: int, num_processors: int, element
     By sweeps on one H100 in the chain of Qwen3-0.6B's and 8B's layers, 600 to 8,192 tokens a sequence. Registers that
     hold tiles leave room for fewer programs: two a processor are best, and of whole sequences four with short tiles.
     """
-    if PROJECTED_MIN_PROGRAMS <= num_programs and 2 * num_programs < 3 * num_processors:
+    if num_programs >= PROJECTED_MIN_PROGRAMS and 2 * num_programs < 3 * num_processors:
         most = min(DECODE_MAX_SPLITS, max_kv_len // PROJECTED_MIN_TOKENS_PER_SPLIT)
         wanted = 2 * num_processors // num_programs if num_programs <= num_processors else 2
         num_splits = max(1, min(wanted, most))
