@@ -20,6 +20,8 @@ GATED_PROMPT_MIN_OCCUPANCY, GATED_PROMPT_MAX_COLUMNS = 0.8, 2048
 # Attention of one query token: how finely a long sequence is split among programs.
 DECODE_MAX_SPLITS = 32
 DECODE_MIN_TOKENS_PER_SPLIT = 128
+# The same where attention begins at the projection; from so many pairs of sequence and KV head on it does.
+PROJECTED_MIN_TOKENS_PER_SPLIT, PROJECTED_MIN_PROGRAMS = 256, 16
 
 # Prompts by FlashAttention-3: tokens of the sequence that an average token is in; below it Triton is as fast.
 FLASH_MIN_MEAN_LENGTH = 256

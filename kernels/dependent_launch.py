@@ -1,8 +1,9 @@
 """Programmatic dependent launch (CUDA's name for it): a kernel starts while the one before it ends.
 
 A step of a small model is hundreds of kernels of 2 to 10 us, and 1 us between two of them. A kernel that takes part
-may load what no kernel writes (weights) at once; everything else only after begin(), which waits until the kernel
-before it, and so all before that one, have ended and their results can be seen.
+may load what no kernel of the step writes (weights, the KV of earlier tokens) at once; everything else only after
+begin(), which waits until the kernel before it, and so all before that one, have ended and their results can be seen.
+The step's first kernel, the embedding, takes no part: it starts when all that was launched before has ended.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

@@ -146,10 +146,17 @@ def launch_decode(
     )  # fmt: skip
     if whole:
         return
+    assert lse is not None
+    launch_merge(partial, lse, out)
+
+
+def launch_merge(partial: Tensor, lse: Tensor, out: Tensor) -> None:
+    """The results of a sequence's splits, [B, Hq, num_splits, d] and as decode_kernel leaves them, to [B.., Hq, d]."""
+    batch, num_heads, num_splits, head_dim = partial.shape
     merge_kernel[(num_heads * batch,)](
         partial, lse, out, out.stride(0), out.stride(1), num_splits,
-        HEADS=num_heads, SPLITS=triton.next_power_of_2(num_splits), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=4,
-        **dependent_launch(q.device),
+        HEADS=num_heads, SPLITS=triton.next_power_of_2(num_splits), HEAD_DIM=head_dim,
+        BLOCK_D=max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim)), num_warps=4, **dependent_launch(out.device),
     )  # fmt: skip
 
 

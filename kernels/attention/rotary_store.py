@@ -22,6 +22,17 @@ class Heads(NamedTuple):
     v: Tensor
 
 
+class HeadOperations(NamedTuple):
+    """What a layer does to projected heads before attention: the arguments of rotate_and_store() of these names."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    cos: Tensor
+    sin: Tensor
+    num_heads: int
+
+
 def rotate_and_store(
     qkv: Tensor,
     q_norm: Tensor | None,

@@ -47,9 +47,11 @@ def triton_embed(input_ids: Tensor, table: Tensor, sampled: Tensor, own: tuple[i
     padded = triton.next_power_of_2(width)
     start, stop = own or (0, 0)
     if num_tokens:
+        # No launch_pdl: the step's first kernel starts when all before it has ended, so that what follows may read what
+        # the step found (lengths, block tables, the KV of earlier tokens) without waiting for a kernel of the step.
         embed_kernel[(num_tokens,)](
             input_ids, table, sampled, out, start, stop,
             IS_SHARD=own is not None, WIDTH=width, PADDED_WIDTH=padded, num_warps=4 if padded <= 2048 else 8,
-            **dependent_launch(table.device),
+            DEPENDENT=dependent_launch(table.device)["DEPENDENT"],
         )  # fmt: skip
     return out

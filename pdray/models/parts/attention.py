@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pdray.kernels.attention.paged import AttentionMetadata, paged_attention
-from pdray.kernels.attention.rotary_store import rotate_and_store
+from pdray.kernels.attention.paged import AttentionMetadata
+from pdray.kernels.attention.projected import projected_attention
+from pdray.kernels.attention.rotary_store import HeadOperations
 from pdray.models.model_config import ModelConfig
 from pdray.models.parts.linear import Linear, summed_linear
 from pdray.models.parts.norm import RMSNorm
@@ -62,15 +63,6 @@ class Attention(Part):
     ) -> torch.Tensor:
         """The same, of heads of queries, keys and values, [T, all of them * head_dim], before their norms."""
         q_norm, k_norm = (None if each is None else each.weight for each in (self.q_norm, self.k_norm))
-        q, k, v = rotate_and_store(
-            qkv,
-            q_norm,
-            k_norm,
-            self._eps,
-            *self._rotary,
-            positions,
-            kv_layer,
-            meta.slot_mapping,
-            self._num_heads,
-        )
-        return paged_attention(q, kv_layer, meta, self._scale, k, v).reshape(len(qkv), self.o.in_features)
+        heads = HeadOperations(q_norm, k_norm, self._eps, *self._rotary, self._num_heads)
+        attended = projected_attention(qkv, heads, positions, kv_layer, meta, self._scale)
+        return attended.reshape(len(qkv), self.o.in_features)
