@@ -213,17 +213,15 @@ def choose_plan(num_programs: int, max_kv_len: int, num_processors: int, element
     """How so many programs, times the splits, run; None where the kernels one by one are as fast.
 
     By sweeps on one H100 in the chain of Qwen3-0.6B's and 8B's layers, 600 to 8,192 tokens a sequence. Registers that
-    hold tiles leave room for fewer programs: two a processor are best, and of whole sequences four with short tiles.
+    hold tiles leave room for fewer programs: two a processor are best.
     """
-    if num_programs >= PROJECTED_MIN_PROGRAMS and 2 * num_programs < 3 * num_processors:
-        most = min(DECODE_MAX_SPLITS, max_kv_len // PROJECTED_MIN_TOKENS_PER_SPLIT)
-        wanted = 2 * num_processors // num_programs if num_programs <= num_processors else 2
-        num_splits = max(1, min(wanted, most))
-        if element_size == 4:
-            return DecodePlan(num_splits, 32, 4, 2, 1)
-        if num_splits * num_programs <= num_processors:
-            return DecodePlan(num_splits, 64, 8, 3, 1)
-        return DecodePlan(num_splits, 64, 4, 3, 2)
-    if 3 * num_processors <= num_programs <= 4 * num_processors and element_size < 4:
-        return DecodePlan(1, 32, 4, 3, 3)
-    return None
+    if num_programs < PROJECTED_MIN_PROGRAMS or 2 * num_programs >= 3 * num_processors:
+        return None
+    most = min(DECODE_MAX_SPLITS, max_kv_len // PROJECTED_MIN_TOKENS_PER_SPLIT)
+    wanted = 2 * num_processors // num_programs if num_programs <= num_processors else 2
+    num_splits = max(1, min(wanted, most))
+    if element_size == 4:
+        return DecodePlan(num_splits, 32, 4, 2, 1)
+    if num_splits * num_programs <= num_processors:
+        return DecodePlan(num_splits, 64, 8, 3, 1)
+    return DecodePlan(num_splits, 64, 4, 3, 2)
