@@ -14,6 +14,7 @@ from pdray.engine.request import RequestUpdate
 
 TOLD_STEPS = 16
 TOLD_AFTER_S = 0.1
+TOLD_TOKENS = 1024  # the answers end once the router has booked the last message: 2 to 5 us a token
 
 
 class ToldLate:
@@ -21,7 +22,7 @@ class ToldLate:
 
     def __init__(self) -> None:
         self._held: dict[Hashable, RequestUpdate] = {}
-        self._num_steps = 0
+        self._num_steps = self._num_tokens = 0
         self._since = 0.0
 
     def take(self, updates: list[RequestUpdate]) -> list[RequestUpdate] | None:
@@ -35,7 +36,9 @@ class ToldLate:
         if not self._num_steps:
             self._since = time.monotonic()
         self._num_steps += 1
-        if self._num_steps >= TOLD_STEPS or time.monotonic() - self._since >= TOLD_AFTER_S:
+        self._num_tokens += len(updates)
+        is_much = self._num_steps >= TOLD_STEPS or self._num_tokens >= TOLD_TOKENS
+        if is_much or time.monotonic() - self._since >= TOLD_AFTER_S:
             return self._join(updates)
         held = self._held
         for update in updates:
@@ -62,7 +65,7 @@ class ToldLate:
 
     def _join(self, updates: list[RequestUpdate]) -> list[RequestUpdate]:
         """All that was held, with these."""
-        self._num_steps = 0
+        self._num_steps = self._num_tokens = 0
         if not self._held:
             return updates
         held, self._held = self._held, {}

@@ -58,6 +58,7 @@ class GrowingCompletion:
             self.output.logprobs, self.output.text_offsets, self.output.cumulative_logprob = [], [], 0.0
         self._params = params
         self._tokenizer = tokenizer
+        self._is_plain = params.logprobs is None and params.max_tokens != 0
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids, params)
         self._texts: list[str] = []
         self._held: list[_BookedToken] = []  # whose text is held back
@@ -68,6 +69,10 @@ class GrowingCompletion:
     def take(self, token: SampledToken) -> str | None:
         """Book the next token; returns the stop string that it has completed."""
         output, detokenizer = self.output, self._detokenizer
+        is_plain = self._is_plain and not self._is_streamed  # nothing goes with the token, which is never held back
+        if is_plain and self._tokenizer is None and token.finish_reason is None:
+            output.token_ids.append(token.token_id)
+            return None
         if self._params.max_tokens == 0:
             self._end_empty()
             return None
@@ -86,6 +91,10 @@ class GrowingCompletion:
         if text:
             self._texts.append(text)
         output.token_ids.append(token.token_id)
+        if is_plain:
+            if output.finished:
+                self.close()
+            return piece.stop
         logprobs = None
         if output.cumulative_logprob is not None and token.logprobs:
             logprobs = decode_logprobs(self._tokenizer, token.logprobs)

@@ -10,6 +10,7 @@ Pure: time is passed in. Single-threaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -27,6 +28,7 @@ from pdray.wire.prefill_messages import FirstTokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_place = attrgetter("index", "position")
 TIMINGS_OF_STEPS = ("prefill_queue", "prefill", "transfer_wait", "first_decode_step", "first_launch")
 
 
@@ -231,7 +233,3 @@ class Request:
             completion.close()
         self.output.finished = error is None
         self.output.timings.e2e = now - self.arrival
-
-
-def _place(token: SampledToken) -> tuple[int, int]:
-    return token.index, token.position

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdray.actors import told_late
-from pdray.actors.told_late import TOLD_AFTER_S, TOLD_STEPS, ToldLate
+from pdray.actors.told_late import TOLD_AFTER_S, TOLD_STEPS, TOLD_TOKENS, ToldLate
 from pdray.engine.request import RequestUpdate
 from pdray.outputs import SampledToken
 
@@ -34,6 +34,15 @@ def test_tokens_of_many_steps_are_told_at_once() -> None:
     (joined,) = taken[-1] or []
     assert positions([joined]) == list(range(2, 2 + TOLD_STEPS))
     assert told.take([update(WHOLE, 2 + TOLD_STEPS)]) is None  # counted anew
+
+
+def test_a_large_batch_is_told_more_often() -> None:
+    """Its last message is booked when the device has nothing left to do."""
+    told, number = ToldLate(), TOLD_TOKENS // 4
+    keys = [f"{WHOLE}-{i}" for i in range(number)]
+    taken = [told.take([update(key, position) for key in keys]) for position in range(2, 10)]
+    assert [joined and len(joined) for joined in taken] == [None, None, None, number] * 2
+    assert sorted(positions(taken[3] or [])) == sorted([2, 3, 4, 5] * number)
 
 
 def test_what_cannot_wait_takes_the_rest_along() -> None:
