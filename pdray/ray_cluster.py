@@ -22,7 +22,7 @@ from pdray.cache import cache_folder, make_folder
 from pdray.errors import PdrayError
 from pdray.interrupts import interrupts_held
 from pdray.quick_ray import quick_start
-from pdray.reachable import CLIENT_SCHEME, is_reachable, require_reachable, split_address
+from pdray.reachable import CLIENT_SCHEME, is_reachable, require_admission, require_reachable, split_address
 
 LOCAL = "local"
 
@@ -63,6 +63,7 @@ def join(address: str | None) -> None:
             address = canonicalize_bootstrap_address(address or "auto")
         assert address is not None
         require_reachable(address)
+        require_admission(address)
         _init(address=address)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

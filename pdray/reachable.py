@@ -6,6 +6,7 @@ import concurrent.futures
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from pdray.background import start_thread
@@ -17,6 +18,8 @@ CONNECT_TIMEOUT_S = 5.0
 WATCH_INTERVAL_S = 0.5
 DEFAULT_CLIENT_PORT = 10001
 CLIENT_SCHEME = "ray://"
+CLUSTER_ID_METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+TOKEN_FILE = "~/.ray/auth_token"
 
 
 def is_reachable(address: str) -> bool:
@@ -80,6 +83,39 @@ def require_reachable(address: str) -> None:
                 f"something listens at {host}:{port}, but no Ray: give the port that `ray start` has printed "
                 "(6379 by default), or ray://host:10001; the dashboard's (8265) is neither"
             ) from None
+
+
+def require_admission(address: str) -> None:
+    """Returns unless a cluster turns away the token that this process has, or has not: Ray itself would try for 20 s.
+
+    Raises:
+        ConnectionError: it does.
+    """
+    if address.startswith(CLIENT_SCHEME) or os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return
+    token = _token()
+    import grpc
+
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(CLUSTER_ID_METHOD)(b"", metadata=metadata, timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise ConnectionError(
+                    f"the cluster at {address} asks for a token that this process has not, as one does that ends with "
+                    "the process that has started it; set RAY_AUTH_TOKEN to its token, or start one with `local`"
+                ) from None
+
+
+def _token() -> str:
+    """The token that Ray would use: it looks in this order."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    try:
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", TOKEN_FILE)).expanduser().read_text().strip()
+    except OSError:
+        return ""
 
 
 def split_address(address: str) -> tuple[str, int]:

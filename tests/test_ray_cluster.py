@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -13,13 +14,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import msgspec
 import psutil
 import pytest
+import ray
 
 from pdray import ray_cluster, reachable
 from pdray.errors import PdrayError
-from pdray.ray_cluster import SharedCluster, find_shared
+from pdray.ray_cluster import SharedCluster, find_shared, join
+from pdray.reachable import CLUSTER_ID_METHOD
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +113,44 @@ def test_another_server_at_the_address_is_no_cluster(monkeypatch: pytest.MonkeyP
         with pytest.raises(PdrayError, match=r"something listens at .*, but no Ray: .*6379"):
             ray_cluster.join(f"127.0.0.1:{server.server_port}")
         server.shutdown()
+
+
+class Guarded(grpc.GenericRpcHandler):
+    """A cluster that lets in who has the token, as Ray's do."""
+
+    def service(self, call: Any) -> Any:
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if ("authorization", "Bearer secret") not in context.invocation_metadata():
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer) if call.method == CLUSTER_ID_METHOD else None
+
+
+def test_a_cluster_that_asks_for_another_token_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tries for 20 s, and by then another could have been started."""
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((Guarded(),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    joined: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda **options: joined.append(options["address"]))
+    monkeypatch.setattr("pdray.ray_cluster.find_shared", lambda: None)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    try:
+        for token in ("", "another"):
+            monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+            with pytest.raises(PdrayError, match=r"asks for a token that this process has not.*set RAY_AUTH_TOKEN"):
+                join(address)
+        assert joined == []
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+        join(address)
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        (tmp_path / "token").write_text("secret\n")
+        join(address)
+        assert joined == [address, address]
+    finally:
+        server.stop(None)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host:port", "127.0.0.1:0", "127.0.0.1:70000", "ray://"])
