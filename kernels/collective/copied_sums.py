@@ -2,8 +2,8 @@
 
 A product fills the device, and a kernel that sums beside it would take multiprocessors away from it. Here each rank has
 its part copied into the other's memory, and one addition of both parts follows when the sum is waited for.
-The ranks tell each other by two words for each place: that it is full, and that it is free again. A stream waits for
-a word to be 1 and sets it to 0; the other rank sets it to 1.
+Each rank counts, in a word of the other's memory, the parts that it has copied there; the stream that adds waits for
+that word, and no other does. Nobody says that a place is free again: see NUM_PLACES.
 """
 
 from __future__ import annotations
@@ -19,26 +19,33 @@ from pdray.kernels.collective.group import PendingSum, RankGroup
 from pdray.kernels.collective.peer_memory import PeerMemory, agree, map_everywhere
 from pdray.kernels.elementwise.rms_norm import rms_norm
 
-NUM_PLACES = 2  # sums that have begun and were not waited for, at most
-WAIT_EQUAL, WRITE_DEFAULT = 1, 0  # of cuda.h: CU_STREAM_WAIT_VALUE_EQ, CU_STREAM_WRITE_VALUE_DEFAULT
-WORD = 4  # bytes
+NUM_PENDING = 2  # sums that have begun and were not added, at most
+# Sum n + 4 has the place of sum n. Who begins it has added sum n + 2, whose other part was sent after its sender had
+# added sum n: by then the place is free.
+NUM_PLACES = 2 * NUM_PENDING
+COUNTED, SPARE, THEIR_SPARE = 0, 4, 8  # bytes: where a rank's words lie
+NUM_WORDS, WORD = 3, 4
+WAIT_AT_LEAST, WRITE_DEFAULT = 0, 0  # of cuda.h: CU_STREAM_WAIT_VALUE_GEQ (cyclic), CU_STREAM_WRITE_VALUE_DEFAULT
 
 
 class _CopiedSum(PendingSum):
     """Both ranks' parts, the other's on its way.
 
+    It holds nothing that holds it: a step's parts would live until garbage is collected, which a rank does rarely.
+
     Args:
-        arrive: makes the current stream wait for the other rank's part, and returns it. release: lets its place go.
+        arrive: makes the current stream wait for the other rank's part, and returns it. added: to be called then, once
+            what reads it is launched.
     """
 
-    def __init__(self, own: Tensor, arrive: Callable[[], Tensor], release: Callable[[], None]) -> None:
-        super().__init__(self._add)
-        self._own, self._arrive, self._release = own, arrive, release
+    def __init__(self, own: Tensor, arrive: Callable[[], Tensor], added: Callable[[], None]) -> None:
+        def add() -> Tensor:
+            own.add_(arrive())
+            added()
+            return own
 
-    def _add(self) -> Tensor:
-        self._own.add_(self._arrive())
-        self._release()
-        return self._own
+        super().__init__(add)
+        self._own, self._arrive, self._added = own, arrive, added
 
     def arrive(self) -> None:
         """See PendingSum."""
@@ -49,76 +56,82 @@ class _CopiedSum(PendingSum):
         if self._total is not None:
             return rms_norm(self._total, weight, eps)
         normed = rms_norm(self._own, weight, eps, self._arrive())
-        self._release()
+        self._added()
         self._total = self._own
         return normed
 
 
 class CopiedSums:
-    """Begins sums on streams of its own. Both ranks call in the same order; see open_copied_sums().
+    """Begins sums on a stream of its own, which waits for no other rank. Both ranks call in the same order.
+
+    See open_copied_sums(). Sums are added in the order in which they have begun, on one stream, or on several of which
+    each waits for the one before.
 
     Args:
         driver: cuda.bindings.driver, or what stands for it.
-        places: [NUM_PLACES, num_bytes] uint8, which the other rank fills. flags: address of this rank's words: "full"
-            of each place, "free" of each of the other's, and two to spare.
-        their_places, their_flags: the other rank's, as this one can write them.
+        places: [NUM_PLACES, num_bytes] uint8, which the other rank fills. words: address of this rank's NUM_WORDS: how
+            many parts have come, and two to spare.
+        their_places, their_words: the other rank's, as this one can write them.
     """
 
-    def __init__(self, driver: Any, places: Tensor, flags: int, their_places: int, their_flags: int) -> None:
+    def __init__(self, driver: Any, places: Tensor, words: int, their_places: int, their_words: int) -> None:
         self._driver = driver
         self._places = places
-        self._flags = flags
-        self._their_places, self._their_flags = their_places, their_flags
-        self._streams = [torch.cuda.Stream(places.device) for _ in range(NUM_PLACES)]
-        self._turn = 0
+        self._words = words
+        self._their_places, self._their_words = their_places, their_words
+        # Of a high priority, so that it shares no queue of the device with a stream that computes: CUDA has few for
+        # each priority, and what waits in one holds up all that is behind it.
+        self._stream = torch.cuda.Stream(places.device, priority=-1)
+        self._num_begun = self._num_added = 0
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it fits a place. None does while a graph is captured."""
+        """Whether it fits a place. None does while a graph is captured, which would count the same part again."""
         fits = 0 < x.numel() * x.element_size() <= self._places.shape[1]
         return fits and not torch.cuda.is_current_stream_capturing()
 
     def begin(self, x: Tensor) -> PendingSum:
-        """See RankGroup.begin_sum; ``x`` is one that takes() takes, and no more than NUM_PLACES are pending."""
-        place, num_bytes = self._turn, x.numel() * x.element_size()
-        self._turn = (place + 1) % NUM_PLACES
-        stream, full, free = self._streams[place], WORD * place, WORD * (NUM_PLACES + place)
+        """See RankGroup.begin_sum; ``x`` is one that takes() takes, and no more than NUM_PENDING are pending."""
+        number, num_bytes = self._num_begun, x.numel() * x.element_size()
+        assert number - self._num_added < NUM_PENDING, f"{NUM_PENDING} sums are pending: add the first"
+        self._num_begun += 1
+        place, stream = number % NUM_PLACES, self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        self._await(stream, self._flags + free)
         theirs = self._their_places + place * self._places.shape[1]
         _check(self._driver.cuMemcpyAsync(theirs, x.data_ptr(), num_bytes, stream.cuda_stream))
-        self._write(stream, self._their_flags + full, 1)
-        self._await(stream, self._flags + full)
-        arrived = stream.record_event()
+        self._write(stream, self._their_words + COUNTED, number + 1)
+        sent = stream.record_event()
         part = self._places[place, :num_bytes].view(x.dtype).view(x.shape)
 
         def arrive() -> Tensor:
-            torch.cuda.current_stream().wait_event(arrived)
+            current = torch.cuda.current_stream()
+            current.wait_event(sent)  # before x is overwritten, or its memory
+            self._await(current, self._words + COUNTED, number + 1)
             return part
 
-        def release() -> None:
-            self._write(torch.cuda.current_stream(), self._their_flags + free, 1)
+        def added() -> None:
+            assert number == self._num_added, f"sum {number} was added before sum {self._num_added}"
+            self._num_added += 1
 
-        return _CopiedSum(x, arrive, release)
+        return _CopiedSum(x, arrive, added)
 
     def obstacle(self) -> str:
         """What the driver says to all that a sum launches; "": nothing. It needs no other rank, and waits."""
-        stream, spare = self._streams[0], WORD * 2 * NUM_PLACES
+        stream = self._stream
         try:
-            self._write(stream, self._their_flags + spare + WORD, 1)
-            self._write(stream, self._flags + spare, 1)
-            self._await(stream, self._flags + spare)
+            self._write(stream, self._their_words + THEIR_SPARE, 1)
+            self._write(stream, self._words + SPARE, 1)
+            self._await(stream, self._words + SPARE, 1)
             _check(self._driver.cuMemcpyAsync(self._their_places, self._places.data_ptr(), WORD, stream.cuda_stream))
             stream.synchronize()
         except RuntimeError as error:
             return str(error)
         return ""
 
-    def _await(self, stream: torch.cuda.Stream, address: int) -> None:
-        _check(self._driver.cuStreamWaitValue32(stream.cuda_stream, address, 1, WAIT_EQUAL))
-        self._write(stream, address, 0)
+    def _await(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
+        _check(self._driver.cuStreamWaitValue32(stream.cuda_stream, address, value % 2**32, WAIT_AT_LEAST))
 
     def _write(self, stream: torch.cuda.Stream, address: int, value: int) -> None:
-        _check(self._driver.cuStreamWriteValue32(stream.cuda_stream, address, value, WRITE_DEFAULT))
+        _check(self._driver.cuStreamWriteValue32(stream.cuda_stream, address, value % 2**32, WRITE_DEFAULT))
 
 
 def open_copied_sums(group: RankGroup, num_bytes: int, device: torch.device) -> CopiedSums | str:
@@ -137,15 +150,13 @@ def open_copied_sums(group: RankGroup, num_bytes: int, device: torch.device) -> 
         driver = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         obstacle = f"no cuda.bindings ({error}); install pdray[cuda13] or pdray[cuda12]"
-    words = torch.tensor([0] * NUM_PLACES + [1] * NUM_PLACES + [0, 0], dtype=torch.int32, device=device)
-    places, flags = PeerMemory(NUM_PLACES * num_bytes, device), PeerMemory(len(words) * WORD, device)
-    flags.tensor.view(torch.int32).copy_(words)
-    mapped = map_everywhere(group, [places, flags], obstacle)
+    places, words = PeerMemory(NUM_PLACES * num_bytes, device), PeerMemory(NUM_WORDS * WORD, device)
+    mapped = map_everywhere(group, [places, words], obstacle)
     if isinstance(mapped, str):
         return mapped
     other = 1 - group.rank
     own = places.tensor.view(NUM_PLACES, num_bytes)
-    sums = CopiedSums(driver, own, flags.address, mapped[0][other], mapped[1][other])
+    sums = CopiedSums(driver, own, words.address, mapped[0][other], mapped[1][other])
     return agree(group, sums.obstacle(), device) or sums
 
 
