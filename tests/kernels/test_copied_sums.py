@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -35,9 +35,18 @@ NUM_SUMS, MAX_NUMBERS = 60, 500
 
 
 class Stream:
-    """Runs what is launched on it in order, on a thread of its own, some of it late."""
+    """Runs what is launched on it in order, on a thread of its own, some of it late.
+
+    Attributes:
+        made: all of one test, to be ended before its memory is freed: what is not waited for may come later.
+        is_over: nothing that was launched begins any more, or goes on waiting.
+    """
+
+    made: ClassVar[list[Stream]] = []
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
+        self.is_over = threading.Event()
+        self.made.append(self)
         self._executor = ThreadPoolExecutor(1)
         self._rng = random.Random(id(self))
         self.cuda_stream = self
@@ -46,7 +55,8 @@ class Stream:
         def late() -> None:
             if self._rng.random() < 0.2:
                 time.sleep(0.001)
-            run()
+            if not self.is_over.is_set():
+                run()
 
         return self._executor.submit(late)
 
@@ -59,6 +69,14 @@ class Stream:
     def synchronize(self) -> None:
         self.record_event().result(PATIENCE_S)
 
+    @classmethod
+    def end_all(cls) -> None:
+        for stream in cls.made:
+            stream.is_over.set()
+        for stream in cls.made:
+            stream._executor.shutdown(cancel_futures=True)
+        cls.made.clear()
+
     def wait_stream(self, stream: Current) -> None:
         pass  # whose work is done when the host has launched it
 
@@ -69,6 +87,7 @@ class Current:
     cuda_stream: Current
 
     def __init__(self) -> None:
+        self.is_over = threading.Event()
         self.cuda_stream = self
 
     def launch(self, run: partial[None]) -> None:
@@ -99,7 +118,7 @@ class Driver:
 
         def wait() -> None:
             deadline = time.monotonic() + PATIENCE_S
-            while ctypes.c_int32(word.value - value).value < 0:  # cyclic
+            while not stream.is_over.is_set() and ctypes.c_int32(word.value - value).value < 0:  # cyclic
                 assert time.monotonic() < deadline, "the other rank does not come"
                 time.sleep(0)
 
@@ -120,6 +139,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CopiedSums]]:
         )
         for rank in range(2)
     ]
+    Stream.end_all()
 
 
 @pytest.fixture
