@@ -131,7 +131,7 @@ def test_a_cluster_that_asks_for_another_token_is_told_at_once(tmp_path: Path, m
     """Ray tries for 20 s, and by then another could have been started."""
     server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
     server.add_generic_rpc_handlers((Guarded(),))
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    address = f"127.0.0.1:{server.add_insecure_port('0.0.0.0:0')}"
     server.start()
     joined: list[str] = []
     monkeypatch.setattr(ray, "init", lambda **options: joined.append(options["address"]))
@@ -148,7 +148,8 @@ def test_a_cluster_that_asks_for_another_token_is_told_at_once(tmp_path: Path, m
         monkeypatch.delenv("RAY_AUTH_TOKEN")
         (tmp_path / "token").write_text("secret\n")
         join(address)
-        assert joined == [address, address]
+        # Ray writes this machine's own address for the loopback's, unless the machine has no other.
+        assert [each.rpartition(":")[2] for each in joined] == [address.rpartition(":")[2]] * 2
     finally:
         server.stop(None)
 

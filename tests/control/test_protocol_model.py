@@ -85,7 +85,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
 # Not shrunk: that takes minutes, and what is printed can be replayed action by action as it is.
 ProtocolMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=120, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+    max_examples=100, stateful_step_count=120, phases=[Phase.explicit, Phase.reuse, Phase.generate]
 )
 TestProtocol = ProtocolMachine.TestCase
 

@@ -285,9 +285,9 @@ class LiveRequest:
 
     @property
     def may_draw(self) -> bool:
-        """False while its grammar is being compiled."""
+        """False while its grammar is being compiled, and for ever if there is none: see refusal."""
         if not self._has_grammar:  # a lock, in each step
-            self._has_grammar = self.grammar is None or self.grammar.done()
+            self._has_grammar = self.grammar is None or (self.grammar.done() and self.grammar.exception() is None)
         return self._has_grammar
 
     @property

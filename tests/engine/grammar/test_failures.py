@@ -62,6 +62,28 @@ def test_nothing_waits_for_a_grammar_that_is_being_compiled(llama: Any) -> None:
     engine.assert_empty()
 
 
+def test_no_step_takes_a_request_whose_grammar_has_just_failed(
+    llama: Any, grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A future has ended before its callbacks have run."""
+    engine = llama.engine()
+    engine.grammars = grammars
+    watched: list[Any] = []
+    monkeypatch.setattr(engine, "_watch_grammar", watched.append)
+    request = EngineRequest("r", [5, 6, 7], wanted("regex", "(?=a)b"))
+    engine.add(request)
+    [live] = watched
+    with pytest.raises(InvalidRequestError, match="look-around"):
+        live.grammar.result(PATIENCE_S)
+    engine.step()
+    assert "r" not in engine.updates and not engine.has_work()
+    type(engine)._watch_grammar(engine, live)
+    engine.step()
+    [news] = engine.updates["r"]
+    assert news.finished and news.param == "structured_outputs"
+    engine.assert_empty()
+
+
 @pytest.mark.parametrize("start", ["add", "reserve"])
 def test_what_cannot_be_compiled_ends_the_request(llama: Any, grammars: GrammarCompiler, start: str) -> None:
     engine = llama.engine()
