@@ -23,13 +23,9 @@ from pdray.kernels.processors import device_processors, num_processors
 
 def first_flash_sequence(q: Tensor, meta: AttentionMetadata) -> int:
     """The sequences from this one on are for flash_prefill(); their number if none is."""
-    num_sequences = len(meta.seq_lens)
-    return meta.fresh_from if are_long(meta.query_lens[meta.fresh_from :]) and can_flash(q) else num_sequences
-
-
-def are_long(lengths: list[int]) -> bool:
-    """Whether FlashAttention is ahead for fresh prompts of these lengths."""
-    return sum(n * n for n in lengths) >= FLASH_MIN_MEAN_LENGTH * max(1, sum(lengths))
+    lengths = meta.query_lens[meta.fresh_from :]
+    are_long = sum(n * n for n in lengths) >= FLASH_MIN_MEAN_LENGTH * max(1, sum(lengths))
+    return meta.fresh_from if are_long and can_flash(q) else len(meta.seq_lens)
 
 
 def is_worth_gathering(meta: AttentionMetadata, end: int) -> bool:

@@ -28,6 +28,7 @@ def projected_attention(
         if (plan := plan_of(qkv, kv_layer, meta)) is not None:
             return triton_projected_decode(qkv, heads, positions, kv_layer, meta, scale, plan)
     q_norm, k_norm, eps, cos, sin, num_heads = heads
-    arguments = q_norm, k_norm, eps, cos, sin, positions, kv_layer, meta.slot_mapping, num_heads
-    q, k, v = rotate_and_store(qkv, *arguments)
+    q, k, v = rotate_and_store(
+        qkv, q_norm, k_norm, eps, cos, sin, positions, kv_layer, meta.slot_mapping, num_heads
+    )  # fmt: skip
     return paged_attention(q, kv_layer, meta, scale, k, v)

@@ -44,7 +44,7 @@ def refuse(scheduler: Scheduler, key: Hashable, error: BaseException) -> Request
 def grammar_compiled(scheduler: Scheduler, live: LiveRequest) -> None:
     """A request's grammar is there, or there is none: then the request ends. One that is reserved does so when it is
     started: until then somebody may be writing to its blocks. Under the engine's lock."""
-    scheduler.compiling = [other for other in scheduler.compiling if other is not live and not other.may_draw]
+    scheduler.compiling = [other for other in scheduler.compiling if other is not live]
     is_reserved = live.lead.status is SequenceStatus.RESERVED
     if live.refusal is not None and not is_reserved and scheduler.requests.get(live.key) is live:
         scheduler.updates.append(refuse(scheduler, live.key, live.refusal))

@@ -25,11 +25,8 @@ class HostInputs:
         self.rows, self.starts, self.lens = arrays["rows"], arrays["starts"], arrays["lens"]
         self.records = arrays["records"]
         self.tables = arrays["tables"]
-        self.num_older, self.older_starts, self.fresh_starts = (
-            arrays["older"],
-            arrays["older_starts"],
-            arrays["fresh_starts"],
-        )
+        self.num_older = arrays["older"]
+        self.older_starts, self.fresh_starts = arrays["older_starts"], arrays["fresh_starts"]
         self.owners: list[tuple[np.ndarray[Any, Any] | None, int]]
         self.forget_tables()
 
