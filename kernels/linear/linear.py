@@ -20,10 +20,10 @@ from pdray.kernels.crossover import (
 )
 from pdray.kernels.elementwise.activation import silu_and_mul
 
-# torch 2.13, float32 on CPU: below these a row's result depends on the number of rows. Measured with one and two
-# threads, the packed product also with oneDNN held to SSE4.1, AVX2 and AVX-512.
-ROW_MULTIPLE = 8
-PACKED_ROW_MULTIPLE = 4
+# Below this a row's result in float32 on CPU depends on the number of rows. Measured with torch 2.13 and oneDNN, one
+# and two threads, plain and packed weights, oneDNN held to SSE4.1, AVX2 and AVX-512. MKL, which F.linear takes, has no
+# such number on Intel's processors: of two threads, products of 200 rows differ from those of 300.
+ROW_MULTIPLE = 4
 
 
 class StreamingKernels(NamedTuple):
@@ -45,8 +45,8 @@ def linear(
 ) -> torch.Tensor:
     """x [M, K] @ weight [N, K]^T + bias [N], + residual -> [M, N]; ``weight`` may come from pack_weight.
 
-    On CPU, M is padded to a multiple of 8 (packed: 4), so that a sequence's activations do not depend on what
-    else is in the batch. Rows past M are computed and cut off.
+    On CPU, M is padded to a multiple of 4, so that a sequence's activations, in float32, do not depend on what else is
+    in the batch. Rows past M are computed and cut off.
 
     Args:
         residual: [M, N], contiguous. Its memory may be used for the result: it must not be read afterwards.
@@ -55,11 +55,11 @@ def linear(
     if x.is_cuda:
         return _cuda_linear(x, weight, bias, residual, out)
     rows = x.shape[0]
-    packed = weight.is_mkldnn
-    padding = -rows % (PACKED_ROW_MULTIPLE if packed else ROW_MULTIPLE)
+    padding = -rows % ROW_MULTIPLE
     if padding:
         x = F.pad(x, (0, 0, 0, padding))
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if packed else F.linear(x, weight, bias)
+    by_onednn = has_onednn(weight)
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if by_onednn else F.linear(x, weight, bias)
     if padding:
         y = y[:rows]
     if out is not None:
@@ -145,6 +145,9 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     SmolLM2-135M's projections take 0.5 of the time at 4 and 8 rows, and 0.6 of a plain one-row product's.
     Anything but float32 on CPU, and a torch without oneDNN, gets ``weight`` itself back.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROW_MULTIPLE)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROW_MULTIPLE) if has_onednn(weight) else weight
+
+
+def has_onednn(weight: torch.Tensor) -> bool:
+    """Whether products with it are oneDNN's."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
