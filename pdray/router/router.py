@@ -125,8 +125,9 @@ class Router:
     async def stop(self) -> None:
         """End what runs or waits, with an error: half an answer must not look whole. Close the sessions."""
         self._perform(self.machine.stop(time.monotonic(), "this router is stopping; try again shortly"))
-        await self.tasks.stop()
+        self.tasks.cancel()  # before anything is awaited: a worker's next message would find nobody
         await self._connections.close()
+        await self.tasks.stop()
 
     def drain(self, left_s: float, reason: str) -> None:
         """This router is about to end: what still runs after `left_s` is told so. New requests are still taken."""

@@ -66,11 +66,12 @@ async def test_streaming_in_order(make_cluster: MakeCluster) -> None:
 
 
 async def test_what_has_ended_does_not_wait_for_the_garbage_collector(make_cluster: MakeCluster) -> None:
-    cluster = await make_cluster()
     gc.collect()
     gc.disable()
     before = [each for each in gc.get_objects() if type(each) in (Leg, Request)]
     try:
+        # A connection that is given up, as after a second's pause, keeps the frames in which that was noticed.
+        cluster = await make_cluster(worker_timeout_s=PATIENCE_S)
         request = await start(cluster, "r")
         cluster.prefill.first("r", "a")
         cluster.decode.tokens("r", 1, "b", finish="length")

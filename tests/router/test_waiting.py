@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -217,6 +218,30 @@ async def test_stop_ends_everything(make_cluster: MakeCluster) -> None:
     assert running.output.outputs[0].text == "ab" and running.output.outputs[0].finish_reason is None
     assert [outcome for outcome, _ in cluster.metrics.outcomes] == ["error", "rejected"]
     await cluster.decode.wait(lambda: cluster.decode.session is None)
+
+
+async def test_what_workers_say_while_it_stops_is_dropped(
+    make_cluster: MakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = await make_cluster()
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slow_to_end() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            await may_end.wait()
+
+    cluster.router.tasks.spawn(slow_to_end())
+    await begun.wait()
+    stopping = asyncio.create_task(cluster.router.stop())
+    cluster.prefill.send(Pong(7))
+    cluster.decode.send(CreditUpdate(cluster.decode.credit))
+    await cluster.decode.wait(lambda: cluster.prefill.session is None and cluster.decode.session is None)
+    may_end.set()
+    await asyncio.wait_for(stopping, PATIENCE_S)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_a_drain_refuses_what_is_new_and_ends_what_outlasts_it(make_cluster: MakeCluster) -> None:
