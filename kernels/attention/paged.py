@@ -8,11 +8,11 @@ On CPU every row goes through torch's fused attention in shapes that depend on i
 - the number of rows of each GEMM is padded to a multiple of 8: query tokens in a prefill, the query heads that share
   a KV head in a decode step.
 
-Measured with torch 2.13, float32, one and two threads, head sizes 16 to 128, on AMD and Intel: under these shapes a row's result is
-bitwise the same whatever else is in the batch, however the prompt was cut into chunks, and whether a decode step or
-a prefill computed it. Without the padding it is not: the GEMM inside changes with fewer than 4 rows, and with the
-number of keys in its last tile. ``torch.bmm`` with a softmax between is invariant under the same padding, and slower
-at every size tried.
+Measured with torch 2.13, float32, one and two threads, head sizes 16 to 128, on processors of AMD and Intel: under
+these shapes a row's result is bitwise the same whatever else is in the batch, however the prompt was cut into chunks,
+and whether a decode step or a prefill computed it. Without the padding it is not: the GEMM inside changes with fewer
+than 4 rows, and with the number of keys in its last tile. ``torch.bmm`` with a softmax between is invariant under the
+same padding, and slower at every size tried.
 """
 
 from __future__ import annotations
