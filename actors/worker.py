@@ -29,7 +29,7 @@ from pdray.actors.orphan_watch import OrphanWatch
 from pdray.actors.placement import OneNode, listen_address, origin
 from pdray.actors.prefix_news import PrefixNews
 from pdray.actors.untraced import without_tracing
-from pdray.background import BackgroundTasks, LoopFailures, unless_ended
+from pdray.background import SWITCH_INTERVAL_S, BackgroundTasks, LoopFailures, unless_ended
 from pdray.config import Config
 from pdray.control.effects import Send
 from pdray.engine.request import LayerGroupReady, RequestUpdate
@@ -60,7 +60,6 @@ TELL_POLL_S = 0.01
 TELL_FIRST_TIMEOUT_S = 1e-3
 TELL_FIRST_SHARE = 0.25
 TELL_FIRST_MIN_S = 1e-4  # less is not worth a switch of threads
-SWITCH_INTERVAL_S = 20e-6  # Python's default of 5 ms would be added to every launch beside a busy event loop
 
 
 class Worker(ABC):

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 5.0
 RAN_WELL_S = 60.0  # a loop that has run for so long has recovered: its next pause is short again
+SWITCH_INTERVAL_S = 20e-6  # Python's default of 5 ms would be added to every launch beside a busy event loop
 
 T = TypeVar("T")
 

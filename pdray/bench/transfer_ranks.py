@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pdray.background import SWITCH_INTERVAL_S
 from pdray.bench.pool_spec import BLOCK_SIZE, PoolSpec
 from pdray.bench.transfer_peers import ReceivingPeer, SendingPeer
 from pdray.config import Config
@@ -22,7 +23,6 @@ from pdray.ranks.setup import RankSite
 from pdray.transfer.channel import Site, WorkerRanks
 from pdray.transfer.pool_blocks import WholeBlocks
 
-SWITCH_INTERVAL_S = 20e-6  # as a worker's: other ranks are asked on threads of their own
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -65,7 +65,7 @@ class _Ranked:
     """What differs from a peer of one rank. If a rank ends, so does the process."""
 
     def _make_pool(self, site: Site) -> KVPool:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)  # other ranks are asked on threads of their own
         spec: PoolSpec = self.spec  # type: ignore[attr-defined]
         kind = self.kind  # type: ignore[attr-defined]
         peers = site.sends, site.num_peer_ranks
