@@ -18,6 +18,10 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))  # else Ray write
 
 from hypothesis import HealthCheck, settings
 
+from pdray.kernels.cpu_rows import steady_rows
+
+steady_rows()
+
 SESSION: pytest.StashKey[pytest.Session] = pytest.StashKey()
 
 # A loaded machine is no failure: no example has a deadline.

@@ -8,6 +8,7 @@ import torch
 
 from pdray.config import Config
 from pdray.errors import ConfigError
+from pdray.kernels.cpu_rows import steady_rows
 
 
 def select_device(config: Config) -> torch.device:
@@ -17,6 +18,7 @@ def select_device(config: Config) -> torch.device:
         ConfigError: CUDA is asked for and torch cannot use it, or cupy is built for another CUDA than torch.
     """
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        steady_rows()
         return torch.device("cpu")
     if torch.version.cuda is None:
         raise ConfigError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from pdray.kernels.cpu_rows import steady_rows
 from pdray.kernels.linear.linear import linear, pack_weight
 
 SHAPES = [(960, 576), (576, 1536), (96, 33), (7, 16), (2048, 1024)]
@@ -68,3 +71,26 @@ def test_packing_keeps_the_values_and_leaves_other_dtypes_alone() -> None:
     assert pack_weight(half) is half
     x = torch.randn(3, 47).bfloat16()
     assert linear(x, half).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("facts", "before", "asked"),
+    [
+        ("vendor_id : GenuineIntel\nflags : fma avx2", None, "AUTO,STRICT"),
+        ("vendor_id : GenuineIntel\nflags : fma avx2", "COMPATIBLE", "COMPATIBLE"),
+        ("vendor_id : GenuineIntel\nflags : fma avx2 avx512f", None, None),
+        ("vendor_id : AuthenticAMD\nflags : fma avx2", None, None),
+        (None, None, None),
+    ],
+    ids=["intel without avx-512", "set already", "intel", "amd", "another system"],
+)
+def test_mkl_is_asked_for_steady_rows_where_it_must_be(
+    facts: str | None, before: str | None, asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MKL_CBWR", before or "")
+    if before is None:
+        monkeypatch.delenv("MKL_CBWR")
+    if facts is not None:
+        (tmp_path / "cpuinfo").write_text(facts)
+    steady_rows(tmp_path / "cpuinfo")
+    assert os.environ.get("MKL_CBWR") == asked
