@@ -72,8 +72,9 @@ def check_ranks(config: Config) -> None:
                     "tensor_parallel_size"
                 )
     elif has_ranks(config) and (obstacle := ranks_obstacle(config.channel)) is not None:
-        sizes = ", ".join(f"{ranks_setting(config, role)} is {num_ranks(config, role)}" for role in ROLES)
-        raise ValueError(f"channel is {config.channel}, but {obstacle}, and {sizes}; set channel to auto")
+        sizes = {ranks_setting(config, role): num_ranks(config, role) for role in ROLES}
+        asked = ", ".join(f"{setting} is {size}" for setting, size in sizes.items())
+        raise ValueError(f"channel is {config.channel}, but {obstacle}, and {asked}; set channel to auto")
     for role in _roles(config):
         if (size := num_ranks(config, role)) > 1:
             _check_role(config, role, f"{ranks_setting(config, role)} is {size}")
