@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pdray.errors import ConfigError
 from pdray.transfer.registry import ranks_obstacle
 
 if TYPE_CHECKING:
@@ -49,6 +50,16 @@ def ranks_setting(config: Config, role: str) -> str:
 def has_ranks(config: Config) -> bool:
     """Whether prefill or decode workers have several."""
     return any(num_ranks(config, role) > 1 for role in _roles(config))
+
+
+def require_one_rank(config: Config, command: str) -> None:
+    """Raises:
+    ConfigError: several ranks are asked for, and the command measures in this process alone.
+    """
+    for role in ROLES:
+        if (size := num_ranks(config, role)) > 1:
+            setting = ranks_setting(config, role)
+            raise ConfigError(f"{setting} is {size}, but {command} measures one rank, on one GPU; remove {setting}")
 
 
 def of_role(config: Config, role: str) -> Config:
