@@ -22,7 +22,7 @@ from pdray.actors.placement import cluster_nodes, worker_resources
 from pdray.actors.questions import ask
 from pdray.config import Config
 from pdray.control.gpu_plan import plan_gpus
-from pdray.control.room import Held, explain
+from pdray.control.room import SETTINGS, Held, explain
 from pdray.errors import PdrayError, PlacementError
 
 POLL_S = 0.05
@@ -64,8 +64,7 @@ class GpuGroups:
             total, needed = resources.get("GPU", 0.0), sum(bundle.num_gpus for bundle in self._bundles)
             if total < needed:
                 raise PlacementError(
-                    f"the workers need {needed:g} GPUs and Ray's cluster has {total:g}; lower prefill_num_gpus, "
-                    "decode_num_gpus, tensor_parallel_size or the numbers of workers, or set device to cpu"
+                    f"the workers need {needed:g} GPUs and Ray's cluster has {total:g}; lower {SETTINGS['GPU']}"
                 )
             named = [number for number, bundle in enumerate(self._bundles) if bundle.device_id is not None]
             if named:

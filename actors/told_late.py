@@ -36,7 +36,7 @@ class ToldLate:
         if not self._num_steps:
             self._since = time.monotonic()
         self._num_steps += 1
-        self._num_tokens += len(updates)
+        self._num_tokens += sum(len(update.tokens) for update in updates)
         is_much = self._num_steps >= TOLD_STEPS or self._num_tokens >= TOLD_TOKENS
         if is_much or time.monotonic() - self._since >= TOLD_AFTER_S:
             return self._join(updates)

@@ -9,12 +9,12 @@ ONE_ROW_MAX_WEIGHT_ROWS = 65536
 FEW_ROWS_MAX = 16  # rows of the input; also the largest that the kernel takes
 FEW_ROWS_MAX_WEIGHT_ELEMENTS = 1 << 23
 FEW_ROWS_SPLIT_MAX_COLUMNS = 2048  # of the result; a tile for each of 132 SMs needs more
-# Up to so many rows the gate is in the product's kernel, and so are small weights between these limits from the former
-# on; the many columns are those of a result whose tiles are wide.
+# Up to TILED_ROWS_MAX rows a gated product, and from TILED_MIN_ROWS on a plain one whose weight is between the limits,
+# is one tiled kernel of ours. A gated result of TILED_GATED_MANY_COLUMNS or more has wider tiles.
 TILED_ROWS_MAX, TILED_GATED_MANY_COLUMNS = 64, 8192
 TILED_MIN_ROWS, TILED_MIN_WEIGHT_ELEMENTS, TILED_MAX_WEIGHT_ELEMENTS = 33, 3 << 20, 1 << 23
-# Prompts have it there where the tiles keep the processors busy for this share of the time, and x has at most so many
-# columns: of more, the gate is a small part, and the library's product is ahead of ours by as much.
+# A prompt's gated product is one kernel, too, where its tiles keep the processors busy for this share of the time, and
+# x has at most so many columns: of more, the gate is a small part, and the library's product is ahead by as much.
 GATED_PROMPT_MIN_OCCUPANCY, GATED_PROMPT_MAX_COLUMNS = 0.8, 2048
 
 # Attention of one query token: how finely a long sequence is split among programs.

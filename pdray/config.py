@@ -239,6 +239,7 @@ class Config(BaseModel):
             raise ValueError(
                 "load_format=dummy with a bare config.json has no tokenizer: set tokenizer, or skip_tokenizer_init=true"
             )
+        check_ranks(self)
         for name in ("prefill_num_gpus", "decode_num_gpus"):
             share = getattr(self, name)
             if share > 1:
@@ -254,7 +255,6 @@ class Config(BaseModel):
         check_partition(self)
         check_pipeline(self)
         check_device_ids(self)
-        check_ranks(self)
         from pdray.control.guests import shared_obstacle  # which needs this module
 
         if (obstacle := shared_obstacle(self)) is not None:

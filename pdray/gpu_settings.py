@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pdray.errors import ConfigError
 from pdray.transfer.registry import ranks_obstacle
 
 if TYPE_CHECKING:
@@ -51,6 +52,16 @@ def has_ranks(config: Config) -> bool:
     return any(num_ranks(config, role) > 1 for role in _roles(config))
 
 
+def require_one_rank(config: Config, command: str) -> None:
+    """Raises:
+    ConfigError: several ranks are asked for, and the command measures in this process alone.
+    """
+    for role in ROLES:
+        if (size := num_ranks(config, role)) > 1:
+            setting = ranks_setting(config, role)
+            raise ConfigError(f"{setting} is {size}, but {command} measures one rank, on one GPU; remove {setting}")
+
+
 def of_role(config: Config, role: str) -> Config:
     """What a worker of that role runs with: the same, but that tensor_parallel_size is its own."""
     if config.mode == "colocated":
@@ -72,8 +83,9 @@ def check_ranks(config: Config) -> None:
                     "tensor_parallel_size"
                 )
     elif has_ranks(config) and (obstacle := ranks_obstacle(config.channel)) is not None:
-        sizes = ", ".join(f"{ranks_setting(config, role)} is {num_ranks(config, role)}" for role in ROLES)
-        raise ValueError(f"channel is {config.channel}, but {obstacle}, and {sizes}; set channel to auto")
+        sizes = {ranks_setting(config, role): num_ranks(config, role) for role in ROLES}
+        asked = ", ".join(f"{setting} is {size}" for setting, size in sizes.items())
+        raise ValueError(f"channel is {config.channel}, but {obstacle}, and {asked}; set channel to auto")
     for role in _roles(config):
         if (size := num_ranks(config, role)) > 1:
             _check_role(config, role, f"{ranks_setting(config, role)} is {size}")

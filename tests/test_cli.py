@@ -48,6 +48,14 @@ def test_wrong_option_value_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pdray serve: --max-num-seqs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["mux", "pipeline", "kernels"])
+def test_what_measures_one_rank_refuses_several(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("tensor-parallel-size", "decode-tensor-parallel-size"):
+        assert cli.main(["bench", kind, f"--{option}", "3", "--device", "cpu"]) == 2
+        setting = option.replace("-", "_")
+        assert f"{setting} is 3, but bench {kind} measures one rank" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--api-key", "two words"], ["--api-key", "key", "--max-num-batched-tokens", "1"]])
 def test_errors_do_not_show_the_api_key(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", *words]) == 2

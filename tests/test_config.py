@@ -117,7 +117,9 @@ def test_a_pipeline_that_cannot_be_is_refused(given: dict[str, object], text: st
         ({"sm_partition": "auto"}, "sm_partition is auto.* set sm_partition to off"),
         ({"decode_pipeline": "auto"}, "decode_pipeline is auto.* set decode_pipeline to off"),
         ({"decode_device_id": 0}, "decode_device_id names one GPU.* remove it"),
+        ({"decode_device_id": [0, 1]}, "decode_device_id names one GPU.* remove it"),
         ({"decode_num_gpus": 0.5}, "decode_num_gpus is 0.5.* remove decode_num_gpus"),
+        ({"decode_num_gpus": 2}, "decode_num_gpus is 2.* takes whole GPUs; remove decode_num_gpus"),
     ],
 )
 def test_what_workers_of_several_ranks_do_not_do_is_named(given: dict[str, Any], message: str) -> None:
@@ -141,7 +143,7 @@ ALL_ONE = {"tensor_parallel_size": 2, "prefill_tensor_parallel_size": 1, "decode
         (PREFILL | {"channel": "cuda_ipc"}, None),
         (
             {"tensor_parallel_size": 2, "channel": "shared", "device": "cpu"},
-            "channel is shared, but .* channel to auto",
+            "workers of one rank each, and tensor_parallel_size is 2; set channel to auto",
         ),
         (DECODE | {"decode_pipeline": "auto"}, "decode_pipeline is auto, but decode_tensor_parallel_size is 2"),
         (PREFILL | {"prefill_device_id": 0}, "prefill_device_id names one GPU.*prefill_tensor_parallel_size is 2"),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pdray.bench.rows import BYTES_PER_S, FLOPS_PER_S
 from pdray.errors import ConfigError
+from pdray.gpu_settings import require_one_rank
 from pdray.options import add_config_arguments, config_from_args
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> tuple[list[KernelRow], Rates]:
     from pdray.models import load_model_config
 
     config = config_from_args(args)
+    require_one_rank(config, "bench kernels")
     model, device = load_model_config(config), select_device(config)
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32

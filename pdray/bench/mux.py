@@ -27,6 +27,7 @@ from pdray.bench.mux_served import (
 from pdray.bench.offline import machine
 from pdray.config import Config
 from pdray.errors import ConfigError
+from pdray.gpu_settings import require_one_rank
 from pdray.options import add_config_arguments, config_from_args
 
 if TYPE_CHECKING:  # these need torch, which the command line's help does without
@@ -84,6 +85,7 @@ def main(args: argparse.Namespace) -> int:
     from pdray.bench.ways import make_llm
 
     config = config_from_args(args)
+    require_one_rank(config, "bench mux")
     if config.sm_partition == "off":
         config = config.model_copy(update={"mode": "colocated", "sm_partition": "auto"})
     if args.seconds <= 0 or min(args.num_decodes, args.context, args.input_len) < 1:

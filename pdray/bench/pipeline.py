@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pdray.bench.offline import machine
 from pdray.config import Config
 from pdray.errors import ConfigError
+from pdray.gpu_settings import require_one_rank
 from pdray.options import add_config_arguments, config_from_args
 
 if TYPE_CHECKING:  # these need torch, which the command line's help does without
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure, print, save."""
     config = config_from_args(args)
+    require_one_rank(config, "bench pipeline")
     for name in ("batch_sizes", "contexts", "micro_batches"):
         if min(getattr(args, name)) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be above 0")

@@ -163,6 +163,7 @@ class Membership:
             may_start: there is room for workers; without it none is started.
         """
         effects: list[MembershipEffect] = []
+        self._error = None if self.serving else self._error  # a later trouble is not this one's
         for incarnation, (stray, work) in self._strays.items():
             if work.take(now):
                 effects.append(Kill(stray.worker_id, incarnation))

@@ -17,7 +17,7 @@ Resources = Mapping[str, float]
 
 SETTINGS = {
     "CPU": "worker_num_cpus or the numbers of workers",
-    "GPU": "prefill_num_gpus, decode_num_gpus or the numbers of workers, or set device to cpu",
+    "GPU": "prefill_num_gpus, decode_num_gpus, tensor_parallel_size or the numbers of workers, or set device to cpu",
 }
 
 

@@ -45,6 +45,12 @@ def test_a_large_batch_is_told_more_often() -> None:
     assert sorted(positions(taken[3] or [])) == sorted([2, 3, 4, 5] * number)
 
 
+def test_all_completions_of_a_request_count() -> None:
+    told = ToldLate()
+    tokens = [SampledToken(index, 2, 100) for index in range(TOLD_TOKENS)]
+    assert told.take([RequestUpdate(WHOLE, tokens, whole=True)]) is not None
+
+
 def test_what_cannot_wait_takes_the_rest_along() -> None:
     for urgent in (
         update(STREAMED, 7),

@@ -78,8 +78,8 @@ def test_room_that_former_workers_hold_is_room_after_them() -> None:
         (
             [{"GPU": 1.0}, {"GPU": 1.0}],
             [node("a", {"CPU": 2.0})],
-            "the workers need 2 GPUs and Ray's cluster has 0; lower prefill_num_gpus, decode_num_gpus or the numbers "
-            "of workers, or set device to cpu",
+            "the workers need 2 GPUs and Ray's cluster has 0; lower prefill_num_gpus, decode_num_gpus, "
+            "tensor_parallel_size or the numbers of workers, or set device to cpu",
         ),
         (
             [{"CPU": 0.25}] * 2,
