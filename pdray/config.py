@@ -11,37 +11,30 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from pdray.errors import ConfigError
-from pdray.gpu_settings import check_device_ids, check_ranks
-from pdray.partition_settings import DEFAULT_MICRO_BATCHES, SM_GROUP, Switch, check_partition, check_pipeline
-from pdray.transfer.registry import KINDS
+from pdray.gpu_settings import check_colocated, check_device_ids, check_ranks
+from pdray.partition_settings import DEFAULT_MICRO_BATCHES, Switch, check_partition, check_pipeline
+from pdray.setting_types import (
+    Channel,
+    Names,
+    NonNegative,
+    Positive,
+    ReasoningParser,
+    Seconds,
+    SmCount,
+    ToolCallParser,
+    is_number,
+)
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-CHANNELS = ["auto", *KINDS]
-TOOL_CALL_PARSERS = ("auto", "none", "hermes", "qwen", "qwen25", "smollm2", "llama3_json", "llama3", "pythonic")
-REASONING_PARSERS = ("auto", "none", "think", "qwen3", "deepseek_r1", "deepseek-r1")
 VISIBLE_ASCII = re.compile(r"[!-~]+")  # what every client can send in a header
-
 GPU_MAX_NUM_SEQS = 256
 GPU_MAX_NUM_BATCHED_TOKENS = 8192
 GPU_STEP_TIMEOUT_S = 60.0
 OFFLINE_TARGET_TPOT_MS = 0.0  # where nobody reads along, and what counts is when the last token comes
-
-Names = Annotated[list[str], Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
-SmCount = Annotated[int, Field(ge=SM_GROUP)]
-ToolCallParser = Annotated[
-    str, Field(pattern=f"^({'|'.join(TOOL_CALL_PARSERS)})$", json_schema_extra={"enum": [*TOOL_CALL_PARSERS]})
-]
-ReasoningParser = Annotated[
-    str, Field(pattern=f"^({'|'.join(REASONING_PARSERS)})$", json_schema_extra={"enum": [*REASONING_PARSERS]})
-]
-Channel = Annotated[str, Field(pattern=f"^({'|'.join(CHANNELS)})$", json_schema_extra={"enum": CHANNELS})]
 
 
 class Config(BaseModel):
@@ -223,6 +216,14 @@ class Config(BaseModel):
     max_request_bytes: Positive = Field(4 * 1024 * 1024, description="larger HTTP bodies get 413")
     log_prompts: bool = False
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """A number is not true or false, which pydantic takes for 1 and 0."""
+        if isinstance(value, bool) and is_number(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"it is {str(value).lower()}, and must be a number")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -239,6 +240,7 @@ class Config(BaseModel):
             raise ValueError(
                 "load_format=dummy with a bare config.json has no tokenizer: set tokenizer, or skip_tokenizer_init=true"
             )
+        check_colocated(self)
         check_ranks(self)
         for name in ("prefill_num_gpus", "decode_num_gpus"):
             share = getattr(self, name)

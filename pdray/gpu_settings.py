@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pdray.errors import ConfigError
 from pdray.transfer.registry import ranks_obstacle
@@ -11,6 +12,14 @@ if TYPE_CHECKING:
     from pdray.config import Config
 
 ROLES = ("prefill", "decode")
+# Settings that workers of both roles do not have, and what they have instead.
+OF_COLOCATED = {
+    "num_prefill_workers": "num_decode_workers",
+    "prefill_num_gpus": "decode_num_gpus",
+    "prefill_device_id": "decode_device_id",
+    "prefill_tensor_parallel_size": "tensor_parallel_size",
+    "decode_tensor_parallel_size": "tensor_parallel_size",
+}
 
 
 def check_device_ids(config: Config) -> None:
@@ -20,7 +29,7 @@ def check_device_ids(config: Config) -> None:
     used: dict[int, float] = {}
     for role, count in (("prefill", config.num_prefill_workers), ("decode", config.num_decode_workers)):
         ids, name = getattr(config, f"{role}_device_ids"), f"{role}_device_id"
-        if ids is None or (role == "prefill" and config.mode == "colocated"):
+        if ids is None:
             continue
         if config.device == "cpu":
             raise ValueError(f"{name} names a GPU, but device is cpu; remove one of them")
@@ -34,6 +43,20 @@ def check_device_ids(config: Config) -> None:
                 f"GPU {device_id} is to hold {share:g} GPUs' worth of workers; lower prefill_num_gpus or "
                 "decode_num_gpus, or name other GPUs in prefill_device_id or decode_device_id"
             )
+
+
+def check_colocated(config: Config) -> None:
+    """Raises:
+    ValueError: mode is colocated, and a setting is given of one role alone.
+    """
+    for name, instead in OF_COLOCATED.items() if config.mode == "colocated" else ():
+        if (value := getattr(config, name)) != type(config).model_fields[name].default:
+            raise ValueError(f"{name} is {value}, but mode is colocated, and every worker does both; set {instead}")
+
+
+def as_colocated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields of Config for workers of both roles, without those of one alone."""
+    return {name: value for name, value in settings.items() if name not in OF_COLOCATED} | {"mode": "colocated"}
 
 
 def num_ranks(config: Config, role: str) -> int:
@@ -75,14 +98,7 @@ def check_ranks(config: Config) -> None:
     """Raises:
     ValueError: something else is asked for that workers of several ranks do not do.
     """
-    if config.mode == "colocated":
-        for role in ROLES:
-            if (setting := ranks_setting(config, role)) != "tensor_parallel_size":
-                raise ValueError(
-                    f"{setting} is {num_ranks(config, role)}, but mode is colocated, and every worker does both; set "
-                    "tensor_parallel_size"
-                )
-    elif has_ranks(config) and (obstacle := ranks_obstacle(config.channel)) is not None:
+    if has_ranks(config) and (obstacle := ranks_obstacle(config.channel)) is not None:
         sizes = {ranks_setting(config, role): num_ranks(config, role) for role in ROLES}
         asked = ", ".join(f"{setting} is {size}" for setting, size in sizes.items())
         raise ValueError(f"channel is {config.channel}, but {obstacle}, and {asked}; set channel to auto")

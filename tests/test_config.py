@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,32 @@ def test_what_workers_of_several_ranks_do_not_do_is_named(given: dict[str, Any],
         Config(**{"mode": "colocated", "tensor_parallel_size": 2} | given)
 
 
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "decode_num_gpus", "prefill_device_id", "step_timeout_s"])
+@pytest.mark.parametrize("value", [True, False])
+def test_a_number_is_no_boolean(name: str, value: bool) -> None:
+    with pytest.raises(ValueError, match=f"{name}\n.*it is {str(value).lower()}, and must be a number"):
+        Config(**{name: value})
+    assert Config(mode="colocated", sm_partition=value).sm_partition == ("on" if value else "off")  # type: ignore[arg-type]  # YAML's
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"num_prefill_workers": 2}, "num_decode_workers"),
+        ({"prefill_num_gpus": 0.5}, "decode_num_gpus"),
+        ({"prefill_device_id": 0}, "decode_device_id"),
+        ({"prefill_device_id": [0]}, "decode_device_id"),
+        ({"prefill_tensor_parallel_size": 1}, "tensor_parallel_size"),
+        ({"decode_tensor_parallel_size": 2}, "tensor_parallel_size"),
+    ],
+)
+def test_a_colocated_mode_has_no_settings_of_one_role(given: dict[str, Any], instead: str) -> None:
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}, but mode is colocated")) as caught:
+        Config(mode="colocated", **given)
+    assert f"; set {instead} " in str(caught.value)
+
+
 DECODE, PREFILL = {"decode_tensor_parallel_size": 2}, {"prefill_tensor_parallel_size": 2}
 ALL_ONE = {"tensor_parallel_size": 2, "prefill_tensor_parallel_size": 1, "decode_tensor_parallel_size": 1}
 
@@ -134,7 +161,6 @@ ALL_ONE = {"tensor_parallel_size": 2, "prefill_tensor_parallel_size": 1, "decode
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (DECODE | {"mode": "colocated"}, "decode_tensor_parallel_size is 2, but mode is colocated.*set tensor_par"),
         (
             DECODE | {"channel": "shared"},
             "shared joins workers of one rank each, and tensor_parallel_size is 1, decode_te",

@@ -27,6 +27,7 @@ from pdray.bench.beside import Beside, Decode, format_beside, measure_beside
 from pdray.config import Config
 from pdray.engine.step.times import Spread
 from pdray.errors import ConfigError
+from pdray.gpu_settings import as_colocated
 from pdray.options import add_config_arguments, config_from_args
 from pdray.outputs import RequestOutput
 from pdray.sampling_params import SamplingParams
@@ -127,10 +128,9 @@ def main(args: argparse.Namespace) -> int:
     expected: dict[int, list[list[int]]] = {}
     print(HEADER, flush=True)
     for channel in (None, *args.channels):
-        settings = config.model_dump(exclude_unset=True) | (
-            {"mode": "colocated"} if channel is None else {"mode": "disaggregated", "channel": channel}
-        )
-        with serve(Config(**settings)) as served:
+        given = config.model_dump(exclude_unset=True)
+        own = as_colocated(given) if channel is None else given | {"mode": "disaggregated", "channel": channel}
+        with serve(Config(**own)) as served:
             for input_len in args.input_len:
                 rows.append(measure(served.name, served.ask, input_len, args, expected))
                 print(format_row(rows[-1]), flush=True)

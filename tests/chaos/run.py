@@ -39,6 +39,7 @@ from topologies import topologies
 from two_hosts import two_hosts
 
 from pdray.config import Config
+from pdray.gpu_settings import as_colocated
 from pdray.options import add_config_arguments, config_values
 
 BASE = {
@@ -118,7 +119,7 @@ def meshed(given: dict[str, Any]) -> RunsRows:
     async def many(app: Application, scale: Scale) -> list[Row]:
         return await mesh(app, scale, expected)
 
-    return all_of(served(configured(given, mode="colocated", num_decode_workers=1), one), served(config, many))
+    return all_of(served(configured(as_colocated(given), num_decode_workers=1), one), served(config, many))
 
 
 def all_of(*cases: RunsRows) -> RunsRows:

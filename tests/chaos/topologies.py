@@ -14,6 +14,7 @@ from rows import Row
 from scale import Scale
 
 from pdray import LLM
+from pdray.gpu_settings import as_colocated
 from pdray.outputs import RequestOutput
 from pdray.testing.simulated_nodes import simulated_nodes
 from pdray.testing.topology import Pair, connected, in_use, node_ids, pairs, requests, sent_bytes, tokens
@@ -36,7 +37,7 @@ def topologies(given: dict[str, Any], scale: Scale) -> list[Row]:
     prompts, params = requests(scale.num_streams, range(100, 40_000), scale.num_tokens)
     settings = SETTINGS | given
     with simulated_nodes(NUM_NODES, 1):
-        with LLM(mode="colocated", **settings) as llm:
+        with LLM(**as_colocated(settings)) as llm:
             expected = tokens(llm.generate(prompts, params, use_tqdm=False))
         rows = []
         for num_prefill, num_decode in SHAPES:

@@ -20,7 +20,7 @@ def test_who_shares() -> None:
     assert plan() == [(["prefill-0"], None), (["decode-0"], None)]
     assert plan(prefill_num_gpus=0.5, decode_num_gpus=0.5) == [(["prefill-0", "decode-0"], None)]
     assert plan(num_decode_workers=2, decode_num_gpus=0.5) == [(["prefill-0"], None), (["decode-0", "decode-1"], None)]
-    assert plan(mode="colocated", num_prefill_workers=3) == [(["decode-0"], None)]
+    assert plan(mode="colocated") == [(["decode-0"], None)]
     assert plan(prefill_num_gpus=0.6, decode_num_gpus=0.5) == [(["prefill-0"], None), (["decode-0"], None)]
     halves: dict[str, Any] = {"num_prefill_workers": 2, "prefill_num_gpus": 0.5, "decode_num_gpus": 0.5}
     assert plan(**halves, num_decode_workers=2) == [

@@ -10,12 +10,13 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from pdray.config import REASONING_PARSERS, TOOL_CALL_PARSERS, Config
+from pdray.config import Config
 from pdray.errors import InvalidRequestError
 from pdray.serve.api import create_app
 from pdray.serve.parsers import registry
 from pdray.serve.parsers.forced_call import forced_call
 from pdray.serve.tools import Tool, ToolChoice, choose, parse_tool_choice, parse_tools
+from pdray.setting_types import REASONING_PARSERS, TOOL_CALL_PARSERS
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS: list[Any] = [
