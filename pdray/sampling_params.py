@@ -139,10 +139,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             "a pdray.StructuredOutputsParams",
         )
         check_controls(self)
-        for name, allowed in FLOATS.items():
-            self._set(name, _to_float32(getattr(self, name)), allowed)
-        for name, allowed in INTEGERS.items():
-            self._set(name, _to_int(getattr(self, name)), allowed)
+        for name, default in DEFAULT_NUMBERS:
+            value = getattr(self, name)
+            if value is default or (value == default and type(value) is type(default)):
+                continue  # nearly always; every request passes here twice
+            if name in FLOATS:
+                self._set(name, _to_float32(value), FLOATS[name])
+            else:
+                self._set(name, _to_int(value), INTEGERS[name])
         if self.seed == RANDOM_SEED:
             msgspec.structs.force_setattr(self, "seed", None)
         if self.thinking_token_budget == NO_BUDGET:
@@ -174,6 +178,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+DEFAULT_NUMBERS = [(f.name, f.default) for f in msgspec.structs.fields(SamplingParams) if f.name in FLOATS | INTEGERS]
 
 
 def check_controls(params: SamplingParams) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import secrets
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from pdray.engine.schedule.limits import check_token_ids
+from pdray.engine.schedule.limits import are_token_ids, check_token_ids
 from pdray.errors import InvalidRequestError
 from pdray.prompt_scores import check_size
 from pdray.router.grammars import check_grammar
@@ -142,19 +141,10 @@ async def tokenize_all(
     return result
 
 
-@functools.lru_cache(maxsize=4)
-def _ids_below(limit: int) -> Any:
-    return list[Annotated[int, msgspec.Meta(ge=0, lt=limit)]]
-
-
 def _check_ids(ids: list[int], limit: int, max_model_len: int | None) -> None:
     if max_model_len is not None and len(ids) >= max_model_len:
         raise over_context(len(ids), max_model_len)
-    try:
-        msgspec.convert(ids, _ids_below(limit))  # without a step of Python's for each of many thousand ids
-    except msgspec.ValidationError:
-        pass  # the first of them is named below
-    else:
+    if are_token_ids(ids, limit):
         return
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:

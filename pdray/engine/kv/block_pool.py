@@ -122,7 +122,7 @@ class BlockPool:
         if num_new + num_revived + keep_free > len(self._free):
             return None
         self.share(cached)
-        return [self._take() for _ in range(num_new)]
+        return self._take(num_new)
 
     def allocate(self, num_new: int) -> list[int] | None:
         """``num_new`` fresh blocks, or None."""
@@ -163,16 +163,17 @@ class BlockPool:
             self._cache_version += 1
             self._note(block_hash, self._changes.added, self._changes.removed)
 
-    def _take(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        block_hash = self._hashes[block]
-        if block_hash is not None:
-            del self._cached[block_hash]
-            self._hashes[block] = None
-            self._cache_version += 1
-            self._note(block_hash, self._changes.removed, self._changes.added)
-        self._ref_counts[block] = 1
-        return block
+    def _take(self, num_new: int) -> list[int]:
+        free, hashes, ref_counts = self._free, self._hashes, self._ref_counts
+        blocks = [free.popitem(last=False)[0] for _ in range(num_new)]
+        for block in blocks:
+            ref_counts[block] = 1
+            if (block_hash := hashes[block]) is not None:
+                del self._cached[block_hash]
+                hashes[block] = None
+                self._cache_version += 1
+                self._note(block_hash, self._changes.removed, self._changes.added)
+        return blocks
 
     def check(self, expected: Counter[int]) -> list[str]:
         """Problems, given how often each block is referenced by its users; empty if there are none."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from pdray.engine.request import EngineRequest
 from pdray.engine.schedule.demand import Demand, lease_demand, num_blocks_for, num_reserved_tokens, num_start_blocks
@@ -15,6 +19,20 @@ if TYPE_CHECKING:
     from pdray.config import Config
     from pdray.engine.kv.pool import KVPool
     from pdray.models.model_config import ModelConfig
+
+
+@functools.lru_cache(maxsize=4)
+def _ids_below(limit: int) -> Any:
+    return list[Annotated[int, msgspec.Meta(ge=0, lt=limit)]]
+
+
+def are_token_ids(ids: Sequence[int], vocab_size: int) -> bool:
+    """Whether all are integers in [0, vocab_size), without a step of Python's for each of many thousand."""
+    try:
+        msgspec.convert(ids, _ids_below(vocab_size))
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
@@ -114,12 +132,13 @@ class EngineLimits:
         prompt, outputs = request.prompt_token_ids, request.output_token_ids
         if not prompt:
             raise InvalidRequestError("the prompt is empty; it must have at least 1 token", "prompt")
-        lowest, highest = min(min(prompt), min(outputs, default=0)), max(max(prompt), max(outputs, default=0))
-        if lowest < 0 or highest >= self.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise InvalidRequestError(
-                f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", "prompt"
-            )
+        for ids in (prompt, outputs):
+            if not are_token_ids(ids, self.vocab_size):
+                wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+                if wrong is not None:
+                    raise InvalidRequestError(
+                        f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", "prompt"
+                    )
         if not request.indices or len(set(request.indices)) != len(request.indices):
             raise InvalidRequestError(f"indices are {request.indices}; they must be distinct, and at least one", "n")
         if outputs and len(request.indices) != 1:

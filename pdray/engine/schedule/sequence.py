@@ -147,7 +147,9 @@ class Sequence:
         """Append to the block table."""
         start, end = len(self.block_table), len(self.block_table) + len(blocks)
         if end > len(self.block_row):
-            self.block_row = np.resize(self.block_row, max(end, 2 * start))
+            row = np.zeros(max(end, 2 * start), dtype=np.int32)
+            row[:start] = self.block_row[:start]
+            self.block_row = row
         self.block_row[start:end] = blocks
         self.block_table += blocks
 
