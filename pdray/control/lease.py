@@ -66,3 +66,17 @@ class Lease:
     put_done: PutDone | None = None
     put_done_at: float = 0.0
     transfer_wait: float | None = None
+
+
+def engine_request(message: LeaseRequest) -> EngineRequest:
+    """What the engine is asked to hold blocks for."""
+    return EngineRequest(
+        key=message.key,
+        prompt_token_ids=message.prompt_token_ids,
+        params=message.params,
+        indices=tuple(message.indices),
+        output_token_ids=tuple(message.output_token_ids),
+        priority=message.priority,
+        alone=message.alone,
+        whole=message.whole,
+    )

@@ -13,11 +13,10 @@ Pure: time and messages go in, effects come out. Single-threaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, KeysView
 
 from pdray.control.effects import Send
-from pdray.control.lease import Allocator, Lease, LeaseInfo, LeaseState, Writer
-from pdray.engine.request import EngineRequest
+from pdray.control.lease import Allocator, Lease, LeaseInfo, LeaseState, Writer, engine_request
 from pdray.errors import InvalidRequestError, RequestFailedError
 from pdray.wire.lease_messages import Credit, LeaseClosed, LeaseDenied, LeaseGranted, LeaseRequest, LegTokens, Tokens
 from pdray.wire.message import LegKey, Verdict
@@ -42,6 +41,7 @@ class LeaseTable:
         self._credit = credit
         self._timeout_s = lease_timeout_s
         self._leases: dict[LegKey, Lease] = {}
+        self._by_request: dict[str, list[LegKey]] = {}
         self._writers: dict[str, Writer] = {}
 
     def leases(self, now: float) -> list[LeaseInfo]:
@@ -57,8 +57,8 @@ class LeaseTable:
             for key, lease in self._leases.items()
         ]
 
-    def keys(self) -> list[LegKey]:
-        return list(self._leases)
+    def keys(self) -> KeysView[LegKey]:
+        return self._leases.keys()
 
     def router_of(self, key: LegKey) -> str | None:
         """The router that gets this leg's tokens; None once its lease is closed or quarantined."""
@@ -77,10 +77,11 @@ class LeaseTable:
         """Grant or deny. Asked again for a live lease: the same grant. A newer attempt at the same
         completions closes the older one; an older attempt than a live one is denied."""
         effects: list[Send] = []
-        for key, other in list(self._leases.items()):
-            if key.request_id != message.request_id or other.state is LeaseState.QUARANTINE:
+        for key in tuple(self._by_request.get(message.request_id, ())):
+            other = self._leases[key]
+            if other.state is LeaseState.QUARANTINE:
                 continue
-            if key == message.key:
+            if key.attempt == message.attempt:
                 return [self._grant(other)]
             if not set(other.request.indices) & set(message.indices):
                 continue
@@ -88,18 +89,7 @@ class LeaseTable:
                 return [self._deny(router_id, message, f"attempt {key.attempt} has replaced it", retriable=False)]
             effects += self._end(key, other)
         try:
-            reservation = self._allocator.reserve(
-                EngineRequest(
-                    key=message.key,
-                    prompt_token_ids=message.prompt_token_ids,
-                    params=message.params,
-                    indices=tuple(message.indices),
-                    output_token_ids=tuple(message.output_token_ids),
-                    priority=message.priority,
-                    alone=message.alone,
-                    whole=message.whole,
-                )
-            )
+            reservation = self._allocator.reserve(engine_request(message))
         except InvalidRequestError as error:
             denied = LeaseDenied(*message.key, str(error), False, self._credit(), "invalid", error.param)
             return [*effects, Send(router_id, denied)]
@@ -116,9 +106,10 @@ class LeaseTable:
             LeaseState.RUNNING if local else LeaseState.GRANTED,
             now + self._timeout_s,
         )
-        self._leases[message.key] = lease
+        self._leases[key := message.key] = lease
+        self._by_request.setdefault(message.request_id, []).append(key)
         if local:
-            self._allocator.start_prefill(message.key)
+            self._allocator.start_prefill(key)
         return [*effects, self._grant(lease)]
 
     def renew(self, now: float, router_id: str, keys: list[LegKey]) -> None:
@@ -157,8 +148,10 @@ class LeaseTable:
 
     def finished(self, key: LegKey) -> list[Send]:
         """The engine has ended this leg's last completion and taken its blocks back."""
-        lease = self._leases.pop(key, None)
-        assert lease is None or lease.state is LeaseState.RUNNING, (key, lease)
+        lease = self._leases.get(key)
+        if lease is not None:
+            assert lease.state is LeaseState.RUNNING, (key, lease)
+            self._forget(key)
         return []
 
     def failed(self, key: LegKey, reason: str, verdict: Verdict) -> list[Send]:
@@ -336,8 +329,15 @@ class LeaseTable:
         return effects
 
     def _free(self, key: LegKey) -> None:
-        del self._leases[key]
+        self._forget(key)
         self._allocator.release(key)
+
+    def _forget(self, key: LegKey) -> None:
+        del self._leases[key]
+        keys = self._by_request[key.request_id]
+        keys.remove(key)
+        if not keys:
+            del self._by_request[key.request_id]
 
     def _written_by(self, lease: Lease, worker_id: str) -> bool:
         return lease.request.prefill_worker_id == worker_id
