@@ -17,7 +17,6 @@ from pdray.config import Config
 from pdray.control.admission import AdmissionQueue
 from pdray.control.effects import Send
 from pdray.control.losses import Loss
-from pdray.engine.kv.block_pool import hash_blocks, salted, short_hash
 from pdray.errors import InvalidRequestError, PdrayError, RequestFailedError
 from pdray.router.effects import Granted, RouterEffect, TickAt
 from pdray.router.leg import Leg, LegState
@@ -67,7 +66,6 @@ class Dispatch:
         """
         if (error := self._placement.refusal(leg)) is not None:
             raise error
-        self._hash(leg)
         leg.entry = self.queue.ticket(leg.request.arrival, leg.request.priority)
         if len(self.queue) or not self._ask(now, leg):
             self.queue.push(now, leg.entry, leg)
@@ -75,7 +73,6 @@ class Dispatch:
 
     def enter_again(self, now: float, leg: Leg, predecessor: Leg, delay_s: float) -> None:
         """Take the leg that goes on where a lost one was: in its predecessor's place, and never refused."""
-        self._hash(leg)
         leg.entry = self.queue.ticket(now, leg.request.priority, order=predecessor.entry.order)
         self.legs[leg.key] = leg
         if delay_s:
@@ -84,14 +81,6 @@ class Dispatch:
             self._out.append(TickAt(now + delay_s))
         else:
             self.queue.push_back(leg.entry, leg)
-
-    def _hash(self, leg: Leg) -> None:
-        if self._config.enable_prefix_caching:
-            token_ids = [*leg.request.output.prompt_token_ids, *leg.output_token_ids]
-            # The last token is always computed, so a block that it completes is of no use.
-            salt = salted(leg.request.params.cache_salt)
-            hashes = hash_blocks(token_ids[:-1], self._config.block_size, salt)
-            leg.prefix_hashes = [short_hash(h) for h in hashes]
 
     def wake(self, now: float) -> None:
         """Let those wait again that have rested."""
@@ -141,7 +130,8 @@ class Dispatch:
         prefill_id, decode_id = choice
         if prefill_id is not None:
             prefill = self._workers.links[prefill_id]
-            prefill.queued[leg.key] = demand.tokens - prefill.prefill_state(leg.prefix_hashes).cached_tokens
+            cached_tokens = prefill.prefill_state(leg.prefix_hashes(self._config)).cached_tokens
+            prefill.queued[leg.key] = demand.tokens - cached_tokens
         if decode_id is None:
             assert prefill_id is not None
             self._begin(now, leg, 0)

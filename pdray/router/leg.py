@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pdray.config import Config
 from pdray.control.admission import Waiting
 from pdray.control.policy import Choice
+from pdray.engine.kv.block_pool import hash_blocks, salted, short_hash
 from pdray.engine.schedule.demand import Demand, lease_demand
 from pdray.wire.lease_messages import LeaseRequest
 from pdray.wire.message import LegKey
@@ -47,7 +48,6 @@ class Leg:
     is_ahead: its prefill worker was told to begin before the lease was granted.
     first_tokens: that came before the lease was granted; nobody else sees them before that.
     first_tokens_at: when they came.
-    prefix_hashes: short hashes of its full blocks, in order; empty without prefix caching.
     """
 
     request: Request
@@ -63,7 +63,7 @@ class Leg:
     is_ahead: bool = False
     first_tokens: FirstTokens | None = None
     first_tokens_at: float = 0.0
-    prefix_hashes: list[int] = field(default_factory=list)
+    _prefix_hashes: list[int] | None = None
 
     @property
     def granted(self) -> bool:
@@ -103,6 +103,19 @@ class Leg:
             block_size=config.block_size,
             headroom_tokens=config.decode_headroom_tokens,
         )
+
+    def prefix_hashes(self, config: Config) -> list[int]:
+        """Short hashes of its full blocks, in order; empty without prefix caching. Made where a choice depends on them.
+
+        The last token is always computed, so a block that it completes is of no use.
+        """
+        if self._prefix_hashes is None:
+            self._prefix_hashes = []
+            if config.enable_prefix_caching:
+                token_ids = [*self.request.output.prompt_token_ids, *self.output_token_ids]
+                hashes = hash_blocks(token_ids[:-1], config.block_size, salted(self.request.params.cache_salt))
+                self._prefix_hashes = [short_hash(each) for each in hashes]
+        return self._prefix_hashes
 
     def lease_request(self, prefill_worker_id: str | None) -> LeaseRequest:
         """What its decode worker is asked."""

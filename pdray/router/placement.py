@@ -26,7 +26,8 @@ class Placement:
         prefill = [link for link in self._workers.open_links(Role.PREFILL) if link.could_prefill(demand)]
         with_blocks = [link for link in prefill if not link.is_guest]
         if with_blocks and leg.ends_with_first_token:  # nobody decodes: no lease, and its KV stays where it is
-            prefill_id = choose_prefill([link.prefill_state(leg.prefix_hashes) for link in with_blocks])
+            hashes = leg.prefix_hashes(self._config)
+            prefill_id = choose_prefill([link.prefill_state(hashes) for link in with_blocks])
             return None if prefill_id is None else Choice(prefill_id, None)
         decode = [
             link
@@ -35,10 +36,13 @@ class Placement:
         ]
         if not decode:
             return None
+        if len(decode) == 1 and decode[0].info.role == Role.BOTH:  # nothing to choose
+            return Choice(None, decode[0].info.worker_id)
+        hashes = leg.prefix_hashes(self._config)
         return choose(
             demand,
-            [link.decode_state(leg.prefix_hashes) for link in decode],
-            [link.prefill_state(leg.prefix_hashes) for link in prefill],
+            [link.decode_state(hashes) for link in decode],
+            [link.prefill_state(hashes) for link in prefill],
             set(self._workers.pairs),
             local_prefill_max_tokens=self._config.local_prefill_max_tokens,
         )
