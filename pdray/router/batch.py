@@ -12,8 +12,7 @@ from pdray.outputs import RequestOutput
 from pdray.router.router import Router
 from pdray.sampling_params import SamplingParams
 
-# What is sent leaves this process when the event loop's round ends. With all prompts in one round the workers would
-# wait until the last is ready; with one a round, each message costs a system call, and the first step holds one prompt.
+# Between rounds of so many the event loop does what else there is: other calls' tokens come on it.
 SENT_IN_ONE_ROUND = 16
 
 
