@@ -30,7 +30,6 @@ HALVES: dict[str, Any] = {"prefill_num_gpus": 0.5, "decode_num_gpus": 0.5}
         (HALVES | {"prefill_device_id": 0, "decode_device_id": 1}, []),
         (HALVES | {"num_prefill_workers": 2, "prefill_device_id": [0, 1], "decode_device_id": 1}, ["prefill-1"]),
         ({"channel": "shared", "device": "cpu", "num_prefill_workers": 2}, ["prefill-0", "prefill-1"]),
-        (HALVES | {"mode": "colocated"}, []),
     ],
     ids=str,
 )
