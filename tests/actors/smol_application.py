@@ -50,12 +50,12 @@ def nothing_in_use() -> bool:
     ) and not any(w.get("leases") for w in state)
 
 
-def stream_text(client: openai.OpenAI, seed: int, started: threading.Event | None = None) -> str:
+def stream_text(client: openai.OpenAI, seed: int, started: threading.Event | None = None, num_tokens: int = 48) -> str:
     """A seeded story, streamed; `started` is set at its fourth piece."""
     stream = client.completions.create(
         model="smol",
         prompt=f"{seed} children went into the woods",
-        max_tokens=48,
+        max_tokens=num_tokens,
         temperature=0.8,
         seed=seed,
         stream=True,
@@ -67,6 +67,12 @@ def stream_text(client: openai.OpenAI, seed: int, started: threading.Event | Non
         if started is not None and pieces == 4:
             started.set()
     return text
+
+
+def tells(client: openai.OpenAI, story: str) -> bool:
+    """Whether the first story begins as it did undisturbed."""
+    text = stream_text(client, 0, num_tokens=12)
+    return len(text) > 20 and story.startswith(text)
 
 
 PERSON = {

@@ -26,7 +26,7 @@ from smol_application import (
     is_controller,
     nothing_in_use,
     stream_story,
-    stream_text,
+    tells,
     wait_for,
     workers,
 )
@@ -269,7 +269,7 @@ def test_a_router_replica_that_hangs_is_ended_by_its_coordinator(
     wait_for(has_ended)
     assert any(suspicion.startswith(f"{router['router_id']}: no watch") for suspicion in told)
     wait_until_ready(url, timeout_s=PATIENCE_S)
-    assert stream_text(client, 0) == stories[0]
+    assert tells(client, stories[0])
     assert {row["pid"] for row in workers()} == before
 
 
@@ -295,7 +295,7 @@ def test_a_configuration_that_cannot_start_changes_nothing(url: str, client: ope
     deployments = serve.status().applications[APP].deployments
     assert "there is no such file or folder" in deployments["workers"].message
     assert httpx.get(f"{url}/health", timeout=10).status_code == 200
-    assert stream_text(client, 0) == stories[0]
+    assert tells(client, stories[0])
     assert {row["pid"] for row in workers()} == before
 
 
@@ -309,7 +309,7 @@ def test_streams_go_on_while_the_configuration_changes(url: str, client: openai.
         serve.run(build(CONFIG.model_copy(update={"max_queue_size": 4})), name=APP, route_prefix="/")
         assert httpx.get(f"{url}/health", timeout=10).status_code == 200
         assert [answer.result(timeout=PATIENCE_S) for answer in answers] == stories
-    assert stream_text(client, 0) == stories[0]
+    assert tells(client, stories[0])
 
     def only_new() -> bool:
         state = describe(APP)

@@ -119,8 +119,14 @@ def wait_until_at_rest(llm: LLM) -> None:
         time.sleep(0.1)
 
 
-def test_disaggregated_equals_colocated(disaggregated: LLM, colocated: LLM) -> None:
-    apart, together = answers(disaggregated), answers(colocated)
+@pytest.fixture(scope="module")
+def apart(disaggregated: LLM) -> list[Any]:
+    """The first answers of the workers that are apart."""
+    return answers(disaggregated)
+
+
+def test_disaggregated_equals_colocated(disaggregated: LLM, colocated: LLM, apart: list[Any]) -> None:
+    together = answers(colocated)
     for (prompt, _), a, b in zip(REQUESTS, apart, together, strict=True):
         assert a == b, prompt
     assert "Paris" in apart[0][0][2]
@@ -171,9 +177,8 @@ def test_two_ranks_equal_one_and_one_of_them_may_die(ray_cluster: None, tiny: di
         wait_until_at_rest(llm)
 
 
-def test_prefix_cache_changes_nothing(disaggregated: LLM) -> None:
-    first, second = answers(disaggregated), answers(disaggregated)
-    assert first == second
+def test_prefix_cache_changes_nothing(disaggregated: LLM, apart: list[Any]) -> None:
+    assert answers(disaggregated) == apart
     again = disaggregated.generate([LONG], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)[0]
     assert again.num_cached_tokens > 0
 
@@ -212,13 +217,10 @@ def test_timings_are_complete_and_add_up(disaggregated: LLM) -> None:
 
 def test_threads_that_generate_more_than_the_queue_holds(disaggregated: LLM) -> None:
     """A batch job waits its turn: nobody is refused."""
-    prompts = [f"{number} plus one is" for number in range(7)]
-    alone = disaggregated.generate(prompts, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    prompts, params = [f"{number} plus one is" for number in range(7)], SamplingParams(temperature=0, max_tokens=3)
+    alone = disaggregated.generate(prompts, params, use_tqdm=False)
     with ThreadPoolExecutor(3) as pool:
-        calls = [
-            pool.submit(disaggregated.generate, prompts, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
-            for _ in range(3)
-        ]
+        calls = [pool.submit(disaggregated.generate, prompts, params, use_tqdm=False) for _ in range(3)]
         for call in calls:
             assert [o.outputs[0].token_ids for o in call.result()] == [o.outputs[0].token_ids for o in alone]
     wait_until_at_rest(disaggregated)

@@ -22,7 +22,7 @@ from pdray.testing.topology import in_use, requests, tokens, tokens_of_one_engin
 
 pytestmark = pytest.mark.ray
 
-NUM_TOKENS = 200
+NUM_TOKENS = 140
 PROMPTS, PARAMS = requests(24, range(94), NUM_TOKENS)
 ONE_TOKEN = SamplingParams(temperature=1, seed=4, n=2, max_tokens=1, ignore_eos=True)
 

@@ -7,6 +7,7 @@ is built in. It was all replaced when the kernel began: more than half of the ch
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import runpy
 import sys
@@ -49,5 +50,6 @@ if __name__ == "__main__":
     import triton.runtime.interpreter
 
     replace_once_a_kernel(triton.runtime.interpreter)
+    gc.disable()  # an operation makes dozens of objects, none of which is in a cycle
     sys.argv = sys.argv[1:]
     runpy.run_path(str(FOLDER / sys.argv[0]), run_name="__main__")

@@ -238,7 +238,7 @@ class Cluster:
         self.config = Config(
             model="config.json",
             skip_tokenizer_init=True,
-            **{"max_num_seqs": 64, "lease_timeout_s": 1, "worker_timeout_s": 1, "max_queue_size": 10} | config,
+            **{"max_num_seqs": 64, "lease_timeout_s": 1, "worker_timeout_s": 60, "max_queue_size": 10} | config,
         )
         self.metrics = RecordingMetrics()
         self.broken: list[BrokenPair] = []

@@ -216,8 +216,10 @@ async def test_an_abort_between_two_workers(make_cluster: MakeCluster) -> None:
 
 @pytest.mark.parametrize("state", ["asked", "prefilling", "decoding"])
 async def test_a_request_that_takes_too_long(make_cluster: MakeCluster, state: str) -> None:
-    cluster = await make_cluster(request_timeout_s=0.5)
+    cluster = await make_cluster(request_timeout_s=1000)
     task = await brought_to(cluster, state)
+    (request,) = cluster.router.machine.requests.values()
+    request.arrival -= 1001
     with pytest.raises(RequestTimeoutError, match="request_timeout_s"):
         await cluster.text_of(await task)
     await cluster.decode.expect(CloseLease, "r")

@@ -198,11 +198,11 @@ async def test_abort_in_every_state(make_cluster: MakeCluster, state: str) -> No
     cluster = await make_cluster()
     if state == "queued":
         cluster.decode.credit = Credit(0, 0, 0, 0, 0)
-        await asyncio.sleep(0.4)  # a heartbeat
+        link = cluster.router.machine.workers.links["decode-0"]
+        await cluster.settled(lambda: link.credit.free_places == 0)  # by the next heartbeat
     task = cluster.submit("r")
     if state == "queued":
-        await asyncio.sleep(0.05)
-        assert cluster.router.machine.queue_depth == 1
+        await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
     else:
         await cluster.decode.expect(LeaseRequest, "r")
     if state in ("prefilling", "decoding"):

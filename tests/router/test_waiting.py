@@ -251,13 +251,14 @@ async def test_a_drain_refuses_what_is_new_and_ends_what_outlasts_it(make_cluste
     await make_full(cluster)
     waiting = cluster.submit("waiting")
     await cluster.settled(lambda: cluster.router.machine.queue_depth == 1)
-    await cluster.show_draining(Draining("a newer one comes", 0.2))
+    await cluster.show_draining(Draining("a newer one comes", PATIENCE_S))
     with pytest.raises(NoWorkerError, match="a newer one comes"):
         await waiting
     assert not cluster.router.ready and "a newer one comes" in cluster.router.why_not_ready
     with pytest.raises(NoWorkerError, match="a newer one comes"):
         await cluster.submit("new")
     assert not running.ended
+    await cluster.show_draining(Draining("a newer one comes", 0.01))
     with pytest.raises(NoWorkerError, match="cut short: a newer one comes"):
         await cluster.text_of(running)
 
@@ -265,11 +266,11 @@ async def test_a_drain_refuses_what_is_new_and_ends_what_outlasts_it(make_cluste
 async def test_a_drain_that_is_called_off_ends_nothing(make_cluster: MakeCluster) -> None:
     cluster = await make_cluster()
     running = await begun(cluster)
-    await cluster.show_draining(Draining("a newer one comes", 0.2))
+    await cluster.show_draining(Draining("a newer one comes", PATIENCE_S))
     await cluster.settled(lambda: not cluster.router.ready)
     await cluster.show_draining(None)
     await cluster.settled(lambda: cluster.router.ready)
-    await asyncio.sleep(0.3)
+    assert cluster.router.machine._drain.due(float("inf")) is None
     cluster.decode.tokens("r", 2, "c", finish="length")
     assert await cluster.text_of(running) == "abc"
 

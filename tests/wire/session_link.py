@@ -27,15 +27,21 @@ def numbered(number: int, size: int = 0) -> RenewLeases:
 
 
 class Recorder:
-    """A SessionHandler that keeps what it is told."""
+    """A SessionHandler that keeps what it is told.
 
-    def __init__(self) -> None:
+    Attributes:
+        on_opened: called with every session, before anything is delivered.
+    """
+
+    def __init__(self, on_opened: Callable[[Session], None] = lambda session: None) -> None:
+        self.on_opened = on_opened
         self.opened: list[Session] = []
         self.numbers: list[int] = []
         self.closed: list[str] = []
         self._changed = asyncio.Event()
 
     def on_open(self, session: Session) -> None:
+        self.on_opened(session)
         self.opened.append(session)
         self._changed.set()
 
@@ -119,12 +125,19 @@ class Proxy:
 
 
 class Link:
-    """A server, a proxy before it, and a connected client."""
+    """A server, a proxy before it, and a connected client.
+
+    Args:
+        timeout_s: of sessions, from when they are open: a machine that stalls may take longer to open one.
+    """
 
     def __init__(self, timeout_s: float = 5.0, cut_after: Callable[[], int | None] = lambda: None, delay: float = 0.0):
-        self.server_side, self.client_side = Recorder(), Recorder()
-        self.server = SessionServer(SERVER, SECRET, self.server_side, timeout_s=timeout_s)
         self._timeout_s, self._cut_after, self._delay = timeout_s, cut_after, delay
+        self.client_side, self.server_side = Recorder(self._set_timeout), Recorder(self._set_timeout)
+        self.server = SessionServer(SERVER, SECRET, self.server_side, timeout_s=PATIENCE_S)
+
+    def _set_timeout(self, session: Session) -> None:
+        session.timeout_s = self.server._timeout_s = self._timeout_s
 
     async def start(self) -> Link:
         self.port = await self.server.start("127.0.0.1")
@@ -142,7 +155,7 @@ class Link:
             expect=expect,
             secret=secret,
             handler=self.client_side,
-            timeout_s=self._timeout_s,
+            timeout_s=PATIENCE_S,
         )
 
     async def stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from session_link import CLIENT, SECRET, SERVER, Connect, Recorder, numbered
@@ -17,6 +18,12 @@ from pdray.wire.messages import AnyMessage
 from pdray.wire.peers import PeerName, Role
 from pdray.wire.server import SessionServer
 from pdray.wire.session import Session
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 async def test_a_restarted_server_ends_the_session(link: Connect) -> None:
@@ -37,7 +44,7 @@ async def test_a_restarted_server_ends_the_session(link: Connect) -> None:
 
 
 async def test_a_session_that_the_server_forgot_ends(link: Connect) -> None:
-    each = await link(timeout_s=0.4)
+    each = await link()
     await each.connect()
     await each.server_side.wait(lambda: each.server_side.opened)
     each.server._sessions.clear()
@@ -101,19 +108,24 @@ async def test_a_dead_client_is_noticed(link: Connect) -> None:
 
 async def test_time_without_a_connection_counts_from_its_last_loss(link: Connect) -> None:
     """Away when timeout_s has passed since an earlier loss, that was restored, is no death."""
-    each = await link(timeout_s=0.8)
+    each = await link(timeout_s=PATIENCE_S)
     client = await each.connect()
     await each.server_side.wait(lambda: each.server_side.opened)
+    (session,) = each.server_side.opened
     each.proxy.cut()
-    await asyncio.sleep(0.6)
-    assert each.proxy.num_connections == 2
+    await until(lambda: each.proxy.num_connections == 2 and session.lost_at and session.connected)
+    first_loss = session.lost_at
     each.proxy.refusing = True
     each.proxy.cut()
-    await asyncio.sleep(0.4)
+    await until(lambda: not session.connected and session.lost_at > first_loss)
+    each.server._give_up(session, first_loss, "as its timer does when timeout_s have passed")
+    assert not each.server_side.closed
     each.proxy.refusing = False
     client.send(numbered(1))
     await each.server_side.wait(lambda: each.server_side.numbers == [1] or each.server_side.closed)
     assert not each.client_side.closed and not each.server_side.closed
+    each.server._give_up(session, session.lost_at, "it is here")
+    assert not each.server_side.closed
 
 
 async def test_close_tells_the_peer(link: Connect) -> None:

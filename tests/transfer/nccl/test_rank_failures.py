@@ -175,7 +175,7 @@ async def test_a_rank_that_cannot_connect(
     """What the others have opened is closed again, at the end that knows; the other end hears of it, or connects in
     vain. The next epoch works."""
     world = world_of(4, 2, 2)
-    end = world.end("a", timeout_s=0.1)
+    end = world.end("a")
     worker = end.worker if side == "sender" else world.worker
     connect = worker.transports[rank].connect
 
