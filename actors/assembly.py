@@ -12,7 +12,6 @@ from pdray.config import Config
 from pdray.control.guests import KIND, plan_guests
 from pdray.errors import RankDiedError
 from pdray.gpu_settings import has_ranks, num_ranks, of_role, ranks_setting
-from pdray.models.resolve import resolve_local
 from pdray.transfer.registry import allowed_kinds, load_kind
 from pdray.wire.cluster_view import Lent, WorkerInfo
 from pdray.wire.peers import Role
@@ -60,9 +59,8 @@ def assemble(
         lender: the decode worker whose guest this one is to be. If that lends nothing, it has memory of its own.
 
     Raises:
-        ModelLoadError: the model is not found. TransferError: the lender's memory cannot be mapped here.
+        TransferError: the lender's memory cannot be mapped here.
     """
-    resolve_local(config.model, prefer_wheel=False)  # a path that leads nowhere is told before torch is imported
     import torch
 
     from pdray.engine.build import PoolPlace, build_engine
