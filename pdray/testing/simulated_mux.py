@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from pdray.bench.mux_served import COLORS
 from pdray.bench.plot import Series, line_plot
 from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
+from pdray.engine.mux.late import LateLast
 from pdray.engine.mux.load import Load, Stream, Wait
 from pdray.engine.mux.pace import PacedBudget, Targets
 from pdray.engine.schedule.step_costs import StepWork
@@ -72,12 +74,22 @@ class Gpu:
     def load(self) -> Load | None:
         if not self.queue or not self.batch:
             return None
-        waits = [Wait(each.left, (self.now - each.arrival) / 1000, self.input_len) for each in self.queue]
+        waits = [self.wait(each) for each in self.queue]
         streams = [
             Stream((self.now - each.times[0]) / 1000, len(each.times) - 1, self.output_len - len(each.times))
             for each in self.batch
         ]
         return Load(len(self.batch), waits, self.input_len - self.queue[0].left, streams)
+
+    def wait(self, each: Simulated) -> Wait:
+        return Wait(each.left, (self.now - each.arrival) / 1000, self.input_len)
+
+    def sort(self, order: LateLast[Simulated], is_late: Callable[[Wait], bool]) -> None:
+        """Sort prompts that have not begun."""
+        begun = [each for each in self.queue if each.left < self.input_len]
+        waiting = [each for each in self.queue if each.left == self.input_len]
+        order.sort(waiting, lambda each: is_late(self.wait(each)))
+        self.queue = deque(begun + waiting)
 
     def step(self, num_tokens: int) -> tuple[StepWork, float]:
         """One of so many tokens on every SM; returns what it computed, and how long it took."""
@@ -132,7 +144,10 @@ def serve(
     controller = Controller(split_costs, budget, targets, may_mix=True)
     controller.splits = list(splits)
     controller.fixed = how if isinstance(how, Arrangement) else None
+    order = LateLast[Simulated](lambda each: each.arrival)
     while gpu.arrive():
+        if controller.is_paced:
+            gpu.sort(order, controller.late())
         load, num_streams = gpu.load(), len(gpu.batch)
         chosen = controller.choose(gpu.now / 1000, load)
         if load is not None and chosen is not None and chosen.decode_sms is not None:
