@@ -27,6 +27,7 @@ class Costs(NamedTuple):
         prompts: of every step with prompts.
         kv: to read a thousand tokens of context. prefix: of a thousand pairs of a prompt's token and its context.
         least_prefix: at least, of a thousand tokens of context before a prompt's, in steps of at most 128 tokens.
+        context: of a thousand tokens of context before a prompt's, in each step with prompts.
     """
 
     weights: float = 5.3
@@ -37,6 +38,7 @@ class Costs(NamedTuple):
     kv: float = 0.052
     prefix: float = 0.0015
     least_prefix: float = 0.0
+    context: float = 0.0
 
     def step(self, work: StepWork, kv_tokens: int) -> float:
         """Of a step whose decoding sequences have so much context together."""
@@ -45,7 +47,7 @@ class Costs(NamedTuple):
             return reading
         size = work.num_prompt_tokens + work.num_decodes
         padded = next((each for each in STEP_SIZES if each >= size), -(-size // 512) * 512)
-        attending = self.prefix * work.num_prompt_tokens * work.context / 1000
+        attending = (self.prefix * work.num_prompt_tokens + self.context) * work.context / 1000
         if padded <= STEP_SIZES[0]:
             attending = max(attending, self.least_prefix * work.context / 1000)
         return reading + self.prompts + self.token * max(0, padded - self.knee) + attending

@@ -1,6 +1,6 @@
 """An engine of two lanes under Poisson load in simulated time: its controller decides, a model of costs says how long.
 
-`python -m pdray.testing.simulated_mux` prints requests in time, by rate, for fixed arrangements and the controller.
+`python -m pdray.testing.simulated_mux FILE FILE` draws requests in time by rate. A table: simulated_goodput.py.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from pdray.bench.mux_served import COLORS
 from pdray.bench.plot import Series, line_plot
 from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
+from pdray.engine.mux.late import LateLast
 from pdray.engine.mux.load import Load, Stream, Wait
 from pdray.engine.mux.pace import PacedBudget, Targets
 from pdray.engine.schedule.step_costs import StepWork
@@ -28,8 +30,11 @@ FITTED = Costs(weights=6.35, seqs=0.25, token=0.0225, knee=188, prompts=1.0, kv=
 # The same with what steps of 8k showed: 43 us for each token in steps of 128, 23 in 256, 18 on 32 of the SMs.
 FITTED_8K = FITTED._replace(least_prefix=1.07)
 SPLITS_8K = {32: (1.8, 33_000.0)}
+# A later run's steps of `pdray bench mux`, 2k and 8k in: the attention of a prompt's tokens is read once a step, too.
+MEASURED = FITTED._replace(prefix=0.00183, context=0.25)
+MEASURED_8K = FITTED._replace(prefix=0.0018, context=0.5, kv=0.052)
+SPLITS_MEASURED_8K = {32: (2.2, 25_000.0)}  # as SPLITS, beside streams with 8k of context
 PICTURES = ((15.0, (4, 6, 7, 8, 9, 10, 12)), (8.0, (1, 2, 2.5, 3, 3.5, 4, 5)))
-ROWS = ((2048, 15, (6, 7, 8, 9)), (2048, 8, (2, 3, 4)), (8192, 15, (1, 1.4)), (8192, 8, (0.4, 0.7)))
 SPLITS = {32: (1.58, 24_000.0), 48: (1.41, 17_000.0)}  # slowdown of decodes, and tokens of prompts a second, measured
 
 
@@ -69,12 +74,22 @@ class Gpu:
     def load(self) -> Load | None:
         if not self.queue or not self.batch:
             return None
-        waits = [Wait(each.left, (self.now - each.arrival) / 1000, self.input_len) for each in self.queue]
+        waits = [self.wait(each) for each in self.queue]
         streams = [
             Stream((self.now - each.times[0]) / 1000, len(each.times) - 1, self.output_len - len(each.times))
             for each in self.batch
         ]
         return Load(len(self.batch), waits, self.input_len - self.queue[0].left, streams)
+
+    def wait(self, each: Simulated) -> Wait:
+        return Wait(each.left, (self.now - each.arrival) / 1000, self.input_len)
+
+    def sort(self, order: LateLast[Simulated], is_late: Callable[[Wait], bool]) -> None:
+        """Sort prompts that have not begun."""
+        begun = [each for each in self.queue if each.left < self.input_len]
+        waiting = [each for each in self.queue if each.left == self.input_len]
+        order.sort(waiting, lambda each: is_late(self.wait(each)))
+        self.queue = deque(begun + waiting)
 
     def step(self, num_tokens: int) -> tuple[StepWork, float]:
         """One of so many tokens on every SM; returns what it computed, and how long it took."""
@@ -129,7 +144,10 @@ def serve(
     controller = Controller(split_costs, budget, targets, may_mix=True)
     controller.splits = list(splits)
     controller.fixed = how if isinstance(how, Arrangement) else None
+    order = LateLast[Simulated](lambda each: each.arrival)
     while gpu.arrive():
+        if controller.is_paced:
+            gpu.sort(order, controller.late())
         load, num_streams = gpu.load(), len(gpu.batch)
         chosen = controller.choose(gpu.now / 1000, load)
         if load is not None and chosen is not None and chosen.decode_sms is not None:
@@ -167,21 +185,9 @@ def plot(tpot_ms: float, rates: tuple[float, ...]) -> str:
 
 
 def main() -> None:
-    """With two arguments, names of files: pictures for 15 ms and for 8 ms. Else the table."""
-    for path, row in zip(sys.argv[1:], PICTURES, strict=False):
+    """Pictures for 15 ms and for 8 ms, in files of these names."""
+    for path, row in zip(sys.argv[1:], PICTURES, strict=True):
         Path(path).write_text(plot(*row))
-    if sys.argv[1:]:
-        return
-    print("| in | TPOT ms | requests/s | controller | " + " | ".join(map(str, STEP_SIZES[:-1])) + " | 32 SMs |")
-    print("|---|---|---|---|" + "---|" * len(STEP_SIZES))
-    fixed = [*(Arrangement(chunk=n) for n in STEP_SIZES[:-1]), Arrangement(decode_sms=32)]
-    for input_len, tpot_ms, rates in ROWS:
-        for rate in rates:
-            ways: list[Targets | Arrangement] = [Targets(tpot_ms / 1000, TTFT_MS / 1000), *fixed]
-            shares = [in_time(serve(way, rate, input_len=input_len), tpot_ms) for way in ways]
-            print(
-                f"| {input_len} | {tpot_ms} | {rate} | {' | '.join(f'{share:.0%}' for share in shares)} |", flush=True
-            )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def test_as_many_requests_are_in_time_as_in_the_best_mixed_steps(
 
 
 def test_beyond_the_knee_it_does_not_miss_both_targets() -> None:
-    """Where not all can be served in time, steps within the TPOT serve most; late prompts do not hurry."""
+    """Where not all can be served in time, steps within the TPOT serve most; late prompts do not hurry, and go last."""
     ways: list[Targets | Arrangement] = [Targets(0.015, TTFT_MS / 1000), *(Arrangement(chunk=n) for n in (256, 384))]
     mine, *mixed = (in_time(serve(way, 10), 15) for way in ways)
-    assert 0.2 < max(mixed) < 0.9 and mine >= max(mixed)
+    assert 0.2 < max(mixed) < 0.9 and mine >= 1.3 * max(mixed)
 
 
 def test_prompts_do_not_wait_for_streams_that_are_lost() -> None:

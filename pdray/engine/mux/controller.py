@@ -11,9 +11,11 @@ Pure: no clock, no device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pdray.engine.mux.costs import MIXED, Arrangement, Prediction, SplitCosts
-from pdray.engine.mux.load import Load
-from pdray.engine.mux.pace import HURRIED_STRETCH, TPOT_MARGIN, PacedBudget, Pacer, Targets
+from pdray.engine.mux.load import Load, Wait
+from pdray.engine.mux.pace import HURRIED_STRETCH, TPOT_MARGIN, TTFT_MARGIN, PacedBudget, Pacer, Targets
 from pdray.engine.schedule.token_budget import TokenBudget
 
 HOLD_S = 0.5
@@ -60,9 +62,8 @@ class Controller:
         """
         budget = self._budget
         if budget is not None:
-            is_paced = load is not None and self.targets.ttft_s is not None and self.fixed is None
             budget.pace = None
-            if load is not None and is_paced:
+            if load is not None and self.is_paced:
                 budget.pace = self._pacer.look(now, load, self.targets, budget.costs.plain(load.num_decodes))
             budget.target_s = self.targets.tpot_s
         if load is None:
@@ -82,6 +83,21 @@ class Controller:
         if self.current in known:
             self._consider(now, known, load)
         return self.current
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether there is a TTFT that decides when prompts are computed."""
+        return self.targets.ttft_s is not None and self.fixed is None
+
+    def late(self) -> Callable[[Wait], bool]:
+        """Says of prompts that have not begun whether they must miss their TTFT, by what is known now."""
+        assert self.targets.ttft_s is not None
+        most_s, token_s, weigh = (
+            TTFT_MARGIN * self.targets.ttft_s,
+            self.costs.token_s(0.0) or 0.0,
+            self.costs.costs.weigh,
+        )
+        return lambda wait: wait.waited_s + token_s * weigh(wait.num_tokens, wait.num_tokens / 2) > most_s
 
     def _predict(
         self, options: list[Arrangement], budget: PacedBudget, load: Load, now: float

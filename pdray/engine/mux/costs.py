@@ -112,7 +112,7 @@ class SplitCosts:
         return guess._replace(step_s=guess.step_s * step, prompt_rate=guess.prompt_rate * rate)
 
     def _guess(self, decode_sms: int, num_decodes: int, context: float) -> Prediction | None:
-        plain_s, token_s = self.costs.plain(num_decodes), self._token_s(context)
+        plain_s, token_s = self.costs.plain(num_decodes), self.token_s(context)
         if plain_s is None or not token_s:
             return None
         share = decode_sms / self._num_sms
@@ -120,7 +120,7 @@ class SplitCosts:
         slower, left = (interpolate(each, share) for each in points) if decode_sms else WITHOUT_PARTITIONS
         return Prediction(plain_s * slower, left / token_s, plain_s)
 
-    def _token_s(self, context: float) -> float | None:
+    def token_s(self, context: float) -> float | None:
         """Seconds for each token of a large step; small ones, whose tokens take less, say nothing of it."""
         if self.costs.largest_prompt() >= LARGE_STEP / 2 and (added_s := self.costs.added(LARGE_STEP, 0.0)):
             self._last_token_s = added_s / LARGE_STEP

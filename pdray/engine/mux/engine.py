@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import replace
+from operator import attrgetter
 
 from pdray.config import Config
 from pdray.engine.budget import half_context, make_budget
@@ -20,13 +21,14 @@ from pdray.engine.engine import Engine
 from pdray.engine.kv.pool import KVPool
 from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
-from pdray.engine.mux.load import measure_load
+from pdray.engine.mux.late import LateLast
+from pdray.engine.mux.load import measure_load, wait_of
 from pdray.engine.mux.meter import LaunchNote, Meter
 from pdray.engine.mux.pace import PacedBudget, Targets
 from pdray.engine.mux.partitions import LADDER, PIECE_TOKENS, Partitions
 from pdray.engine.request import EngineRequest, EngineStats, RequestUpdate, SplitState
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
-from pdray.engine.schedule.sequence import LiveRequest
+from pdray.engine.schedule.sequence import LiveRequest, Sequence
 from pdray.engine.schedule.step_costs import StepCosts
 from pdray.engine.step.flight import Flight, Launched
 from pdray.engine.step.graphs import FEW_SEQUENCES
@@ -75,6 +77,7 @@ class MuxEngine(Engine):
         targets = Targets(_seconds(self.config.target_tpot_ms), _seconds(self.config.target_ttft_ms))
         split_costs, may_mix = SplitCosts(costs, max(1, self.num_sms)), self.config.sm_partition == "auto"
         self.controller = Controller(split_costs, budget, targets, may_mix=may_mix)
+        self._late_last = LateLast[Sequence](attrgetter("order"), rank=lambda s: (not s.preempted, s.order[0]))
         self._meter = Meter(self.controller)
         self._pieces: deque[tuple[Flight, LaunchNote]] = deque()
         self._main_note = LaunchNote(StepPlan(), 0.0, None)  # of the step in flight
@@ -153,10 +156,14 @@ class MuxEngine(Engine):
         return updates
 
     def _arrange(self, now: float) -> Arrangement | None:
-        """What is to be in force; None where one side alone waits."""
-        return self.controller.choose(
-            now, None if self._scheduler.turns.has_alone else measure_load(self._scheduler, now)
-        )
+        """What is to be in force; None where one side alone waits. Late prompts go behind the others."""
+        scheduler, controller = self._scheduler, self.controller
+        if scheduler.turns.has_alone:
+            return controller.choose(now, None)
+        if controller.is_paced:
+            is_late = controller.late()
+            self._late_last.sort(scheduler.waiting, lambda sequence: is_late(wait_of(sequence, now)))
+        return controller.choose(now, measure_load(scheduler, now))
 
     def _launch_main(self, plan: StepPlan, arrangement: Arrangement | None) -> Launched:
         """Launch a step of the main lane: on the decodes' SMs while pieces are in flight, else on all."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 from pdray.engine.schedule.order import MAX_COUNTED, is_free_for
 from pdray.engine.schedule.plan import LaneName
 from pdray.engine.schedule.scheduler import Scheduler
+from pdray.engine.schedule.sequence import Sequence
 
 
 class Wait(NamedTuple):
@@ -47,11 +48,17 @@ class Load(NamedTuple):
     num_decodes: int
     prompts: list[Wait]
     context: int
-    streams: Sequence[Stream] = ()
+    streams: Rows[Stream] = ()
 
     @property
     def num_queued(self) -> int:
         return sum(wait.num_tokens for wait in self.prompts)
+
+
+def wait_of(sequence: Sequence, now: float) -> Wait:
+    """Of a sequence whose prompt is not computed yet."""
+    waited_s = now - (sequence.request.queued_at or now)
+    return Wait(sequence.num_uncomputed_tokens, waited_s, len(sequence.token_ids))
 
 
 def measure_load(scheduler: Scheduler, now: float) -> Load | None:
@@ -69,7 +76,7 @@ def measure_load(scheduler: Scheduler, now: float) -> Load | None:
     decodes = [s for s in running if id(s) not in in_prompt and is_free_for(s, LaneName.MAIN)]
     if not decodes:
         return None
-    waits = [Wait(s.num_uncomputed_tokens, now - (s.request.queued_at or now), len(s.token_ids)) for s in prompts]
+    waits = [wait_of(s, now) for s in prompts]
     streams = []
     for s in decodes:
         began_at, length = s.request.first_token_at, len(s.token_ids)

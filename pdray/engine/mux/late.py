@@ -1,0 +1,42 @@
+"""The order of the queue where first tokens have a target: prompts that can still meet it first, late ones last.
+
+A late prompt has missed its target whatever happens; computed before others, it makes them late too. Where more comes
+than can be served in time, a queue in order of arrival is late as a whole.
+
+Pure: no clock, no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+LATE_TURN = 4  # prompts that begin while late ones wait, of which one is late
+
+T = TypeVar("T")
+
+
+class LateLast(Generic[T]):
+    """Sorts a queue again and again; no prompt starves, as one of LATE_TURN is the first of the late ones.
+
+    Args:
+        key: the order among those that are late, and among those that are not.
+        rank: comes before lateness, as a priority does.
+    """
+
+    def __init__(self, key: Callable[[T], Any], rank: Callable[[T], Any] = lambda item: 0) -> None:
+        self._key = key
+        self._rank = rank
+        self._lateness: dict[int, bool] = {}  # of those that waited, by id()
+        self._num_in_time = 0  # that have begun since the last late one
+
+    def sort(self, queue: list[T], is_late: Callable[[T], bool]) -> None:
+        """Sort prompts that have not begun, in place, before each step that may begin some."""
+        lateness = {id(item): is_late(item) for item in queue}
+        begun = [was_late for key, was_late in self._lateness.items() if key not in lateness]
+        late = [item for item in queue if lateness[id(item)]]
+        self._lateness = lateness
+        self._num_in_time = 0 if any(begun) or not late else self._num_in_time + len(begun)
+        has_turn = late and self._num_in_time >= LATE_TURN - 1
+        first = min(late, key=self._key) if has_turn else None
+        queue.sort(key=lambda item: (self._rank(item), item is not first, lateness[id(item)], self._key(item)))

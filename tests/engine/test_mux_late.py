@@ -1,0 +1,69 @@
+"""The order of prompts of which some are late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdray.engine.mux.late import LATE_TURN, LateLast
+from pdray.engine.request import EngineRequest
+from pdray.sampling_params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+class Prompt:
+    def __init__(self, number: int, *, late: bool = False, rank: int = 0) -> None:
+        self.number, self.late, self.rank = number, late, rank
+
+
+def late_last() -> LateLast[Prompt]:
+    return LateLast(lambda prompt: prompt.number, lambda prompt: prompt.rank)
+
+
+def numbers(queue: list[Prompt]) -> list[int]:
+    return [prompt.number for prompt in queue]
+
+
+def test_prompts_in_time_go_before_late_ones_and_ranks_before_both() -> None:
+    queue = [Prompt(0, late=True), Prompt(1), Prompt(2, late=True, rank=-1), Prompt(3), Prompt(4, rank=1)]
+    late_last().sort(queue, lambda prompt: prompt.late)
+    assert numbers(queue) == [2, 1, 3, 0, 4]
+
+
+def test_without_late_prompts_and_with_nothing_else_they_go_in_order() -> None:
+    for late in (False, True):
+        queue = [Prompt(number, late=late) for number in (3, 1, 2)]
+        late_last().sort(queue, lambda prompt: prompt.late)
+        assert numbers(queue) == [1, 2, 3]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_every_few_prompts_one_is_the_first_of_the_late_ones(late: list[bool]) -> None:
+    order, begun = late_last(), []
+    queue = [Prompt(number, late=each) for number, each in enumerate(late)]
+    while queue:
+        order.sort(queue, lambda prompt: prompt.late)
+        has_late = any(prompt.late for prompt in queue)
+        begun.append((queue.pop(0), has_late))
+    for start in range(len(begun) - LATE_TURN + 1):
+        window = begun[start : start + LATE_TURN]
+        assert any(prompt.late for prompt, _ in window) or not all(has_late for _, has_late in window)
+    for is_late in (False, True):
+        group = [prompt.number for prompt, _ in begun if prompt.late is is_late]
+        assert group == sorted(group)
+
+
+def test_an_engine_computes_late_prompts_last(llama: Any) -> None:
+    """As where a queue was long: those that came in time get their first token before them."""
+    mux = llama.mux(max_num_seqs=2, max_num_batched_tokens=16, async_scheduling=False, target_ttft_ms=60_000)
+    mux.add(EngineRequest("stream", [5, 6, 7], GREEDY))
+    mux.step()
+    for name in ("late", "later", "new"):
+        mux.add(EngineRequest(name, [8, 9, 10, 11], GREEDY))
+    for name in ("late", "later"):
+        mux._scheduler.requests[name].queued_at -= 60.0
+    mux.run()
+    assert [key for key in mux.tokens if key != "stream"] == ["new", "late", "later"]
