@@ -55,8 +55,10 @@ def check_colocated(config: Config) -> None:
 
 
 def as_colocated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same fields of Config for workers of both roles, without those of one alone."""
-    return {name: value for name, value in settings.items() if name not in OF_COLOCATED} | {"mode": "colocated"}
+    """The same fields of Config for workers of both roles, as large as those that decode."""
+    common = {name: value for name, value in settings.items() if name not in OF_COLOCATED}
+    num_ranks = settings.get("decode_tensor_parallel_size")
+    return common | ({} if num_ranks is None else {"tensor_parallel_size": num_ranks}) | {"mode": "colocated"}
 
 
 def num_ranks(config: Config, role: str) -> int:

@@ -12,7 +12,7 @@ import yaml
 
 from pdray.config import Config
 from pdray.errors import ConfigError
-from pdray.gpu_settings import ROLES, num_ranks, of_role
+from pdray.gpu_settings import ROLES, as_colocated, num_ranks, of_role
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,12 @@ def test_a_colocated_mode_has_no_settings_of_one_role(given: dict[str, Any], ins
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value}, but mode is colocated")) as caught:
         Config(mode="colocated", **given)
     assert f"; set {instead} " in str(caught.value)
+
+
+def test_a_colocated_worker_is_as_large_as_the_one_that_decodes() -> None:
+    given = {"num_prefill_workers": 2, "decode_tensor_parallel_size": 2, "prefill_num_gpus": 0.5, "max_num_seqs": 8}
+    assert as_colocated(given) == {"mode": "colocated", "tensor_parallel_size": 2, "max_num_seqs": 8}
+    assert as_colocated({"tensor_parallel_size": 3}) == {"mode": "colocated", "tensor_parallel_size": 3}
 
 
 DECODE, PREFILL = {"decode_tensor_parallel_size": 2}, {"prefill_tensor_parallel_size": 2}

@@ -131,23 +131,27 @@ def launch_decode(
         )
     if tiles is None:
         tiles = Tiles(0, 32, 4, 2) if q.element_size() == 4 else Tiles(0, 64, 4, 3)
-    whole = num_splits == 1
-    partial = (
-        out if whole else torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-    )
-    lse = None if whole else torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
+    partial, lse = make_partial(out, batch, num_splits)
     block_d = max(MIN_DOT_ROWS, triton.next_power_of_2(head_dim))
     decode_kernel[(num_splits * num_kv_heads * batch,)](
         q, kv_layer, partial, lse, meta.block_tables, meta.seq_lens, scale * LOG2_E,
         q.stride(0), q.stride(1), kv_layer.stride(2), meta.block_tables.stride(0), num_splits,
         KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
-        BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=whole,
+        BLOCK_SIZE=block_size, BLOCK_N=tiles.block_n, HEAD_DIM=head_dim, BLOCK_D=block_d, WHOLE=lse is None,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **dependent_launch(q.device),
     )  # fmt: skip
-    if whole:
-        return
-    assert lse is not None
-    launch_merge(partial, lse, out)
+    if lse is not None:
+        launch_merge(partial, lse, out)
+
+
+def make_partial(out: Tensor, batch: int, num_splits: int) -> tuple[Tensor, Tensor | None]:
+    """What so many sequences' splits write, and launch_merge() makes ``out`` [B.., Hq, d] of; one split writes it."""
+    if num_splits == 1:
+        return out, None
+    _, num_heads, head_dim = out.shape
+    shape = batch, num_heads, num_splits
+    lse = torch.empty(shape, dtype=torch.float32, device=out.device)
+    return torch.empty(*shape, head_dim, dtype=torch.float32, device=out.device), lse
 
 
 def launch_merge(partial: Tensor, lse: Tensor, out: Tensor) -> None:

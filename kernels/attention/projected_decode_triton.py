@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdray.kernels.attention.decode_triton import launch_merge
+from pdray.kernels.attention.decode_triton import launch_merge, make_partial
 from pdray.kernels.attention.online_softmax_triton import LOG2_E, MIN_DOT_ROWS, absorb, attend, load_tile
 from pdray.kernels.attention.paged import AttentionMetadata
 from pdray.kernels.attention.rotary_store import HeadOperations
@@ -184,10 +184,7 @@ def triton_projected_decode(
     batch, num_heads, num_splits = len(qkv), heads.num_heads, plan.num_splits
     group = num_heads // num_kv_heads
     out = torch.empty(batch, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    partial, lse = out, None
-    if num_splits > 1:
-        partial = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=qkv.device)
-        lse = torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=qkv.device)
+    partial, lse = make_partial(out, batch, num_splits)
     projected_decode_kernel[(num_splits * num_kv_heads * batch,)](
         qkv, heads.q_norm, heads.k_norm, heads.cos, heads.sin, positions, kv_layer, meta.slot_mapping, partial, lse,
         meta.block_tables, meta.seq_lens, heads.eps, scale * LOG2_E, meta.block_tables.stride(0), num_splits,

@@ -63,7 +63,7 @@ class Leg:
     is_ahead: bool = False
     first_tokens: FirstTokens | None = None
     first_tokens_at: float = 0.0
-    _prefix_hashes: list[int] | None = None
+    _prefix_hashes: list[int] | None = field(default=None, init=False)
 
     @property
     def granted(self) -> bool:
