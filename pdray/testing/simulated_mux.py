@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
 from pdray.engine.mux.late import LateLast
 from pdray.engine.mux.load import Load, Stream, Wait
-from pdray.engine.mux.pace import PacedBudget, Targets
+from pdray.engine.mux.pace import Lateness, PacedBudget, Targets
 from pdray.engine.schedule.step_costs import StepWork
 from pdray.engine.schedule.token_budget import STEP_SIZES
 from pdray.testing.simulated_load import H100_8B, MAX_TOKENS, Costs, Simulated, compute
@@ -79,17 +78,21 @@ class Gpu:
             Stream((self.now - each.times[0]) / 1000, len(each.times) - 1, self.output_len - len(each.times))
             for each in self.batch
         ]
-        return Load(len(self.batch), waits, self.input_len - self.queue[0].left, streams)
+        num_begun = sum(each.left < self.input_len for each in self.queue)
+        return Load(len(self.batch), waits, self.input_len - self.queue[0].left, streams, num_begun)
 
     def wait(self, each: Simulated) -> Wait:
         return Wait(each.left, (self.now - each.arrival) / 1000, self.input_len)
 
-    def sort(self, order: LateLast[Simulated], is_late: Callable[[Wait], bool]) -> None:
-        """Sort prompts that have not begun."""
+    def sort(self, order: LateLast[Simulated], lateness: Lateness) -> bool:
+        """Sort prompts that have not begun. Returns what LateLast does."""
         begun = [each for each in self.queue if each.left < self.input_len]
         waiting = [each for each in self.queue if each.left == self.input_len]
-        order.sort(waiting, lambda each: is_late(self.wait(each)))
+        has_turn = order.sort(
+            waiting, lambda each: lateness.is_late(self.wait(each)), lambda each: lateness.is_overdue(self.wait(each))
+        )
         self.queue = deque(begun + waiting)
+        return has_turn
 
     def step(self, num_tokens: int) -> tuple[StepWork, float]:
         """One of so many tokens on every SM; returns what it computed, and how long it took."""
@@ -146,10 +149,9 @@ def serve(
     controller.fixed = how if isinstance(how, Arrangement) else None
     order = LateLast[Simulated](lambda each: each.arrival)
     while gpu.arrive():
-        if controller.is_paced:
-            gpu.sort(order, controller.late())
+        has_turn = controller.is_paced and gpu.sort(order, controller.lateness())
         load, num_streams = gpu.load(), len(gpu.batch)
-        chosen = controller.choose(gpu.now / 1000, load)
+        chosen = controller.choose(gpu.now / 1000, load, may_wait=not has_turn)
         if load is not None and chosen is not None and chosen.decode_sms is not None:
             slowdown, prompt_rate = splits[chosen.decode_sms]
             prompt_rate = 1 / (1 / prompt_rate + costs.prefix * load.context / 1e6)

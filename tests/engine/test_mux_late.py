@@ -15,12 +15,16 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 class Prompt:
-    def __init__(self, number: int, *, late: bool = False, rank: int = 0) -> None:
-        self.number, self.late, self.rank = number, late, rank
+    def __init__(self, number: int, *, late: bool = False, rank: int = 0, overdue: bool = False) -> None:
+        self.number, self.late, self.rank, self.overdue = number, late, rank, overdue
 
 
 def late_last() -> LateLast[Prompt]:
     return LateLast(lambda prompt: prompt.number, lambda prompt: prompt.rank)
+
+
+def sort(order: LateLast[Prompt], queue: list[Prompt]) -> bool:
+    return order.sort(queue, lambda prompt: prompt.late, lambda prompt: prompt.overdue)
 
 
 def numbers(queue: list[Prompt]) -> list[int]:
@@ -29,15 +33,22 @@ def numbers(queue: list[Prompt]) -> list[int]:
 
 def test_prompts_in_time_go_before_late_ones_and_ranks_before_both() -> None:
     queue = [Prompt(0, late=True), Prompt(1), Prompt(2, late=True, rank=-1), Prompt(3), Prompt(4, rank=1)]
-    late_last().sort(queue, lambda prompt: prompt.late)
+    assert not sort(late_last(), queue)
     assert numbers(queue) == [2, 1, 3, 0, 4]
 
 
 def test_without_late_prompts_and_with_nothing_else_they_go_in_order() -> None:
     for late in (False, True):
         queue = [Prompt(number, late=late) for number in (3, 1, 2)]
-        late_last().sort(queue, lambda prompt: prompt.late)
+        assert not sort(late_last(), queue)
         assert numbers(queue) == [1, 2, 3]
+
+
+def test_one_that_has_waited_for_too_long_goes_first() -> None:
+    queue = [Prompt(0, late=True, overdue=True), Prompt(1), Prompt(2, late=True, overdue=True)]
+    assert sort(late_last(), queue) and numbers(queue) == [0, 1, 2]
+    queue.append(Prompt(3, rank=-1))
+    assert not sort(late_last(), queue) and numbers(queue) == [3, 0, 1, 2]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
@@ -45,9 +56,10 @@ def test_every_few_prompts_one_is_the_first_of_the_late_ones(late: list[bool]) -
     order, begun = late_last(), []
     queue = [Prompt(number, late=each) for number, each in enumerate(late)]
     while queue:
-        order.sort(queue, lambda prompt: prompt.late)
+        has_turn = sort(order, queue)
         has_late = any(prompt.late for prompt in queue)
         begun.append((queue.pop(0), has_late))
+        assert not has_turn or begun[-1][0].late
     for start in range(len(begun) - LATE_TURN + 1):
         window = begun[start : start + LATE_TURN]
         assert any(prompt.late for prompt, _ in window) or not all(has_late for _, has_late in window)

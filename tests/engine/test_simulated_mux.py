@@ -45,7 +45,7 @@ def test_a_split_is_chosen_where_it_delays_streams_less_for_each_token() -> None
     ways: list[Targets | Arrangement] = [Targets(0.015, TTFT_MS / 1000), *(Arrangement(chunk=n) for n in (256, 512))]
     runs = [serve(way, 1.6, input_len=8192, costs=FITTED_8K, splits=SPLITS_8K) for way in ways]
     mine, *mixed = (in_time(run, 15) for run in runs)
-    assert mine >= 1.2 * max(mixed) and max(mixed) > 0.4
+    assert mine >= 1.1 * max(mixed) and max(mixed) > 0.4
 
 
 def test_without_partitions_and_with_them_the_same_requests_are_served() -> None:

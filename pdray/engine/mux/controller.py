@@ -11,11 +11,9 @@ Pure: no clock, no device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pdray.engine.mux.costs import MIXED, Arrangement, Prediction, SplitCosts
-from pdray.engine.mux.load import Load, Wait
-from pdray.engine.mux.pace import HURRIED_STRETCH, TPOT_MARGIN, TTFT_MARGIN, PacedBudget, Pacer, Targets
+from pdray.engine.mux.load import Load
+from pdray.engine.mux.pace import TPOT_MARGIN, Lateness, PacedBudget, Targets, weigh_load
 from pdray.engine.schedule.token_budget import TokenBudget
 
 HOLD_S = 0.5
@@ -46,7 +44,6 @@ class Controller:
         self.num_changes = 0
         self.fixed: Arrangement | None = None
         self.targets = targets
-        self._pacer = Pacer(costs.costs.half_context * CAUTION)
         self.current = MIXED
         self._budget = budget if isinstance(budget, PacedBudget) else None
         self._may_mix = may_mix
@@ -54,18 +51,18 @@ class Controller:
         self._wanted = MIXED
         self._num_wanted = 0
 
-    def choose(self, now: float, load: Load | None) -> Arrangement | None:
+    def choose(self, now: float, load: Load | None, *, may_wait: bool = True) -> Arrangement | None:
         """The arrangement of the next step, and the pace of its prompts.
 
         Args:
             load: None: one side alone waits, and has the device; then None is returned.
+            may_wait: the first prompt; see LateLast.
         """
         budget = self._budget
         if budget is not None:
-            budget.pace = None
+            budget.pace, budget.holds, budget.target_s = None, False, self.targets.tpot_s
             if load is not None and self.is_paced:
-                budget.pace = self._pacer.look(now, load, self.targets, budget.costs.plain(load.num_decodes))
-            budget.target_s = self.targets.tpot_s
+                budget.pace = weigh_load(load, self.targets, self.lateness(), may_wait=may_wait)
         if load is None:
             return None
         if self.fixed is not None:
@@ -75,13 +72,17 @@ class Controller:
         options = [MIXED, *splits] if self._may_mix else splits or [MIXED]
         if self.current not in options:
             self._change(now, options[0])
-        if budget is None or options == [MIXED]:
+        if budget is None or (options == [MIXED] and budget.pace is None):
             return self.current
-        if self._may_mix and budget.holds_back(load.num_decodes, load.context):
-            return MIXED
         known = self._predict(options, budget, load, now)
         if self.current in known:
             self._consider(now, known, load)
+        if budget.pace is not None and self._may_mix and self.current in known:
+            mixed = budget.predictions(load.num_decodes, load.context).values()
+            every = [*mixed, *(p for a, p in known.items() if a.is_split)]
+            budget.holds = budget.pace.should_wait(every, known[self.current])
+            if budget.holds:
+                return MIXED
         return self.current
 
     @property
@@ -89,15 +90,10 @@ class Controller:
         """Whether there is a TTFT that decides when prompts are computed."""
         return self.targets.ttft_s is not None and self.fixed is None
 
-    def late(self) -> Callable[[Wait], bool]:
-        """Says of prompts that have not begun whether they must miss their TTFT, by what is known now."""
+    def lateness(self) -> Lateness:
+        """Of prompts for the TTFT, by what is known now."""
         assert self.targets.ttft_s is not None
-        most_s, token_s, weigh = (
-            TTFT_MARGIN * self.targets.ttft_s,
-            self.costs.token_s(0.0) or 0.0,
-            self.costs.costs.weigh,
-        )
-        return lambda wait: wait.waited_s + token_s * weigh(wait.num_tokens, wait.num_tokens / 2) > most_s
+        return Lateness(self.targets.ttft_s, self.costs.token_s(0.0) or 0.0, self.costs.costs.half_context)
 
     def _predict(
         self, options: list[Arrangement], budget: PacedBudget, load: Load, now: float
@@ -113,25 +109,28 @@ class Controller:
         """Change to the best if it is worth it and was so for a while."""
         pace = None if self._budget is None else self._budget.pace
         current = known[self.current]
-        limit_s = self._limit_s(current.plain_s)
-        if MIXED in known:  # which take longer than the target where that is too short, or prompts wait for too long
-            limit_s = max(limit_s, known[MIXED].step_s)
-            if pace is not None:  # a stream's TPOT is the mean of many steps: what each token costs counts
-                limit_s = max(limit_s, current.plain_s * HURRIED_STRETCH)
-                most = known[MIXED].delay / WORTH_SPLIT
-                known = {a: p for a, p in known.items() if not a.is_split or p.delay <= most}
-        wanted = pace.wanted if pace is not None else known[MIXED].prompt_rate if MIXED in known else float("inf")
-        chosen = best_of(known, limit_s, wanted)
-        best = known[chosen]
-        is_too_long = self.current not in known or (current.step_s > limit_s and best.step_s < current.step_s)
-        is_faster = current.prompt_rate < wanted and best.prompt_rate > GAIN * current.prompt_rate
-        is_smoother = best.delay * GAIN < current.delay and best.prompt_rate >= min(wanted, current.prompt_rate)
-        if chosen == self.current or not (is_too_long or is_faster or is_smoother):
+        if pace is not None:
+            chosen = pace.best(known, {a: WORTH_SPLIT for a in known if a.is_split and self._may_mix})
+            least = min(step.delay for step in known.values())
+            is_urgent = pace.losses(known[chosen], least) < pace.losses(current, least)
+            is_better = is_urgent or known[chosen].delay * GAIN < current.delay
+        else:
+            limit_s = self._limit_s(current.plain_s)
+            if MIXED in known:  # which takes longer than the target where that is too short, or prompts wait too long
+                limit_s = max(limit_s, known[MIXED].step_s)
+            wanted = known[MIXED].prompt_rate if MIXED in known else float("inf")
+            chosen = best_of(known, limit_s, wanted)
+            best = known[chosen]
+            is_urgent = current.step_s > limit_s and best.step_s < current.step_s
+            is_faster = current.prompt_rate < wanted and best.prompt_rate > GAIN * current.prompt_rate
+            is_smoother = best.delay * GAIN < current.delay and best.prompt_rate >= min(wanted, current.prompt_rate)
+            is_better = is_urgent or is_faster or is_smoother
+        if chosen == self.current or not is_better:
             self._num_wanted = 0
             return
         self._num_wanted = self._num_wanted + 1 if chosen == self._wanted else 1
         self._wanted = chosen
-        if self._num_wanted >= PATIENCE and now - self._changed_at >= (HOLD_S / 4 if is_too_long else HOLD_S):
+        if self._num_wanted >= PATIENCE and now - self._changed_at >= (HOLD_S / 4 if is_urgent else HOLD_S):
             self._change(now, chosen)
 
     def _limit_s(self, plain_s: float) -> float:

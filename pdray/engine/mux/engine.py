@@ -160,10 +160,15 @@ class MuxEngine(Engine):
         scheduler, controller = self._scheduler, self.controller
         if scheduler.turns.has_alone:
             return controller.choose(now, None)
+        has_turn = False
         if controller.is_paced:
-            is_late = controller.late()
-            self._late_last.sort(scheduler.waiting, lambda sequence: is_late(wait_of(sequence, now)))
-        return controller.choose(now, measure_load(scheduler, now))
+            lateness = controller.lateness()
+            has_turn = self._late_last.sort(
+                scheduler.waiting,
+                lambda sequence: lateness.is_late(wait_of(sequence, now)),
+                lambda sequence: lateness.is_overdue(wait_of(sequence, now)),
+            )
+        return controller.choose(now, measure_load(scheduler, now), may_wait=not has_turn)
 
     def _launch_main(self, plan: StepPlan, arrangement: Arrangement | None) -> Launched:
         """Launch a step of the main lane: on the decodes' SMs while pieces are in flight, else on all."""

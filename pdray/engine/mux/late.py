@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-LATE_TURN = 4  # prompts that begin while late ones wait, of which one is late
+LATE_TURN = 8  # prompts that begin while late ones wait, of which one is late
 
 T = TypeVar("T")
 
@@ -30,13 +30,19 @@ class LateLast(Generic[T]):
         self._lateness: dict[int, bool] = {}  # of those that waited, by id()
         self._num_in_time = 0  # that have begun since the last late one
 
-    def sort(self, queue: list[T], is_late: Callable[[T], bool]) -> None:
-        """Sort prompts that have not begun, in place, before each step that may begin some."""
+    def sort(self, queue: list[T], is_late: Callable[[T], bool], is_overdue: Callable[[T], bool]) -> bool:
+        """Sort prompts that have not begun, in place, before each step that may begin some.
+
+        Returns:
+            Whether the first is a late one that has its turn, or has waited for too long.
+        """
         lateness = {id(item): is_late(item) for item in queue}
         begun = [was_late for key, was_late in self._lateness.items() if key not in lateness]
         late = [item for item in queue if lateness[id(item)]]
         self._lateness = lateness
         self._num_in_time = 0 if any(begun) or not late else self._num_in_time + len(begun)
-        has_turn = late and self._num_in_time >= LATE_TURN - 1
-        first = min(late, key=self._key) if has_turn else None
+        oldest = min(late, key=self._key, default=None)
+        has_turn = oldest is not None and (self._num_in_time >= LATE_TURN - 1 or is_overdue(oldest))
+        first = oldest if has_turn else None
         queue.sort(key=lambda item: (self._rank(item), item is not first, lateness[id(item)], self._key(item)))
+        return has_turn and queue[0] is first

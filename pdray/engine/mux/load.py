@@ -41,6 +41,7 @@ class Load(NamedTuple):
     Attributes:
         num_decodes: sequences that decode.
         prompts: in the order in which they are computed; of many, the first.
+        num_begun: of them, which come first.
         context: tokens of the first prompt that are computed.
         streams: those of the sequences that decode whose first token came from this engine.
     """
@@ -49,6 +50,7 @@ class Load(NamedTuple):
     prompts: list[Wait]
     context: int
     streams: Rows[Stream] = ()
+    num_begun: int = 0
 
     @property
     def num_queued(self) -> int:
@@ -83,4 +85,4 @@ def measure_load(scheduler: Scheduler, now: float) -> Load | None:
         if began_at is not None:
             num_before = s.num_prompt_tokens + len(s.request.request.output_token_ids) + 1
             streams.append(Stream(now - began_at, length - num_before, s.max_total_tokens - length))
-    return Load(len(decodes), waits, prompts[0].num_computed_tokens, streams)
+    return Load(len(decodes), waits, prompts[0].num_computed_tokens, streams, len(begun))

@@ -1,32 +1,33 @@
-"""How fast prompts are to be computed beside streams: as slowly as their first tokens allow.
+"""Which prompts and streams can still be in time, and what a step costs either side.
 
-Each token of a prompt delays every stream a little, the least in small steps, which hide it behind the reading of the
-weights. So prompts get no more than what has each of them done within the TTFT, and no less than what arrives: a queue
-that grows in small steps must be computed in large ones later. While streams are slower than the TPOT, prompts that
-have time wait, and late ones do not hurry: otherwise both targets are missed where only one can be held.
+A token of a prompt delays every stream; a prompt that waits has its own first token late. Where both targets can be
+held, prompts are computed in the steps that delay streams least. Where not, the choice is the one that loses least: a
+stream is lost by a delay that it cannot make up for, a prompt by a rate at which its turn comes too late. Prompts wait,
+in a plain step, where that loses less than any step with them.
 
 Pure: no clock, no device.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pdray.engine.mux.costs import Prediction
-from pdray.engine.mux.load import Load, Stream
-from pdray.engine.schedule.token_budget import GROWTH, LEAST_STRETCH, MAX_STRETCH, AdaptiveBudget
+from pdray.engine.mux.load import Load, Stream, Wait
+from pdray.engine.schedule.token_budget import GROWTH, MAX_STRETCH, AdaptiveBudget
 
-TTFT_MARGIN = 0.8  # of the target, which is for all prompts and counts from before they are queued
-TPOT_MARGIN = 0.96  # of the target, which is for all streams and not for their mean
-ARRIVALS_S = 3.0  # of arrivals that say how many come
-ARRIVALS_MARGIN = 1.3
-LEAST_STEPS = 8  # of a stream that say how fast it is
-MOST_AHEAD = 64  # steps in which a stream may make up for slow ones
-HURRIED_STRETCH = 3.5  # of steps to plain ones, where prompts need it
-HOLD_SHARE = 0.9  # of the rate in the smallest steps: prompts that need more do not wait
+TTFT_MARGIN = 0.8  # of the target, which counts from before prompts are queued
+TPOT_MARGIN = 0.985  # of the target
+MOST_AHEAD = 256  # tokens of a stream that are counted on: how many come is not known
+LEAST_AHEAD = 16  # steps whose time a stream may have spent on prompts before it is paid back
+PROMPTS_AHEAD = 1.2  # prompts of which a stream may have paid in any case
+STREAM_WEIGHT = 2.0  # lost prompts that a lost stream counts for: it has been served so far
+OVERDUE = 20  # times the TTFT that a prompt waits at most for others to go first
+HURRIED_STRETCH = 9.0  # of steps to plain ones, where prompts need it
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,128 +41,189 @@ class Targets:
     ttft_s: float | None = None
 
 
-class Pace(NamedTuple):
-    """Attributes:
-    needed, wanted: tokens of prompts a second: for the first tokens to be in time, and to keep up with arrivals too.
-    is_slow: streams have been slower than they may be; those that must miss their TPOT whatever comes do not count.
+class Due(NamedTuple):
+    """A prompt that can be in time.
+
+    Attributes:
+        num_tokens: that are left, counted as the first prompt's next one. time_left_s: in which they are to be computed.
     """
 
-    needed: float
-    wanted: float
-    is_slow: bool
+    num_tokens: float
+    time_left_s: float
 
 
-class Pacer:
-    """Makes a Pace of what waits, for Targets with a TTFT. Times are seconds on one clock of the caller's.
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What waits, as it is weighed. Tokens are counted as the first prompt's next one.
 
-    Args:
-        half_context: see StepCosts.
+    Attributes:
+        first_left, first_all: tokens of the first prompt: that are left, and of all of it.
+        prompts: that can be in time, in their order.
+        streams: whose TPOT counts. tpot_s: with its margin.
+        may_wait: the first prompt. is_late: it has missed its TTFT, and has not begun.
     """
 
-    def __init__(self, half_context: float) -> None:
-        self._half_context = half_context
-        self._arriving = 0.0  # tokens of prompts a second
-        self._looked_at = 0.0
-        self._seen_until = -math.inf  # prompts that were queued by then are counted
+    first_left: float
+    first_all: float
+    prompts: Sequence[Due]
+    streams: Sequence[Stream]
+    tpot_s: float
+    may_wait: bool
+    is_late: bool
 
-    def look(self, now: float, load: Load, targets: Targets, plain_s: float | None) -> Pace:
-        """Take what has come into account. Rates are of tokens that cost as much as the first prompt's next one.
+    def best(self, options: Mapping[T, Prediction], caution: Mapping[T, float] | None = None) -> T:
+        """The option that loses least; of several, or for a late prompt, the one that delays streams least.
 
         Args:
-            plain_s: of a step without prompts, where that is known.
+            caution: factors of the delay, where they are not 1.
         """
-        assert targets.ttft_s is not None
-        each = 1 + load.context / self._half_context
-        self._arriving *= math.exp((self._looked_at - now) / ARRIVALS_S)
-        self._looked_at = now
-        newest, left, needed = self._seen_until, 0.0, 0.0
-        for wait in load.prompts:
-            queued_at = now - wait.waited_s
-            if queued_at > self._seen_until + 1e-6:
-                self._arriving += self._weigh(wait.all_tokens, wait.all_tokens) / ARRIVALS_S
-                newest = max(newest, queued_at)
-            left += self._weigh(wait.num_tokens, wait.all_tokens)
-            time_left = targets.ttft_s * TTFT_MARGIN - wait.waited_s
-            needed = max(needed, left / each / time_left if time_left > 0 else math.inf)
-        self._seen_until = newest
-        is_slow = targets.tpot_s is not None and are_slow(load.streams, targets.tpot_s, plain_s or 0.0)
-        return Pace(needed, max(needed, ARRIVALS_MARGIN * self._arriving / each), is_slow)
 
-    def _weigh(self, num_tokens: int, end: int) -> float:
-        """Tokens without context that cost as much as the last ``num_tokens`` of a prompt of ``end``."""
-        return num_tokens * (1 + (end - num_tokens / 2) / self._half_context)
+        def delay(option: T) -> float:
+            return options[option].delay * (caution or {}).get(option, 1.0)
+
+        if self.is_late:
+            return min(options, key=delay)
+        least = min(step.delay for step in options.values())
+        return min(options, key=lambda option: (self.losses(options[option], least), delay(option)))
+
+    def losses(self, step: Prediction, least_delay: float) -> float:
+        """By such steps, in prompts."""
+        return STREAM_WEIGHT * len(self._lost_streams(step, least_delay)) + self._lost_prompts(step.prompt_rate)
+
+    def should_wait(self, options: Collection[Prediction], step: Prediction) -> bool:
+        """Whether prompts are to wait for the first of the streams to end that ``step``, one of the options, loses."""
+        if not self.may_wait:
+            return False
+        least, fastest = min(each.delay for each in options), max(each.prompt_rate for each in options)
+        lost = self._lost_streams(step, least)
+        if not lost or self.is_late:
+            return bool(lost)
+        waited_s = min(stream.num_left for stream in lost) * step.plain_s
+        return self._lost_prompts(fastest, waited_s) < self.losses(step, least)
+
+    def _lost_streams(self, step: Prediction, least_delay: float) -> list[Stream]:
+        """Streams that cannot make up for what is left of the first prompt in such steps.
+
+        A stream may be behind its TPOT by no more than what it makes up for in a few steps, so that those that come
+        later find room, but may always pay for a prompt: long ones take all that it has at once.
+        """
+        gained_s = self.tpot_s - step.plain_s
+        ahead = max(
+            LEAST_AHEAD, PROMPTS_AHEAD * least_delay * self.first_all / gained_s if gained_s > 0 else MOST_AHEAD
+        )
+        cost_s, slower_s = step.delay * self.first_left, step.step_s - step.plain_s
+        lost = []
+        for stream in self.streams:
+            left = min(stream.num_left, MOST_AHEAD)
+            behind_s = stream.age_s - stream.num_steps * self.tpot_s
+            if behind_s <= left * gained_s and min(left, ahead) * gained_s - behind_s < min(cost_s, left * slower_s):
+                lost.append(stream)
+        return lost
+
+    def _lost_prompts(self, rate: float, after_s: float = 0.0) -> int:
+        """Of those that can be in time, how many are not at so many tokens a second. Such a one lets others go first."""
+        at_s, num_lost = after_s, 0
+        for num_tokens, time_left_s in self.prompts:
+            end_s = at_s + num_tokens / rate
+            if end_s <= time_left_s:
+                at_s = end_s
+            else:
+                num_lost += 1
+        return num_lost
 
 
-def are_slow(streams: Sequence[Stream], tpot_s: float, plain_s: float) -> bool:
-    """Whether streams that can still have their TPOT have been slower so far, on average.
+@dataclass(frozen=True, slots=True)
+class Lateness:
+    """Of prompts that have not begun, by what is known now.
 
-    The others do not count: prompts that wait for their sake would only have their first tokens late, too.
+    Attributes:
+        ttft_s: the target. token_s: seconds for each token in large steps. half_context: see StepCosts.
     """
-    paces = []
-    for age_s, num_steps, num_left in streams:
-        ahead = min(num_left, MOST_AHEAD)
-        if num_steps >= LEAST_STEPS and age_s + ahead * plain_s <= tpot_s * (num_steps + ahead):
-            paces.append(age_s / num_steps)
-    return bool(paces) and sum(paces) / len(paces) > tpot_s * TPOT_MARGIN
+
+    ttft_s: float
+    token_s: float
+    half_context: float
+
+    def is_late(self, wait: Wait) -> bool:
+        """Whether it must miss its TTFT."""
+        tokens = wait.num_tokens * (1 + wait.num_tokens / 2 / self.half_context)
+        return wait.waited_s + self.token_s * tokens > TTFT_MARGIN * self.ttft_s
+
+    def is_overdue(self, wait: Wait) -> bool:
+        """Whether it has waited for so long that it goes before all others."""
+        return wait.waited_s > OVERDUE * self.ttft_s
+
+
+def weigh_load(load: Load, targets: Targets, lateness: Lateness, *, may_wait: bool) -> Pace:
+    """The Pace of what waits for targets with a TTFT.
+
+    Args:
+        may_wait: see Pace.
+    """
+    half_context = lateness.half_context
+    each = 1 + load.context / half_context
+
+    def weigh(num_tokens: int, end: int) -> float:
+        return num_tokens * (1 + (end - num_tokens / 2) / half_context) / each
+
+    def due(wait: Wait) -> Due:
+        return Due(weigh(wait.num_tokens, wait.all_tokens), TTFT_MARGIN * lateness.ttft_s - wait.waited_s)
+
+    begun, waiting = load.prompts[: load.num_begun], load.prompts[load.num_begun :]
+    first = load.prompts[0]
+    return Pace(
+        first_left=weigh(first.num_tokens, first.all_tokens),
+        first_all=weigh(first.all_tokens, first.all_tokens),
+        prompts=[due(wait) for wait in (*begun, *(each for each in waiting if not lateness.is_late(each)))],
+        streams=load.streams if targets.tpot_s is not None else (),
+        tpot_s=(targets.tpot_s or 0.0) * TPOT_MARGIN,
+        may_wait=may_wait,
+        is_late=not begun and lateness.is_late(first),
+    )
 
 
 class PacedBudget(AdaptiveBudget):
     """An AdaptiveBudget that computes prompts at a Pace while one is set.
 
-    It does so in the steps that delay streams least, of those that are fast enough and take no longer than they may.
+    Attributes:
+        pace: of what waits; None: streams alone decide.
+        holds: prompts wait.
     """
 
     pace: Pace | None = None
+    holds: bool = False
 
     def tokens(self, num_streams: int, num_queued: int, context: int) -> int:
         """See TokenBudget."""
-        if num_streams and self.holds_back(num_streams, context):
+        if num_streams and self.holds:
             return num_streams
         return super().tokens(num_streams, num_queued, context)
-
-    def holds_back(self, num_streams: int, context: int) -> bool:
-        """Whether prompts are to wait."""
-        if self.pace is None or not self.pace.is_slow:
-            return False
-        smallest = self.sizes_beside(num_streams)[0]
-        least = self._predictions([smallest], num_streams, context).get(smallest)
-        return least is not None and self.pace.needed < HOLD_SHARE * least.prompt_rate
 
     def predict(self, num_streams: int, num_queued: int, context: int) -> Prediction | None:
         """Of the next step with prompts; None while nothing is known."""
         size = self._choose(self.sizes_beside(num_streams), num_streams, num_queued, context)
-        return self._predictions([size], num_streams, context).get(size)
-
-    def longest_s(self, plain_s: float) -> float:
-        """Seconds that a step with prompts may take, where a plain one takes ``plain_s``.
-
-        A stream's TPOT is the mean of many: while that is held, a step may take longer if the prompts need it.
-        """
-        if self.target_s is None or self.pace is None:
-            return plain_s * MAX_STRETCH
-        stretch = LEAST_STRETCH if self.pace.is_slow else HURRIED_STRETCH
-        return max(self.target_s * TPOT_MARGIN, plain_s * stretch)
+        return self.predictions(num_streams, context).get(size)
 
     def _choose(self, sizes: list[int], num_streams: int, num_queued: int, context: int) -> int:
         if self.pace is None:
             return super()._choose(sizes, num_streams, num_queued, context)
-        known = self._predictions(sizes, num_streams, context)
-        fitting = {size: p for size, p in known.items() if size == sizes[0] or p.step_s <= self.longest_s(p.plain_s)}
-        fast_enough = [size for size, p in fitting.items() if p.prompt_rate >= self.pace.wanted]
-        if fast_enough:
-            return min(fast_enough, key=lambda size: fitting[size].delay)
-        return max(fitting, key=lambda size: fitting[size].prompt_rate, default=sizes[0])
+        known = self.predictions(num_streams, context)
+        return self.pace.best(known) if known else sizes[0]
 
-    def _predictions(self, sizes: list[int], num_streams: int, context: int) -> dict[int, Prediction]:
-        """Of steps of these sizes, as far as they are known, and not much larger than any that was measured."""
+    def predictions(self, num_streams: int, context: int) -> dict[int, Prediction]:
+        """By size, of steps with prompts that are known, not much larger than any that was measured, and not too long.
+
+        A stream's TPOT is the mean of many steps, of which some may take much longer than it.
+        """
         plain_s, largest = self.costs.plain(num_streams), GROWTH * self.costs.largest_prompt()
+        stretch = MAX_STRETCH if self.target_s is None else HURRIED_STRETCH
         known: dict[int, Prediction] = {}
-        for size in sizes:
+        for size in self.sizes_beside(num_streams):
             added_s = self.costs.added(size - num_streams, context)
             if plain_s is None or added_s is None:
                 break
-            if known and self.costs.weigh(size - num_streams, context) > largest:
-                break
             step_s = plain_s + added_s
+            if known and (step_s > plain_s * stretch or self.costs.weigh(size - num_streams, context) > largest):
+                break
             known[size] = Prediction(step_s, (size - num_streams) / step_s, plain_s)
         return known
