@@ -210,8 +210,10 @@ def choose_plan(num_programs: int, max_kv_len: int, num_processors: int, element
     """How so many programs, times the splits, run; None where the kernels one by one are as fast.
 
     By sweeps on one H100 in the chain of Qwen3-0.6B's and 8B's layers, 600 to 8,192 tokens a sequence. Registers that
-    hold tiles leave room for fewer programs: two a processor are best.
+    hold tiles leave room for fewer programs: two a processor are best, or four with small tiles where that is one round.
     """
+    if 3 * num_processors <= num_programs <= 4 * num_processors and element_size == 2:
+        return DecodePlan(1, 32, 4, 3, 3)
     if num_programs < PROJECTED_MIN_PROGRAMS or 2 * num_programs >= 3 * num_processors:
         return None
     most = min(DECODE_MAX_SPLITS, max_kv_len // PROJECTED_MIN_TOKENS_PER_SPLIT)

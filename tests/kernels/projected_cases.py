@@ -116,7 +116,9 @@ def check_plans() -> None:
     assert choose_plan(16, 40_960, 132, 2) == DecodePlan(16, 64, 4, 3, 2)
     assert [choose_plan(n, 4096, 132, 2) for n in (64, 128, 192)] == [DecodePlan(s, 64, 4, 3, 2) for s in (4, 2, 2)]
     assert choose_plan(64, 16, 132, 4) == DecodePlan(1, 32, 4, 2, 1)
-    assert [choose_plan(n, 4096, 132, 2) for n in (8, 198, 512, 2048)] == [None] * 4
+    assert [choose_plan(n, 4096, 132, 2) for n in (396, 512, 528)] == [DecodePlan(1, 32, 4, 3, 3)] * 3
+    assert [choose_plan(n, 4096, 132, 2) for n in (8, 198, 395, 529, 2048)] == [None] * 5
+    assert choose_plan(512, 4096, 132, 4) is None
 
 
 CHECKS = {"projected decode": check_all_projected, "plans": check_plans}

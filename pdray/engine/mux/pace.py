@@ -45,7 +45,7 @@ class Due(NamedTuple):
     """A prompt that can be in time.
 
     Attributes:
-        num_tokens: that are left, counted as the first prompt's next one. time_left_s: in which they are to be computed.
+        num_tokens: that are left, counted as the first prompt's next one. time_left_s: in which to compute them.
     """
 
     num_tokens: float
@@ -121,7 +121,7 @@ class Pace:
         return lost
 
     def _lost_prompts(self, rate: float, after_s: float = 0.0) -> int:
-        """Of those that can be in time, how many are not at so many tokens a second. Such a one lets others go first."""
+        """Of those that can be in time, how many are not at so many tokens a second; they let the others go first."""
         at_s, num_lost = after_s, 0
         for num_tokens, time_left_s in self.prompts:
             end_s = at_s + num_tokens / rate
