@@ -210,7 +210,7 @@ def choose_plan(num_programs: int, max_kv_len: int, num_processors: int, element
     """How so many programs, times the splits, run; None where the kernels one by one are as fast.
 
     By sweeps on one H100 in the chain of Qwen3-0.6B's and 8B's layers, 600 to 8,192 tokens a sequence. Registers that
-    hold tiles leave room for fewer programs: two a processor are best, or four with small tiles where that is one round.
+    hold tiles leave room for fewer programs: two a processor are best, or up to four with small tiles in one round.
     """
     if 3 * num_processors <= num_programs <= 4 * num_processors and element_size == 2:
         return DecodePlan(1, 32, 4, 3, 3)
