@@ -104,7 +104,9 @@ class Config(BaseModel):
     )
     decode_sms: Positive | None = Field(None, description="SMs for decodes then; default: found, of 16, 32, 48 and 64")
     target_ttft_ms: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="with sm_partition: prompts beside streams go as slowly as this allows; default: full speed"
+        None,
+        description="with sm_partition: prompts beside streams go as slowly as this allows, late ones last;"
+        " default: full speed",
     )
     decode_pipeline: Switch = Field(
         "off",

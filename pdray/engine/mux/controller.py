@@ -1,10 +1,10 @@
 """The choice, while prompts and decodes both wait, between one mixed step and two lanes, and of the lanes' sizes.
 
-What decodes get is held first: no step should take longer than the target, which mixed steps keep to by their token
-budget; with a TTFT, no token of a prompt should delay streams by more in two lanes than in mixed steps. Of the
-arrangements that hold it and compute prompts fast enough (see pace.py; without a TTFT, as fast as mixed steps would)
-the one that delays streams least is taken. Mixed steps are preferred: two lanes must promise more than they. A change
-takes a while of the same mind, and comes no sooner than HOLD_S after the last, unless steps are too long as it is.
+With a TTFT the one that loses least is taken, or the one that delays streams least where they lose the same (pace.py);
+prompts may have to wait. Without one, no step should take longer than the target, which mixed steps keep to by their
+token budget; of the arrangements that hold it and compute prompts as fast as mixed steps would, the one that delays
+streams least is taken. Mixed steps are preferred: two lanes must promise more than they. A change takes a while of the
+same mind, and comes no sooner than HOLD_S after the last, unless it is urgent.
 
 Pure: no clock, no device.
 """
@@ -20,7 +20,6 @@ HOLD_S = 0.5
 PATIENCE = 3  # choices in a row before a change
 GAIN = 1.1  # of the rate of prompts, or of the delay of streams, that is worth a change
 WORTH_SPLIT = 1.05  # times what two lanes must promise
-CAUTION = 1 / 3  # of the context whose attention doubles a token's cost, where it is weighed before it is measured
 DEFAULT_SLOWDOWN = 2.0  # without a target, steps of two lanes may take so many times a plain one
 
 
