@@ -16,7 +16,7 @@ from pdray.bench.plot import Series, line_plot
 from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
 from pdray.engine.mux.late import LateLast
-from pdray.engine.mux.load import Load, Stream, Wait
+from pdray.engine.mux.load import Lengths, Load, Stream, Wait
 from pdray.engine.mux.pace import Lateness, PacedBudget, Targets
 from pdray.engine.schedule.step_costs import StepWork
 from pdray.engine.schedule.token_budget import STEP_SIZES
@@ -48,10 +48,18 @@ class Gpu:
     """Computes requests as it is told, on a clock of its own."""
 
     def __init__(
-        self, costs: Costs, rate: float, num_requests: int, input_len: int, output_len: int, seed: int
+        self,
+        costs: Costs,
+        rate: float,
+        num_requests: int,
+        input_len: int,
+        output_len: int,
+        max_tokens: int | None,
+        seed: int,
     ) -> None:
         rng = random.Random(seed)
         self.costs, self.input_len, self.output_len = costs, input_len, output_len
+        self.max_tokens, self.lengths = max_tokens or output_len, Lengths()
         self.now = 0.0
         at = 0.0
         self.coming: deque[Simulated] = deque()
@@ -75,11 +83,14 @@ class Gpu:
             return None
         waits = [self.wait(each) for each in self.queue]
         streams = [
-            Stream((self.now - each.times[0]) / 1000, len(each.times) - 1, self.output_len - len(each.times))
+            Stream((self.now - each.times[0]) / 1000, len(each.times) - 1, self._num_left(each))
             for each in self.batch
         ]
         num_begun = sum(each.left < self.input_len for each in self.queue)
         return Load(len(self.batch), waits, self.input_len - self.queue[0].left, streams, num_begun)
+
+    def _num_left(self, each: Simulated) -> int:
+        return self.lengths.left(len(each.times) - 1, self.max_tokens - len(each.times))
 
     def wait(self, each: Simulated) -> Wait:
         return Wait(each.left, (self.now - each.arrival) / 1000, self.input_len)
@@ -116,7 +127,10 @@ class Gpu:
         self.now += taken
         for each in (*self.batch, *done):
             each.times.append(self.now)
-        self.batch = [each for each in (*self.batch, *done) if len(each.times) < self.output_len]
+        batch = [*self.batch, *done]
+        self.batch = [each for each in batch if len(each.times) < self.output_len]
+        for _ in range(len(batch) - len(self.batch)):
+            self.lengths.note(self.output_len - 1)
 
     def served(self) -> list[Served]:
         """All requests but those that came while the batch was filling."""
@@ -131,6 +145,7 @@ def serve(
     num_requests: int = 200,
     input_len: int = 2048,
     output_len: int = 256,
+    max_tokens: int | None = None,
     splits: dict[int, tuple[float, float]] = SPLITS,
     costs: Costs = H100_8B,
     seed: int = 0,
@@ -139,8 +154,9 @@ def serve(
 
     Args:
         how: a fixed arrangement, or what the controller is to hold.
+        max_tokens: of each request, whose answer has ``output_len``; default: as many.
     """
-    gpu = Gpu(costs, rate, num_requests, input_len, output_len, seed)
+    gpu = Gpu(costs, rate, num_requests, input_len, output_len, max_tokens, seed)
     budget = PacedBudget(MAX_TOKENS, STEP_SIZES, half_context=HALF_CONTEXT)
     split_costs = SplitCosts(budget.costs, 132)
     targets = how if isinstance(how, Targets) else Targets()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pdray.engine.mux.load import measure_load
+import pytest
+
+from pdray.engine.mux.load import LEAST_LEFT, Lengths, measure_load
 from pdray.engine.request import EngineRequest
 from pdray.sampling_params import SamplingParams
 
@@ -21,12 +23,35 @@ def test_streams_count_from_the_first_token_that_this_engine_drew(llama: Any) ->
     while len(mux.tokens["resumed"][0]) < 3:
         mux.step()
     now = time.perf_counter()
-    assert measure_load(mux._scheduler, now) is None, "no prompt waits"
+    assert measure_load(mux._scheduler, now, Lengths()) is None, "no prompt waits"
     mux.add(EngineRequest("waits", [5] * 30, GREEDY))
-    load = measure_load(mux._scheduler, now)
+    load = measure_load(mux._scheduler, now, Lengths())
     assert load is not None and load.num_decodes == 3 and load.num_queued == 30
     num_new, num_resumed = len(mux.tokens["new"][0]) - 1, 2
     assert sorted((each.num_steps, each.num_left) for each in load.streams) == sorted(
         [(num_new, 19 - num_new)] * 2 + [(num_resumed, 19 - 4 - num_resumed)]
     )
     assert all(0 < each.age_s < now - before for each in load.streams)
+
+
+def test_as_many_tokens_are_expected_as_streams_have_had_that_ended() -> None:
+    lengths = Lengths()
+    for _ in range(200):
+        lengths.note(40)
+    assert lengths.left(10, 4096) == 30
+    assert lengths.left(10, 12) == 12, "no more than may come"
+    assert lengths.left(500, 4096) == LEAST_LEFT
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_engine_learns_how_long_its_streams_are(llama: Any, overlap: bool) -> None:
+    """Each counts once, also one that ends while another step computes it."""
+    mux, noted = llama.mux(async_scheduling=overlap), []
+    mux._lengths.note = noted.append
+    for name, number in (("short", 3), ("long", 9)):
+        mux.add(EngineRequest(name, [5, 6, 7], SamplingParams(temperature=0, max_tokens=number, ignore_eos=True)))
+    mux.run()
+    stopped = mux.tokens["long"][0][4].token_id
+    mux.add(EngineRequest("stops", [5, 6, 7], SamplingParams(temperature=0, max_tokens=9, stop_token_ids=[stopped])))
+    mux.run()
+    assert noted == [2, 8, len(mux.tokens["stops"][0]) - 1]

@@ -48,6 +48,13 @@ def test_a_split_is_chosen_where_it_delays_streams_less_for_each_token() -> None
     assert mine >= 1.1 * max(mixed) and max(mixed) > 0.4
 
 
+def test_it_need_not_be_told_how_long_answers_are() -> None:
+    """max_tokens far beyond them is no reason to expect so many, by which no stream would seem lost."""
+    targets = Targets(0.015, TTFT_MS / 1000)
+    told, untold = (in_time(serve(targets, 10, max_tokens=number), 15) for number in (256, 4096))
+    assert untold >= told - 0.06 and untold > 1.3 * in_time(serve(Arrangement(chunk=256), 10), 15)
+
+
 def test_without_partitions_and_with_them_the_same_requests_are_served() -> None:
     targets = Targets(0.015, TTFT_MS / 1000)
     assert len(serve(targets, 4, num_requests=40, splits={})) == len(serve(targets, 4, num_requests=40)) == 35

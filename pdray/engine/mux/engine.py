@@ -22,13 +22,13 @@ from pdray.engine.kv.pool import KVPool
 from pdray.engine.mux.controller import Controller
 from pdray.engine.mux.costs import Arrangement, SplitCosts
 from pdray.engine.mux.late import LateLast
-from pdray.engine.mux.load import measure_load, wait_of
+from pdray.engine.mux.load import Lengths, measure_load, num_steps_of, wait_of
 from pdray.engine.mux.meter import LaunchNote, Meter
 from pdray.engine.mux.pace import PacedBudget, Targets
 from pdray.engine.mux.partitions import LADDER, PIECE_TOKENS, Partitions
 from pdray.engine.request import EngineRequest, EngineStats, RequestUpdate, SplitState
 from pdray.engine.schedule.plan import EVERYTHING, LaneName, Share, StepPlan
-from pdray.engine.schedule.sequence import LiveRequest, Sequence
+from pdray.engine.schedule.sequence import LiveRequest, Sequence, SequenceStatus
 from pdray.engine.schedule.step_costs import StepCosts
 from pdray.engine.step.flight import Flight, Launched
 from pdray.engine.step.graphs import FEW_SEQUENCES
@@ -78,6 +78,7 @@ class MuxEngine(Engine):
         split_costs, may_mix = SplitCosts(costs, max(1, self.num_sms)), self.config.sm_partition == "auto"
         self.controller = Controller(split_costs, budget, targets, may_mix=may_mix)
         self._late_last = LateLast[Sequence](attrgetter("order"), rank=lambda s: (not s.preempted, s.order[0]))
+        self._lengths = Lengths()
         self._meter = Meter(self.controller)
         self._pieces: deque[tuple[Flight, LaunchNote]] = deque()
         self._main_note = LaunchNote(StepPlan(), 0.0, None)  # of the step in flight
@@ -152,6 +153,9 @@ class MuxEngine(Engine):
     def _book_main(self, flight: Flight, note: LaunchNote) -> list[RequestUpdate]:
         self._is_beside = bool(self._pieces)
         updates = self._book(flight)
+        for chunk in flight.plan.chunks:
+            if chunk.sequence.status is SequenceStatus.FINISHED and not chunk.sequence.num_in_flight:
+                self._lengths.note(num_steps_of(chunk.sequence))
         self._meter.main_ended(note, time.perf_counter(), is_beside=self._is_beside)
         return updates
 
@@ -168,7 +172,7 @@ class MuxEngine(Engine):
                 lambda sequence: lateness.is_late(wait_of(sequence, now)),
                 lambda sequence: lateness.is_overdue(wait_of(sequence, now)),
             )
-        return controller.choose(now, measure_load(scheduler, now), may_wait=not has_turn)
+        return controller.choose(now, measure_load(scheduler, now, self._lengths), may_wait=not has_turn)
 
     def _launch_main(self, plan: StepPlan, arrangement: Arrangement | None) -> Launched:
         """Launch a step of the main lane: on the decodes' SMs while pieces are in flight, else on all."""

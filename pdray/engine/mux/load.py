@@ -11,6 +11,11 @@ from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import Sequence
 
 
+FIRST_LENGTH = 256.0  # tokens of a stream, while none has ended
+LENGTH_WEIGHT = 0.05  # of the newest in the mean
+LEAST_LEFT = 16  # tokens that a stream is expected to have before it, unless it must end sooner
+
+
 class Wait(NamedTuple):
     """A prompt that is not computed yet.
 
@@ -27,12 +32,27 @@ class Stream(NamedTuple):
     """A sequence that decodes.
 
     Attributes:
-        age_s: since its first token. num_steps: tokens that came after that. num_left: tokens that may still come.
+        age_s: since its first token. num_steps: tokens that came after that. num_left: tokens that are expected to come.
     """
 
     age_s: float
     num_steps: int
     num_left: int
+
+
+class Lengths:
+    """How many tokens streams may be expected to have, by those that have ended: max_tokens is often far beyond."""
+
+    def __init__(self) -> None:
+        self._mean = FIRST_LENGTH
+
+    def note(self, num_steps: int) -> None:
+        """A stream has ended after so many tokens behind its first."""
+        self._mean += LENGTH_WEIGHT * (num_steps - self._mean)
+
+    def left(self, num_steps: int, most: int) -> int:
+        """Tokens to come of a stream that has had so many, of which no more than ``most`` may come."""
+        return min(most, max(LEAST_LEFT, round(self._mean) - num_steps))
 
 
 class Load(NamedTuple):
@@ -63,7 +83,13 @@ def wait_of(sequence: Sequence, now: float) -> Wait:
     return Wait(sequence.num_uncomputed_tokens, waited_s, len(sequence.token_ids))
 
 
-def measure_load(scheduler: Scheduler, now: float) -> Load | None:
+def num_steps_of(sequence: Sequence) -> int:
+    """Tokens behind the first one that came from this engine."""
+    request = sequence.request.request
+    return len(sequence.token_ids) - sequence.num_prompt_tokens - len(request.output_token_ids) - 1
+
+
+def measure_load(scheduler: Scheduler, now: float, lengths: Lengths) -> Load | None:
     """The load, under the engine's lock; None unless prompts and decodes both wait.
 
     Sequences whose prompt's last piece is in flight are on neither side.
@@ -81,8 +107,8 @@ def measure_load(scheduler: Scheduler, now: float) -> Load | None:
     waits = [wait_of(s, now) for s in prompts]
     streams = []
     for s in decodes:
-        began_at, length = s.request.first_token_at, len(s.token_ids)
-        if began_at is not None:
-            num_before = s.num_prompt_tokens + len(s.request.request.output_token_ids) + 1
-            streams.append(Stream(now - began_at, length - num_before, s.max_total_tokens - length))
+        if (began_at := s.request.first_token_at) is not None:
+            num_steps = num_steps_of(s)
+            num_left = lengths.left(num_steps, s.max_total_tokens - len(s.token_ids))
+            streams.append(Stream(now - began_at, num_steps, num_left))
     return Load(len(decodes), waits, prompts[0].num_computed_tokens, streams, len(begun))

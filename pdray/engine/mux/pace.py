@@ -20,7 +20,6 @@ from pdray.engine.schedule.token_budget import GROWTH, MAX_STRETCH, AdaptiveBudg
 
 TTFT_MARGIN = 0.8  # of the target, which counts from before prompts are queued
 TPOT_MARGIN = 0.985  # of the target
-MOST_AHEAD = 256  # tokens of a stream that are counted on: how many come is not known
 LEAST_AHEAD = 16  # steps whose time a stream may have spent on prompts before it is paid back
 PROMPTS_AHEAD = 1.2  # prompts of which a stream may have paid in any case
 STREAM_WEIGHT = 2.0  # lost prompts that a lost stream counts for: it has been served so far
@@ -108,13 +107,13 @@ class Pace:
         later find room, but may always pay for a prompt: long ones take all that it has at once.
         """
         gained_s = self.tpot_s - step.plain_s
-        ahead = max(
-            LEAST_AHEAD, PROMPTS_AHEAD * least_delay * self.first_all / gained_s if gained_s > 0 else MOST_AHEAD
-        )
+        ahead = float(LEAST_AHEAD)
+        if gained_s > 0:
+            ahead = max(ahead, PROMPTS_AHEAD * least_delay * self.first_all / gained_s)
         cost_s, slower_s = step.delay * self.first_left, step.step_s - step.plain_s
         lost = []
         for stream in self.streams:
-            left = min(stream.num_left, MOST_AHEAD)
+            left = stream.num_left
             behind_s = stream.age_s - stream.num_steps * self.tpot_s
             if behind_s <= left * gained_s and min(left, ahead) * gained_s - behind_s < min(cost_s, left * slower_s):
                 lost.append(stream)
