@@ -83,8 +83,7 @@ class Gpu:
             return None
         waits = [self.wait(each) for each in self.queue]
         streams = [
-            Stream((self.now - each.times[0]) / 1000, len(each.times) - 1, self._num_left(each))
-            for each in self.batch
+            Stream((self.now - each.times[0]) / 1000, len(each.times) - 1, self._num_left(each)) for each in self.batch
         ]
         num_begun = sum(each.left < self.input_len for each in self.queue)
         return Load(len(self.batch), waits, self.input_len - self.queue[0].left, streams, num_begun)

@@ -10,7 +10,6 @@ from pdray.engine.schedule.plan import LaneName
 from pdray.engine.schedule.scheduler import Scheduler
 from pdray.engine.schedule.sequence import Sequence
 
-
 FIRST_LENGTH = 256.0  # tokens of a stream, while none has ended
 LENGTH_WEIGHT = 0.05  # of the newest in the mean
 LEAST_LEFT = 16  # tokens that a stream is expected to have before it, unless it must end sooner
@@ -32,7 +31,7 @@ class Stream(NamedTuple):
     """A sequence that decodes.
 
     Attributes:
-        age_s: since its first token. num_steps: tokens that came after that. num_left: tokens that are expected to come.
+        age_s: since its first token. num_steps: tokens that came after that. num_left: that are expected to come.
     """
 
     age_s: float
