@@ -158,7 +158,7 @@ def weigh_load(load: Load, targets: Targets, lateness: Lateness, *, may_wait: bo
     """The Pace of what waits for targets with a TTFT.
 
     Args:
-        may_wait: see Pace.
+        may_wait: see Pace; one that is overdue, begun or not, may not in any case.
     """
     half_context = lateness.half_context
     each = 1 + load.context / half_context
@@ -177,7 +177,7 @@ def weigh_load(load: Load, targets: Targets, lateness: Lateness, *, may_wait: bo
         prompts=[due(wait) for wait in (*begun, *(each for each in waiting if not lateness.is_late(each)))],
         streams=load.streams if targets.tpot_s is not None else (),
         tpot_s=(targets.tpot_s or 0.0) * TPOT_MARGIN,
-        may_wait=may_wait,
+        may_wait=may_wait and not lateness.is_overdue(first),
         is_late=not begun and lateness.is_late(first),
     )
 
@@ -220,7 +220,7 @@ class PacedBudget(AdaptiveBudget):
         known: dict[int, Prediction] = {}
         for size in self.sizes_beside(num_streams):
             added_s = self.costs.added(size - num_streams, context)
-            if plain_s is None or added_s is None:
+            if plain_s is None or added_s is None or size <= num_streams:
                 break
             step_s = plain_s + added_s
             if known and (step_s > plain_s * stretch or self.costs.weigh(size - num_streams, context) > largest):
