@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pdray.engine.mux.load import measure_load
+from pdray.engine.mux.load import measure_load, wait_of
 from pdray.engine.request import EngineRequest
 from pdray.sampling_params import SamplingParams
 
@@ -30,3 +30,15 @@ def test_streams_count_from_the_first_token_that_this_engine_drew(llama: Any) ->
         [(num_new, 19 - num_new)] * 2 + [(num_resumed, 19 - 4 - num_resumed)]
     )
     assert all(0 < each.age_s < now - before for each in load.streams)
+
+
+def test_preempted_sequences_wait_too(llama: Any) -> None:
+    """Else none would ever be overdue."""
+    mux = llama.mux(async_scheduling=False, num_kv_blocks=8, sm_partition="auto")
+    began = time.perf_counter()
+    for name in range(3):
+        mux.add(EngineRequest(name, [5 + name] * 30, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)))
+    while not any(sequence.preempted for sequence in mux._scheduler.waiting):
+        mux.step()
+    assert wait_of(mux._scheduler.waiting[0], time.perf_counter() + 100).waited_s > 100
+    assert wait_of(mux._scheduler.waiting[0], time.perf_counter()).waited_s < time.perf_counter() - began
