@@ -26,7 +26,7 @@ MOST_AHEAD = 256  # tokens of a stream that are counted on: how many come is not
 LEAST_AHEAD = 16  # steps whose time a stream may have spent on prompts before it is paid back
 PROMPTS_AHEAD = 1.2  # prompts of which a stream may have paid in any case
 STREAM_WEIGHT = 2.0  # lost prompts that a lost stream counts for: it has been served so far
-OVERDUE = 20  # times the TTFT that a prompt waits at most for others to go first
+OVERDUE = 20  # times the TTFT that a prompt waits at most for others to go first, or for streams
 HURRIED_STRETCH = 9.0  # of steps to plain ones, where prompts need it
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Pace:
 
     Attributes:
         first_left, first_all: tokens of the first prompt: that are left, and of all of it.
-        prompts: that can be in time, in their order.
+        prompts: those that have begun, and those that can be in time, in their order.
         behind_s: [streams whose TPOT counts] what each has taken beyond tpot_s for every token.
         num_left: [those streams] tokens that may still come.
         tpot_s: with its margin.
@@ -92,11 +92,14 @@ class Pace:
         return min(options, key=lambda option: (self.losses(options[option], least), delay(option)))
 
     def losses(self, step: Prediction, least_delay: float) -> float:
-        """By such steps, in prompts."""
+        """How much is lost by such steps, as a number of prompts; see STREAM_WEIGHT."""
         return STREAM_WEIGHT * int(self._lost_streams(step, least_delay).sum()) + self._lost_prompts(step.prompt_rate)
 
     def should_wait(self, options: Collection[Prediction], step: Prediction) -> bool:
-        """Whether prompts are to wait for the first of the streams to end that ``step``, one of the options, loses."""
+        """Whether prompts are to wait, in plain steps, rather than be computed in ``step``, one of the options.
+
+        What waiting loses is counted as if it lasted until the first of the streams ends that ``step`` would lose.
+        """
         if not self.may_wait:
             return False
         least, fastest = min(each.delay for each in options), max(each.prompt_rate for each in options)
@@ -123,7 +126,7 @@ class Pace:
         return is_saved & ~can_pay
 
     def _lost_prompts(self, rate: float, after_s: float = 0.0) -> int:
-        """Of those that can be in time, how many are not at so many tokens a second; they let the others go first."""
+        """How many prompts are late at so many tokens a second, where those that are let the others go first."""
         at_s, num_lost = after_s, 0
         for num_tokens, time_left_s in self.prompts:
             end_s = at_s + num_tokens / rate
@@ -192,7 +195,7 @@ class PacedBudget(AdaptiveBudget):
 
     Attributes:
         pace: of what waits; None: streams alone decide.
-        holds: prompts wait.
+        holds: prompts wait, and steps are plain. Set by Controller.choose() before each step, as is pace.
     """
 
     pace: Pace | None = None
@@ -217,9 +220,9 @@ class PacedBudget(AdaptiveBudget):
         return self.pace.best(known) if known else sizes[0]
 
     def predictions(self, num_streams: int, context: int) -> dict[int, Prediction]:
-        """By size, of steps with prompts that are known, not much larger than any that was measured, and not too long.
+        """Predictions by size: of steps with room for prompts, not much larger than any measured one, and not too long.
 
-        A stream's TPOT is the mean of many steps, of which some may take much longer than it.
+        Empty while nothing is known. A stream's TPOT is the mean of many steps, of which some may take much longer.
         """
         state = (num_streams, context, self.target_s is None, self.costs.num_steps)
         if self._last_known[0] != state:
