@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pdray.engine.mux.controller import HOLD_S, Controller
 from pdray.engine.mux.costs import FORGET_S, MIXED, Arrangement, SplitCosts
 from pdray.engine.mux.load import Load, Stream, Wait
-from pdray.engine.mux.pace import PacedBudget, Targets
+from pdray.engine.mux.pace import OVERDUE, TPOT_MARGIN, PacedBudget, Targets
 from pdray.engine.schedule.step_costs import StepWork
 from pdray.engine.schedule.token_budget import LEAST_STRETCH, STEP_SIZES, FixedBudget
 
@@ -237,6 +237,16 @@ def test_a_late_prompt_waits_for_streams_until_it_has_its_turn() -> None:
     assert gpu.budget.pace is not None and not gpu.budget.pace.is_late
 
 
+@pytest.mark.parametrize("num_begun", [0, 1])
+def test_no_prompt_waits_for_streams_for_ever(num_begun: int) -> None:
+    """As it would where they are endless, and gain next to nothing in each plain step."""
+    gpu = SimulatedGpu(Targets(PLAIN_MS / 1000 / TPOT_MARGIN + 1e-6, 1.0), splits=())
+    for waited_s in (0.8 * OVERDUE, 1.2 * OVERDUE):
+        ahead = Stream(1000 * PLAIN_MS / 1000 - 0.01, 1000, 256)
+        gpu.controller.choose(0.0, waiting(waited_s)._replace(streams=[ahead], num_begun=num_begun))
+        assert gpu.budget.holds == (waited_s < OVERDUE)
+
+
 def test_late_prompts_do_not_slow_streams_beyond_their_target() -> None:
     """Their first tokens are late whatever happens; the streams need not be."""
     gpu = SimulatedGpu(Targets(0.0125, 1.0), splits=())
@@ -285,6 +295,17 @@ def test_one_side_alone_has_no_arrangement_and_no_pace() -> None:
     gpu.run(1)
     assert gpu.budget.pace is not None
     assert gpu.controller.choose(gpu.now, None) is None and gpu.budget.pace is None
+
+
+def test_streams_may_take_the_whole_of_a_step() -> None:
+    gpu = SimulatedGpu(Targets(0.0095, 1.0), splits=())
+    gpu.budget = PacedBudget(NUM_DECODES, STEP_SIZES)
+    gpu.controller = Controller(SplitCosts(gpu.budget.costs, 132), gpu.budget, Targets(0.0095, 1.0), may_mix=True)
+    gpu.budget.costs.note(StepWork(1, 31), 0.009)
+    for _ in range(5):
+        gpu.budget.costs.note(StepWork(NUM_DECODES, 0), 0.0083)
+    assert gpu.controller.choose(0.0, waiting(0.0)._replace(streams=[SLOW])) == MIXED
+    assert gpu.budget.tokens(NUM_DECODES, 2048, 0) == NUM_DECODES and gpu.budget.predict(NUM_DECODES, 2048, 0) is None
 
 
 @given(st.lists(st.tuples(st.sampled_from(["step", "rate", "plain", "prompts"]), st.floats(1e-6, 1e3)), max_size=60))

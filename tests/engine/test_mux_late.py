@@ -79,3 +79,22 @@ def test_an_engine_computes_late_prompts_last(llama: Any) -> None:
         mux._scheduler.requests[name].queued_at -= 60.0
     mux.run()
     assert [key for key in mux.tokens if key != "stream"] == ["new", "late", "later"]
+
+
+def test_late_prompts_that_are_aborted_take_no_turn(llama: Any) -> None:
+    """As where clients give up on what is late: one that stays gets its first token after a few in time."""
+    mux = llama.mux(max_num_seqs=2, max_num_batched_tokens=16, async_scheduling=False, target_ttft_ms=60_000)
+    mux.add(EngineRequest("stream", [5, 6, 7], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)))
+    mux.step()
+    for name in ("late", *range(3 * LATE_TURN)):
+        mux.add(EngineRequest(name, [8, 9, 10, 11], SamplingParams(temperature=0, max_tokens=1)))
+    mux._scheduler.requests["late"].queued_at -= 60.0
+    kept = []  # so that no other object is where an aborted one was
+    while "late" not in mux.tokens:
+        mux.add(EngineRequest("given up", [8, 9, 10, 11], GREEDY))
+        kept.append(mux._scheduler.requests["given up"])
+        kept[-1].queued_at -= 60.0
+        kept += kept[-1].sequences
+        mux.step()
+        mux.release("given up")
+    assert len(mux.tokens) <= 2 + LATE_TURN

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pdray.engine.mux.load import LEAST_LEFT, Lengths, measure_load
+from pdray.engine.mux.load import LEAST_LEFT, Lengths, measure_load, wait_of
 from pdray.engine.request import EngineRequest
 from pdray.sampling_params import SamplingParams
 
@@ -55,3 +55,15 @@ def test_an_engine_learns_how_long_its_streams_are(llama: Any, overlap: bool) ->
     mux.add(EngineRequest("stops", [5, 6, 7], SamplingParams(temperature=0, max_tokens=9, stop_token_ids=[stopped])))
     mux.run()
     assert noted == [2, 8, len(mux.tokens["stops"][0]) - 1]
+
+
+def test_preempted_sequences_wait_too(llama: Any) -> None:
+    """Else none would ever be overdue."""
+    mux = llama.mux(async_scheduling=False, num_kv_blocks=8, sm_partition="auto")
+    began = time.perf_counter()
+    for name in range(3):
+        mux.add(EngineRequest(name, [5 + name] * 30, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)))
+    while not any(sequence.preempted for sequence in mux._scheduler.waiting):
+        mux.step()
+    assert wait_of(mux._scheduler.waiting[0], time.perf_counter() + 100).waited_s > 100
+    assert wait_of(mux._scheduler.waiting[0], time.perf_counter()).waited_s < time.perf_counter() - began

@@ -1,10 +1,11 @@
 """The choice, while prompts and decodes both wait, between one mixed step and two lanes, and of the lanes' sizes.
 
-With a TTFT the one that loses least is taken, or the one that delays streams least where they lose the same (pace.py);
-prompts may have to wait. Without one, no step should take longer than the target, which mixed steps keep to by their
-token budget; of the arrangements that hold it and compute prompts as fast as mixed steps would, the one that delays
-streams least is taken. Mixed steps are preferred: two lanes must promise more than they. A change takes a while of the
-same mind, and comes no sooner than HOLD_S after the last, unless it is urgent.
+With a TTFT, the arrangement is taken that loses fewest prompts and streams (see pace.py), of several the one whose
+prompts delay streams least; where waiting loses less than any, prompts wait. Without one, no step should take longer
+than the target, which mixed steps keep to by their token budget; of the arrangements that hold it and compute prompts
+as fast as mixed steps would, the one that delays streams least is taken. Mixed steps are preferred: two lanes must
+promise more. A change takes PATIENCE choices in a row, and comes no sooner than HOLD_S after the last, or HOLD_S / 4
+where the steps of the present arrangement are too long, or lose more.
 
 Pure: no clock, no device.
 """
@@ -55,7 +56,7 @@ class Controller:
 
         Args:
             load: None: one side alone waits, and has the device; then None is returned.
-            may_wait: the first prompt; see LateLast.
+            may_wait: the first prompt; not where it has its turn, see LateLast.
         """
         budget = self._budget
         if budget is not None:
@@ -78,8 +79,8 @@ class Controller:
             self._consider(now, known, load)
         if budget.pace is not None and self._may_mix and self.current in known:
             mixed = budget.predictions(load.num_decodes, load.context).values()
-            every = [*mixed, *(p for a, p in known.items() if a.is_split)]
-            budget.holds = budget.pace.should_wait(every, known[self.current])
+            splits_known = [prediction for arrangement, prediction in known.items() if arrangement.is_split]
+            budget.holds = budget.pace.should_wait([*mixed, *splits_known], known[self.current])
             if budget.holds:
                 return MIXED
         return self.current

@@ -77,7 +77,11 @@ class MuxEngine(Engine):
         targets = Targets(_seconds(self.config.target_tpot_ms), _seconds(self.config.target_ttft_ms))
         split_costs, may_mix = SplitCosts(costs, max(1, self.num_sms)), self.config.sm_partition == "auto"
         self.controller = Controller(split_costs, budget, targets, may_mix=may_mix)
-        self._late_last = LateLast[Sequence](attrgetter("order"), rank=lambda s: (not s.preempted, s.order[0]))
+        self._late_last = LateLast[Sequence](
+            attrgetter("order"),
+            rank=lambda s: (not s.preempted, s.order[0]),
+            has_begun=lambda s: s.request.queued_at is None or s.request.scheduled_at is not None,
+        )
         self._lengths = Lengths()
         self._meter = Meter(self.controller)
         self._pieces: deque[tuple[Flight, LaunchNote]] = deque()

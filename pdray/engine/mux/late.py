@@ -22,12 +22,19 @@ class LateLast(Generic[T]):
     Args:
         key: the order among those that are late, and among those that are not.
         rank: comes before lateness, as a priority does.
+        has_begun: of a prompt that waits no longer; others were aborted.
     """
 
-    def __init__(self, key: Callable[[T], Any], rank: Callable[[T], Any] = lambda item: 0) -> None:
+    def __init__(
+        self,
+        key: Callable[[T], Any],
+        rank: Callable[[T], Any] = lambda item: 0,
+        has_begun: Callable[[T], bool] = lambda item: True,
+    ) -> None:
         self._key = key
         self._rank = rank
-        self._lateness: dict[int, bool] = {}  # of those that waited, by id()
+        self._has_begun = has_begun
+        self._waited: list[tuple[T, bool]] = []  # with whether each was late
         self._num_in_time = 0  # that have begun since the last late one
 
     def sort(self, queue: list[T], is_late: Callable[[T], bool], is_overdue: Callable[[T], bool]) -> bool:
@@ -37,9 +44,10 @@ class LateLast(Generic[T]):
             Whether the first is a late one that has its turn, or has waited for too long.
         """
         lateness = {id(item): is_late(item) for item in queue}
-        begun = [was_late for key, was_late in self._lateness.items() if key not in lateness]
+        gone = [(item, was_late) for item, was_late in self._waited if id(item) not in lateness]
+        begun = [was_late for item, was_late in gone if self._has_begun(item)]
         late = [item for item in queue if lateness[id(item)]]
-        self._lateness = lateness
+        self._waited = [(item, lateness[id(item)]) for item in queue]
         self._num_in_time = 0 if any(begun) or not late else self._num_in_time + len(begun)
         oldest = min(late, key=self._key, default=None)
         has_turn = oldest is not None and (self._num_in_time >= LATE_TURN - 1 or is_overdue(oldest))

@@ -77,8 +77,8 @@ class Load(NamedTuple):
 
 
 def wait_of(sequence: Sequence, now: float) -> Wait:
-    """Of a sequence whose prompt is not computed yet."""
-    waited_s = now - (sequence.request.queued_at or now)
+    """Of a sequence whose prompt is not computed yet; one that was preempted has waited since its first token."""
+    waited_s = now - (sequence.request.queued_at or sequence.request.first_token_at or now)
     return Wait(sequence.num_uncomputed_tokens, waited_s, len(sequence.token_ids))
 
 

@@ -14,8 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from pdray.engine.mux.costs import Prediction
-from pdray.engine.mux.load import Load, Stream, Wait
+from pdray.engine.mux.load import Load, Wait
 from pdray.engine.schedule.token_budget import GROWTH, MAX_STRETCH, AdaptiveBudget
 
 TTFT_MARGIN = 0.8  # of the target, which counts from before prompts are queued
@@ -23,7 +25,7 @@ TPOT_MARGIN = 0.985  # of the target
 LEAST_AHEAD = 16  # steps whose time a stream may have spent on prompts before it is paid back
 PROMPTS_AHEAD = 1.2  # prompts of which a stream may have paid in any case
 STREAM_WEIGHT = 2.0  # lost prompts that a lost stream counts for: it has been served so far
-OVERDUE = 20  # times the TTFT that a prompt waits at most for others to go first
+OVERDUE = 20  # times the TTFT that a prompt waits at most for others to go first, or for streams
 HURRIED_STRETCH = 9.0  # of steps to plain ones, where prompts need it
 
 T = TypeVar("T")
@@ -51,21 +53,24 @@ class Due(NamedTuple):
     time_left_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pace:
     """What waits, as it is weighed. Tokens are counted as the first prompt's next one.
 
     Attributes:
         first_left, first_all: tokens of the first prompt: that are left, and of all of it.
-        prompts: that can be in time, in their order.
-        streams: whose TPOT counts. tpot_s: with its margin.
+        prompts: those that have begun, and those that can be in time, in their order.
+        behind_s: [streams whose TPOT counts] what each has taken beyond tpot_s for every token.
+        num_left: [those streams] tokens that are expected to come.
+        tpot_s: with its margin.
         may_wait: the first prompt. is_late: it has missed its TTFT, and has not begun.
     """
 
     first_left: float
     first_all: float
     prompts: Sequence[Due]
-    streams: Sequence[Stream]
+    behind_s: np.ndarray
+    num_left: np.ndarray
     tpot_s: float
     may_wait: bool
     is_late: bool
@@ -86,22 +91,25 @@ class Pace:
         return min(options, key=lambda option: (self.losses(options[option], least), delay(option)))
 
     def losses(self, step: Prediction, least_delay: float) -> float:
-        """By such steps, in prompts."""
-        return STREAM_WEIGHT * len(self._lost_streams(step, least_delay)) + self._lost_prompts(step.prompt_rate)
+        """How much is lost by such steps, as a number of prompts; see STREAM_WEIGHT."""
+        return STREAM_WEIGHT * int(self._lost_streams(step, least_delay).sum()) + self._lost_prompts(step.prompt_rate)
 
     def should_wait(self, options: Collection[Prediction], step: Prediction) -> bool:
-        """Whether prompts are to wait for the first of the streams to end that ``step``, one of the options, loses."""
+        """Whether prompts are to wait, in plain steps, rather than be computed in ``step``, one of the options.
+
+        What waiting loses is counted as if it lasted until the first of the streams ends that ``step`` would lose.
+        """
         if not self.may_wait:
             return False
         least, fastest = min(each.delay for each in options), max(each.prompt_rate for each in options)
         lost = self._lost_streams(step, least)
-        if not lost or self.is_late:
-            return bool(lost)
-        waited_s = min(stream.num_left for stream in lost) * step.plain_s
+        if self.is_late or not lost.any():
+            return bool(lost.any())
+        waited_s = float(self.num_left[lost].min()) * step.plain_s
         return self._lost_prompts(fastest, waited_s) < self.losses(step, least)
 
-    def _lost_streams(self, step: Prediction, least_delay: float) -> list[Stream]:
-        """Streams that cannot make up for what is left of the first prompt in such steps.
+    def _lost_streams(self, step: Prediction, least_delay: float) -> np.ndarray:
+        """[streams] bool: that cannot make up for what is left of the first prompt in such steps.
 
         A stream may be behind its TPOT by no more than what it makes up for in a few steps, so that those that come
         later find room, but may always pay for a prompt: long ones take all that it has at once.
@@ -111,16 +119,13 @@ class Pace:
         if gained_s > 0:
             ahead = max(ahead, PROMPTS_AHEAD * least_delay * self.first_all / gained_s)
         cost_s, slower_s = step.delay * self.first_left, step.step_s - step.plain_s
-        lost = []
-        for stream in self.streams:
-            left = stream.num_left
-            behind_s = stream.age_s - stream.num_steps * self.tpot_s
-            if behind_s <= left * gained_s and min(left, ahead) * gained_s - behind_s < min(cost_s, left * slower_s):
-                lost.append(stream)
-        return lost
+        left = self.num_left
+        is_saved = self.behind_s <= left * gained_s  # by plain steps alone
+        can_pay = np.minimum(left, ahead) * gained_s - self.behind_s >= np.minimum(cost_s, left * slower_s)
+        return is_saved & ~can_pay
 
     def _lost_prompts(self, rate: float, after_s: float = 0.0) -> int:
-        """Of those that can be in time, how many are not at so many tokens a second; they let the others go first."""
+        """How many prompts are late at so many tokens a second, where those that are let the others go first."""
         at_s, num_lost = after_s, 0
         for num_tokens, time_left_s in self.prompts:
             end_s = at_s + num_tokens / rate
@@ -157,7 +162,7 @@ def weigh_load(load: Load, targets: Targets, lateness: Lateness, *, may_wait: bo
     """The Pace of what waits for targets with a TTFT.
 
     Args:
-        may_wait: see Pace.
+        may_wait: see Pace; one that is overdue, begun or not, may not in any case.
     """
     half_context = lateness.half_context
     each = 1 + load.context / half_context
@@ -170,13 +175,16 @@ def weigh_load(load: Load, targets: Targets, lateness: Lateness, *, may_wait: bo
 
     begun, waiting = load.prompts[: load.num_begun], load.prompts[load.num_begun :]
     first = load.prompts[0]
+    tpot_s = (targets.tpot_s or 0.0) * TPOT_MARGIN
+    streams = load.streams if targets.tpot_s is not None else ()
     return Pace(
         first_left=weigh(first.num_tokens, first.all_tokens),
         first_all=weigh(first.all_tokens, first.all_tokens),
         prompts=[due(wait) for wait in (*begun, *(each for each in waiting if not lateness.is_late(each)))],
-        streams=load.streams if targets.tpot_s is not None else (),
-        tpot_s=(targets.tpot_s or 0.0) * TPOT_MARGIN,
-        may_wait=may_wait,
+        behind_s=np.array([stream.age_s - stream.num_steps * tpot_s for stream in streams]),
+        num_left=np.array([stream.num_left for stream in streams], dtype=np.int64),
+        tpot_s=tpot_s,
+        may_wait=may_wait and not lateness.is_overdue(first),
         is_late=not begun and lateness.is_late(first),
     )
 
@@ -186,11 +194,12 @@ class PacedBudget(AdaptiveBudget):
 
     Attributes:
         pace: of what waits; None: streams alone decide.
-        holds: prompts wait.
+        holds: prompts wait, and steps are plain. Set by Controller.choose() before each step, as is pace.
     """
 
     pace: Pace | None = None
     holds: bool = False
+    _last_known: tuple[object, dict[int, Prediction]] = None, {}  # predictions(), by what they depend on
 
     def tokens(self, num_streams: int, num_queued: int, context: int) -> int:
         """See TokenBudget."""
@@ -210,16 +219,22 @@ class PacedBudget(AdaptiveBudget):
         return self.pace.best(known) if known else sizes[0]
 
     def predictions(self, num_streams: int, context: int) -> dict[int, Prediction]:
-        """By size, of steps with prompts that are known, not much larger than any that was measured, and not too long.
+        """Predictions by size: of steps with room for prompts, not much larger than any measured one, and not too long.
 
-        A stream's TPOT is the mean of many steps, of which some may take much longer than it.
+        Empty while nothing is known. A stream's TPOT is the mean of many steps, of which some may take much longer.
         """
+        state = (num_streams, context, self.target_s is None, self.costs.num_steps)
+        if self._last_known[0] != state:
+            self._last_known = state, self._predictions(num_streams, context)
+        return self._last_known[1]
+
+    def _predictions(self, num_streams: int, context: int) -> dict[int, Prediction]:
         plain_s, largest = self.costs.plain(num_streams), GROWTH * self.costs.largest_prompt()
         stretch = MAX_STRETCH if self.target_s is None else HURRIED_STRETCH
         known: dict[int, Prediction] = {}
         for size in self.sizes_beside(num_streams):
             added_s = self.costs.added(size - num_streams, context)
-            if plain_s is None or added_s is None:
+            if plain_s is None or added_s is None or size <= num_streams:
                 break
             step_s = plain_s + added_s
             if known and (step_s > plain_s * stretch or self.costs.weigh(size - num_streams, context) > largest):
