@@ -45,23 +45,30 @@ def fault_of(plan: Any) -> Fault | None:
 
 def patch(module: ModuleType) -> None:
     """Let the engine's steps fail."""
-    callback_of = module.Engine._group_callback
+    launch_of = module.Engine._launch
 
-    def group_callback(engine: Any, plan: Any) -> Callable[[range, Any], None] | None:
-        tell: Callable[[range, Any], None] | None = callback_of(engine, plan)
+    def launch(engine: Any, plan: Any, lane: Any) -> Any:
         fault = fault_of(plan)
         if fault is None:
-            return tell
+            return launch_of(engine, plan, lane)
+        launch_lane = lane.launch
 
-        def on_group(layers: range, ready: Any) -> None:
-            if AT_LAYER in layers:
-                raise fault.error
-            if tell is not None:
-                tell(layers, ready)
+        def launch_to_fail(inputs: Any, tell: Callable[[range, Any], None] | None) -> Any:
+            def on_group(layers: range, ready: Any) -> None:
+                if AT_LAYER in layers:
+                    raise fault.error
+                if tell is not None:
+                    tell(layers, ready)
 
-        return on_group
+            return launch_lane(inputs, on_group)
 
-    module.Engine._group_callback = group_callback
+        lane.launch = launch_to_fail
+        try:
+            return launch_of(engine, plan, lane)
+        finally:
+            del lane.launch
+
+    module.Engine._launch = launch
 
 
 patch_when_loaded(ENGINE, patch)
