@@ -237,6 +237,23 @@ def test_a_late_prompt_waits_for_streams_until_it_has_its_turn() -> None:
     assert gpu.budget.pace is not None and not gpu.budget.pace.is_late
 
 
+def test_a_preempted_stream_does_not_wait_for_others() -> None:
+    """Its reader waits for the next token, as theirs do."""
+    gpu = SimulatedGpu(Targets(0.0095, 2.0), splits=())
+    for is_stream in (False, True):
+        preempted = Wait(2048, 3.0, 2048, is_stream)
+        gpu.controller.choose(0.0, waiting(3.0)._replace(prompts=[preempted], streams=[SLOW]))
+        assert gpu.budget.holds is not is_stream
+
+
+def test_a_split_that_seems_faster_than_a_plain_step_delays_nothing() -> None:
+    gpu = SimulatedGpu(Targets(0.030, 1.0))
+    for _ in range(50):
+        gpu.costs.note_step(32, NUM_DECODES, PLAIN_MS / 2000, 0.0)
+    prediction = gpu.costs.predict(32, NUM_DECODES, 0, 0.0)
+    assert prediction is not None and prediction.step_s < prediction.plain_s and prediction.delay == 0.0
+
+
 @pytest.mark.parametrize("num_begun", [0, 1])
 def test_no_prompt_waits_for_streams_for_ever(num_begun: int) -> None:
     """As it would where they are endless, and gain next to nothing in each plain step."""

@@ -65,5 +65,6 @@ def test_preempted_sequences_wait_too(llama: Any) -> None:
         mux.add(EngineRequest(name, [5 + name] * 30, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)))
     while not any(sequence.preempted for sequence in mux._scheduler.waiting):
         mux.step()
-    assert wait_of(mux._scheduler.waiting[0], time.perf_counter() + 100).waited_s > 100
+    preempted = wait_of(mux._scheduler.waiting[0], time.perf_counter() + 100)
+    assert preempted.waited_s > 100 and preempted.is_stream
     assert wait_of(mux._scheduler.waiting[0], time.perf_counter()).waited_s < time.perf_counter() - began

@@ -55,8 +55,8 @@ class Prediction(NamedTuple):
 
     @property
     def delay(self) -> float:
-        """By how much each token of a prompt delays every stream, in seconds."""
-        return (1 - self.plain_s / self.step_s) / self.prompt_rate
+        """By how much each token of a prompt delays every stream, in seconds, not below 0."""
+        return max(0.0, 1 - self.plain_s / self.step_s) / self.prompt_rate
 
 
 class Mean:

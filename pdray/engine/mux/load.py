@@ -20,11 +20,13 @@ class Wait(NamedTuple):
 
     Attributes:
         num_tokens: that are left of it. waited_s: so far. all_tokens: of the whole prompt.
+        is_stream: it has had its first token, and was preempted.
     """
 
     num_tokens: int
     waited_s: float
     all_tokens: int
+    is_stream: bool = False
 
 
 class Stream(NamedTuple):
@@ -78,8 +80,10 @@ class Load(NamedTuple):
 
 def wait_of(sequence: Sequence, now: float) -> Wait:
     """Of a sequence whose prompt is not computed yet; one that was preempted has waited since its first token."""
-    waited_s = now - (sequence.request.queued_at or sequence.request.first_token_at or now)
-    return Wait(sequence.num_uncomputed_tokens, waited_s, len(sequence.token_ids))
+    request = sequence.request
+    waited_s = now - (request.queued_at or request.first_token_at or now)
+    is_stream = request.first_token_at is not None
+    return Wait(sequence.num_uncomputed_tokens, waited_s, len(sequence.token_ids), is_stream)
 
 
 def num_steps_of(sequence: Sequence) -> int:

@@ -162,7 +162,7 @@ def weigh_load(load: Load, targets: Targets, lateness: Lateness, *, may_wait: bo
     """The Pace of what waits for targets with a TTFT.
 
     Args:
-        may_wait: see Pace; one that is overdue, begun or not, may not in any case.
+        may_wait: see Pace; one that is overdue, begun or not, may not in any case, nor may a preempted stream.
     """
     half_context = lateness.half_context
     each = 1 + load.context / half_context
@@ -184,7 +184,7 @@ def weigh_load(load: Load, targets: Targets, lateness: Lateness, *, may_wait: bo
         behind_s=np.array([stream.age_s - stream.num_steps * tpot_s for stream in streams]),
         num_left=np.array([stream.num_left for stream in streams], dtype=np.int64),
         tpot_s=tpot_s,
-        may_wait=may_wait and not lateness.is_overdue(first),
+        may_wait=may_wait and not first.is_stream and not lateness.is_overdue(first),
         is_late=not begun and lateness.is_late(first),
     )
 
