@@ -15,7 +15,7 @@ from pdray.engine.mux.costs import FORGET_S, MIXED, Arrangement, SplitCosts
 from pdray.engine.mux.load import Load, Stream, Wait
 from pdray.engine.mux.pace import OVERDUE, TPOT_MARGIN, PacedBudget, Targets
 from pdray.engine.schedule.step_costs import StepWork
-from pdray.engine.schedule.token_budget import LEAST_STRETCH, STEP_SIZES, FixedBudget
+from pdray.engine.schedule.token_budget import LEAST_STRETCH, STEP_SIZES
 
 # Qwen3-8B, 32 sequences of 1,024 tokens beside prompts of 4,096: ms of a step, and prompt tokens a second.
 NUM_DECODES = 32
@@ -288,23 +288,6 @@ def test_where_two_lanes_are_asked_for_a_ttft_chooses_between_them() -> None:
     many.run(0.75, waiting(*([0.0] * 7)))
     assert all(arrangement.is_split for gpu in (few, many) for arrangement, _, _ in gpu.steps)
     assert [gpu.steps[-1][0].decode_sms for gpu in (few, many)] == [64, 32]
-
-
-def test_before_anything_was_measured_it_leaves_all_as_it_is() -> None:
-    budget = PacedBudget(1000, STEP_SIZES)
-    controller = Controller(SplitCosts(budget.costs, 132), budget, Targets(0.01, 1.0), may_mix=True)
-    controller.splits = [32]
-    assert [controller.choose(i / 10, ENDLESS) for i in range(50)] == [MIXED] * 50
-    assert budget.tokens(NUM_DECODES, 10**6, 0) == NUM_DECODES, "a plain step, so that its duration is known"
-    assert budget.tokens(NUM_DECODES, 10**6, 0) == 128
-
-
-@pytest.mark.parametrize(("may_mix", "chosen"), [(True, MIXED), (False, Arrangement(16))])
-def test_where_throughput_alone_counts_nothing_is_weighed(may_mix: bool, chosen: Arrangement) -> None:
-    budget = PacedBudget(1000, STEP_SIZES)
-    controller = Controller(SplitCosts(budget.costs, 132), FixedBudget(1000), Targets(), may_mix=may_mix)
-    controller.splits = [16, 32]
-    assert [controller.choose(i / 10, ENDLESS) for i in range(5)] == [chosen] * 5
 
 
 def test_one_side_alone_has_no_arrangement_and_no_pace() -> None:
