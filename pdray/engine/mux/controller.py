@@ -93,7 +93,7 @@ class Controller:
     def lateness(self) -> Lateness:
         """Of prompts for the TTFT, by what is known now."""
         assert self.targets.ttft_s is not None
-        return Lateness(self.targets.ttft_s, self.costs.token_s(0.0) or 0.0, self.costs.costs.half_context)
+        return Lateness(self.targets.ttft_s, self.costs.token_s(0.0) or 0.0, self.costs.costs)
 
     def _predict(
         self, options: list[Arrangement], budget: PacedBudget, load: Load, now: float

@@ -18,6 +18,7 @@ import numpy as np
 
 from pdray.engine.mux.costs import Prediction
 from pdray.engine.mux.load import Load, Wait
+from pdray.engine.schedule.step_costs import StepCosts
 from pdray.engine.schedule.token_budget import GROWTH, MAX_STRETCH, AdaptiveBudget
 
 TTFT_MARGIN = 0.8  # of the target, which counts from before prompts are queued
@@ -141,16 +142,16 @@ class Lateness:
     """Of prompts that have not begun, by what is known now.
 
     Attributes:
-        ttft_s: the target. token_s: seconds for each token in large steps. half_context: see StepCosts.
+        ttft_s: the target. token_s: seconds for each token in large steps. costs: of steps.
     """
 
     ttft_s: float
     token_s: float
-    half_context: float
+    costs: StepCosts
 
     def is_late(self, wait: Wait) -> bool:
         """Whether it must miss its TTFT."""
-        tokens = wait.num_tokens * (1 + wait.num_tokens / 2 / self.half_context)
+        tokens = self.costs.weigh(wait.num_tokens, wait.num_tokens / 2)
         return wait.waited_s + self.token_s * tokens > TTFT_MARGIN * self.ttft_s
 
     def is_overdue(self, wait: Wait) -> bool:
@@ -164,11 +165,11 @@ def weigh_load(load: Load, targets: Targets, lateness: Lateness, *, may_wait: bo
     Args:
         may_wait: see Pace; one that is overdue, begun or not, may not in any case, nor may a preempted stream.
     """
-    half_context = lateness.half_context
-    each = 1 + load.context / half_context
+    costs = lateness.costs
+    each = costs.weigh(1, load.context)
 
     def weigh(num_tokens: int, end: int) -> float:
-        return num_tokens * (1 + (end - num_tokens / 2) / half_context) / each
+        return costs.weigh(num_tokens, end - num_tokens / 2) / each
 
     def due(wait: Wait) -> Due:
         return Due(weigh(wait.num_tokens, wait.all_tokens), TTFT_MARGIN * lateness.ttft_s - wait.waited_s)
